@@ -18,12 +18,12 @@ from glm4_deploy.parity import (
     Parity,
     check_parity,
     measure_parity,
-    reference_outputs,
     sample_sequences,
 )
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
+from glm4_exporters.streamed import reference_outputs
 from glm4_runtime import Session
 from glm4_runtime.bundle import read_manifest
 from glm4_runtime.errors import GateError

@@ -132,7 +132,7 @@ def above_floor(size: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was found for a site: relative squared error of its product without scales and with them.
+    """What was found for a site: squared error of its product, relative per token, without scales and with.
 
     ``method`` says how the scales were made, with their exponent; ``none`` where nothing was better.
     """
@@ -163,10 +163,11 @@ class ScaleSearch:
         if not (foldable(self.config, site.names) and self.wanted(site.names)):
             return
         exact = site.sample @ site.weight_sample.T
-        size = max(float(exact.double().square().sum()), torch.finfo(torch.float32).tiny)
+        energy = above_floor(exact.square().sum(1))
 
         def error_of(scales: Tensor) -> float:
-            return float((self.product(site, scales) - exact).double().square().sum()) / size
+            # Each token relative to itself: a norm follows every product or precedes it.
+            return float(((self.product(site, scales) - exact).square().sum(1) / energy).mean())
 
         best_scales, method = torch.ones(site.sample.shape[1]), "none"
         before = best = error_of(best_scales)

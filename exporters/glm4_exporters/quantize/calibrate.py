@@ -235,7 +235,7 @@ def _measure_layer(
         for i, positions in enumerate(picks):
             report(done)
             meter.positions = positions
-            hidden[i] = layer(hidden[i], _MeasuredAttention(config, hidden[i].shape[1], meter))
+            hidden[i] = layer(hidden[i], BlockedAttention(config, hidden[i].shape[1], meter))
             meter.peak("residual", hidden[i])
             done += hidden[i].shape[1]
     statistics = {name: inputs.statistics() for name, inputs in meter.inputs.items()}
@@ -342,6 +342,12 @@ class _LayerMeter:
         heads = (self.config.num_key_value_heads, self.config.head_dim)
         self.key_absmax, self.value_absmax = torch.zeros(heads), torch.zeros(heads)
 
+    def cache(self, keys: Tensor, values: Tensor) -> None:
+        """Keys, rotated, and values: [B, Hkv, S, D]."""
+        self.key_absmax = torch.maximum(self.key_absmax, keys.abs().amax((0, 2)))
+        self.value_absmax = torch.maximum(self.value_absmax, values.abs().amax((0, 2)))
+        self.peak("value", values)
+
     def peak(self, name: str, x: Tensor) -> None:
         low, high = x.aminmax()
         self.peaks[name] = max(self.peaks.get(name, 0.0), -float(low), float(high))
@@ -380,10 +386,10 @@ class _Hook(Protocol):
     def __call__(self, _module: nn.Module, _inputs: object, output: Tensor) -> None: ...
 
 
-class _MeasuredAttention:
-    """Causal attention over one whole sequence, a block of queries at a time."""
+class BlockedAttention:
+    """Causal attention over whole sequences of one length, a block of queries at a time, without a cache."""
 
-    def __init__(self, config: Glm4Config, length: int, meter: _LayerMeter) -> None:
+    def __init__(self, config: Glm4Config, length: int, meter: _LayerMeter | None = None) -> None:
         self.config, self.length, self.meter = config, length, meter
         self.cos, self.sin = (table[None, None] for table in rotary_tables(config, torch.arange(length)))
 
@@ -391,13 +397,11 @@ class _MeasuredAttention:
         size, heads = self.config.head_dim, self.config.num_attention_heads
         q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (query, key, value))
         q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
-        meter = self.meter
-        meter.key_absmax = torch.maximum(meter.key_absmax, k[0].abs().amax(1))
-        meter.value_absmax = torch.maximum(meter.value_absmax, v[0].abs().amax(1))
-        meter.peak("value", v)
+        if self.meter is not None:
+            self.meter.cache(k, v)
         group = heads // self.config.num_key_value_heads
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        step = max(1, SCORES_BLOCK // (heads * self.length))
+        step = max(1, SCORES_BLOCK // (len(q) * heads * self.length))
         blocks = [self._attend(q, k, v, start, step) for start in range(0, self.length, step)]
         return torch.cat(blocks, dim=2).transpose(1, 2).flatten(-2)
 
@@ -406,5 +410,6 @@ class _MeasuredAttention:
         k, v = k[:, :, :end], v[:, :, :end]
         scores = (q @ k.transpose(2, 3)) * self.config.scale
         unseen = torch.arange(end) > torch.arange(start, end)[:, None]
-        self.meter.peak("scores", scores.masked_fill_(unseen, 0.0))
+        if self.meter is not None:
+            self.meter.peak("scores", scores.masked_fill_(unseen, 0.0))
         return scores.masked_fill_(unseen, -math.inf).softmax(dim=-1) @ v

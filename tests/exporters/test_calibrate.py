@@ -190,3 +190,13 @@ def test_progress_ends_at_the_whole(tiny_checkpoint):
 def test_text_that_cannot_be_used(tiny_checkpoint, sequences, reason):
     with pytest.raises(ExportError, match=reason):
         calibrate(Checkpoint.load(tiny_checkpoint), sequences)
+
+
+@pytest.mark.parametrize(
+    ("room", "reason"),
+    [(4 * 64 * 105, "at most 105 tokens in all"), (4 * 5 * 96 * 54, "at most 54 tokens in one sequence")],
+)
+def test_text_that_does_not_fit_in_memory(tiny_checkpoint, monkeypatch, room, reason):
+    monkeypatch.setattr(calibration_module, "MOST_BYTES", room)
+    with pytest.raises(ExportError, match=reason):
+        calibrate(Checkpoint.load(tiny_checkpoint), SEQUENCES)

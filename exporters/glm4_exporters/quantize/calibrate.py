@@ -33,8 +33,10 @@ from glm4_runtime.progress import Progress, silent
 Vector = npt.NDArray[np.float32]
 
 SAMPLED_TOKENS = 512
-SAMPLED_WEIGHT_ROWS = 2048
+SAMPLED_WEIGHT_ROWS = 1024
 SCORES_BLOCK = 1 << 24  # attention scores in memory at a time
+MOST_BYTES = 1 << 30  # of all tokens' hidden states, and again of the longest sequence's activations
+MLP_COPIES = 5  # gate, up, silu(gate), their product and its sizes are in memory together
 SEED = 0
 
 # Per site: the matrices that read one input, in a layer. The head follows the last layer.
@@ -175,7 +177,7 @@ def calibrate(
     layer in float32, the hidden states of all tokens, and one sequence's activations.
 
     Raises:
-        ExportError: there is no token, or one that is not in the vocabulary.
+        ExportError: there is no token, one that is not in the vocabulary, or more of them than fit in memory.
         CheckpointError: a weight is damaged.
     """
     _check(checkpoint.config, sequences)
@@ -202,6 +204,16 @@ def _check(config: Glm4Config, sequences: Sequence[Sequence[int]]) -> None:
         raise ExportError(
             "calibration needs at least one sequence, none of them empty; give --calibration more text"
         )
+    tokens, longest = sum(map(len, sequences)), max(map(len, sequences))
+    limits = {
+        "tokens in all": (tokens, MOST_BYTES // (4 * config.hidden_size)),
+        "tokens in one sequence": (longest, MOST_BYTES // (4 * MLP_COPIES * config.intermediate_size)),
+    }
+    for what, (count, most) in limits.items():
+        if count > most:
+            raise ExportError(
+                f"calibration takes at most {most} {what} for this model, not {count}; give less text"
+            )
     wrong = next((i for ids in sequences for i in ids if not 0 <= i < config.vocab_size), None)
     if wrong is not None:
         raise ExportError(

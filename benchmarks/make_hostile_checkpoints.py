@@ -97,12 +97,16 @@ def main(source: Path, folder: Path, layer: int) -> None:
         if (folder / name).exists():
             raise click.ClickException(f"{folder / name} exists; choose another folder")
     try:
+        with Checkpoint.load(source, "causal-lm") as checkpoint:
+            layers = checkpoint.config.num_hidden_layers
+        if layer >= layers:
+            raise click.ClickException(
+                f"{source} has the layers 0 ... {layers - 1}; --layer cannot be {layer}"
+            )
         print(write_outliers(source, folder / "outliers"))
         print(write_overflow(source, folder / "overflow", layer))
     except Glm4Error as error:
         raise click.ClickException(str(error)) from error
-    except KeyError as error:
-        raise click.ClickException(f"{source} has no layer {layer}") from error
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""Random inputs of the attention operator, and the Triton kernel on them in a process that interprets it.
+
+Triton decides when it is imported whether kernels are interpreted, so that process is not the tests' own.
+"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+
+from glm4_plugins.operator import AttentionAttributes
+
+
+def tables(positions, rotary_dim):
+    frequencies = 10000.0 ** (-np.arange(0, rotary_dim, 2) / max(rotary_dim, 1))
+    angles = np.arange(positions)[:, None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def random_case(seed, batch, sequence, kv_heads, group, head_size, rotary_dim, pasts, lengths, slack=3):
+    rng = np.random.default_rng(seed)
+    capacity = max(pasts) + sequence + slack
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    cos, sin = tables(capacity, rotary_dim)
+    return dict(
+        query=normal(batch, sequence, kv_heads * group * head_size),
+        key=normal(batch, sequence, kv_heads * head_size),
+        value=normal(batch, sequence, kv_heads * head_size),
+        past_key=normal(batch, kv_heads, capacity, head_size),
+        past_value=normal(batch, kv_heads, capacity, head_size),
+        cos=cos,
+        sin=sin,
+        past_lengths=np.array(pasts, np.int32),
+        query_lengths=np.array(lengths, np.int32),
+    ), AttentionAttributes(kv_heads * group, kv_heads, rotary_dim, head_size**-0.5)
+
+
+def rounded(case, dtype):
+    """The case with every value as ``dtype`` (a torch type's name) holds it, in float32."""
+    import torch
+
+    def once(array):
+        return torch.from_numpy(array).to(getattr(torch, dtype)).float().numpy()
+
+    return {name: array if array.dtype == np.int32 else once(array) for name, array in case.items()}
+
+
+def run_kernel(case, attributes, tiles, dtype, scales):
+    """In the interpreting process: attn_output, present_key, present_value, counters and partials after a launch."""
+    import torch
+
+    from glm4_plugins.torch_kernel import Workspace, attend, kernel_shape
+
+    def tensor(name, array):
+        keep = array.dtype in (np.int32, np.int8)
+        return torch.from_numpy(array.copy()).to(None if keep else getattr(torch, dtype))
+
+    tensors = {name: tensor(name, array) for name, array in case.items()}
+    shape = kernel_shape(tensors["query"], tensors["past_key"], attributes)
+    workspace = Workspace.make(shape, tiles, torch.device("cpu"))
+    workspace.partials.fill_(float("nan"))
+    out = torch.full_like(tensors["query"], float("nan"))
+    scale = {name: torch.from_numpy(array) for name, array in scales.items()}
+    attend(**tensors, attributes=attributes, tiles=tiles, workspace=workspace, out=out, **scale)
+    results = (out, tensors["past_key"], tensors["past_value"], workspace.counters, workspace.partials)
+    return [t.float().numpy() if t.dtype.is_floating_point else t.numpy() for t in results]
+
+
+@contextmanager
+def interpreter():
+    """A function that runs :func:`run_kernel` in a process of its own, where Triton interprets."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            pool.submit(os.getpid).result()  # the process starts now, with the variable set
+        finally:
+            if before is None:
+                del os.environ["TRITON_INTERPRET"]
+            else:
+                os.environ["TRITON_INTERPRET"] = before
+
+        def run(case, attributes, tiles, dtype="float16", **scales):
+            return pool.submit(run_kernel, case, attributes, tiles, dtype, scales).result()
+
+        yield run

@@ -50,11 +50,38 @@ def rounded(case, dtype):
     return {name: array if array.dtype == np.int32 else once(array) for name, array in case.items()}
 
 
+def teach_bfloat16(builder):
+    """The interpreter holds bfloat16 as integers, and neither multiplies nor converts by their value.
+
+    Its kernels run on float32 instead where that is exact: products, and small integers.
+    """
+    import triton.language as tl
+
+    dot, convert = builder.create_dot, builder.create_si_to_fp
+
+    def wide(handle):
+        return builder.create_fp_ext(handle, tl.float32) if handle.dtype.scalar == tl.bfloat16 else handle
+
+    def create_dot(a, b, d, *options):
+        return dot(wide(a), wide(b), d, *options)
+
+    def create_si_to_fp(x, to):
+        if to.scalar != tl.bfloat16:
+            return convert(x, to)
+        return builder.create_fp_trunc(convert(x, tl.float32), tl.bfloat16)
+
+    builder.create_dot, builder.create_si_to_fp = create_dot, create_si_to_fp
+
+
 def run_kernel(case, attributes, tiles, dtype, scales):
     """In the interpreting process: attn_output, present_key, present_value, counters and partials after a launch."""
     import torch
+    from triton.runtime.interpreter import interpreter_builder
 
     from glm4_plugins.torch_kernel import Workspace, attend, kernel_shape
+
+    if "create_dot" not in vars(interpreter_builder):
+        teach_bfloat16(interpreter_builder)
 
     def tensor(name, array):
         keep = array.dtype in (np.int32, np.int8)

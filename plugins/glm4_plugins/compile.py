@@ -7,20 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm4_plugins.launch import KernelShape, Tiles, constants
-
-# The kernel's run-time arguments, in order. Buffers of TensorRT and torch start at multiples of 256 bytes;
-# Triton needs to know of 16 to load 16 bytes at a time.
-_INPUTS = {
-    "query": "activation", "key": "activation", "value": "activation", "past_key": "cache", "past_value": "cache",
-    "cos": "activation", "sin": "activation", "past_lengths": "i32", "query_lengths": "i32", "counters": "i32",
-}  # fmt: skip
-_SCALES = {"key_scale": "fp32", "value_scale": "fp32"}
-_SIZES = ("batch", "sequence", "capacity")
-_OUTPUTS = {
-    "attn_output": "activation", "present_key": "cache", "present_value": "cache", "present_counters": "i32",
-    "partials": "fp32",
-}  # fmt: skip
+from glm4_plugins.launch import (
+    PLUGIN_INPUTS,
+    PLUGIN_OUTPUTS,
+    PLUGIN_SCALES,
+    SIZES,
+    KernelShape,
+    Tiles,
+    constants,
+)
 
 # The driver that loads the engine assembles this, so it must not be newer than what the driver knows:
 # 8.8 is CUDA 12.9's, and TensorRT 11 needs a driver of CUDA 13.
@@ -43,12 +38,13 @@ class CompiledKernel:
 def signature(shape: KernelShape) -> dict[str, str]:
     """Triton's type of each argument, in order; ``constexpr`` for what a variant does without."""
     types = {"activation": shape.dtype, "cache": "i8" if shape.quantized_cache else shape.dtype}
+    types |= {"int32": "i32", "float32": "fp32"}
 
-    def pointers(arguments: dict[str, str]) -> dict[str, str]:
-        return {name: "*" + types.get(kind, kind) for name, kind in arguments.items()}
+    def pointers(tensors: dict[str, str]) -> dict[str, str]:
+        return {name: "*" + types[kind] for name, kind in tensors.items()}
 
-    scales = pointers(_SCALES) if shape.quantized_cache else dict.fromkeys(_SCALES, "constexpr")
-    return pointers(_INPUTS) | scales | dict.fromkeys(_SIZES, "i32") | pointers(_OUTPUTS)
+    scales = pointers(PLUGIN_SCALES) if shape.quantized_cache else dict.fromkeys(PLUGIN_SCALES, "constexpr")
+    return pointers(PLUGIN_INPUTS) | scales | dict.fromkeys(SIZES, "i32") | pointers(PLUGIN_OUTPUTS)
 
 
 def compile_kernel(shape: KernelShape, tiles: Tiles, capability: int) -> CompiledKernel:
@@ -67,6 +63,7 @@ def compile_kernel(shape: KernelShape, tiles: Tiles, capability: int) -> Compile
     compiled_in: dict[str, Any] = dict(constants(shape, tiles))
     compiled_in |= {name: None for name, kind in types.items() if kind == "constexpr"}
     names = [*types, *(name for name in compiled_in if name not in types)]
+    # Buffers of TensorRT and torch start at multiples of 256 bytes; told of 16, Triton loads 16 at a time.
     source = ASTSource(
         fn=partial_rope_gqa_attention,
         signature={name: types.get(name, "constexpr") for name in names},

@@ -3,12 +3,36 @@
 Nothing here needs Triton, torch or TensorRT; all three ways to launch the kernel go through it.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 PHASES = {"shared": 0, "prefill": 1, "decode": 2}
 """Which branches a kernel has. ``shared`` is right for every S; the others are for engines of one phase."""
+
+# The kernel's tensors in order, each with the kind of its elements: what a plugin is given and what it gives.
+PLUGIN_INPUTS = {
+    "query": "activation", "key": "activation", "value": "activation", "past_key": "cache", "past_value": "cache",
+    "cos": "activation", "sin": "activation", "past_lengths": "int32", "query_lengths": "int32",
+    "counters": "int32",
+}  # fmt: skip
+PLUGIN_SCALES = {"key_scale": "float32", "value_scale": "float32"}
+"""Only with an int8 cache, behind the other inputs: [kv_num_heads, head_dim]."""
+SIZES = ("batch", "sequence", "capacity")
+"""int32 arguments between inputs and outputs."""
+PLUGIN_OUTPUTS = {
+    "attn_output": "activation", "present_key": "cache", "present_value": "cache", "present_counters": "int32",
+    "partials": "float32",
+}  # fmt: skip
+PLUGIN_ATTRIBUTES: dict[str, type] = {
+    "num_heads": int,
+    "kv_num_heads": int,
+    "head_dim": int,
+    "rotary_embedding_dim": int,
+    "scale": str,  # decimal: TensorRT's plugins know doubles only, ONNX's attributes floats only
+    "max_batch": int,  # the largest of any profile
+    "compute_capability": int,  # 90 is 9.0
+    "phase": int,  # a value of PHASES
+}
 
 HEAD_DIMS = (64, 128)
 MAX_GROUP = 32
@@ -60,7 +84,7 @@ class Tiles:
     decode_n: int
     decode_stages: int
     warps: int
-    decode_blocks: int
+    decode_blocks: int = 0
     min_tiles: int = 4
 
 
@@ -68,32 +92,44 @@ class Tiles:
 # Of a capability with several products it is the largest; any number is right, and these fill one wave.
 _PROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
 
-# Shared memory decides: 163 KiB per block on 8.0, 227 on 9.0 and 10.0, 99 on 8.6, 8.9 and 12.0.
-_SMALL = Tiles(block_m=64, block_n=32, stages=2, decode_n=32, decode_stages=2, warps=4, decode_blocks=0)
-_MEDIUM = Tiles(block_m=128, block_n=64, stages=2, decode_n=64, decode_stages=3, warps=8, decode_blocks=0)
-_LARGE = Tiles(block_m=128, block_n=64, stages=3, decode_n=64, decode_stages=4, warps=8, decode_blocks=0)
-_WIDE = Tiles(block_m=128, block_n=128, stages=2, decode_n=128, decode_stages=3, warps=8, decode_blocks=0)
-_CHOICES: Mapping[int, tuple[Tiles, ...]] = {
-    80: (_LARGE, _MEDIUM, _SMALL),
-    86: (_MEDIUM, _SMALL),
-    89: (_MEDIUM, _SMALL),
-    90: (_WIDE, _LARGE, _SMALL),
-    100: (_WIDE, _LARGE, _SMALL),
-    120: (_MEDIUM, _SMALL),
+# What fits in registers without spilling, as compiled, and in the shared memory of a block: 163 KiB on 8.0,
+# 227 on 9.0 and 10.0, 99 on 8.6, 8.9 and 12.0. Only 9.0 and 10.0 multiply from shared memory; the others
+# hold their operands in registers, so their blocks are narrower.
+_WIDE = Tiles(block_m=128, block_n=128, stages=2, decode_n=128, decode_stages=3, warps=8)
+_TALL = Tiles(block_m=128, block_n=64, stages=3, decode_n=64, decode_stages=4, warps=8)
+_NARROW = Tiles(block_m=128, block_n=32, stages=3, decode_n=64, decode_stages=3, warps=8)
+_SQUARE = Tiles(block_m=64, block_n=64, stages=2, decode_n=64, decode_stages=3, warps=8)
+_SMALL = Tiles(block_m=64, block_n=32, stages=2, decode_n=32, decode_stages=2, warps=4)
+_CHOICES: dict[int, tuple[Tiles, ...]] = {
+    80: (_NARROW, _SMALL),
+    86: (_NARROW, _SMALL),
+    89: (_NARROW, _SMALL),
+    90: (_WIDE, _TALL, _SMALL),
+    100: (_TALL, _SMALL),
+    120: (_NARROW, _SMALL),
+}
+_QUANTIZED_CHOICES: dict[int, tuple[Tiles, ...]] = {
+    80: (_SQUARE,),
+    86: (_SQUARE,),
+    89: (_SQUARE,),
+    90: (_TALL, _SQUARE),
+    100: (_TALL, _SQUARE),
+    120: (_SQUARE,),
 }
 CAPABILITIES = tuple(_CHOICES)
 
 
-def choices(capability: int) -> tuple[Tiles, ...]:
+def choices(capability: int, quantized_cache: bool = False) -> tuple[Tiles, ...]:
     """The block sizes on offer for a compute capability such as 90, the one to try first in front.
 
     Raises:
-        ValueError: a capability that the kernels were not compiled for.
+        ValueError: a capability that has none.
     """
-    if capability not in _CHOICES:
+    table = _QUANTIZED_CHOICES if quantized_cache else _CHOICES
+    if capability not in table:
         known = ", ".join(map(str, CAPABILITIES))
         raise ValueError(f"compute capability {capability} has no block sizes; those with some are {known}")
-    return tuple(replace(tiles, decode_blocks=_PROCESSORS[capability]) for tiles in _CHOICES[capability])
+    return tuple(replace(tiles, decode_blocks=_PROCESSORS[capability]) for tiles in table[capability])
 
 
 def power_of_two(n: int) -> int:

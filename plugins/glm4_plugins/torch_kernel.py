@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from glm4_plugins.launch import (
+    CAPABILITIES,
     Integers,
     KernelShape,
     Tiles,
@@ -46,12 +47,16 @@ def kernel_shape(query: Tensor, past_key: Tensor, attributes: AttentionAttribute
     )
 
 
-def default_tiles(device: torch.device) -> Tiles:
-    """The first choice for a GPU, or for the next older one that has block sizes."""
+def default_tiles(device: torch.device, quantized_cache: bool) -> Tiles:
+    """The first choice for a GPU, or for the next older one that has block sizes.
+
+    Raises:
+        ValueError: a GPU older than all of these.
+    """
     major, minor = torch.cuda.get_device_capability(device)
-    known = [c for c in (80, 86, 89, 90, 100, 120) if c <= 10 * major + minor]
-    tiles = choices(known[-1])[0]
-    return tiles
+    capability = 10 * major + minor
+    known = max((c for c in CAPABILITIES if c <= capability), default=capability)
+    return choices(known, quantized_cache)[0]
 
 
 def attend(
@@ -91,7 +96,7 @@ def attend(
     tensors = (query, key, value, past_key, past_value, cos, sin, past_lengths, query_lengths)
     if not all(tensor.is_contiguous() for tensor in tensors):
         raise ValueError("the kernel takes contiguous tensors only")
-    tiles = tiles or default_tiles(query.device)
+    tiles = tiles or default_tiles(query.device, shape.quantized_cache)
     workspace = workspace or Workspace.make(shape, tiles, query.device)
     out = torch.empty_like(query) if out is None else out
     batch, sequence, capacity = query.shape[0], query.shape[1], past_key.shape[2]

@@ -114,8 +114,9 @@ def _queries(
 @triton.jit
 def _attend(q_turning, q_passing, k_turning, k_passing, v, visible, top, total, acc, SCALE: tl.constexpr):
     """One step of the online softmax; ``visible`` [M, N] or None. Returns the running maximum, sum and output."""
-    scores = tl.dot(q_turning, tl.trans(k_turning))
-    scores = tl.dot(q_passing, tl.trans(k_passing), scores)
+    # The half that is multiplied as loaded goes first, so that the tensor cores work while the other turns.
+    scores = tl.dot(q_passing, tl.trans(k_passing))
+    scores = tl.dot(q_turning, tl.trans(k_turning), scores)
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * (SCALE * LOG2_E))

@@ -94,27 +94,29 @@ _PROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
 
 # What fits in registers without spilling, as compiled, and in the shared memory of a block: 163 KiB on 8.0,
 # 227 on 9.0 and 10.0, 99 on 8.6, 8.9 and 12.0. Only 9.0 and 10.0 multiply from shared memory; the others
-# hold their operands in registers, so their blocks are narrower.
+# hold their operands in registers, so their blocks are narrower. The last of each list stays below 48 KiB,
+# which a launch may use without asking the driver for more.
 _WIDE = Tiles(block_m=128, block_n=128, stages=2, decode_n=128, decode_stages=3, warps=8)
 _TALL = Tiles(block_m=128, block_n=64, stages=3, decode_n=64, decode_stages=4, warps=8)
 _NARROW = Tiles(block_m=128, block_n=32, stages=3, decode_n=64, decode_stages=3, warps=8)
 _SQUARE = Tiles(block_m=64, block_n=64, stages=2, decode_n=64, decode_stages=3, warps=8)
 _SMALL = Tiles(block_m=64, block_n=32, stages=2, decode_n=32, decode_stages=2, warps=4)
+_LEAST = Tiles(block_m=64, block_n=16, stages=2, decode_n=32, decode_stages=2, warps=8)
 _CHOICES: dict[int, tuple[Tiles, ...]] = {
     80: (_NARROW, _SMALL),
     86: (_NARROW, _SMALL),
     89: (_NARROW, _SMALL),
-    90: (_WIDE, _TALL, _SMALL),
-    100: (_TALL, _SMALL),
+    90: (_WIDE, _TALL, _LEAST),
+    100: (_TALL, _LEAST),
     120: (_NARROW, _SMALL),
 }
 _QUANTIZED_CHOICES: dict[int, tuple[Tiles, ...]] = {
-    80: (_SQUARE,),
-    86: (_SQUARE,),
-    89: (_SQUARE,),
-    90: (_TALL, _SQUARE),
-    100: (_TALL, _SQUARE),
-    120: (_SQUARE,),
+    80: (_SQUARE, _LEAST),
+    86: (_SQUARE, _LEAST),
+    89: (_SQUARE, _LEAST),
+    90: (_TALL, _SQUARE, _LEAST),
+    100: (_TALL, _SQUARE, _LEAST),
+    120: (_SQUARE, _LEAST),
 }
 CAPABILITIES = tuple(_CHOICES)
 

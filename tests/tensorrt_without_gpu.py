@@ -1,4 +1,4 @@
-"""NVIDIA's plugin registration, run without a GPU and without full TensorRT.
+"""NVIDIA's plugin registration and our plugins in it, run without a GPU and without full TensorRT.
 
 TensorRT's Python bindings need three libraries, of which plugins use the registry only. The lean runtime, whole on
 the package index, has that. What it lacks, factories for builders and parsers and a few others, are functions here
@@ -11,8 +11,8 @@ import importlib.util
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 
@@ -47,11 +47,8 @@ def build(folder):
         source = Path(folder, f"{library}.c")
         source.write_text("\n".join(FACTORY.format(name) for name in functions))
         linked = [str(lean / "libnvinfer_lean.so.11"), f"-Wl,-rpath,{lean}"] if "infer.so" in library else []
-        subprocess.run(
-            ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-Wl,--no-as-needed", source, *linked]
-            + ["-o", Path(folder, library)],
-            check=True,
-        )
+        flags = ["-shared", "-fPIC", f"-Wl,-soname,{library}", "-Wl,--no-as-needed"]
+        subprocess.run(["gcc", *flags, source, *linked, "-o", Path(folder, library)], check=True)
 
 
 def load(folder):
@@ -100,6 +97,12 @@ class Expressions:
 
     def operation(self, kind, a, b):
         return self.make(lambda values: self.meanings[kind](a.evaluate(values), b.evaluate(values)))
+
+
+class Sizes(dict):
+    """What TensorRT's list of size arguments is asked: a count, and items set by index."""
+
+    nbSymExprs = 0
 
 
 class Plugin:
@@ -156,10 +159,50 @@ class Plugin:
 
     def launch(self, descriptors, inputs, tactic):
         """Kernel name, PTX, launch parameters by name and sizes, both as expressions."""
-        parameters, sizes = SimpleNamespace(), {}
+        parameters, setter = SimpleNamespace(), Sizes()
         self.real.set_tactic(tactic)
-        setter = type("Setter", (dict,), {})(sizes)
         self.real.get_launch_params(None, descriptors, inputs, parameters, setter, self.expressions)
         flat = [d.desc for d in descriptors]
         name, code = self.real.get_kernel(flat[:inputs], flat[inputs:])
         return name, code.decode(), vars(parameters), [setter[i] for i in range(setter.nbSymExprs)]
+
+
+def explored(folder, name, attributes, inputs, outputs, limits, points):
+    """All that a build would learn of a plugin, as plain data; runs in a process of its own.
+
+    ``inputs`` and ``outputs`` are (type's name, dimensions, of which some have names), ``limits`` those names'
+    minima and maxima, and ``points`` values for them at which expressions are evaluated.
+    """
+    trt = sys.modules.get("tensorrt") or load(folder)
+    importlib.import_module("glm4_plugins.tensorrt")
+    plugin = Plugin(trt, name, attributes)
+    tensors = [(getattr(trt.DataType, kind), shape) for kind, shape in (*inputs, *outputs)]
+    types, shapes, aliases = plugin.outputs(tensors[: len(inputs)])
+    descriptors = plugin.described(tensors, limits)
+    supported = plugin.real.get_supported_format_combinations(descriptors, len(inputs))
+    plugin.real.configure_plugin(descriptors[: len(inputs)], descriptors[len(inputs) :])
+    launches = {}
+    for tactic in (0, *plugin.real.get_valid_tactics()):
+        kernel, ptx, parameters, sizes = plugin.launch(descriptors, len(inputs), tactic)
+        launches[tactic] = dict(
+            kernel=kernel,
+            ptx=ptx,
+            parameters=[{key: e.evaluate(point) for key, e in parameters.items()} for point in points],
+            sizes=[[size.evaluate(point) for size in sizes] for point in points],
+        )
+    return dict(
+        types=[t.name for t in types],
+        shapes=[[[d.evaluate(point) for d in shape] for shape in shapes] for point in points],
+        aliases=aliases,
+        supported=[(d.type.name, d.format.name) for d in supported],
+        tactics=plugin.real.get_valid_tactics(),
+        launches=launches,
+    )
+
+
+def registered(folder):
+    """The names of our plugins in TensorRT's registry, with their attributes."""
+    trt = sys.modules.get("tensorrt") or load(folder)
+    importlib.import_module("glm4_plugins.tensorrt")
+    creators = [c for c in trt.get_plugin_registry().all_creators if c.plugin_namespace == "glm4"]
+    return {c.name: [field.name for field in c.field_names] for c in creators}

@@ -68,7 +68,9 @@ def compile_kernel(shape: KernelShape, tiles: Tiles, capability: int) -> Compile
         fn=partial_rope_gqa_attention,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in compiled_in.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "")[:1] == "*"},
+        attrs={
+            (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "")[:1] == "*"
+        },
     )
     compiled = triton.compile(
         source,

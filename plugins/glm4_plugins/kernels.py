@@ -233,8 +233,9 @@ def _prefill(
 
     rows = first_row + tl.arange(0, BLOCK_M)
     q_turning, q_passing = _queries(
-        query + query_head, cos, sin, key_scale, rows, past, new, sequence, BLOCK_M, HALF, GROUP, GROUP * KV_ROW
-    )
+        query + query_head, cos, sin, key_scale, rows, past, new, sequence,
+        BLOCK_M, HALF, GROUP, GROUP * KV_ROW,
+    )  # fmt: skip
     top = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
@@ -309,8 +310,9 @@ def _decode(
             k_scale = key_scale + h * HEAD_DIM
             v_scale = value_scale + h * HEAD_DIM
         q_turning, q_passing = _queries(
-            query + query_head, cos, sin, k_scale, rows, past, new, sequence, ROWS, HALF, GROUP, GROUP * KV_ROW
-        )
+            query + query_head, cos, sin, k_scale, rows, past, new, sequence,
+            ROWS, HALF, GROUP, GROUP * KV_ROW,
+        )  # fmt: skip
         top = tl.full((ROWS,), LOWEST, tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         acc = tl.zeros((ROWS, HEAD_DIM), tl.float32)
@@ -374,8 +376,9 @@ def _decode(
                 tl.store(counters + b * KV_HEADS + h, 0)  # as the next launch expects it
         if finished:
             _write_output(
-                attn_output + query_head, v_scale, rows, new, sequence, total, acc, HALF, GROUP, GROUP * KV_ROW
-            )
+                attn_output + query_head, v_scale, rows, new, sequence, total, acc,
+                HALF, GROUP, GROUP * KV_ROW,
+            )  # fmt: skip
         start = piece_stop
 
 
@@ -395,10 +398,7 @@ def partial_rope_gqa_attention(
     The grid has one dimension; see :func:`glm4_plugins.launch.grid`. ``counters`` [at least batch * KV_HEADS]
     int32 are zero before and after; ``present_counters`` is the same buffer. ``partials`` is scratch.
     """
-    if PHASE == 0:
-        decoding = sequence * GROUP <= ROWS
-    else:
-        decoding: tl.constexpr = PHASE == 2
+    decoding = sequence * GROUP <= ROWS if PHASE == 0 else PHASE == 2
     if decoding:
         _decode(
             query, key, value, past_key, past_value, cos, sin, past_lengths, query_lengths, counters,

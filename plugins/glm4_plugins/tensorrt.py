@@ -119,9 +119,7 @@ class _Plugin:
             *PLUGIN_OUTPUTS.values(),
         )
         tactics = range(1, len(self.tiles_of(named)) + 1)
-        return [
-            trtp.AutoTuneCombination(", ".join(types[kind] for kind in kinds), "LINEAR", list(tactics))
-        ]
+        return [trtp.AutoTuneCombination(", ".join(types[kind] for kind in kinds), "LINEAR", list(tactics))]
 
     def implement(self, named: Mapping[str, Any]) -> tuple[Any, ...]:
         """The kernel of one tactic, its launch, and the sizes that it takes between inputs and outputs."""
@@ -164,7 +162,7 @@ def _register(name: str, quantized_cache: bool) -> None:
     plugin = _Plugin(quantized_cache)
     tensors = (*PLUGIN_INPUTS, *(PLUGIN_SCALES if quantized_cache else ()))
     inputs = dict.fromkeys(tensors, trtp.TensorDesc) | PLUGIN_ATTRIBUTES
-    outputs = tuple[(trtp.TensorDesc,) * len(PLUGIN_OUTPUTS)]  # type: ignore[misc]
+    outputs = tuple.__class_getitem__((trtp.TensorDesc,) * len(PLUGIN_OUTPUTS))
     tuned = inputs | {"outputs": outputs}
     code = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
     trtp.register(name)(_signed(plugin.describe, inputs, outputs))

@@ -49,7 +49,9 @@ def _checked(
         )
     if past_key is None or past_value is None:
         return past_lengths, query.new_zeros(present_shape), query.new_zeros(present_shape)
-    return past_lengths, *(past.clone(memory_format=torch.contiguous_format) for past in (past_key, past_value))
+    # The kernel wants contiguous caches, and writes into them.
+    layout = torch.contiguous_format
+    return past_lengths, past_key.clone(memory_format=layout), past_value.clone(memory_format=layout)
 
 
 def _plain(
@@ -148,8 +150,12 @@ def with_kernel(
         return _plain(
             query, key, value, present_key, present_value, cos, sin, past_lengths, query_lengths, attributes
         )
-    tensors = (query, key, value, present_key, present_value, cos, sin, past_lengths, query_lengths)
-    output = attend(*(tensor.contiguous() for tensor in tensors), attributes)
+    query, key, value, cos, sin, past_lengths, query_lengths = (
+        tensor.contiguous() for tensor in (query, key, value, cos, sin, past_lengths, query_lengths)
+    )
+    output = attend(
+        query, key, value, present_key, present_value, cos, sin, past_lengths, query_lengths, attributes
+    )
     return output, present_key, present_value
 
 

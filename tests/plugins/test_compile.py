@@ -20,7 +20,7 @@ from glm4_plugins.launch import (
 
 pytest.importorskip("triton", reason="needs the plugins extra")
 
-from glm4_plugins.compile import compile_kernel, without_hidden_parameters  # noqa: E402
+from glm4_plugins.compile import compile_kernel, without_hidden_parameters
 
 KIB = 1024
 SHARED_MEMORY = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}

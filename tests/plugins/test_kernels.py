@@ -115,7 +115,9 @@ def test_chunks_continue_each_other(run):
     for start, stop in ((0, 17), (17, 36), (36, 38), (38, 39), (39, 40)):
         part = whole | {name: whole[name][:, start:stop] for name in ("query", "key", "value")}
         part |= dict(past_key=keys, past_value=values)
-        part |= dict(past_lengths=np.array([start], np.int32), query_lengths=np.array([stop - start], np.int32))
+        part |= dict(
+            past_lengths=np.array([start], np.int32), query_lengths=np.array([stop - start], np.int32)
+        )
         output, keys, values, _, _ = run(part, attributes, SMALL)
         outputs.append(output)
     expected = partial_rope_gqa_attention(**whole, attributes=attributes)
@@ -130,8 +132,13 @@ def test_int8_cache(run, dtype, sequence, lengths):
     case = rounded(case, dtype)
     rng = np.random.default_rng(13)
     scales = {n: rng.uniform(0.01, 0.04, (2, 64)).astype(np.float32) for n in ("key_scale", "value_scale")}
-    steps = {name: scale[None, :, None] for name, scale in zip(("past_key", "past_value"), scales.values(), strict=True)}
-    stored = {name: np.clip(np.rint(case[name] / step), -127, 127).astype(np.int8) for name, step in steps.items()}
+    steps = {
+        name: scale[None, :, None]
+        for name, scale in zip(("past_key", "past_value"), scales.values(), strict=True)
+    }
+    stored = {
+        name: np.clip(np.rint(case[name] / step), -127, 127).astype(np.int8) for name, step in steps.items()
+    }
     output, keys, values, counters, _ = run(case | stored, attributes, SMALL, dtype, **scales)
 
     # What the new tokens become in the cache follows from the kernel's own rotation; then all is as if exact.
@@ -162,7 +169,9 @@ def attended(row, attributes, group):
     past = int(row["past_lengths"][0])
     head_size = row["past_key"].shape[3]
     query = row["query"][0, 0].reshape(-1, head_size).astype(np.float64)
-    query = rotate_interleaved(query, row["cos"][past].astype(np.float64), row["sin"][past].astype(np.float64))
+    query = rotate_interleaved(
+        query, row["cos"][past].astype(np.float64), row["sin"][past].astype(np.float64)
+    )
     keys, values = (np.repeat(row[n][0, :, : past + 1], group, axis=0) for n in ("past_key", "past_value"))
     scores = np.einsum("hd,htd->ht", query, keys) * attributes.scale
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))

@@ -47,16 +47,11 @@ def kernel_shape(query: Tensor, past_key: Tensor, attributes: AttentionAttribute
     )
 
 
-def default_tiles(device: torch.device, quantized_cache: bool) -> Tiles:
-    """The first choice for a GPU, or for the next older one that has block sizes.
-
-    Raises:
-        ValueError: a GPU older than all of these.
-    """
+def known_capability(device: torch.device) -> int:
+    """A GPU's compute capability, or the next lower one that has block sizes."""
     major, minor = torch.cuda.get_device_capability(device)
     capability = 10 * major + minor
-    known = max((c for c in CAPABILITIES if c <= capability), default=capability)
-    return choices(known, quantized_cache)[0]
+    return max((c for c in CAPABILITIES if c <= capability), default=capability)
 
 
 def attend(
@@ -96,7 +91,7 @@ def attend(
     tensors = (query, key, value, past_key, past_value, cos, sin, past_lengths, query_lengths)
     if not all(tensor.is_contiguous() for tensor in tensors):
         raise ValueError("the kernel takes contiguous tensors only")
-    tiles = tiles or default_tiles(query.device, shape.quantized_cache)
+    tiles = tiles or choices(known_capability(query.device), shape.quantized_cache)[0]
     workspace = workspace or Workspace.make(shape, tiles, query.device)
     out = torch.empty_like(query) if out is None else out
     batch, sequence, capacity = query.shape[0], query.shape[1], past_key.shape[2]

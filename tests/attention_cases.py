@@ -73,7 +73,7 @@ def teach_bfloat16(builder):
     builder.create_dot, builder.create_si_to_fp = create_dot, create_si_to_fp
 
 
-def run_kernel(case, attributes, tiles, dtype, scales):
+def run_kernel(case, attributes, tiles, dtype, scales, phase):
     """In the interpreting process: attn_output, present_key, present_value, counters and partials after a launch."""
     import torch
     from triton.runtime.interpreter import interpreter_builder
@@ -93,14 +93,37 @@ def run_kernel(case, attributes, tiles, dtype, scales):
     workspace.partials.fill_(float("nan"))
     out = torch.full_like(tensors["query"], float("nan"))
     scale = {name: torch.from_numpy(array) for name, array in scales.items()}
-    attend(**tensors, attributes=attributes, tiles=tiles, workspace=workspace, out=out, **scale)
+    attend(**tensors, attributes=attributes, tiles=tiles, workspace=workspace, out=out, phase=phase, **scale)
     results = (out, tensors["past_key"], tensors["past_value"], workspace.counters, workspace.partials)
     return [t.float().numpy() if t.dtype.is_floating_point else t.numpy() for t in results]
 
 
+def run_operator(case, attributes, dtype):
+    """In the interpreting process: the torch operator's kernel for GPUs, and its plain one, on the CPU."""
+    import torch
+    from triton.runtime.interpreter import interpreter_builder
+
+    from glm4_plugins import torch as operator
+
+    if "create_dot" not in vars(interpreter_builder):
+        teach_bfloat16(interpreter_builder)
+    torch.cuda.get_device_capability = lambda _: (9, 0)
+    tensors = {
+        name: None
+        if a is None
+        else torch.from_numpy(a).to(None if a.dtype == np.int32 else getattr(torch, dtype))
+        for name, a in case.items()
+    }
+    given = {name: None if t is None else t.clone() for name, t in tensors.items()}
+    by_kernel = operator.with_kernel(**tensors, **vars(attributes))
+    plain = torch.ops.glm4.partial_rope_gqa_attention(**given, **vars(attributes))
+    untouched = all(t is None or torch.equal(t, given[name]) for name, t in tensors.items())
+    return [t.float().numpy() for t in by_kernel], [t.float().numpy() for t in plain], untouched
+
+
 @contextmanager
 def interpreter():
-    """A function that runs :func:`run_kernel` in a process of its own, where Triton interprets."""
+    """A function that calls another in a process of its own, where Triton interprets."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     context = multiprocessing.get_context("spawn")
@@ -113,7 +136,4 @@ def interpreter():
             else:
                 os.environ["TRITON_INTERPRET"] = before
 
-        def run(case, attributes, tiles, dtype="float16", **scales):
-            return pool.submit(run_kernel, case, attributes, tiles, dtype, scales).result()
-
-        yield run
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()

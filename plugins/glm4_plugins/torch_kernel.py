@@ -34,7 +34,9 @@ class Workspace:
         return cls(counters, torch.empty(partials_shape(shape, tiles.decode_blocks), device=device))
 
 
-def kernel_shape(query: Tensor, past_key: Tensor, attributes: AttentionAttributes) -> KernelShape:
+def kernel_shape(
+    query: Tensor, past_key: Tensor, attributes: AttentionAttributes, phase: str = "shared"
+) -> KernelShape:
     """What to compile for these tensors."""
     return KernelShape(
         attributes.num_heads,
@@ -44,6 +46,7 @@ def kernel_shape(query: Tensor, past_key: Tensor, attributes: AttentionAttribute
         max_batch=query.shape[0],
         dtype=_DTYPES.get(query.dtype, str(query.dtype)),
         quantized_cache=past_key.dtype == torch.int8,
+        phase=phase,
     )
 
 
@@ -71,6 +74,7 @@ def attend(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     out: Tensor | None = None,
+    phase: str = "shared",
 ) -> Tensor:
     """``attn_output``; the new keys and values are written into ``past_key`` and ``past_value``.
 
@@ -82,10 +86,14 @@ def attend(
     """
     from glm4_plugins.kernels import partial_rope_gqa_attention
 
-    shape = kernel_shape(query, past_key, attributes)
+    shape = kernel_shape(query, past_key, attributes, phase)
     refusal = unsupported(shape, attributes.rotary_embedding_dim)
     if refusal:
         raise ValueError(refusal)
+    if phase == "decode" and query.shape[1] > shape.decode_tokens:
+        raise ValueError(
+            f"{query.shape[1]} new tokens; a decode kernel for this shape takes {shape.decode_tokens}"
+        )
     if shape.quantized_cache != (key_scale is not None) or shape.quantized_cache != (value_scale is not None):
         raise ValueError("an int8 cache comes with key_scale and value_scale, and no other does")
     tensors = (query, key, value, past_key, past_value, cos, sin, past_lengths, query_lengths)
@@ -100,6 +108,6 @@ def attend(
         query, key, value, past_key, past_value, cos, sin, past_lengths, query_lengths, workspace.counters,
         key_scale, value_scale, batch, sequence, capacity,
         out, past_key, past_value, workspace.counters, workspace.partials,
-        **constants(shape, tiles), num_warps=tiles.warps,
+        **constants(shape, tiles), num_warps=tiles.warps, enable_fp_fusion=True,
     )  # fmt: skip
     return out

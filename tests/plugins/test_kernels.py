@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from attention_cases import interpreter, random_case, rounded
+from attention_cases import interpreter, random_case, rounded, run_kernel, run_operator
 
 from glm4_plugins.launch import Tiles, choices
 from glm4_plugins.operator import partial_rope_gqa_attention
@@ -18,12 +18,22 @@ STEP = {"float16": 2**-10, "bfloat16": 2**-7}  # between neighbouring numbers, r
 
 
 @pytest.fixture(scope="module")
-def run():
-    with interpreter() as run:
-        yield run
+def interpreted():
+    with interpreter() as call:
+        yield call
 
 
-def check(run, case, attributes, lengths, tiles=SMALL, dtype="float16"):
+@pytest.fixture
+def run(interpreted):
+    """The kernel's results for a case, attributes, block sizes, type and scales."""
+
+    def run(case, attributes, tiles, dtype="float16", phase="shared", **scales):
+        return interpreted(run_kernel, case, attributes, tiles, dtype, scales, phase)
+
+    return run
+
+
+def check(run, case, attributes, lengths, tiles=SMALL, dtype="float16", phase="shared"):
     """One launch, with everything that must not be read set to NaN."""
     case = rounded(case, dtype)
     for b, past in enumerate(case["past_lengths"]):
@@ -31,7 +41,7 @@ def check(run, case, attributes, lengths, tiles=SMALL, dtype="float16"):
             case[name][b, :, past:] = np.nan
         for name in ("query", "key", "value"):
             case[name][b, lengths[b] :] = np.nan
-    output, keys, values, counters, _ = run(case, attributes, tiles, dtype)
+    output, keys, values, counters, _ = run(case, attributes, tiles, dtype, phase)
     expected = partial_rope_gqa_attention(**case, attributes=attributes)
     for b, new in enumerate(lengths):
         end = case["past_lengths"][b] + new
@@ -91,6 +101,22 @@ def test_the_block_sizes_on_offer(run, tiles, sequence, past):
 def test_one_block_does_everything(run):
     tiles = Tiles(32, 16, 1, 16, 1, 4, decode_blocks=1)
     check(run, *random_case(10, 3, 1, 2, 4, 64, 32, [40, 0, 17], [1, 1, 1]), [1, 1, 1], tiles)
+
+
+@pytest.mark.parametrize(
+    ("phase", "sequence", "past"),
+    [("prefill", 1, 0), ("prefill", 1, 40), ("prefill", 30, 17), ("decode", 1, 100), ("decode", 2, 33)],
+)
+def test_kernels_of_one_phase(run, phase, sequence, past):
+    """For engines of one phase; a prefill kernel takes a single token too."""
+    case, attributes = random_case(15, 1, sequence, 2, 8, 64, 32, [past], [sequence])
+    check(run, case, attributes, [sequence], phase=phase)
+
+
+def test_a_decode_kernel_refuses_more_tokens_than_it_takes(run):
+    case, attributes = random_case(16, 1, 3, 2, 8, 64, 32, [5], [3])
+    with pytest.raises(ValueError, match="3 new tokens; a decode kernel for this shape takes 2"):
+        run(case, attributes, SMALL, phase="decode")
 
 
 @pytest.mark.parametrize("capacity", [5, 24])
@@ -160,6 +186,22 @@ def test_int8_cache(run, dtype, sequence, lengths):
             np.testing.assert_allclose(output[b, i], expected, atol=1.5 * TOLERANCE[dtype])
         assert (keys[b, :, past + new :] == stored["past_key"][b, :, past + new :]).all()
     assert not counters.any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("without_past", [False, True])
+def test_the_torch_operator_is_functional_and_falls_back(interpreted, dtype, without_past):
+    """float32 is not the kernel's: there the operator computes by plain tensors, and agrees with itself."""
+    case, attributes = random_case(14, 2, 9, 2, 4, 64, 32, [0, 0] if without_past else [20, 3], [9, 5])
+    if without_past:
+        case |= dict(past_key=None, past_value=None, past_lengths=None)
+    by_kernel, plain, untouched = interpreted(run_operator, case, attributes, dtype)
+    assert untouched
+    np.testing.assert_allclose(by_kernel[0], plain[0], atol=TOLERANCE["float16"])
+    for b, new in enumerate(case["query_lengths"]):
+        end = new if without_past else case["past_lengths"][b] + new
+        for ours, theirs in zip(by_kernel[1:], plain[1:], strict=True):
+            np.testing.assert_allclose(ours[b, :, :end], theirs[b, :, :end], atol=8e-3)
 
 
 def attended(row, attributes, group):

@@ -25,7 +25,8 @@ from glm4_plugins.kernels.decode import decode
 from glm4_plugins.kernels.prefill import prefill
 
 
-@triton.jit
+# Sizes are not specialised, so that torch launches the very kernel that an engine holds.
+@triton.jit(do_not_specialize=["batch", "sequence", "capacity"])
 def partial_rope_gqa_attention(
     query, key, value, past_key, past_value, cos, sin, past_lengths, query_lengths, counters,
     key_scale, value_scale, batch, sequence, capacity,

@@ -81,11 +81,19 @@ def compile_kernel(shape: KernelShape, tiles: Tiles, capability: int) -> Compile
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise RuntimeError("the kernel uses Triton's scratch memory, which TensorRT does not pass")
     parameters = sum(kind != "constexpr" for kind in types.values())
-    ptx = without_hidden_parameters(compiled.asm["ptx"], parameters)
+    ptx = without_hidden_parameters(without_debug_information(compiled.asm["ptx"]), parameters)
     registers, spilled = assembled(ptx, capability)
     return CompiledKernel(
         metadata.name, ptx, parameters, metadata.num_warps, metadata.shared, registers, spilled
     )
+
+
+def without_debug_information(ptx: str) -> str:
+    """Drop line numbers and comments: they name folders of this machine, and would go into the engine."""
+    ptx = re.sub(r"^\s*\.section\s+\.debug_\w+\s*\{[^}]*\}", "", ptx, flags=re.MULTILINE)
+    ptx = re.sub(r"^\s*(\.(loc|file)\b.*|\$L__tmp\d+:)$", "", ptx, flags=re.MULTILINE)
+    ptx = re.sub(r"[ \t]*//.*$", "", ptx, flags=re.MULTILINE)
+    return re.sub(r"\n\s*\n", "\n", ptx)
 
 
 def without_hidden_parameters(ptx: str, parameters: int) -> str:

@@ -53,6 +53,8 @@ def check(kernel_shape, capability, all_tiles):
         assert len(parameters) == kernel.parameters == tensors + len(SIZES)
         assert sum(".u64" in parameter for parameter in parameters) == tensors
         assert kernel.ptx.count(".entry") == 1
+        assert "debug" not in kernel.ptx
+        assert ".py" not in kernel.ptx
         assert kernel.shared_memory <= SHARED_MEMORY[capability]
         assert kernel.registers * 32 * kernel.warps <= REGISTERS
         # 32 bytes: what is put by before the loops and fetched behind them. A loop would spill hundreds.

@@ -73,7 +73,18 @@ def teach_bfloat16(builder):
     builder.create_dot, builder.create_si_to_fp = create_dot, create_si_to_fp
 
 
-def run_kernel(case, attributes, tiles, dtype, scales, phase):
+def run_blocks_in_order(builder, seed):
+    """The interpreter runs blocks one after another: from now on in an order of its own, unless ``seed`` is None."""
+    place = vars(builder).setdefault("placed_in_turn", builder.set_grid_idx)
+
+    def set_grid_idx(x, y, z):
+        order = np.random.default_rng(seed).permutation(builder.grid_dim[0])
+        place(int(order[x]), y, z)
+
+    builder.set_grid_idx = place if seed is None else set_grid_idx
+
+
+def run_kernel(case, attributes, tiles, dtype, scales, phase, order=None):
     """In the interpreting process: attn_output, present_key, present_value, counters and partials after a launch."""
     import torch
     from triton.runtime.interpreter import interpreter_builder
@@ -82,6 +93,7 @@ def run_kernel(case, attributes, tiles, dtype, scales, phase):
 
     if "create_dot" not in vars(interpreter_builder):
         teach_bfloat16(interpreter_builder)
+    run_blocks_in_order(interpreter_builder, order)
 
     def tensor(name, array):
         keep = array.dtype in (np.int32, np.int8)

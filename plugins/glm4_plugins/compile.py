@@ -18,8 +18,8 @@ from glm4_plugins.launch import (
 )
 
 # The driver that loads the engine assembles this, so it must not be newer than what the driver knows:
-# 8.8 is CUDA 12.9's, and TensorRT 11 needs a driver of CUDA 13.
-PTX_VERSION = 88
+# 8.7 is that of CUDA 12.8, and TensorRT 11 needs a driver of CUDA 13.
+PTX_VERSION = 87
 
 
 @dataclass(frozen=True)

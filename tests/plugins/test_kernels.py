@@ -27,8 +27,8 @@ def interpreted():
 def run(interpreted):
     """The kernel's results for a case, attributes, block sizes, type and scales."""
 
-    def run(case, attributes, tiles, dtype="float16", phase="shared", **scales):
-        return interpreted(run_kernel, case, attributes, tiles, dtype, scales, phase)
+    def run(case, attributes, tiles, dtype="float16", phase="shared", order=None, **scales):
+        return interpreted(run_kernel, case, attributes, tiles, dtype, scales, phase, order)
 
     return run
 
@@ -96,6 +96,17 @@ def test_padding_is_neither_read_nor_written(run, sequence):
 @pytest.mark.parametrize(("sequence", "past"), [(1, 700), (1, 127), (150, 0), (40, 300)])
 def test_the_block_sizes_on_offer(run, tiles, sequence, past):
     check(run, *random_case(9, 1, sequence, 2, 16, 128, 64, [past], [sequence]), [sequence], tiles)
+
+
+@pytest.mark.parametrize("sequence", [1, 50])
+def test_blocks_may_run_in_any_order(run, sequence):
+    """The same bits whichever block is first, and whichever joins the pieces."""
+    case, attributes = random_case(17, 2, sequence, 2, 4, 64, 32, [150, 33], [sequence] * 2)
+    case = rounded(case, "float16")
+    in_turn, *shuffled = (run(case, attributes, SMALL, order=order) for order in (None, 1, 2, 3))
+    for other in shuffled:
+        for ours, theirs in zip(other[:4], in_turn[:4], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 def test_one_block_does_everything(run):

@@ -167,11 +167,12 @@ class Plugin:
         return name, code.decode(), vars(parameters), [setter[i] for i in range(setter.nbSymExprs)]
 
 
-def explored(folder, name, attributes, inputs, outputs, limits, points):
+def explored(folder, name, attributes, inputs, outputs, limits, points, all_tactics):
     """All that a build would learn of a plugin, as plain data; runs in a process of its own.
 
     ``inputs`` and ``outputs`` are (type's name, dimensions, of which some have names), ``limits`` those names'
-    minima and maxima, and ``points`` values for them at which expressions are evaluated.
+    minima and maxima, and ``points`` values for them at which expressions are evaluated. Without
+    ``all_tactics`` only the kernel of the first is compiled.
     """
     trt = sys.modules.get("tensorrt") or load(folder)
     importlib.import_module("glm4_plugins.tensorrt")
@@ -182,7 +183,7 @@ def explored(folder, name, attributes, inputs, outputs, limits, points):
     supported = plugin.real.get_supported_format_combinations(descriptors, len(inputs))
     plugin.real.configure_plugin(descriptors[: len(inputs)], descriptors[len(inputs) :])
     launches = {}
-    for tactic in (0, *plugin.real.get_valid_tactics()):
+    for tactic in (0, *plugin.real.get_valid_tactics()) if all_tactics else (0,):
         kernel, ptx, parameters, sizes = plugin.launch(descriptors, len(inputs), tactic)
         launches[tactic] = dict(
             kernel=kernel,

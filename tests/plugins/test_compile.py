@@ -20,7 +20,7 @@ from glm4_plugins.launch import (
 
 pytest.importorskip("triton", reason="needs the plugins extra")
 
-from glm4_plugins.compile import compile_kernel, without_hidden_parameters
+from glm4_plugins.compile import compile_kernel, signature, without_hidden_parameters
 
 KIB = 1024
 SHARED_MEMORY = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
@@ -61,6 +61,15 @@ def check(kernel_shape, capability, all_tiles):
         assert kernel.spilled <= 32, (tiles, kernel.spilled)
         if tiles == choices(capability, kernel_shape.quantized_cache)[-1]:
             assert kernel.shared_memory <= UNASKED
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_tables_are_in_the_kernels_own_order(quantized):
+    from glm4_plugins.kernels import partial_rope_gqa_attention
+
+    kernel_shape = shape(*NINE_B, quantized=quantized)
+    arguments = [*signature(kernel_shape), *constants(kernel_shape, choices(90)[0])]
+    assert arguments == list(partial_rope_gqa_attention.arg_names)
 
 
 def test_the_9b_compiles():

@@ -1,8 +1,11 @@
 """An ONNX graph becomes a TensorRT engine: what is asked for, what is refused, and the process that builds it.
 
-The builder runs in a process of its own (``engine_worker``). An assertion of the parser then ends that
-process and not the export, its memory is measured alone, and it starts from the same heap every time: the
-builder orders the cache tensors by their addresses, so that engines of one process differ from run to run.
+The builder runs in a process of its own (``engine_worker``): an assertion of the parser then ends that process
+and not the export, an interrupt ends it at once, and its memory is measured alone.
+
+Two builds of one graph have the same size but not always the same bytes (TensorRT-RTX 1.7): the builder orders
+the cache tensors by their addresses in memory, and its threads share the heap. Neither one thread nor addresses
+that are not randomised made ten builds equal.
 """
 
 import contextlib
@@ -37,7 +40,6 @@ CAPACITY_STEP = (
 )
 PREFILL_WIDTH = 512  # most new positions of one run
 LOGITS_WIDTH = 128  # most positions of one run that get logits: 151552 of them in float32 take 78 MB
-ADDR_NO_RANDOMIZE = 0x0040000
 SAMPLE_SECONDS = 0.05
 
 
@@ -129,7 +131,6 @@ class BuiltEngine:
         capabilities: of the GPU it was built on, where it was built for that one.
         layers, float32: as in :class:`~glm4_runtime.bundle.EngineInfo`.
         peak_rss_bytes: of the process, the mapped weights included; ``peak_anonymous_bytes`` without them.
-        reproducible: the process could be started without address-space randomisation.
     """
 
     files: Mapping[str, FileEntry]
@@ -138,7 +139,6 @@ class BuiltEngine:
     capabilities: tuple[str, ...]
     peak_rss_bytes: int
     peak_anonymous_bytes: int
-    reproducible: bool
 
 
 def require_engine(kind_name: str | None, target: str, precision: str, options: EngineOptions) -> None:
@@ -299,17 +299,14 @@ def build_engine(folder: Path, plan: EnginePlan, progress: Progress = silent) ->
     Raises:
         ExportError: what the parser, the check of the network or the builder said, in one line.
     """
-    if _KEEPS_ADDRESSES is None:
-        raise ExportError("engines are built on Linux; run the export there")
     process = subprocess.Popen(
         [sys.executable, "-m", "glm4_exporters.engine_worker"],
-        cwd=folder,  # and relative names: the length of a path would shift the heap
+        cwd=folder,
         env=_environment(plan.kind),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=_KEEPS_ADDRESSES,
         start_new_session=True,  # an interrupt reaches the export, which ends the builder
     )
     try:
@@ -359,34 +356,15 @@ def _follow(process: "subprocess.Popen[str]", plan: EnginePlan, progress: Progre
         capabilities=tuple(answer["capabilities"]),
         peak_rss_bytes=answer["peak_rss_bytes"],
         peak_anonymous_bytes=memory[0],
-        reproducible=answer["reproducible"],
     )
 
 
 def _environment(kind: str) -> dict[str, str]:
-    """As little as the builder needs, so that two exports build in the same one."""
-    kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "TMPDIR")
-    return {name: os.environ[name] for name in kept if name in os.environ} | {
+    return os.environ | {
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "PYTHONHASHSEED": "0",
         "PYTHONWARNINGS": "ignore",
-        "MALLOC_ARENA_MAX": "1",
         "POLYGRAPHY_USE_TENSORRT_RTX": str(int(kind == "tensorrt-rtx")),
     }
-
-
-def _load_personality() -> Any:
-    if not sys.platform.startswith("linux"):
-        return None
-    personality = ctypes.CDLL(None).personality
-
-    def keep_addresses() -> None:
-        personality(ADDR_NO_RANDOMIZE)  # some containers forbid it; the worker reports what it runs with
-
-    return keep_addresses
-
-
-_KEEPS_ADDRESSES = _load_personality()
 
 
 @contextlib.contextmanager

@@ -187,7 +187,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     elif origin is Mapping:
         if isinstance(value, dict):
             return {k: _decode(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    elif isinstance(value, kind) and not isinstance(value, bool):
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     raise BundleError(
         f"{MANIFEST}: {where} is {value!r}, not {getattr(kind, '__name__', kind)}; export the bundle again"

@@ -32,7 +32,7 @@ class Cuda:
     """cudart on one stream; a call that fails raises.
 
     Attributes:
-        stream: what runs go to; it does not wait for the legacy default stream, nor that for it.
+        stream: what runs go to. It takes turns with the legacy default stream, on which the cache is moved.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Cuda:
         """Host memory that the device copies to and from without the processor, until :meth:`close`."""
         pointer = int(self.call("cudaHostAlloc", max(size, 1), PINNED))
         self._pinned.append(pointer)
-        return np.frombuffer((ctypes.c_uint8 * size).from_address(pointer), np.uint8)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
 
     def copy_in(self, target: int, source: Bytes) -> None:
         kind = self.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice

@@ -198,7 +198,7 @@ class TensorRtSession(Session):
         """The engine's capacity is fixed: the cache has it from the start."""
 
     def _resize_cache(self, capacity: int) -> None:
-        raise AssertionError("an engine's cache has one capacity")
+        raise AssertionError(f"an engine's cache has one capacity, {self._capacity}, not {capacity}")
 
     def close(self) -> None:
         for run in getattr(self, "_decode", {}).values():

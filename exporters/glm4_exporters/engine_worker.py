@@ -80,6 +80,7 @@ def _build(trt: Any, log: Any, plan: Mapping[str, Any], say: Say) -> dict[str, A
         answer["files"][name] = _write(trt, log, plan, builder, definition, config, Path(name))
         _save_timing_cache(plan, config)
         del parser
+    _reporter(say, len(files), len(files))(0.0)
     answer["peak_rss_bytes"] = _peak_rss()
     answer["capabilities"] = _capabilities_of_gpu() if ENGINE_KINDS[plan["kind"]].times else []
     return answer

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from glm4_exporters.engine_network import (
 from glm4_runtime.errors import ExportError
 
 PROGRESS_STEPS = 1000
+RAISED_AT = r"[.:]? \(?In \w+ at /| \[\w+\.cpp"
 COMPUTE_CAPABILITY_ATTRIBUTES = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 Say = Callable[[dict[str, Any]], None]
 
@@ -124,7 +126,7 @@ def _errors_of(trt: Any) -> Any:
 def _refusal(kind: str, what: str, messages: Sequence[str]) -> str:
     """One line of a library's many: the first message, which names the cause, without where it was raised."""
     first = next((" ".join(m.split()) for m in messages if m.strip()), "it does not say why")
-    return f"{kind} {what}: {first.partition(' In /')[0][:500]}"
+    return f"{kind} {what}: {re.split(RAISED_AT, first)[0]}"
 
 
 def _parse(trt: Any, log: Any, plan: Mapping[str, Any]) -> tuple[Any, Any, Any]:
@@ -141,7 +143,7 @@ def _parse(trt: Any, log: Any, plan: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     parser = trt.OnnxParser(definition, log)
     if not parser.parse_from_file(plan["graph"]):  # from the file, so that weights are mapped, not copied
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        said = [f"{e.desc()} (node {e.node_name() or 'unnamed'}, {e.node_operator()})" for e in errors]
+        said = [f"{e.node_name()}: {e.desc()}" if e.node_name() else e.desc() for e in errors]
         raise ExportError(_refusal(plan["kind"], "does not take the graph", [*said, *log.messages]))
     return builder, definition, parser
 

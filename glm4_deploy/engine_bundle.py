@@ -19,13 +19,14 @@ from glm4_exporters.engine import (
     expected_layers,
 )
 from glm4_exporters.passes.fix_capacity import FixCapacity
+from glm4_exporters.passes.split_products import SplitProducts
 from glm4_runtime.bundle import GRAPH, WEIGHTS, EngineInfo, Manifest, TensorSpec
 from glm4_runtime.progress import Progress
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-ENGINE_GRAPH = "engine.onnx"  # the graph with its capacity fixed, there only while the engine is built
+ENGINE_GRAPH = "engine.onnx"  # the graph as the parser gets it, there only while the engine is built
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def make_engine(
     """Build the engine of the graph and weights in ``folder``, and describe it in a manifest of its own.
 
     Args:
-        model: the graph in the dialect that the engine is built from; its capacity is fixed here.
+        model: the graph in the dialect that the engine is built from; what only engines need is done to it here.
 
     Raises:
         ExportError: the builder refused, in one line.
@@ -48,7 +49,8 @@ def make_engine(
     import onnx_ir as ir
 
     capacity = engine_capacity(manifest.limits.max_seq_len)
-    FixCapacity(capacity)(model)
+    for change in (FixCapacity(capacity), SplitProducts()):
+        change(model)
     ir.save(model, folder / ENGINE_GRAPH)
     named, capabilities, later = engine_capabilities(kind, manifest.precision, options)
     attention = engine_attention(kind, options)

@@ -18,8 +18,6 @@ from glm4_exporters.engine import (
     engine_version,
     expected_layers,
 )
-from glm4_exporters.passes.fix_capacity import FixCapacity
-from glm4_exporters.passes.split_products import SplitProducts
 from glm4_runtime.bundle import GRAPH, WEIGHTS, EngineInfo, Manifest, TensorSpec
 from glm4_runtime.progress import Progress
 
@@ -47,6 +45,9 @@ def make_engine(
         ExportError: the builder refused, in one line.
     """
     import onnx_ir as ir
+
+    from glm4_exporters.passes.fix_capacity import FixCapacity
+    from glm4_exporters.passes.split_products import SplitProducts
 
     capacity = engine_capacity(manifest.limits.max_seq_len)
     for change in (FixCapacity(capacity), SplitProducts()):

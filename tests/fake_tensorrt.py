@@ -88,6 +88,7 @@ class FakeTensorRt(types.ModuleType):
     def __init__(self, cuda):
         super().__init__("tensorrt_rtx")
         self.cuda, self.reasons, self.in_place, self.contexts = cuda, 0, True, []
+        self.compiled = []
 
     def Runtime(self, logger):
         return FakeRuntime(self)
@@ -129,7 +130,7 @@ class FakeEngine:
         return past if self.trt.in_place and past in self.inputs and name.startswith("present_") else None
 
     def create_runtime_config(self):
-        return FakeConfig()
+        return FakeConfig(self.trt)
 
     def create_execution_context(self, config):
         context = FakeContext(self, config)
@@ -137,7 +138,32 @@ class FakeEngine:
         return context
 
 
+class FakeCache:
+    """Holds the shapes that were compiled; refuses what another GPU wrote."""
+
+    def __init__(self, capability):
+        self.header, self.compiled = f"{capability}:".encode(), set()
+
+    def deserialize(self, blob):
+        if not blob.startswith(self.header):
+            return False
+        self.compiled = set(blob[len(self.header) :].split(b"|"))
+        return True
+
+    def serialize(self):
+        return self.header + b"|".join(sorted(self.compiled)) if self.compiled else None
+
+
 class FakeConfig:
+    def __init__(self, trt):
+        self.trt = trt
+
+    def create_runtime_cache(self):
+        return FakeCache(self.trt.cuda.capability)
+
+    def set_runtime_cache(self, cache):
+        self.cache = cache
+
     def set_execution_context_allocation_strategy(self, strategy):
         self.strategy = strategy
 
@@ -186,6 +212,10 @@ class FakeContext:
         if stream in cuda.recording:
             assert self.is_stream_capturable(stream), "captured before it ran with these shapes"
         self.runs.append(shapes)
+        kernel = str(shapes["input_ids"]).encode()
+        if kernel not in self.config.cache.compiled:
+            self.config.cache.compiled.add(kernel)
+            engine.trt.compiled.append(kernel)
 
         def job():
             inputs = {

@@ -31,7 +31,8 @@ def cuda(monkeypatch):
 
 
 @pytest.fixture
-def tensorrt(monkeypatch, cuda):
+def tensorrt(monkeypatch, tmp_path, cuda):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return fake_tensorrt.install(monkeypatch, cuda)
 
 
@@ -139,6 +140,26 @@ def test_the_cache_is_allocated_once_and_everything_is_given_back(bundle, tensor
         assert before <= set(cuda.blocks)
     assert (cuda.blocks, cuda.pinned, cuda.queues, cuda.graphs) == ({}, {}, {}, {})
     session.close()  # a second time is harmless
+
+
+def test_compiled_kernels_are_kept_for_the_next_session(bundle, tensorrt, cuda, tmp_path):
+    for tokens, compiled in ((ids(9), 1), (ids(9), 0), (ids(32), 1), (ids(32), 0)):
+        tensorrt.compiled.clear()
+        with Session.open(bundle) as session:
+            session.prefill(0, tokens)
+        assert len(tensorrt.compiled) == compiled
+    (stored,) = (tmp_path / "cache" / "glm4-deploy").iterdir()
+    stored.write_bytes(b"(8, 0):written by another GPU")  # refused, and written anew
+    with Session.open(bundle) as session:
+        session.prefill(0, ids(9))
+    assert stored.read_bytes().startswith(b"(8, 9):")
+
+
+def test_a_cache_that_cannot_be_written_harms_nothing(bundle, tensorrt, tmp_path):
+    (tmp_path / "cache").write_text("not a folder")
+    with Session.open(bundle) as session:
+        session.prefill(0, ids(9))
+    session.close()
 
 
 def test_copy_truncate_score_and_generate(session, reference):

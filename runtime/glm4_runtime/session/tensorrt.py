@@ -21,6 +21,7 @@ from glm4_runtime.kv_cache import Move
 from glm4_runtime.session.base import Ids, Logits, Session
 from glm4_runtime.session.cuda_device import Bytes, Cuda
 from glm4_runtime.session.cuda_memory import CudaMemory
+from glm4_runtime.session.kernel_cache import KernelCache
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 NUMPY_TYPES: dict[str, type[np.generic]] = {"int64": np.int64, "int32": np.int32, "float32": np.float32}
@@ -99,7 +100,7 @@ class TensorRtSession(Session):
             capability = self._cuda.capability()
             require_capability(manifest, manifest.engine, capability)
             self.provider = f"{manifest.engine.kind} {trt.__version__}, GPU {capability}"
-            self._open_runs(_Engines(trt, folder, manifest.engine, self._cuda))
+            self._open_runs(_Engines(trt, folder, manifest, manifest.engine, self._cuda))
             undo.pop_all()
 
     def _open_runs(self, engines: "_Engines") -> None:
@@ -215,8 +216,10 @@ def _cache_capacity(manifest: Manifest) -> int:
 class _Engines:
     """The engine files of a bundle, loaded, and the activations that all their contexts take turns in."""
 
-    def __init__(self, trt: Any, folder: Path, info: EngineInfo, cuda: Cuda) -> None:
+    def __init__(self, trt: Any, folder: Path, manifest: Manifest, info: EngineInfo, cuda: Cuda) -> None:
         self.trt, self.info, self.cuda = trt, info, cuda
+        self._hashes = {name: entry.sha256 for name, entry in manifest.files.items()}
+        self._kernels: dict[str, KernelCache] = {}
         self._log = _errors_of(trt)
         self._runtime = trt.Runtime(self._log)
         files = dict.fromkeys(profile.file for profile in info.profiles)
@@ -271,6 +274,10 @@ class _Engines:
         if hasattr(engine, "create_runtime_config"):  # TensorRT-RTX, which makes kernels for this GPU now
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
+            if profile.file not in self._kernels:
+                capability = self.cuda.capability()
+                self._kernels[profile.file] = KernelCache(config, self._hashes[profile.file], capability)
+            config.set_runtime_cache(self._kernels[profile.file].cache)
             kinds = trt.DynamicShapesKernelSpecializationStrategy
             config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if eager else kinds.LAZY
             context = engine.create_execution_context(config)
@@ -282,6 +289,9 @@ class _Engines:
         return context
 
     def close(self) -> None:
+        for kernels in self._kernels.values():
+            kernels.save()
+        self._kernels.clear()
         self._engines.clear()
         self._runtime = None
 

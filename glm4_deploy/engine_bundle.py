@@ -109,6 +109,7 @@ def engine_report(built: BuiltEngine) -> dict[str, Any]:
     return {
         "build_peak_rss_bytes": built.peak_rss_bytes,
         "build_peak_anonymous_bytes": built.peak_anonymous_bytes,
+        "kernels": built.kernels,
         "parity": "measured on the ONNX graph that the engine was built from, by ONNX Runtime on the CPU",
     }
 

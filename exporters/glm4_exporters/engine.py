@@ -130,6 +130,7 @@ class BuiltEngine:
     Attributes:
         capabilities: of the GPU it was built on, where it was built for that one.
         layers, float32: as in :class:`~glm4_runtime.bundle.EngineInfo`.
+        kernels: per profile, the built engine's layers by type, those of attention by the kernel's name.
         peak_rss_bytes: of the process, the mapped weights included; ``peak_anonymous_bytes`` without them.
     """
 
@@ -137,6 +138,7 @@ class BuiltEngine:
     layers: Mapping[str, int]
     float32: Mapping[str, int]
     capabilities: tuple[str, ...]
+    kernels: Mapping[str, Mapping[str, int]]
     peak_rss_bytes: int
     peak_anonymous_bytes: int
 
@@ -354,6 +356,7 @@ def _follow(process: "subprocess.Popen[str]", plan: EnginePlan, progress: Progre
         layers=answer["layers"],
         float32=answer["float32"],
         capabilities=tuple(answer["capabilities"]),
+        kernels=answer["kernels"],
         peak_rss_bytes=answer["peak_rss_bytes"],
         peak_anonymous_bytes=memory[0],
     )

@@ -1,5 +1,6 @@
 """A parsed TensorRT network: is everything there that the graph has, and is each weight stored once?"""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -153,3 +154,48 @@ def fold_weight_transposes(network: Network) -> int:
         layer.op1 = trt.MatrixOperation.TRANSPOSE
         changed += 1
     return changed
+
+
+# What must be somewhere in every profile of the built engine, whatever it was fused with.
+COMPILED_OPERATORS = frozenset({"Attention", "TensorScatter", "RotaryEmbedding", "MatMul"})
+LAYER_LINE = re.compile(r"^Name: .*_myl(?P<profile>\d+)_\d+, LayerType: (?P<type>\w+),")
+ATTENTION_KERNEL = re.compile(r"TacticName: _*(?P<name>\w*?mha\w*?)_0x")
+
+
+def check_compiled(
+    log: str, profiles: Sequence[str], operators: Mapping[str, str]
+) -> dict[str, dict[str, int]]:
+    """Hold the built engine's layers, as its builder logs them, against the graph.
+
+    The one look into an engine that needs no GPU: an inspector works on a loaded engine only.
+
+    Args:
+        log: the builder's message that lists the layers; empty where it logged none.
+        profiles: names of the profiles, in order.
+
+    Returns:
+        Per profile, how many layers there are of each type, and attention kernels by name.
+
+    Raises:
+        ExportError: a node of the graph that no layer of some profile was made from.
+    """
+    found: dict[str, Counter[str]] = {name: Counter() for name in profiles}
+    nodes: dict[str, set[str]] = {name: set() for name in profiles}
+    for line in log.splitlines():
+        layer = LAYER_LINE.match(line)
+        if layer is None or int(layer["profile"]) >= len(profiles):
+            continue
+        profile = profiles[int(layer["profile"])]
+        attention = ATTENTION_KERNEL.search(line)
+        found[profile][attention["name"] if attention else layer["type"]] += 1
+        nodes[profile] |= set(re.findall(r"\[ONNX Layer: ([^\]]*)\]", line))
+    if not log:
+        return {}
+    wanted = {name for name, operator in operators.items() if operator in COMPILED_OPERATORS}
+    for profile in profiles:
+        lost = sorted(wanted - nodes[profile])
+        if lost:
+            raise ExportError(
+                f"the engine's {profile} profile has no layer of {len(lost)} nodes of the graph, {lost[0]} among them"
+            )
+    return {profile: dict(sorted(count.items())) for profile, count in found.items()}

@@ -20,6 +20,7 @@ from typing import IO, Any
 from glm4_exporters.engine import ENGINE_KINDS
 from glm4_exporters.engine_network import (
     Network,
+    check_compiled,
     check_inputs,
     check_layers,
     float32_operators,
@@ -68,7 +69,7 @@ def _build(trt: Any, log: Any, plan: Mapping[str, Any], say: Say) -> dict[str, A
     if plan["plugin"] is not None:
         importlib.import_module(plan["plugin"])
     files = dict.fromkeys(profile["file"] for profile in plan["profiles"])
-    answer: dict[str, Any] = {"files": {}}
+    answer: dict[str, Any] = {"files": {}, "kernels": {}}
     for done, name in enumerate(files):
         builder, definition, parser = _parse(trt, log, plan)
         network = Network(trt, definition)
@@ -80,6 +81,8 @@ def _build(trt: Any, log: Any, plan: Mapping[str, Any], say: Say) -> dict[str, A
         monitor = _monitor(trt, _reporter(say, done, len(files)))
         config = _config(trt, plan, builder, definition, profiles, monitor)
         answer["files"][name] = _write(trt, log, plan, builder, definition, config, Path(name))
+        names = [profile["name"] for profile in profiles]
+        answer["kernels"] |= check_compiled(log.layers, names, plan["operators"])
         _save_timing_cache(plan, config)
         del parser
     _reporter(say, len(files), len(files))(0.0)
@@ -109,16 +112,19 @@ def _reporter(say: Say, done: int, files: int) -> Callable[[float], None]:
 
 
 def _errors_of(trt: Any) -> Any:
-    """A logger that keeps errors and drops the rest."""
+    """A logger that keeps errors, and the one message that lists an engine's layers."""
 
     class Errors(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.messages: list[str] = []
+            self.layers = ""
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.messages.append(message)
+            elif message.startswith("Layers:"):
+                self.layers = message
 
     return Errors()
 

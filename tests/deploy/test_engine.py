@@ -22,7 +22,13 @@ from glm4_exporters.engine import (
     engine_profiles,
     expected_layers,
 )
-from glm4_exporters.engine_network import Network, check_inputs, check_layers, float32_operators
+from glm4_exporters.engine_network import (
+    Network,
+    check_compiled,
+    check_inputs,
+    check_layers,
+    float32_operators,
+)
 from glm4_exporters.passes.fix_capacity import FixCapacity
 from glm4_runtime import BundleError, ExportError, Session
 from glm4_runtime.bundle import ENGINE, GRAPH, WEIGHTS, Limits, read_manifest, verify_files
@@ -118,6 +124,9 @@ def test_the_report_says_what_it_took(engine_bundle):
     assert "ONNX graph that the engine was built from" in report["engine"]["parity"]
     assert report["parity"]["positions"] == result.parity.positions
     assert report["seconds"]["engine"] > 0
+    kernels = report["engine"]["kernels"]
+    assert kernels["prefill"]["gemm_mha_v2"] == kernels["decode"]["gemv_mha_v1"] == LAYERS
+    assert kernels["decode"]["gemm"] == 4 * LAYERS + 1  # q, k and v in one, gate and up in one
     shares = [done / total for stage, done, total in steps if stage == "build the engine"]
     assert shares == sorted(shares)
     assert len(shares) > 5
@@ -141,6 +150,7 @@ def test_bf16_in_two_engines(tmp_path):
     assert not (tmp_path / "bundle" / WEIGHTS).exists()
     assert set(manifest.engine.built_from) == {GRAPH, WEIGHTS}
     assert (manifest.compute_capabilities, manifest.engine.later_gpus) == (("89", "120"), False)
+    assert set(result.engine.built.kernels) == {"prefill", "decode"}
     assert (manifest.kv_cache, result.engine.built.float32["RMSNormalization"]) == (
         "bfloat16",
         4 * LAYERS + 1,
@@ -220,6 +230,20 @@ def test_a_node_that_falls_to_float32_is_found(engine_bundle):
     network, _keep = parse(path)
     with pytest.raises(ExportError, match=r"in float32, model\.layers\.2\.mlp\.down_proj/MatMul among them"):
         float32_operators(network, operators)
+
+
+def test_a_node_that_no_built_layer_was_made_from_is_found():
+    log = """Layers:
+Name: a+b_myl0_0, LayerType: gemm, TacticName: t, Metadata: [ONNX Layer: a][ONNX Layer: b]
+Name: _gemm_mha_v2_myl0_1, LayerType: kgen, TacticName: _gemm_mha_v2_0x1f, Metadata: [ONNX Layer: c]
+Name: a [profile 1]_myl1_0, LayerType: gemm, TacticName: t, Metadata: [ONNX Layer: a]"""
+    operators = {"a": "MatMul", "b": "MatMul", "c": "Attention", "d": "Add"}
+    assert check_compiled(log, ["prefill"], operators) == {"prefill": {"gemm": 1, "gemm_mha_v2": 1}}
+    with pytest.raises(
+        ExportError, match="decode profile has no layer of 2 nodes of the graph, b among them"
+    ):
+        check_compiled(log, ["prefill", "decode"], operators)
+    assert check_compiled("", ["prefill"], operators) == {}
 
 
 def test_a_graph_without_what_the_model_has_is_refused():
@@ -368,3 +392,5 @@ def test_a_long_cache_builds(tmp_path):
     source = write_checkpoint(tmp_path / "source", tiny_config(**sizes))
     export(source, tmp_path / "bundle", ExportOptions(target=TARGET, parity=False, max_batch_size=2))
     assert read_manifest(tmp_path / "bundle").engine.profiles[1].axes["sequence"] == (1, 1, 2)
+    kernels = json.loads((tmp_path / "bundle" / "report.json").read_text())["engine"]["kernels"]
+    assert kernels["decode"]["gemm_mha_v2"] == 1  # the prefill's

@@ -10,6 +10,7 @@ from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.engine import EngineOptions
 from glm4_exporters.reference import load_model
 from glm4_runtime import Session
+from glm4_runtime.bundle import read_manifest
 
 
 def _gpus():
@@ -67,3 +68,23 @@ def test_a_cache_of_the_checkpoints_own_length(tmp_path):
             tokens.append(token)
             wanted = reference(torch.tensor([tokens])).logits[0, -1].numpy()
             np.testing.assert_allclose(session.decode({0: token})[0], wanted, atol=0.05)
+
+
+def test_the_inspector_finds_what_the_manifest_claims(tmp_path):
+    import tensorrt_rtx as trt
+
+    source = write_checkpoint(tmp_path / "checkpoint", tiny_config(**SIZES))
+    export(source, tmp_path / "bundle", ExportOptions(target="tensorrt-rtx", parity=False))
+    manifest = read_manifest(tmp_path / "bundle")
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    engine = runtime.deserialize_cuda_engine((tmp_path / "bundle" / "model.engine").read_bytes())
+    assert engine.num_optimization_profiles == len(manifest.engine.profiles)
+    for profile in manifest.engine.profiles:
+        for spec in manifest.inputs:
+            wanted = [
+                tuple(profile.axes[a][i] if isinstance(a, str) else a for a in spec.shape) for i in range(3)
+            ]
+            assert list(map(tuple, engine.get_tensor_profile_shape(spec.name, profile.index))) == wanted
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    for layer in range(manifest.model.num_layers):
+        assert f"model.layers.{layer}.self_attn/Attention" in text

@@ -13,18 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.pieces import GraphPieces
-from glm4_exporters.reference import (
-    Attention,
-    Glm4DecoderLayer,
-    Glm4RMSNorm,
-    KVCache,
-    load_model,
-    rotary_tables,
-)
+from glm4_exporters.reference import KVCache, load_model
+from glm4_exporters.streamed import reference_outputs
 from glm4_runtime import SamplingParams, Session
 from glm4_runtime.bundle import WEIGHTS, Manifest
 from glm4_runtime.errors import BundleError, GateError, RequestError
@@ -42,7 +35,6 @@ TEXTS = (
     "A",
 )
 SEQUENCE_LENGTHS = (64, 48, 64, 48, 1)
-HEAD_BLOCK = 64 << 20
 GREEDY_TOKENS = 32
 STEPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}  # between neighbours, as a share
 
@@ -162,73 +154,6 @@ def graph_inputs(manifest: Manifest, ids: Sequence[int]) -> dict[str, npt.NDArra
         inputs |= {"past_lengths": np.zeros(1, np.int32), "logits_indices": np.arange(count)[None]}
         inputs |= {spec.name: empty for spec in manifest.inputs if spec.name.startswith("past_key_values.")}
     return inputs
-
-
-@torch.inference_mode()
-def reference_outputs(
-    checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], progress: Progress = silent
-) -> list[Logits]:
-    """The reference model's outputs in float32, [positions, outputs] per sequence, one layer in memory at a time."""
-    config, task = checkpoint.config, checkpoint.task
-    rows = _embedding_rows(checkpoint, sorted({i for ids in sequences for i in ids}))
-    hidden = [torch.stack([rows[i] for i in ids])[None] for ids in sequences]
-    attends = [_full_attention(checkpoint, len(ids)) for ids in sequences]
-    for index in range(config.num_hidden_layers):
-        progress("run the reference's layers", index, config.num_hidden_layers)
-        with torch.device("meta"):
-            layer = Glm4DecoderLayer(config, index)
-        for name in dict(layer.named_parameters()):
-            _place(layer, name, checkpoint, f"model.layers.{index}.{name}")
-        hidden = [layer(x, attend) for x, attend in zip(hidden, attends, strict=True)]
-        del layer
-    progress("run the reference's layers", config.num_hidden_layers, config.num_hidden_layers)
-    norm = Glm4RMSNorm(config.hidden_size, config.rms_norm_eps)
-    _place(norm, "weight", checkpoint, "model.norm.weight")
-    states = [norm(x)[0] for x in hidden]
-    if task == "encoder":
-        return [x.numpy() for x in states]
-    if task == "sequence-classification":
-        states = [x[-1:] for x in states]
-    if task == "causal-lm":
-        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        return _head(checkpoint, head, states, progress)
-    score = checkpoint.read("score.weight").float().T
-    bias = checkpoint.read("score.bias").float() if task == "token-classification" else 0
-    return [(x @ score + bias).numpy() for x in states]
-
-
-def _head(checkpoint: Checkpoint, name: str, states: list[Tensor], progress: Progress) -> list[Logits]:
-    """states [n, H] times the head's rows, a block of rows at a time."""
-    vocab = checkpoint.config.vocab_size
-    logits = [np.empty((len(x), vocab), np.float32) for x in states]
-    buffer = torch.empty(HEAD_BLOCK, dtype=torch.uint8)
-    for start, block in checkpoint.row_blocks(checkpoint.name_of(name), buffer):
-        progress("run the reference's head", start, vocab)
-        rows = block.float().T
-        for x, out in zip(states, logits, strict=True):
-            out[:, start : start + rows.shape[1]] = (x @ rows).numpy()
-    progress("run the reference's head", vocab, vocab)
-    return logits
-
-
-def _place(module: torch.nn.Module, name: str, checkpoint: Checkpoint, source: str) -> None:
-    owner, _, leaf = name.rpartition(".")
-    tensor = checkpoint.read(checkpoint.name_of(source)).float()
-    setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
-
-
-def _embedding_rows(checkpoint: Checkpoint, ids: list[int]) -> dict[int, Tensor]:
-    buffer = torch.empty(HEAD_BLOCK, dtype=torch.uint8)
-    rows: dict[int, Tensor] = {}
-    for start, block in checkpoint.row_blocks(checkpoint.name_of("model.embed_tokens.weight"), buffer):
-        rows |= {i: block[i - start].float() for i in ids if start <= i < start + len(block)}
-    return rows
-
-
-def _full_attention(checkpoint: Checkpoint, length: int) -> Attention:
-    cos, sin = (t[None, None] for t in rotary_tables(checkpoint.config, torch.arange(length)))
-    mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-    return Attention(checkpoint.config, cos, sin, mask, cache=None)
 
 
 def _compare(

@@ -11,19 +11,20 @@ import transformers
 from checkpoints import random_tensors, tiny_config, write_checkpoint
 from safetensors.torch import save_file
 
-from glm4_deploy import parity, pipeline
+from glm4_deploy import pipeline
 from glm4_deploy.parity import (
     GREEDY_TOKENS,
     LIMITS,
     Parity,
     check_parity,
     measure_parity,
-    reference_outputs,
     sample_sequences,
 )
 from glm4_deploy.pipeline import ExportOptions, export
+from glm4_exporters import streamed
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
+from glm4_exporters.streamed import reference_outputs
 from glm4_runtime import Session
 from glm4_runtime.bundle import read_manifest
 from glm4_runtime.errors import GateError
@@ -163,7 +164,7 @@ def test_the_numbers_are_those_of_the_whole_models(sure_checkpoint, sure_bundles
     ],
 )
 def test_the_streamed_reference_is_transformers(tmp_path, task, kind, monkeypatch):
-    monkeypatch.setattr(parity, "HEAD_BLOCK", 7 * 64 * 4)  # seven rows at a time
+    monkeypatch.setattr(streamed, "READ_BLOCK", 7 * 64 * 4)  # seven rows at a time
     folder = write_checkpoint(tmp_path / "checkpoint", tiny_config(), task=task, dtype="bfloat16")
     sequences = [[5, 6, 7, 300, 5], [9], list(range(10, 50))]
     with Checkpoint.load(folder) as checkpoint:

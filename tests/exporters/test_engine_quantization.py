@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from glm4_exporters.engine_network import Network, fold_weight_transposes
+from glm4_exporters.engine_network import Network, check_compiled, fold_weight_transposes
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -70,11 +70,23 @@ def product(element, scale_shape, axis, block, zero=None, quantized_input=False,
     return model
 
 
+class Layers(trt.ILogger):
+    """Keeps the message that lists a built engine's layers."""
+
+    def __init__(self):
+        trt.ILogger.__init__(self)
+        self.text = ""
+
+    def log(self, severity, message):
+        if severity == trt.ILogger.VERBOSE and message.startswith("Layers:"):
+            self.text = message
+
+
 class Built:
-    """The outcome of a parse and a build: bytes per weight, or what was said."""
+    """The outcome of a parse and a build: bytes per weight and layers per profile, or what was said."""
 
     def __init__(self, model, fold=True):
-        logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+        logger = Layers()
         builder = trt.Builder(logger)
         definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(definition, logger)
@@ -86,6 +98,7 @@ class Built:
         if fold:
             self.folded = fold_weight_transposes(self.network)
         config = builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         for low, best, high in PROFILES:
             profile = builder.create_optimization_profile()
             profile.set_shape("x", (*low, IN), (*best, IN), (*high, IN))
@@ -93,45 +106,49 @@ class Built:
         engine = builder.build_serialized_network(definition, config)
         assert engine is not None
         self.bytes_per_weight = engine.nbytes / (OUT * IN)
+        self.kernels = check_compiled(logger.text, ["prefill", "decode"], {})
 
 
-# name: arguments of product, and the most bytes per weight that an engine of both profiles may take
+def in_blocks(element, block, activations=FP16):
+    return dict(element=element, scale_shape=(OUT, IN // block), axis=1, block=block, activations=activations)
+
+
+def fp8(scale_shape, axis, activations=FP16):
+    return dict(
+        element=FP8,
+        scale_shape=scale_shape,
+        axis=axis,
+        block=0,
+        quantized_input=True,
+        activations=activations,
+    )
+
+
+INT8_CHANNELS = dict(element=INT8, scale_shape=(OUT,), axis=0, block=0)
+
+# name: arguments of product, the most bytes per weight that an engine of both profiles may take, and the prefill's
+# layers. "runtime_fusion" reads the quantized weight and multiplies; "kgen" and "gemm" are a pass over memory each.
 FORMS = {
-    "int8 per channel": (dict(element=INT8, scale_shape=(OUT,), axis=0, block=0), 1.1),
-    "int8 in blocks of 128": (dict(element=INT8, scale_shape=(OUT, IN // 128), axis=1, block=128), 1.2),
-    "int8 in blocks of 32": (dict(element=INT8, scale_shape=(OUT, IN // 32), axis=1, block=32), 1.3),
-    "int8 with zero points of zero": (
-        dict(element=INT8, scale_shape=(OUT, IN // 128), axis=1, block=128, zero=0),
-        1.2,
-    ),
-    "int8 in bf16": (
-        dict(element=INT8, scale_shape=(OUT, IN // 128), axis=1, block=128, activations=BF16),
-        1.2,
-    ),
-    "int4 in blocks of 128": (dict(element=INT4, scale_shape=(OUT, IN // 128), axis=1, block=128), 0.65),
-    "int4 in blocks of 32": (dict(element=INT4, scale_shape=(OUT, IN // 32), axis=1, block=32), 0.7),
-    "int4 in bf16": (
-        dict(element=INT4, scale_shape=(OUT, IN // 32), axis=1, block=32, activations=BF16),
-        0.7,
-    ),
-    "fp8 per tensor, both sides": (
-        dict(element=FP8, scale_shape=(), axis=None, block=0, quantized_input=True),
-        1.2,
-    ),
-    "fp8 per channel, both sides": (
-        dict(element=FP8, scale_shape=(OUT,), axis=0, block=0, quantized_input=True),
-        1.3,
-    ),
-    "fp8 in bf16, both sides": (
-        dict(element=FP8, scale_shape=(OUT,), axis=0, block=0, quantized_input=True, activations=BF16),
-        1.3,
-    ),
+    "int8 per channel": (INT8_CHANNELS, 1.1, {"runtime_fusion": 1}),
+    "int8 per channel in bf16": (INT8_CHANNELS | {"activations": BF16}, 1.1, {"runtime_fusion": 1}),
+    "int8 per channel, zero points": (INT8_CHANNELS | {"zero": 0}, 1.1, {"runtime_fusion": 1}),
+    # the whole weight is written as fp16 before each product
+    "int8 in blocks of 128": (in_blocks(INT8, 128), 1.2, {"kgen": 1, "gemm": 1}),
+    "int8 in blocks of 32": (in_blocks(INT8, 32), 1.3, {"kgen": 1, "gemm": 1}),
+    "int4 in blocks of 128": (in_blocks(INT4, 128), 0.65, {"runtime_fusion": 1}),
+    "int4 in blocks of 32": (in_blocks(INT4, 32), 0.7, {"runtime_fusion": 1}),
+    "int4 in bf16": (in_blocks(INT4, 32, BF16), 0.7, {"runtime_fusion": 1}),
+    # the input is quantized, then the product
+    "fp8 per tensor": (fp8((), None), 1.2, {"kgen": 1, "gemm": 1}),
+    "fp8 per tensor in bf16": (fp8((), None, BF16), 1.2, {"kgen": 1, "gemm": 1}),
+    # and the rounded product scaled once more
+    "fp8 per channel": (fp8((OUT,), 0), 1.3, {"kgen": 2, "gemm": 1}),
 }
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_forms_that_build_and_store_each_weight_once(name):
-    arguments, limit = FORMS[name]
+    arguments, limit, layers = FORMS[name]
     built = Built(product(**arguments))
     assert built.refusal is None
     assert built.folded == 1
@@ -140,6 +157,7 @@ def test_forms_that_build_and_store_each_weight_once(name):
         (2, 1) if arguments.get("quantized_input") else (1, 0)
     )
     assert built.bytes_per_weight <= limit
+    assert {kind: n for kind, n in built.kernels["prefill"].items() if kind != "shape_call"} == layers
 
 
 def test_why_transposes_are_folded():

@@ -1,12 +1,16 @@
-"""Products of the native dialect in fp8: weights per output channel, inputs per tensor, both by Q and DQ.
+"""Products of the native dialect in fp8: weights and inputs by Q and DQ, a scale per tensor each.
 
 The form that TensorRT-RTX turns into an fp8 product (``tests/exporters/test_engine_quantization.py`` holds it):
 
     x -> QuantizeLinear -> DequantizeLinear ------\\
     w [out, in] fp8 -> DequantizeLinear -> Transpose -> MatMul
 
-A weight keeps its name and becomes float8_e4m3fn; its scales are a new initializer without data,
-``<weight>.scale`` [out], which the weights' writer fills by :func:`fp8_rows`.
+A weight keeps its name and becomes float8_e4m3fn; its scale is a new initializer without data, the scalar
+``<weight>.scale``, which the weights' writer fills by :func:`fp8_scale` as it casts by :func:`fp8_values`.
+
+Scales per output channel build as well, but TensorRT-RTX 1.7 multiplies by them after the product has been rounded to
+the activations' type: sums of weights of up to 448 leave float16's range there. With one scale both factors
+are applied in float32, before the rounding.
 """
 
 from collections.abc import Mapping
@@ -19,7 +23,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from glm4_exporters.passes.builder import Builder, fixed, scope_of
+from glm4_exporters.passes.builder import Builder, scope_of
 from glm4_runtime.errors import ExportError
 
 FP8_MAX = 448.0  # of float8_e4m3fn
@@ -27,16 +31,15 @@ SCALE_SUFFIX = ".scale"
 
 
 def fp8_scale(absmax: float) -> float:
-    """The scale of a tensor whose largest magnitude is ``absmax``; TensorRT refuses a scale of zero."""
+    """The scale of a tensor whose largest magnitude is ``absmax``, an input's or a weight's; never zero."""
     return (
         max(absmax, FP8_MAX * 2.0**-14) / FP8_MAX
     )  # 2^-14, the smallest number of full precision in float16
 
 
-def fp8_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize float32 rows [n, in], each by its own largest magnitude; returns float8_e4m3fn rows and scales [n]."""
-    scales = rows.abs().amax(-1).clamp(min=FP8_MAX * 2.0**-14) / FP8_MAX
-    return (rows / scales[:, None]).to(torch.float8_e4m3fn), scales
+def fp8_values(values: Tensor, scale: float) -> Tensor:
+    """float32 values over their tensor's scale, as float8_e4m3fn."""
+    return (values / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
 class Fp8Products(ir.passes.InPlacePass):
@@ -86,16 +89,15 @@ def _weight_of(node: ir.Node) -> ir.Value | None:
 def _quantize_weight(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> None:
     transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
     assert transpose is not None
-    assert weight.shape is not None
     scale = ir.Value(
         name=f"{weight.name}{SCALE_SUFFIX}",
         type=ir.TensorType(weight.dtype) if weight.dtype is not None else None,
-        shape=ir.Shape([fixed(weight.shape[0])]),
+        shape=ir.Shape([]),
     )
     graph.initializers[str(scale.name)] = scale
     weight.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
     b = Builder(graph, scope_of(node))
-    transpose.replace_input_with(0, b.op("DequantizeLinear", weight, scale, axis=0))
+    transpose.replace_input_with(0, b.op("DequantizeLinear", weight, scale))
     graph.insert_before(transpose, b.nodes)
 
 

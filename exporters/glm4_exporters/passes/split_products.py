@@ -60,6 +60,8 @@ def _rows(graph: ir.Graph, value: ir.Value, start: int, count: int, part: int) -
     whole = value.const_value
     assert whole is not None
     assert value.shape is not None
+    if not value.shape:  # one scale for the whole weight
+        return value
     shape = ir.Shape([count, *(fixed(axis) for axis in list(value.shape)[1:])])
     name = f"{value.name}.{part}"
     if isinstance(whole, ir.ExternalTensor):

@@ -22,7 +22,7 @@ from glm4_deploy import __version__
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.engine import EngineOptions, engine_attention, engine_version, require_engine
 from glm4_exporters.graph_io import graph_io
-from glm4_exporters.targets import require_target
+from glm4_exporters.targets import Form, choose_form
 from glm4_runtime.bundle import (
     GRAPH,
     MANIFEST,
@@ -59,6 +59,7 @@ class ExportOptions:
     max_seq_len: int | None = None  # the model's positions where None
     max_batch_size: int = DEFAULT_BATCH
     parity: bool = True
+    activations: str | None = None  # of a quantized bundle; the target's choice where None
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -96,26 +97,26 @@ def export(
     bundle = Path(bundle)
     clock = _Clock()
     with Checkpoint.load(checkpoint, task=options.task) as source:
-        limits = _check_options(source, options)
+        limits, form = _check_options(source, options)
         _check_destination(bundle, force)
         _check_installed(options)
         with clock("trace"):
             progress("trace the model", 0, 0)
-            model = _trace(source, options)
+            model = _trace(source, form)
         with _written_aside(bundle) as folder:
             with clock("weights"):
                 written = _write_model(source, model, folder, progress)
             _copy_side_files(source, folder)
-            manifest = _describe(source, options, limits, model, folder, written)
+            manifest = _describe(source, options, form, limits, model, folder, written)
             write_manifest(folder, manifest)
             parity = None
             if options.parity:
                 with clock("parity"):
                     parity = _prove(folder, manifest, source, progress)
             engine = None
-            if require_target(options.target, options.precision)[0].engine is not None:
+            if form.target.engine is not None:
                 with clock("engine"):
-                    engine = _build_engine(source, model, folder, manifest, options, progress)
+                    engine = _build_engine(source, model, folder, manifest, form, options, progress)
                 manifest = engine.manifest
             result = ExportResult(bundle, manifest, parity, engine, clock.seconds, _peak_rss())
             _write_report(folder, options, result)
@@ -131,10 +132,10 @@ def cache_key(checkpoint: str | Path, options: ExportOptions) -> str:
     it, or else size and modification time.
     """
     with Checkpoint.load(checkpoint, task=options.task) as source:
-        limits = _check_options(source, options)
+        limits, form = _check_options(source, options)
         shaping = {name: value for name, value in dataclasses.asdict(options).items() if name != "parity"}
         del shaping["engine"]["timing_cache"]  # saves time, and lies elsewhere on each machine
-        kind = require_target(options.target, options.precision)[0].engine
+        kind = form.target.engine
         parts = {
             "schema": SCHEMA_VERSION,
             "options": shaping | {"task": source.task} | dataclasses.asdict(limits),
@@ -147,16 +148,16 @@ def cache_key(checkpoint: str | Path, options: ExportOptions) -> str:
 # Before the work ----------------------------------------------------------------------------------
 
 
-def _check_options(source: Checkpoint, options: ExportOptions) -> Limits:
-    target, _ = require_target(options.target, options.precision)
-    require_engine(target.engine, options.target, options.precision, options.engine)
+def _check_options(source: Checkpoint, options: ExportOptions) -> tuple[Limits, Form]:
+    form = choose_form(source.config, source.task, options.target, options.precision, options.activations)
+    require_engine(form.target.engine, options.target, options.precision, options.engine)
     positions = source.config.max_position_embeddings
     length = positions if options.max_seq_len is None else options.max_seq_len
     if not 1 <= length <= positions:
         raise ExportError(f"max_seq_len is {length}, but this model has 1 ... {positions} positions")
     if options.max_batch_size < 1:
         raise ExportError(f"max_batch_size is {options.max_batch_size}, but must be at least 1")
-    return Limits(length, options.max_batch_size)
+    return Limits(length, options.max_batch_size), form
 
 
 def _check_destination(bundle: Path, force: bool) -> None:
@@ -197,12 +198,15 @@ def _require_space(folder: Path, needed: int) -> None:
 # The steps ----------------------------------------------------------------------------------------
 
 
-def _trace(source: Checkpoint, options: ExportOptions) -> "ir.Model":
+def _trace(source: Checkpoint, form: Form) -> "ir.Model":
     from glm4_exporters.passes import lower
+    from glm4_exporters.passes.quantize_weights import QuantizeWeights
     from glm4_exporters.trace import trace
 
-    target, precision = require_target(options.target, options.precision)
-    return lower(trace(source.config, source.task, precision.activations), target.dialect)
+    model = lower(trace(source.config, source.task, form.activations), form.target.dialect)
+    if form.schemes:
+        QuantizeWeights(form.target.dialect, form.schemes)(model)
+    return model
 
 
 def _write_model(source: Checkpoint, model: "ir.Model", folder: Path, progress: Progress) -> "WrittenWeights":
@@ -213,7 +217,7 @@ def _write_model(source: Checkpoint, model: "ir.Model", folder: Path, progress: 
 
     tensors = layout(model)
     _require_space(folder, stored_bytes(tensors))
-    written = write_weights(source, tensors, folder / WEIGHTS, progress)
+    written = write_weights(source, tensors, folder / WEIGHTS, progress=progress)
     attach(model, tensors, WEIGHTS)
     ir.save(model, folder / GRAPH)
     onnx.checker.check_model(folder / GRAPH, full_check=True)
@@ -228,23 +232,23 @@ def _copy_side_files(source: Checkpoint, folder: Path) -> None:
 def _describe(
     source: Checkpoint,
     options: ExportOptions,
+    form: Form,
     limits: Limits,
     model: "ir.Model",
     folder: Path,
     written: "WrittenWeights",
 ) -> Manifest:
     config, task = source.config, source.task
-    target, precision = require_target(options.target, options.precision)
     has_cache = task == "causal-lm"
-    io = graph_io(config, task, precision.activations)
+    io = graph_io(config, task, form.activations)
     files = {path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name != WEIGHTS}
     return Manifest(
         task=task,
         target=options.target,
-        dialect=target.dialect,
+        dialect=form.target.dialect,
         precision=options.precision,
-        activations=precision.activations,
-        kv_cache=precision.activations if has_cache else None,
+        activations=form.activations,
+        kv_cache=form.activations if has_cache else None,
         model=ModelInfo(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -261,8 +265,8 @@ def _describe(
         opsets=dict(model.opset_imports),
         inputs=io.inputs,
         outputs=io.outputs,
-        providers=target.providers[options.precision],
-        tensor_precisions=dict.fromkeys(("embedding", "layers", "head"), precision.weights),
+        providers=form.target.providers[form.activations],
+        tensor_precisions=dict(form.groups),
         tools=_tool_versions(),
         config=config.to_dict(),
         source_sha256=written.source_sha256,
@@ -284,6 +288,7 @@ def _build_engine(
     model: "ir.Model",
     folder: Path,
     manifest: Manifest,
+    form: Form,
     options: ExportOptions,
     progress: Progress,
 ) -> "EngineBundle":
@@ -291,7 +296,7 @@ def _build_engine(
     from glm4_exporters.trace import trace
     from glm4_exporters.weights import attach, layout
 
-    kind = require_target(options.target, options.precision)[0].engine
+    kind = form.target.engine
     assert kind is not None
     if engine_attention(kind, options.engine) == "plugin":  # proven in the native dialect, built from ours
         model = trace(source.config, source.task, manifest.activations)

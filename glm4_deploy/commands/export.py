@@ -7,7 +7,7 @@ import click
 from glm4_deploy import pipeline, show
 from glm4_deploy.engine_bundle import engine_report
 from glm4_exporters.engine import ATTENTIONS, LAYOUTS, EngineOptions
-from glm4_exporters.targets import PRECISIONS, TARGETS
+from glm4_exporters.targets import ACTIVATIONS, PRECISIONS, TARGETS
 from glm4_runtime.bundle import Manifest
 
 
@@ -27,7 +27,12 @@ from glm4_runtime.bundle import Manifest
     type=click.Choice(list(PRECISIONS)),
     default=pipeline.DEFAULT_PRECISION,
     show_default=True,
-    help="Element type of weights, activations and cache.",
+    help="Element type of weights, activations and cache; int8 and int4 are of weights only.",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(list(ACTIVATIONS)),
+    help="Element type of activations and cache of a quantized bundle: fp32 unless told, fp16 for TensorRT.",
 )
 @click.option(
     "--task",
@@ -81,6 +86,7 @@ def command(
     bundle: Path | None,
     target: str,
     precision: str,
+    activations: str | None,
     task: str | None,
     max_seq_len: int | None,
     max_batch_size: int,
@@ -97,7 +103,7 @@ def command(
     """Make a bundle from the checkpoint folder CHECKPOINT, and prove that it computes what PyTorch does."""
     engine = EngineOptions(sm, engine_layout, attention, timing_cache, keep_onnx)
     options = pipeline.ExportOptions(
-        target, precision, task, max_seq_len, max_batch_size, not no_parity, engine
+        target, precision, task, max_seq_len, max_batch_size, not no_parity, activations, engine
     )
     if print_key:
         click.echo(pipeline.cache_key(checkpoint, options))

@@ -7,6 +7,7 @@ events. Logits are random, once per run, of the released checkpoints' vocabulary
 """
 
 import json
+import os
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,7 +86,7 @@ def main(out: Path | None) -> None:
     lines = [
         "# What the scheduler costs per step",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}.",
+        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, load average {os.getloadavg()[0]:.1f}.",
         f"Microseconds per active slot and step, over {STEPS} steps: planning, sampling and events, without the model.",
         "",
         "    python benchmarks/scheduler_overhead.py",

@@ -9,6 +9,7 @@ and mode. "random" is the counter-check: an answer that shares nothing with its 
 """
 
 import json
+import os
 import platform
 import statistics
 import threading
@@ -122,7 +123,7 @@ def main(bundle: Path, rounds: int, threads: int | None, out: Path | None) -> No
     lines = [
         "# Prompt lookup",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {threads or 'all'} threads, onnxruntime {version('onnxruntime')}.",
+        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {threads or 'all'} threads, onnxruntime {version('onnxruntime')}, load average {os.getloadavg()[0]:.1f}.",
         f"{model.num_layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}, "
         f"{session.manifest.precision}; medians of {rounds} alternating rounds, {TOKENS} tokens each.",
         "",

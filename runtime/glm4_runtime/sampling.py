@@ -21,7 +21,7 @@ import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -137,6 +137,20 @@ def _checked_ids(name: str, ids: Any) -> tuple[int, ...]:
     if isinstance(ids, str | bytes | Mapping) or not isinstance(ids, Iterable):
         raise RequestError(f"{name} must be a list of token ids, not {_shown(ids)}")
     return tuple(_integer(f"a token id in {name}", token, 0, _INT64_MAX) for token in ids)
+
+
+class TokenMask(Protocol):
+    """Which tokens may come next in one sequence. Stateful: one belongs to one sequence."""
+
+    def advance(self, token: int) -> None:
+        """``token`` was chosen: work out what may follow it. May be called on a thread of its own."""
+
+    def apply(self, logits: FloatArray) -> None:
+        """Set the logits [vocab] of forbidden tokens to -inf, in place; never while advance runs."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing may follow any more; the sequence then ends with "stop"."""
 
 
 @dataclass(frozen=True)

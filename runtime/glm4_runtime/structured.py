@@ -49,12 +49,14 @@ class ReplyFormat:
     functions  what may be called instead of answering
     required   calls only: no answer
     max_calls  how many calls may follow each other
+    turn       whether it is a turn of a chat, where GLM-4 writes a newline before its answer
     """
 
     answer: AnswerFormat | None = None
     functions: tuple[Function, ...] = ()
     required: bool = False
     max_calls: int = MAX_CALLS
+    turn: bool = True
 
 
 class GrammarMask:
@@ -145,7 +147,7 @@ def _grammars(reply: ReplyFormat, thinking: bool) -> list[dict[str, Any]]:
     ways = []
     if not reply.required:
         parts["answer"] = {"lark_grammar": _FREE} if reply.answer is None else _answer(reply.answer)
-        ways.append('"\\n" @answer')
+        ways.append('"\\n" @answer' if reply.turn else "@answer")
     if reply.functions:
         for index, function in enumerate(reply.functions):
             parts[f"arguments_{index}"] = {"json_schema": _schema(function.parameters)}

@@ -16,7 +16,7 @@ from glm4_runtime.bundle import Manifest
 from glm4_runtime.errors import RequestError, SlotError
 from glm4_runtime.generate import Token, generate
 from glm4_runtime.kv_cache import Move, SlotTable, bucket
-from glm4_runtime.sampling import SamplingParams
+from glm4_runtime.sampling import SamplingParams, TokenMask
 from glm4_runtime.tokenizer import Tokenizer
 
 Logits = npt.NDArray[np.float32]
@@ -135,6 +135,12 @@ class Session(abc.ABC):
         """
         if not tokens:
             return {}
+        slots, logits = self.decode_block(tokens)
+        return {slot: row.copy() for slot, row in zip(slots, logits, strict=True)}
+
+    def decode_block(self, tokens: Mapping[int, int]) -> tuple[list[int], Logits]:
+        """Like :meth:`decode` without a copy per slot: the slots, and their logits as one float32
+        [slots, vocab] in that order, which the next run may overwrite."""
         self._require_task("causal-lm", "decode")
         for slot, token in tokens.items():
             self._require_slot(slot, in_use=True)
@@ -149,7 +155,7 @@ class Session(abc.ABC):
         result = self._run_decoder(0, ids, past, np.zeros((len(slots), 1), np.int64))
         for slot, length in zip(slots, past, strict=True):
             self._slots.set_length(slot, length + 1)
-        return {slot: result[row, 0].copy() for row, slot in enumerate(slots)}
+        return slots, result[:, 0]
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget all positions of a slot from ``length`` on; length 0 keeps the slot in use."""
@@ -209,7 +215,9 @@ class Session(abc.ABC):
 
         return blocks()
 
-    def generate(self, token_ids: Sequence[int], params: SamplingParams | None = None) -> Iterator[Token]:
+    def generate(
+        self, token_ids: Sequence[int], params: SamplingParams | None = None, mask: TokenMask | None = None
+    ) -> Iterator[Token]:
         """Continue a prompt; yields each token with its id and the text it completes.
 
         Takes a free slot until the iterator is exhausted or closed.
@@ -225,6 +233,7 @@ class Session(abc.ABC):
             list(token_ids),
             self.manifest.model.eos_token_ids,
             self.max_seq_len + 1,
+            mask,
         )
 
         def released_at_the_end() -> Iterator[Token]:

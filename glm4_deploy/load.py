@@ -90,7 +90,9 @@ async def _model(client: httpx.AsyncClient) -> str:
         response.raise_for_status()
         return str(response.json()["data"][0]["id"])
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
-        raise RequestError(f"{client.base_url} does not list its models as OpenAI's API does: {error}") from error
+        raise RequestError(
+            f"{client.base_url} does not list its models as OpenAI's API does: {error}"
+        ) from error
 
 
 async def _run(client: httpx.AsyncClient, model: str, load: Load, progress: Progress) -> dict[str, Any]:
@@ -153,7 +155,9 @@ async def _ask(client: httpx.AsyncClient, model: str, prompt: str, load: Load) -
     try:
         async with client.stream("POST", "/v1/completions", json=body, timeout=load.timeout) as response:
             if response.status_code != 200:
-                sample.error = f"{response.status_code}: {(await response.aread())[:200].decode(errors='replace')}"
+                sample.error = (
+                    f"{response.status_code}: {(await response.aread())[:200].decode(errors='replace')}"
+                )
             else:
                 await _read(response.aiter_lines(), sample)
     except httpx.HTTPError as error:
@@ -265,5 +269,6 @@ def _draw(panel: Any, runs: Sequence[dict[str, Any]], key: str, title: str) -> N
             panel.plot(loads, [run[key][name] for run in usable], marker="o", label=name)
     panel.set_title(title, fontsize="medium")
     panel.set_xlabel("clients" if runs[0]["loop"] == "closed" else "requests per second")
+    panel.margins(y=0.15)
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)

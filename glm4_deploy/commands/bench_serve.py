@@ -14,17 +14,29 @@ from glm4_runtime.errors import RequestError
 @click.command("bench-serve")
 @click.argument("url")
 @click.option(
-    "--clients", default="1,2,4,8", show_default=True, metavar="N,...", help="Closed loops of so many clients."
+    "--clients",
+    default="1,2,4,8",
+    show_default=True,
+    metavar="N,...",
+    help="Closed loops of so many clients.",
 )
-@click.option("--rate", metavar="R,...", help="Open loops of so many requests per second, instead of --clients.")
+@click.option(
+    "--rate", metavar="R,...", help="Open loops of so many requests per second, instead of --clients."
+)
 @click.option("--requests", type=click.IntRange(min=1), default=32, show_default=True, help="Of each load.")
 @click.option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Before each load.")
 @click.option("--prompt-words", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option(
-    "--shared-words", type=click.IntRange(min=0), default=0, show_default=True, help="That all prompts begin with."
+    "--shared-words",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="That all prompts begin with.",
 )
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--honour-eos", is_flag=True, help="Let answers end early; other servers may not know ignore_eos.")
+@click.option(
+    "--honour-eos", is_flag=True, help="Let answers end early; other servers may not know ignore_eos."
+)
 @click.option("--timeout", type=float, default=600.0, show_default=True, metavar="SECONDS")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), help="Write the figures here as JSON.")

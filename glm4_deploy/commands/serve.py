@@ -10,19 +10,27 @@ from glm4_runtime.errors import BundleError
 
 @click.command("serve")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 for everywhere.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 for everywhere."
+)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one."
+)
 @click.option(
     "--api-key-file",
     type=click.Path(path_type=Path),
     help="API keys, one a line. GLM4_API_KEYS in the environment adds more, separated by commas.",
 )
 @click.option("--allow-anonymous", is_flag=True, help="Listen beyond this machine without an API key.")
-@click.option("--served-name", metavar="NAME", help="The model's name in the API; the folder's name by default.")
+@click.option(
+    "--served-name", metavar="NAME", help="The model's name in the API; the folder's name by default."
+)
 @click.option("--max-queue", type=click.IntRange(min=1), default=64, show_default=True, metavar="N")
 @click.option("--max-prompt-tokens", type=click.IntRange(min=1), metavar="N", help="The longest prompt.")
 @click.option("--max-choices", type=click.IntRange(min=1), default=16, show_default=True, metavar="N")
-@click.option("--max-body-bytes", type=click.IntRange(min=1), default=4 * 2**20, show_default=True, metavar="N")
+@click.option(
+    "--max-body-bytes", type=click.IntRange(min=1), default=4 * 2**20, show_default=True, metavar="N"
+)
 @click.option("--request-timeout", type=float, default=600.0, show_default=True, metavar="SECONDS")
 @click.option("--body-timeout", type=float, default=30.0, show_default=True, metavar="SECONDS")
 @click.option(

@@ -152,7 +152,7 @@ def _grammars(reply: ReplyFormat, thinking: bool) -> list[dict[str, Any]]:
         for index, function in enumerate(reply.functions):
             parts[f"arguments_{index}"] = {"json_schema": _schema(function.parameters)}
         calls = " | ".join(
-            f'{json.dumps(function.name + chr(10))} @arguments_{index}'
+            f"{json.dumps(function.name + chr(10))} @arguments_{index}"
             for index, function in enumerate(reply.functions)
         )
         more = f' ("\\n" call){{0,{reply.max_calls - 1}}}' if reply.max_calls > 1 else ""
@@ -184,7 +184,9 @@ def _require_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"the format is not valid Unicode: half a surrogate pair at {error.start}") from error
+        raise RequestError(
+            f"the format is not valid Unicode: half a surrogate pair at {error.start}"
+        ) from error
 
 
 def _reason(matcher: llguidance.LLMatcher) -> str:

@@ -189,7 +189,10 @@ def _path(parts: list[str | int]) -> str:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    known = {404: f"there is no {request.url.path[:200]!r} here", 405: f"{request.method} is not possible here"}
+    known = {
+        404: f"there is no {request.url.path[:200]!r} here",
+        405: f"{request.method} is not possible here",
+    }
     status = error.status_code if error.status_code in known else 400
     response = await _refused(request, ApiError(status, known.get(status, str(error.detail))))
     response.headers.update(error.headers or {})

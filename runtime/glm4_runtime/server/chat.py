@@ -130,7 +130,10 @@ def _rendered(
 
 
 def _max_tokens(body: schema.ChatRequest) -> int | None:
-    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+    if (
+        None not in (body.max_tokens, body.max_completion_tokens)
+        and body.max_tokens != body.max_completion_tokens
+    ):
         raise ApiError(
             400,
             f"max_tokens is {body.max_tokens} and max_completion_tokens {body.max_completion_tokens}; give one",
@@ -242,4 +245,3 @@ class Answer:
         note_answer(self._job, self._usage, [reply.finish_reason for reply in replies])
         if self._engine.options.log_prompts:
             log.record()["answers"] = [reply.message for reply in replies]
-

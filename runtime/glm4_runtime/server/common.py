@@ -11,7 +11,7 @@ from starlette.responses import StreamingResponse
 from glm4_runtime.sampling import SamplingParams
 from glm4_runtime.scheduler import Started
 from glm4_runtime.server import log, schema
-from glm4_runtime.server.engine import ClientGone, Engine, Job
+from glm4_runtime.server.engine import ClientGoneError, Engine, Job
 from glm4_runtime.server.errors import ApiError, api_error, encode
 from glm4_runtime.structured import AnswerFormat
 
@@ -29,7 +29,9 @@ _GIVEN_AS_THEY_ARE = (
 _DONE = b"data: [DONE]\n\n"
 
 
-def sampling_params(engine: Engine, body: schema.Sampling, max_tokens: int | None, choice: int) -> SamplingParams:
+def sampling_params(
+    engine: Engine, body: schema.Sampling, max_tokens: int | None, choice: int
+) -> SamplingParams:
     """The parameters of one of the request's replies: of several with a seed, each has a seed of its own."""
     given = {name: getattr(body, name) for name in _GIVEN_AS_THEY_ARE if getattr(body, name) is not None}
     return SamplingParams(
@@ -44,13 +46,17 @@ def sampling_params(engine: Engine, body: schema.Sampling, max_tokens: int | Non
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:
     wrong = [name for name in given if not (name.isascii() and name.isdigit() and len(name) < 12)]
     if wrong:
-        raise ApiError(400, f"logit_bias maps token ids to numbers; {wrong[0][:40]!r} is no id", param="logit_bias")
+        raise ApiError(
+            400, f"logit_bias maps token ids to numbers; {wrong[0][:40]!r} is no id", param="logit_bias"
+        )
     return {int(name): value for name, value in given.items()}
 
 
 def require_choices(engine: Engine, count: int) -> None:
     if count > engine.options.max_choices:
-        raise ApiError(400, f"{count} replies were asked for; this server gives {engine.options.max_choices}", param="n")
+        raise ApiError(
+            400, f"{count} replies were asked for; this server gives {engine.options.max_choices}", param="n"
+        )
 
 
 def require_stream_options(body: schema.Sampling) -> bool:
@@ -133,7 +139,7 @@ async def event_stream(chunks: AsyncGenerator[dict[str, Any], None]) -> Streamin
             try:
                 async for chunk in chunks:
                     yield _event(chunk)
-            except ClientGone:
+            except ClientGoneError:
                 return
             except Exception as error:
                 told = api_error(error)

@@ -74,28 +74,30 @@ def encoded(engine: Engine, given: str | Sequence[int]) -> tuple[int, ...]:
 def _plan(engine: Engine, body: schema.CompletionRequest, deadline: float) -> Plan:
     engine.require_grammars()
     if body.echo and body.logprobs is not None:
-        raise ApiError(400, "echo with logprobs is not implemented: a prompt's own are not kept", param="echo")
+        raise ApiError(
+            400, "echo with logprobs is not implemented: a prompt's own are not kept", param="echo"
+        )
     prompts, n = as_list(body.prompt), body.n or 1
     require_choices(engine, len(prompts) * n)
     mask = _mask(engine, body)
-    requests, choices, texts = [], [], []
+    plan = Plan([], [], [])
     for prompt in prompts:
         ids = encoded(engine, prompt)
         text = prompt if isinstance(prompt, str) else engine.tokenizer.decode(ids, skip_special_tokens=False)
-        texts.append(text)
+        plan.prompts.append(text)
         for _ in range(n):
-            requests.append(
+            plan.requests.append(
                 Request(
                     prompt_ids=ids,
-                    params=sampling_params(engine, body, body.max_tokens, len(requests)),
+                    params=sampling_params(engine, body, body.max_tokens, len(plan.requests)),
                     logprobs=body.logprobs is not None,
                     top_logprobs=body.logprobs or 0,
                     mask=None if mask is None else mask.copy(),
                     deadline=deadline,
                 )
             )
-            choices.append(Continuation(text if body.echo else ""))
-    return Plan(requests, choices, texts)
+            plan.choices.append(Continuation(text if body.echo else ""))
+    return plan
 
 
 def _mask(engine: Engine, body: schema.CompletionRequest) -> GrammarMask | None:
@@ -166,7 +168,9 @@ class Answer:
         choice.tokens += 1
         choice.text += token.text
         choice.finish_reason = token.finish_reason
-        at_end = token.finish_reason == "stop" and token.id in self._engine.session.manifest.model.eos_token_ids
+        at_end = (
+            token.finish_reason == "stop" and token.id in self._engine.session.manifest.model.eos_token_ids
+        )
         if not self._with_logprobs or at_end:
             return []
         choice.logprobs.append(token_logprobs(event, self._engine.require_grammars().token_bytes))

@@ -133,9 +133,7 @@ def _results(
         position += 1
     missing = [key for key in expected if key not in found]
     if missing:
-        raise RequestError(
-            f"messages[{start - 1}] calls tools, but no message answers: {', '.join(missing)}"
-        )
+        raise RequestError(f"messages[{start - 1}] calls tools, but no message answers: {', '.join(missing)}")
     return [found[key] for key in expected], position
 
 

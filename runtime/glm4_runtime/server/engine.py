@@ -160,7 +160,7 @@ class Engine:
             self._waiting -= 1
 
 
-class ClientGone(Exception):
+class ClientGoneError(Exception):
     """The client closed the connection before its answer was ready: nobody is left to answer."""
 
 
@@ -186,13 +186,13 @@ class Job:
     async def events(self) -> AsyncIterator[tuple[int, Started | Generated]]:
         """Each sequence's number and what happened to it, until all have ended.
 
-        Raises the error of the first one that fails, and ends the others then; :class:`ClientGone` where
+        Raises the error of the first one that fails, and ends the others then; :class:`ClientGoneError` where
         the job was abandoned.
         """
         while self._open:
             entry = await self._events.get()
             if entry is None:
-                raise ClientGone
+                raise ClientGoneError
             index, event = entry
             if index not in self._open:
                 continue

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm4_runtime.server import log
-from glm4_runtime.server.engine import ClientGone
+from glm4_runtime.server.engine import ClientGoneError
 from glm4_runtime.server.errors import ApiError, error_response
 from glm4_runtime.server.metrics import Metrics
 
@@ -48,7 +48,7 @@ class Recorded:
 
         try:
             await self._app(scope, receive, sending)
-        except ClientGone:
+        except ClientGoneError:
             status = status or 499
         except Exception as error:
             log.defect(error)
@@ -63,7 +63,8 @@ class Recorded:
             method, shown = scope["method"], scope["path"][:200]
             log.write(
                 "request",
-                **fields | {"method": method, "path": shown, "status": status or 499, "seconds": round(seconds, 4)},
+                **fields
+                | {"method": method, "path": shown, "status": status or 499, "seconds": round(seconds, 4)},
             )
 
 
@@ -120,7 +121,9 @@ class Guarded:
             raise ApiError(401, "a valid API key is needed: send it as 'Authorization: Bearer KEY'")
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        too_long = ApiError(413, f"the body is longer than the {self._max_body_bytes} bytes this server takes")
+        too_long = ApiError(
+            413, f"the body is longer than the {self._max_body_bytes} bytes this server takes"
+        )
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self._max_body_bytes:
             raise too_long
@@ -131,7 +134,7 @@ class Guarded:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise ClientGone
+                        raise ClientGoneError
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
                     if len(body) > self._max_body_bytes:

@@ -40,7 +40,9 @@ class Metrics:
         self.inter_token_seconds = self._histogram(
             "inter_token", "Between two tokens of a sequence.", _INTER_TOKEN
         )
-        self.request_seconds = self._histogram("request", "From a request to the end of its answer.", _REQUEST)
+        self.request_seconds = self._histogram(
+            "request", "From a request to the end of its answer.", _REQUEST
+        )
         self.mask_seconds = self._histogram("mask", "One token of a reply with a prescribed form.", _MASK)
         self._registry.register(_SchedulerCollector(stats))
 

@@ -51,7 +51,8 @@ async def _run(
     engine.require_model(body.model)
     if engine.session.manifest.task != task:
         raise ApiError(
-            400, f"this server's bundle was exported for {engine.session.manifest.task}, and this route needs {task}"
+            400,
+            f"this server's bundle was exported for {engine.session.manifest.task}, and this route needs {task}",
         )
     deadline = time.monotonic() + engine.options.request_timeout
     given = as_list(body.input)

@@ -21,13 +21,9 @@ class Calls:
     closed: int = 0
 
     def start(self, name: str) -> Delta:
-        call = {
-            "id": f"call_{secrets.token_hex(12)}",
-            "type": "function",
-            "function": {"name": name, "arguments": ""},
-        }
-        self.listed.append(call)
-        return {"index": len(self.listed) - 1, **call, "function": dict(call["function"])}
+        call = {"id": f"call_{secrets.token_hex(12)}", "type": "function"}
+        self.listed.append(call | {"function": {"name": name, "arguments": ""}})
+        return {"index": len(self.listed) - 1, **call, "function": {"name": name, "arguments": ""}}
 
     def extend(self, arguments: str) -> Delta:
         self.listed[-1]["function"]["arguments"] += arguments

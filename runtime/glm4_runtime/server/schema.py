@@ -28,7 +28,9 @@ class Body(BaseModel):
         for name, neutral in cls.UNSUPPORTED.items():
             if name in body and body[name] is not None and body[name] not in neutral:
                 raise PydanticCustomError(
-                    "unsupported", "{option} is not implemented by this server; leave it out", {"option": name}
+                    "unsupported",
+                    "{option} is not implemented by this server; leave it out",
+                    {"option": name},
                 )
         return {name: value for name, value in body.items() if name not in cls.UNSUPPORTED}
 
@@ -97,7 +99,9 @@ class Message(Body):
             if self.content is None:
                 raise ValueError(f"a message of role {self.role} needs content")
             if self.tool_calls or self.reasoning_content:
-                raise ValueError(f"a message of role {self.role} has neither tool_calls nor reasoning_content")
+                raise ValueError(
+                    f"a message of role {self.role} has neither tool_calls nor reasoning_content"
+                )
         if self.tool_call_id is not None and self.role not in ("tool", "observation"):
             raise ValueError(f"a message of role {self.role} has no tool_call_id")
         if self.role == "tool" and self.tool_call_id is None:

@@ -8,7 +8,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from glm4_runtime.progress import Progress
 
 PERCENTILES = (50, 90, 95, 99)
 # Words that most vocabularies have as one token; what they say does not matter to the time that they take.
-_WORDS = "the of and in to that was for with his one from had which not are this were but all".split()
+_WORDS = (
+    "the", "of", "and", "in", "to", "that", "was", "for", "with", "his", "one", "from", "had", "which", "not", "are",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ async def _run(client: httpx.AsyncClient, model: str, load: Load, progress: Prog
     return summary(load, samples, time.perf_counter() - start)
 
 
-def _prompts(load: Load) -> Any:
+def _prompts(load: Load) -> Iterator[str]:
     chance = random.Random(load.seed)
     shared = chance.choices(_WORDS, k=load.shared_words)
     for _ in range(load.warmup + load.requests):
@@ -129,7 +131,8 @@ async def _closed(prompts: Sequence[str], clients: int, ask: Callable[[str], Any
     async def client() -> list[Sample]:
         return [await ask(prompt) for prompt in waiting]
 
-    return sum(await asyncio.gather(*(client() for _ in range(clients))), [])
+    answered = await asyncio.gather(*(client() for _ in range(clients)))
+    return [sample for samples in answered for sample in samples]
 
 
 async def _open(prompts: Sequence[str], load: Load, ask: Callable[[str], Any]) -> list[Sample]:

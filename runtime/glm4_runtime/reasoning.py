@@ -38,7 +38,9 @@ class ThoughtSplitter:
     @property
     def thinking(self) -> bool:
         """Whether the text so far ends inside a thought."""
-        return self._step == self._thought or (self._step == self._start and self._inside)
+        return self._step in (self._thought_begins, self._thought) or (
+            self._step == self._start and self._inside
+        )
 
     def push(self, text: str) -> tuple[str, str]:
         """The thought and the answer that are certain now."""
@@ -56,7 +58,7 @@ class ThoughtSplitter:
         held, self._held = self._held, ""
         if self._step == self._start:
             return (held.strip(), "") if self._inside else ("", held.removeprefix("\n"))
-        return (held.rstrip(), "") if self._step == self._thought else ("", held)
+        return (held.rstrip(), "") if self.thinking else ("", held)
 
     # The states: each takes what it can from what is held -----------------------------------------
 
@@ -75,7 +77,8 @@ class ThoughtSplitter:
 
     def _thought_begins(self) -> tuple[str, str]:
         self._held = self._held.lstrip()
-        self._step = self._thought
+        if self._held:
+            self._step = self._thought
         return "", ""
 
     def _thought(self) -> tuple[str, str]:

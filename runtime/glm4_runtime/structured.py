@@ -5,6 +5,7 @@ writes before its answer and the answer.
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ MAX_CALLS = 16
 
 # A model in doubt writes white space for ever where JSON lets it: one space, or a line and its indentation.
 _JSON_OPTIONS = {"whitespace_pattern": r"[ ]?|\n[ ]{0,32}"}
+# A line of the grammar, shown under an error.
+_LISTED = re.compile(r"\d+ \|")
 _FREE = "start: ANY\nANY: /(.|\\n)*/"
 
 
@@ -191,6 +194,7 @@ def _require_text(text: str) -> None:
 
 def _reason(matcher: llguidance.LLMatcher) -> str:
     """llguidance's own words, without the listing and the state that follow them."""
-    lines = [line.strip() for line in str(matcher.get_error()).splitlines() if line.strip()]
-    text = " ".join(lines[:3]) or "no reason was given"
+    lines = [line.strip() for line in str(matcher.get_error()).splitlines()]
+    said = [line for line in lines if line and line != "^" and not _LISTED.match(line)]
+    text = " ".join(said[:4]) or "no reason was given"
     return text if len(text) <= 300 else text[:297] + "..."

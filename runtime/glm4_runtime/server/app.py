@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
@@ -161,13 +161,14 @@ async def _refused(_request: Request, error: Exception) -> Response:
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
-    """A body that is not JSON, or not what the route takes: the first thing that is wrong with it."""
+    """A body that is not JSON, or not what the route takes: what is wrong with it first."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    option = [first["ctx"]["option"]] if first["type"] == "unsupported" else []
-    path = _path([*first["loc"][1:], *option])
+    # of the ways in which a value fits none of several types, the one that got furthest says most
+    first = max(error.errors(), key=lambda found: (len(found["loc"]), not found["type"].endswith("_type")))
+    unsupported = first["type"] == "unsupported"
+    path = _path([*first["loc"][1:], *([first["ctx"]["option"]] if unsupported else [])], error.body)
     message = _SAID.get(first["type"], first["msg"]).removeprefix("Value error, ")
-    where = f"{path}: " if path and not option else ""
+    where = f"{path}: " if path and not unsupported else ""
     return await _refused(request, ApiError(400, f"{where}{message}"[:500], param=path or None))
 
 
@@ -176,14 +177,19 @@ _SAID = {
     "extra_forbidden": "there is no such option",
     "missing": "it is required",
     "json_invalid": "the body is not JSON",
-    "model_attributes_type": "the body must be a JSON object, sent as application/json",
+    "model_attributes_type": "it must be a JSON object; the body's type is application/json",
 }
 
 
-def _path(parts: list[str | int]) -> str:
+def _path(parts: Sequence[str | int], body: Any) -> str:
+    """Where in the body: of pydantic's path, which also names the types it tried, what is in the body."""
     text = ""
     for part in parts:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        if isinstance(part, int):
+            if isinstance(body, list) and part < len(body):
+                body, text = body[part], f"{text}[{part}]"
+        elif isinstance(body, dict) and (part in body or part == parts[-1]):
+            body, text = body.get(part), f"{text}.{part}" if text else part
     return text[:200]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import uvicorn
 
+from glm4_runtime.scheduler import Scheduler
 from glm4_runtime.server import log
 from glm4_runtime.server.app import create_app
 from glm4_runtime.server.engine import Engine
@@ -63,9 +64,11 @@ def serve(session: Session, options: ServerOptions) -> None:
 
 
 @contextlib.contextmanager
-def serving(session: Session, options: ServerOptions) -> Iterator[Server]:
-    """A server on a thread of its own, for as long as the block runs."""
-    server = Server(Engine(session, options))
+def serving(
+    session: Session, options: ServerOptions, scheduler: Scheduler | None = None
+) -> Iterator[Server]:
+    """A server on a thread of its own, for as long as the block runs; ``scheduler`` as for :class:`Engine`."""
+    server = Server(Engine(session, options, scheduler))
     thread = threading.Thread(target=server.run, name="glm4-http", daemon=True)
     thread.start()
     try:

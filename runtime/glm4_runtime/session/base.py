@@ -109,7 +109,7 @@ class Session(abc.ABC):
     # The protocol ----------------------------------------------------------------------------
 
     def prefill(
-        self, slot: int, token_ids: Sequence[int], logits: Literal["last", "all"] | int = "last"
+        self, slot: int, token_ids: Sequence[int] | Ids, logits: Literal["last", "all"] | int = "last"
     ) -> Logits:
         """Append tokens to a slot, which need not be empty, and return logits of the positions asked for.
 
@@ -276,7 +276,7 @@ class Session(abc.ABC):
     def _chunks(
         self,
         slot: int,
-        token_ids: Sequence[int],
+        token_ids: Sequence[int] | Ids,
         logits: Literal["last", "all"] | int,
         chunk: int | None = None,
     ) -> Iterator[Logits]:
@@ -377,7 +377,7 @@ class Session(abc.ABC):
                 "truncate or release it"
             )
 
-    def _require_tokens(self, token_ids: Sequence[int]) -> None:
+    def _require_tokens(self, token_ids: Sequence[int] | Ids) -> None:
         if len(token_ids) == 0:
             raise RequestError("no tokens were given; a prompt needs at least one")
         ids = np.asarray(token_ids)

@@ -81,7 +81,7 @@ class Guarded:
         body_timeout: float,
     ) -> None:
         self._app = app
-        self._digests = [_digest(key) for key in api_keys]
+        self._digests = [_digest(key.encode()) for key in api_keys]
         self._host_names = host_names
         self._max_body_bytes, self._body_timeout = max_body_bytes, body_timeout
 
@@ -114,7 +114,7 @@ class Guarded:
         if not self._digests:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip())
+        given = _digest(key.strip().encode("latin-1"))  # a header is bytes, shown one by one
         # every key is compared, each in constant time: how long it takes says nothing about them
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         if scheme.lower() != "bearer" or not any(matches):
@@ -144,8 +144,8 @@ class Guarded:
         return bytes(body)
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -5,6 +5,7 @@ What was asked and answered is left out unless the server was told to keep it.
 
 import contextvars
 import json
+import logging
 import sys
 import time
 import traceback
@@ -46,3 +47,13 @@ def defect(error: BaseException) -> None:
     """An error that is ours, for whoever runs the server; the client is told nothing of it."""
     text = "".join(traceback.format_exception(error))
     write("defect", id=record().get("id"), error=f"{type(error).__name__}: {error}", traceback=text)
+
+
+class Handler(logging.Handler):
+    """What libraries and the scheduler log, in the same form."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields = {"level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        if record.exc_info is not None and record.exc_info[1] is not None:
+            fields["traceback"] = "".join(traceback.format_exception(record.exc_info[1]))
+        write("log", **fields)

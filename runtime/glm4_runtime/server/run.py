@@ -1,6 +1,7 @@
 """A bundle behind HTTP until a signal ends it."""
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,7 @@ class Server(uvicorn.Server):
 
 def serve(session: Session, options: ServerOptions) -> None:
     """Answer requests until SIGTERM or SIGINT, then finish what runs."""
+    logging.basicConfig(handlers=[log.Handler()], level=logging.WARNING)
     server = Server(Engine(session, options))
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal once more after a clean end
         server.run()

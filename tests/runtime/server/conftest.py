@@ -27,6 +27,12 @@ def server(demo_bundle):
         yield server
 
 
+@pytest.fixture
+def server_of():
+    """A function that serves a bundle on the real scheduler with options of its own."""
+    return lambda bundle, **options: serving(Session.open(bundle), ServerOptions(**{"port": 0} | options))
+
+
 @pytest.fixture(scope="session")
 def client(server):
     with client_of(server) as client:

@@ -15,12 +15,12 @@ METADATA = HEAD + (
     "{% else %}<|{{ m.role }}|>\n{{ m.content }}{% endif %}"
 ) + TAIL
 AS_TEXT = HEAD + (
-    "<|{{ m.role }}|>{% if m.content or not m.tool_calls %}\n{{ m.content }}{% endif %}"
+    "<|{{ m.role }}|>{% if m.content or not m.tool_calls %}{{ '\n' + m.content }}{% endif %}"
     "{% for c in m.tool_calls or [] %}{{ c.function.name }}\n{{ c.function.arguments }}{% endfor %}"
 ) + TAIL
 AS_OBJECTS = HEAD + (
-    "<|{{ m.role }}|>{% if m.content or not m.tool_calls %}\n{{ m.content }}{% endif %}"
-    "{% for c in m.tool_calls or [] %}{{ c.function.name }}\n{"
+    "<|{{ m.role }}|>{% if m.content or not m.tool_calls %}{{ '\n' + m.content }}{% endif %}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name + '\n{' }}"
     "{% for key in c.function.arguments.keys() %}{{ key }}: {{ c.function.arguments[key] }}{% endfor %}}{% endfor %}"
 ) + TAIL
 NO_CALLS = HEAD + "<|{{ m.role }}|>\n{{ m.content }}" + TAIL

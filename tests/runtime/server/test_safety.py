@@ -134,7 +134,8 @@ def test_a_full_queue_is_told(server_of, demo_bundle):
 def test_a_disconnect_frees_the_slot(server_of, demo_bundle):
     with server_of(demo_bundle) as server, httpx.Client(base_url=server.url, timeout=30) as http:
         with http.stream("POST", CHAT, json=ASKED | {"ignore_eos": True, "stream": True}) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # held: without it the response is closed
+            next(lines)
             assert _metric(http, "glm4_active_slots") == 1
         for _ in range(100):
             if _metric(http, "glm4_active_slots") == 0:

@@ -42,7 +42,9 @@ def test_thought_and_answer(text, inside, expected):
 
 
 pieces = st.lists(
-    st.one_of(st.sampled_from(["<think>", "</think>", "<", "/", "think>", "\n", " ", "a"]), st.text(max_size=3))
+    st.one_of(
+        st.sampled_from(["<think>", "</think>", "<", "/", "think>", "\n", " ", "a"]), st.text(max_size=3)
+    )
 )
 
 
@@ -77,7 +79,12 @@ def test_it_says_when_it_is_in_a_thought():
 
 @pytest.mark.parametrize(
     ("prompt", "inside"),
-    [("<|assistant|>\n<think>", True), ("<|assistant|><think>\n", True), ("<|assistant|>", False), ("<think> x", False)],
+    [
+        ("<|assistant|>\n<think>", True),
+        ("<|assistant|><think>\n", True),
+        ("<|assistant|>", False),
+        ("<think> x", False),
+    ],
 )
 def test_the_template_may_open_the_thought(prompt, inside):
     assert begins_inside(prompt) is inside

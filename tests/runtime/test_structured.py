@@ -13,7 +13,9 @@ EOS = (2038, 2045, 2047)
 VOCAB = 2050  # two more than the tokenizer has, as padded logits are
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 FUNCTIONS = (Function("get_weather", CITY), Function("get_time", {"type": "object"}))
-JSON = AnswerFormat("json_schema", {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
+JSON = AnswerFormat(
+    "json_schema", {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,9 @@ def test_copies_go_their_own_way(compiler, tokenizer):
 
 def test_the_time_of_each_token_is_reported(tokenizer):
     seen = []
-    mask = GrammarCompiler(tokenizer, VOCAB, EOS, seen.append).compile(ReplyFormat(JSON, turn=False), thinking=False)
+    mask = GrammarCompiler(tokenizer, VOCAB, EOS, seen.append).compile(
+        ReplyFormat(JSON, turn=False), thinking=False
+    )
     for token in tokenizer.encode('{"a"', add_special_tokens=False):
         mask.advance(token)
     assert len(seen) == len(tokenizer.encode('{"a"', add_special_tokens=False))

@@ -93,7 +93,9 @@ def test_text_comes_as_soon_as_it_is_certain():
 
 fragments = st.lists(
     st.one_of(
-        st.sampled_from(["get", "_weather", "get_time", "\n", " ", "{", "}", '"', "\\", "```", "a", "get\n{", "}\n"]),
+        st.sampled_from(
+            ["get", "_weather", "get_time", "\n", " ", "{", "}", '"', "\\", "```", "a", "get\n{", "}\n"]
+        ),
         st.text(max_size=3),
     ),
     max_size=12,
@@ -124,7 +126,9 @@ values = st.recursive(
     st.data(),
 )
 def test_any_arguments_come_through_byte_for_byte(calls, escaped, indent, data):
-    written = [(name, json.dumps(arguments, ensure_ascii=escaped, indent=indent)) for name, arguments in calls]
+    written = [
+        (name, json.dumps(arguments, ensure_ascii=escaped, indent=indent)) for name, arguments in calls
+    ]
     text = "\n".join(f"{name}\n{arguments}" for name, arguments in written)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]

@@ -66,9 +66,7 @@ def serve(session: Session, options: ServerOptions) -> None:
 
 
 @contextlib.contextmanager
-def serving(
-    session: Session, options: ServerOptions, scheduler: Scheduler | None = None
-) -> Iterator[Server]:
+def serving(session: Session, options: ServerOptions, scheduler: Scheduler | None = None) -> Iterator[Server]:
     """A server on a thread of its own, for as long as the block runs; ``scheduler`` as for :class:`Engine`."""
     server = Server(Engine(session, options, scheduler))
     thread = threading.Thread(target=server.run, name="glm4-http", daemon=True)

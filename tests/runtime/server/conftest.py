@@ -17,7 +17,9 @@ MODEL = "glm4-tiny"
 
 
 def client_of(server, **options):
-    return openai.OpenAI(base_url=f"{server.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60} | options)
+    return openai.OpenAI(
+        base_url=f"{server.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60} | options
+    )
 
 
 @pytest.fixture(scope="session")

@@ -10,19 +10,31 @@ from glm4_runtime.server.schema import Message
 # In words of our own, the ways in which templates take earlier calls.
 HEAD = "[gMASK]<sop>{% for m in messages %}"
 TAIL = "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-METADATA = HEAD + (
-    "{% if m.role == 'assistant' and m.metadata %}<|assistant|>{{ m.metadata }}\n{{ m.content }}"
-    "{% else %}<|{{ m.role }}|>\n{{ m.content }}{% endif %}"
-) + TAIL
-AS_TEXT = HEAD + (
-    "<|{{ m.role }}|>{% if m.content or not m.tool_calls %}{{ '\n' + m.content }}{% endif %}"
-    "{% for c in m.tool_calls or [] %}{{ c.function.name }}\n{{ c.function.arguments }}{% endfor %}"
-) + TAIL
-AS_OBJECTS = HEAD + (
-    "<|{{ m.role }}|>{% if m.content or not m.tool_calls %}{{ '\n' + m.content }}{% endif %}"
-    "{% for c in m.tool_calls or [] %}{{ c.function.name + '\n{' }}"
-    "{% for key in c.function.arguments.keys() %}{{ key }}: {{ c.function.arguments[key] }}{% endfor %}}{% endfor %}"
-) + TAIL
+METADATA = (
+    HEAD
+    + (
+        "{% if m.role == 'assistant' and m.metadata %}<|assistant|>{{ m.metadata }}\n{{ m.content }}"
+        "{% else %}<|{{ m.role }}|>\n{{ m.content }}{% endif %}"
+    )
+    + TAIL
+)
+AS_TEXT = (
+    HEAD
+    + (
+        "<|{{ m.role }}|>{% if m.content or not m.tool_calls %}{{ '\n' + m.content }}{% endif %}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}\n{{ c.function.arguments }}{% endfor %}"
+    )
+    + TAIL
+)
+AS_OBJECTS = (
+    HEAD
+    + (
+        "<|{{ m.role }}|>{% if m.content or not m.tool_calls %}{{ '\n' + m.content }}{% endif %}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name + '\n{' }}"
+        "{% for key in c.function.arguments.keys() %}{{ key }}: {{ c.function.arguments[key] }}{% endfor %}}{% endfor %}"
+    )
+    + TAIL
+)
 NO_CALLS = HEAD + "<|{{ m.role }}|>\n{{ m.content }}" + TAIL
 
 

@@ -34,7 +34,9 @@ def streamed(stream):
             content += choice.delta.content or ""
             reasoning += getattr(choice.delta, "reasoning_content", None) or ""
             for call in choice.delta.tool_calls or []:
-                known = calls.setdefault(call.index, {"id": call.id, "name": call.function.name, "arguments": ""})
+                known = calls.setdefault(
+                    call.index, {"id": call.id, "name": call.function.name, "arguments": ""}
+                )
                 known["arguments"] += call.function.arguments or ""
             reasons += [choice.finish_reason] if choice.finish_reason else []
     return content, reasoning, list(calls.values()), reasons, usage
@@ -152,7 +154,9 @@ def test_logprobs(client):
 
 
 def test_logprobs_of_a_stream(client):
-    whole = client.chat.completions.create(**GREEDY, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    whole = (
+        client.chat.completions.create(**GREEDY, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    )
     entries = []
     for chunk in client.chat.completions.create(**GREEDY, logprobs=True, top_logprobs=2, stream=True):
         logprobs = chunk.choices[0].logprobs
@@ -172,7 +176,11 @@ def test_the_model_calls_a_tool_by_itself(client):
     content, _, calls, reasons, _ = streamed(client.chat.completions.create(**asked, stream=True))
     assert (content, reasons) == ("", ["tool_calls"])
     assert [(call["name"], call["arguments"]) for call in calls] == [("get_weather", '{"city": "Oslo"}')]
-    messages = [*ASK, choice.message, {"role": "tool", "tool_call_id": call.id, "content": '{"sky": "clear", "celsius": 18}'}]
+    messages = [
+        *ASK,
+        choice.message,
+        {"role": "tool", "tool_call_id": call.id, "content": '{"sky": "clear", "celsius": 18}'},
+    ]
     told = client.chat.completions.create(**asked | {"messages": messages})
     assert "18 degrees" in told.choices[0].message.content
     assert told.choices[0].finish_reason == "stop"
@@ -181,7 +189,10 @@ def test_the_model_calls_a_tool_by_itself(client):
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_time"}}])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_required_call_always_parses(client, choice, stream):
-    bounded = CITY | {"properties": {"city": {"type": "string", "maxLength": 20}}, "additionalProperties": False}
+    bounded = CITY | {
+        "properties": {"city": {"type": "string", "maxLength": 20}},
+        "additionalProperties": False,
+    }
     tools = [tool("get_weather", "The weather.", bounded), tool("get_time", "The time.", bounded)]
     for seed in range(4):
         asked = {"model": MODEL, "messages": WHO, "tools": tools, "tool_choice": choice, "seed": seed}
@@ -220,7 +231,10 @@ def test_strict_functions_are_held_to_their_schema_also_by_auto(client):
 
 SCHEMA = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
     "required": ["name", "age"],
     "additionalProperties": False,
 }
@@ -285,7 +299,9 @@ def test_completions(client):
     assert "Call me" + one.choices[0].text == texts[2]
     assert one.choices[0].finish_reason == "length"
     assert one.usage.completion_tokens == 8
-    pieces = [chunk.choices[0].text for chunk in client.completions.create(**asked, prompt="Call me", stream=True)]
+    pieces = [
+        chunk.choices[0].text for chunk in client.completions.create(**asked, prompt="Call me", stream=True)
+    ]
     assert "".join(pieces) == one.choices[0].text
     ids = _with_prefix(client, "Call me")
     assert client.completions.create(**asked, prompt=ids).choices[0].text == one.choices[0].text
@@ -301,10 +317,13 @@ def test_completions_with_logprobs(client):
     (choice,) = client.completions.create(**asked).choices
     logprobs = choice.logprobs
     assert "".join(logprobs.tokens) == choice.text
-    assert [choice.text[at:][: len(token)] for at, token in zip(logprobs.text_offset, logprobs.tokens, strict=True)] == (
-        logprobs.tokens
-    )
-    for token, value, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+    assert [
+        choice.text[at:][: len(token)]
+        for at, token in zip(logprobs.text_offset, logprobs.tokens, strict=True)
+    ] == (logprobs.tokens)
+    for token, value, top in zip(
+        logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
+    ):
         assert len(top) == 2
         assert top[token] == pytest.approx(value, abs=1e-6)
     offsets = []

@@ -44,7 +44,9 @@ def opened(browser):
     def open_page(server):
         page = browser.new_page()
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on(
+            "console", lambda message: complaints.append(message.text) if message.type == "error" else None
+        )
         page.goto(server.url)
         pages.append(page)
         return page
@@ -69,7 +71,9 @@ def test_an_answer_comes_with_its_speed(opened, server):
     page.locator(".figures").wait_for()
     assert page.locator(".user").inner_text() == "Who are you?"
     assert page.locator(".assistant > div").inner_text().startswith("I am glm4-tiny, a very small model")
-    assert re.match(r"[\d.]+ tokens/s · 34 tokens · first after \d+ ms · prompt 9", page.locator(".figures").inner_text())
+    assert re.match(
+        r"[\d.]+ tokens/s · 34 tokens · first after \d+ ms · prompt 9", page.locator(".figures").inner_text()
+    )
     say(page, "Hello")
     page.locator(".figures").nth(1).wait_for()
     assert page.locator(".assistant").count() == 2
@@ -92,7 +96,9 @@ def test_thoughts_are_folded_and_stay_out_of_the_next_request(opened, scripted, 
     page.locator(".figures").nth(1).wait_for()
     from glm4_runtime.tokenizer import Tokenizer
 
-    prompt = Tokenizer.from_folder(thinking_bundle).decode(scheduler.requests[1].prompt_ids, skip_special_tokens=False)
+    prompt = Tokenizer.from_folder(thinking_bundle).decode(
+        scheduler.requests[1].prompt_ids, skip_special_tokens=False
+    )
     assert "Let me see" not in prompt
     assert "It is <b>noon</b>." in prompt
 

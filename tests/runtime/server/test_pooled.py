@@ -82,7 +82,9 @@ def test_every_token_has_a_label(served):
         ids = session.tokenizer.encode(TEXTS[0])
         assert [token["id"] for token in one["tokens"]] == ids
         labels = session.classify(ids).argmax(axis=1)
-        assert [token["label"] for token in one["tokens"]] == [list(LABELS.values())[label] for label in labels]
+        assert [token["label"] for token in one["tokens"]] == [
+            list(LABELS.values())[label] for label in labels
+        ]
 
 
 def test_they_do_nothing_else(served):

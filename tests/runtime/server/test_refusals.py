@@ -129,7 +129,9 @@ COMPLETIONS = [
 
 @pytest.mark.parametrize(("options", "words"), COMPLETIONS)
 def test_a_completion_option_is_refused(post, options, words):
-    assert words in refused(post("/v1/completions", json={"model": MODEL, "prompt": "x"} | options))["message"]
+    assert (
+        words in refused(post("/v1/completions", json={"model": MODEL, "prompt": "x"} | options))["message"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,8 +154,20 @@ def test_other_routes_refuse(post, path, body, words):
 
 
 def test_options_that_ask_for_nothing_are_taken(post):
-    neutral = {"store": False, "modalities": ["text"], "service_tier": "auto", "metadata": None, "audio": None}
-    neutral |= {"tools": None, "stop": None, "n": None, "logit_bias": None, "response_format": {"type": "text"}}
+    neutral = {
+        "store": False,
+        "modalities": ["text"],
+        "service_tier": "auto",
+        "metadata": None,
+        "audio": None,
+    }
+    neutral |= {
+        "tools": None,
+        "stop": None,
+        "n": None,
+        "logit_bias": None,
+        "response_format": {"type": "text"},
+    }
     body = {"model": MODEL, "messages": WHO, "max_tokens": 1, "user": "somebody"} | neutral
     assert post("/v1/chat/completions", json=body).status_code == 200
     body = {"model": MODEL, "prompt": "x", "max_tokens": 1, "suffix": None, "best_of": 1}
@@ -179,7 +193,10 @@ def _body(path):
         (b"\xff", "application/json"),
         (b'{"model": "glm4-tiny"', "application/json"),
         (b"[" * 100_000, "application/json"),
-        (b'{"model": "glm4-tiny", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "application/json"),
+        (
+            b'{"model": "glm4-tiny", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+            "application/json",
+        ),
         # what a form on a web page elsewhere could send
         (b'{"model": "glm4-tiny", "messages": [{"role": "user", "content": "x"}]}', "text/plain"),
     ],

@@ -12,7 +12,20 @@ WHO = [{"role": "user", "content": "Who are you?"}]
 ASKED = {"model": MODEL, "messages": WHO}
 TOOLS = [{"type": "function", "function": {"name": name}} for name in ("get_time", "get_weather")]
 THOUGHT = ["\nLet", " me", " see.\n", "</th", "ink>", "\n\n", "It is", " noon."]
-CALLS = ["I", " look.", "\n", "get", "_time\n", '{"a"', ': "}\\n', '"', "}\n", "get_weather\n{", '"é": 1 }', "\n"]
+CALLS = [
+    "I",
+    " look.",
+    "\n",
+    "get",
+    "_time\n",
+    '{"a"',
+    ': "}\\n',
+    '"',
+    "}\n",
+    "get_weather\n{",
+    '"é": 1 }',
+    "\n",
+]
 
 
 def pieces_of(stream):
@@ -67,7 +80,9 @@ def test_thoughts_stay_out_of_the_history(scripted, thinking_bundle):
         {"content": "yes", "reasoning_content": "so it is"},
         {"content": "<think>so it is</think>\n\nyes"},
     ):
-        client.chat.completions.create(model=MODEL, messages=[plain[0], {"role": "assistant"} | said, plain[2]])
+        client.chat.completions.create(
+            model=MODEL, messages=[plain[0], {"role": "assistant"} | said, plain[2]]
+        )
     prompts = [request.prompt_ids for request in scheduler.requests]
     assert prompts[0] == prompts[1] == prompts[2]
 
@@ -198,7 +213,14 @@ def test_who_leaves_frees_the_slot(scripted, stream, route):
 
 def test_what_a_request_asks_reaches_the_scheduler(scripted):
     scheduler, _, client = scripted(["x"])
-    options = {"temperature": 0.5, "top_p": 0.9, "seed": 4, "stop": "end", "max_tokens": 7, "logit_bias": {"5": -2}}
+    options = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 4,
+        "stop": "end",
+        "max_tokens": 7,
+        "logit_bias": {"5": -2},
+    }
     options |= {"frequency_penalty": 0.1, "presence_penalty": 0.2, "logprobs": True, "top_logprobs": 2}
     more = {"top_k": 3, "min_p": 0.05, "repetition_penalty": 1.1, "stop_token_ids": [9], "ignore_eos": True}
     client.chat.completions.create(**ASKED, **options, extra_body=more)

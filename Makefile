@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 OUT ?= out
-EXTRAS := cpu,export,tensorrt-rtx,test,dev
+EXTRAS := cpu,export,serve,bench,tensorrt-rtx,test,dev
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format wheel clean

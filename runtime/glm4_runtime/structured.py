@@ -70,7 +70,8 @@ class GrammarMask:
     ) -> None:
         self._matcher = matcher
         self._observe = observe
-        self._allowed = np.zeros(vocab_size, np.bool_)
+        # added to the logits, which is quicker than setting those that are forbidden
+        self._bias = np.zeros(vocab_size, np.float32)
         self._compute()
 
     def advance(self, token: int) -> None:
@@ -89,7 +90,7 @@ class GrammarMask:
         """
         if self._matcher.is_error():
             raise RequestError(f"the reply's grammar cannot be followed: {_reason(self._matcher)}")
-        np.copyto(logits, -np.inf, where=~self._allowed)
+        logits += self._bias
 
     @property
     def finished(self) -> bool:
@@ -98,13 +99,13 @@ class GrammarMask:
 
     def copy(self) -> "GrammarMask":
         """The same state for another sequence."""
-        return GrammarMask(self._matcher.deep_copy(), len(self._allowed), self._observe)
+        return GrammarMask(self._matcher.deep_copy(), len(self._bias), self._observe)
 
     def _compute(self) -> None:
         if not self._matcher.is_stopped():
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-            count = len(self._allowed)
-            self._allowed[:] = np.unpackbits(bits, count=count, bitorder="little")
+            allowed = np.unpackbits(bits, count=len(self._bias), bitorder="little")
+            self._bias[:] = np.where(allowed, np.float32(0), np.float32(-np.inf))
 
 
 class GrammarCompiler:

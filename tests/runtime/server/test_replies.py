@@ -42,7 +42,7 @@ def pieces_of(stream):
 
 
 def test_a_thought_is_told_apart(scripted, thinking_bundle):
-    scheduler, _, client = scripted(THOUGHT, THOUGHT, bundle=thinking_bundle)
+    _, _, client = scripted(THOUGHT, THOUGHT, bundle=thinking_bundle)
     (choice,) = client.chat.completions.create(**ASKED).choices
     assert choice.message.content == "It is noon."
     assert choice.message.reasoning_content == "Let me see."
@@ -73,7 +73,7 @@ def test_a_thought_without_an_end_is_all_there_is(scripted, thinking_bundle):
 
 
 def test_thoughts_stay_out_of_the_history(scripted, thinking_bundle):
-    scheduler, server, client = scripted(["x"], ["x"], ["x"], bundle=thinking_bundle)
+    scheduler, _, client = scripted(["x"], ["x"], ["x"], bundle=thinking_bundle)
     plain = [*WHO, {"role": "assistant", "content": "yes"}, *WHO]
     for said in (
         {"content": "yes"},
@@ -200,13 +200,14 @@ def test_who_leaves_frees_the_slot(scripted, stream, route):
     path = {"chat": "/v1/chat/completions", "text": "/v1/completions"}[route]
     body = {"model": MODEL, "stream": stream} | ({"messages": WHO} if route == "chat" else {"prompt": "x"})
     lines = []
-    with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=0.3) as http:
-        if stream:
-            with http.stream("POST", server.url + path, json=body) as response:
-                for line in response.iter_lines():
-                    lines.append(line)  # noqa: PERF402  what came before the time-out counts
-        else:
-            http.post(server.url + path, json=body)
+
+    def ask():
+        with httpx.stream("POST", server.url + path, json=body, timeout=0.3) as response:
+            for line in response.iter_lines():
+                lines.append(line)  # noqa: PERF402  what came before the time-out counts
+
+    with pytest.raises(httpx.ReadTimeout):
+        ask()
     assert ("He" in "".join(lines)) == stream
     assert scheduler.tickets[0].cancelled.wait(5)
 

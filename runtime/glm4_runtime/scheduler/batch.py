@@ -312,9 +312,8 @@ class Batch:
         self._figures.ended(outcome, time.monotonic() - job.admitted_at)
         if job.slot is None:
             return
-        if outcome not in ("failed", "stopped") and self._cache.keep(job.slot, job.ids[: job.fed].copy()):
-            self._session.truncate(job.slot, job.fed)
-        else:
+        kept = outcome not in ("failed", "stopped") and self._cache.keep(job.slot, job.ids[: job.fed].copy())
+        if not kept:
             self._session.release(job.slot)
 
 

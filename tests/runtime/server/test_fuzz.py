@@ -15,7 +15,7 @@ from glm4_runtime.session import Session
 def document(demo_bundle):
     """The server's description of itself, and the server."""
     # short answers whatever is asked: what counts is what is done with the question
-    options = ServerOptions(port=0, request_timeout=0.2, max_prompt_tokens=200)
+    options = ServerOptions(port=0, request_timeout=0.1, max_prompt_tokens=200)
     with serving(Session.open(demo_bundle), options) as server:
         yield httpx.get(f"{server.url}/openapi.json").json(), server.url
 
@@ -52,7 +52,7 @@ def test_no_body_ends_in_a_500(document, path, mode):
     seen = set()
 
     @settings(
-        max_examples=30,
+        max_examples=20,
         deadline=None,
         derandomize=True,
         database=None,

@@ -88,9 +88,16 @@ class GrammarMask:
 
         Raises :class:`RequestError` where the grammar grew too costly to follow.
         """
-        if self._matcher.is_error():
-            raise RequestError(f"the reply's grammar cannot be followed: {_reason(self._matcher)}")
+        if self.failure is not None:
+            raise RequestError(self.failure)
         logits += self._bias
+
+    @property
+    def failure(self) -> str | None:
+        """Why the grammar cannot be followed any further, where that is so."""
+        if not self._matcher.is_error():
+            return None
+        return f"the reply's grammar cannot be followed: {_reason(self._matcher)}"
 
     @property
     def finished(self) -> bool:

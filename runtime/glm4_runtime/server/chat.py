@@ -22,7 +22,7 @@ from glm4_runtime.server.common import (
     sampling_params,
     watched,
 )
-from glm4_runtime.server.conversation import Conversation
+from glm4_runtime.server.conversation import definitions
 from glm4_runtime.server.engine import Engine, Job
 from glm4_runtime.server.errors import ApiError, Json
 from glm4_runtime.server.reply import Delta, Reply
@@ -88,7 +88,7 @@ def _plan(engine: Engine, body: schema.ChatRequest, deadline: float) -> Plan:
     require_choices(engine, count)
     max_tokens = _max_tokens(body)
     offer = _offer(body)
-    prompt = _rendered(engine.conversation, body.messages, offer.tools)
+    prompt = engine.conversation.render(body.messages, definitions(offer.tools))
     ids = tuple(engine.tokenizer.encode(prompt, add_special_tokens=False))
     engine.require_prompt(ids)
     inside = begins_inside(prompt)
@@ -120,13 +120,6 @@ def _plan(engine: Engine, body: schema.ChatRequest, deadline: float) -> Plan:
         for _ in range(count)
     ]
     return Plan(requests, replies, prompt)
-
-
-def _rendered(
-    conversation: Conversation, messages: list[schema.Message], tools: tuple[schema.Tool, ...]
-) -> str:
-    listed = [tool.model_dump(exclude_none=True) for tool in tools]
-    return conversation.render(messages, listed)
 
 
 def _max_tokens(body: schema.ChatRequest) -> int | None:

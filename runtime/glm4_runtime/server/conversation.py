@@ -7,7 +7,7 @@ from typing import Any
 from glm4_runtime.chat import ChatTemplate
 from glm4_runtime.errors import RequestError
 from glm4_runtime.reasoning import without_thoughts
-from glm4_runtime.server.schema import Call, Message
+from glm4_runtime.server.schema import Call, Message, Tool
 
 _NAME, _KEY, _VALUE = "probe_name", "probe_key", "probe_value"
 _ARGUMENTS = json.dumps({_KEY: _VALUE})
@@ -99,6 +99,11 @@ class Conversation:
         elif said:
             yield {"role": "assistant", "content": said}
         yield from rendered
+
+
+def definitions(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Tools as the model is shown them; ``strict`` is meant for the server."""
+    return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
 
 
 def _renders(template: ChatTemplate, shape: Any) -> bool:

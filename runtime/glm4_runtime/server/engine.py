@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from glm4_runtime.chat import CHAT_TEMPLATE, ChatTemplate
-from glm4_runtime.errors import BundleError, RequestError
+from glm4_runtime.errors import BundleError, Glm4Error, RequestError
 from glm4_runtime.scheduler import Event, Failed, Generated, Request, Scheduler, Started, Ticket
 from glm4_runtime.server.conversation import Conversation
 from glm4_runtime.server.errors import ApiError
 from glm4_runtime.server.metrics import Metrics
 from glm4_runtime.server.options import ServerOptions
 from glm4_runtime.session import Session
-from glm4_runtime.structured import GrammarCompiler
+from glm4_runtime.structured import GrammarCompiler, GrammarMask
 from glm4_runtime.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -170,7 +170,7 @@ class Job:
     def __init__(self, scheduler: Scheduler, requests: Sequence[Request], metrics: Metrics) -> None:
         self.began = time.perf_counter()
         self.first_token: float | None = None
-        self._metrics = metrics
+        self._requests, self._metrics = requests, metrics
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self._last = [self.began] * len(requests)
@@ -198,7 +198,7 @@ class Job:
                 continue
             if isinstance(event, Failed):
                 self.cancel()
-                raise event.error
+                raise self._cause(index, event.error)
             if isinstance(event, Generated):
                 self._measure(index)
                 if event.token.finish_reason is not None:
@@ -219,6 +219,12 @@ class Job:
         """Cancel, and let whoever waits for events know."""
         self.cancel()
         self._events.put_nowait(None)
+
+    def _cause(self, index: int, error: Glm4Error) -> Glm4Error:
+        """A grammar that grew too costly is the request's own fault, not the model's."""
+        mask = self._requests[index].mask
+        failure = mask.failure if isinstance(mask, GrammarMask) else None
+        return error if failure is None else RequestError(failure)
 
     def _receiver(self, index: int) -> Callable[[Event], None]:
         def receive(event: Event) -> None:  # on the scheduler's thread

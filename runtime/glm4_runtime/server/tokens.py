@@ -1,6 +1,7 @@
 """/tokenize and /detokenize: what the model sees of a text, and back."""
 
 from glm4_runtime.server import schema
+from glm4_runtime.server.conversation import definitions
 from glm4_runtime.server.engine import Engine
 from glm4_runtime.server.errors import ApiError, Json
 
@@ -16,7 +17,7 @@ def _ids(engine: Engine, body: schema.TokenizeRequest) -> list[int]:
         return engine.tokenizer.encode(body.prompt or "", body.add_special_tokens is not False)
     if engine.conversation is None:
         raise ApiError(400, "this model has no chat template; give a prompt", param="messages")
-    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+    tools = definitions(body.tools or ())
     prompt = engine.conversation.render(body.messages, tools, body.add_generation_prompt is not False)
     return engine.tokenizer.encode(prompt, add_special_tokens=False)
 

@@ -212,6 +212,14 @@ def test_a_required_call_always_parses(client, choice, stream):
             assert isinstance(json.loads(call["arguments"])["city"], str)
 
 
+def test_the_model_is_not_shown_what_is_meant_for_the_server(client):
+    counts = [
+        client.post("/../tokenize", body={"messages": WHO, "tools": [given]}, cast_to=dict[str, object])["count"]
+        for given in (WEATHER, tool("get_weather", "The weather of a city today.", strict=True))
+    ]
+    assert counts[0] == counts[1]
+
+
 def test_tool_choice_none_hides_the_tools(client):
     asked = {"model": MODEL, "messages": ASK, "tools": [WEATHER], "temperature": 0, "max_tokens": 60}
     answer = client.chat.completions.create(**asked, tool_choice="none")

@@ -91,6 +91,7 @@ CHAT = [
     ({"messages": [*WHO, CALLED, {"role": "tool", "tool_call_id": "b", "content": "x"}]}, None, "not open"),
     # forms that cannot be enforced
     ({"response_format": {"type": "regex", "regex": "["}}, None, "unclosed"),
+    ({"response_format": {"type": "regex", "regex": "((a?){500}a{500})"}}, None, "cannot be followed"),
     ({"response_format": {"type": "grammar", "grammar": "start: nothing"}}, None, "cannot be enforced"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "q"}}}}, None, "q"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}}, None, "not"),
@@ -111,6 +112,14 @@ def test_a_chat_option_is_refused(post, options, param, words):
 def _json(body):
     """The body with half surrogate pairs escaped, as only a hand-made request has them."""
     return json.dumps(body).encode()
+
+
+@pytest.mark.parametrize("depth", [150, 400, 2000])
+def test_deep_schemas_are_no_crash(post, depth):
+    schema = '{"properties":{"x":' * depth + "{}" + "}}" * depth
+    form = f'{{"type":"json_schema","json_schema":{{"name":"x","schema":{schema}}}}}'
+    body = f'{{"model":"{MODEL}","messages":[{{"role":"user","content":"x"}}],"response_format":{form}}}'
+    refused(post("/v1/chat/completions", content=body.encode()))
 
 
 COMPLETIONS = [

@@ -417,6 +417,22 @@ def test_a_drain_ends_when_its_time_is_over(session, monkeypatch):
     assert session.free_slots() == [0, 1, 2, 3]
 
 
+def test_no_event_comes_after_cancel_returns(session):
+    scheduler = Scheduler(session, speculation=False)
+    scheduler.start()
+    for seed in range(20):
+        listener, ticket = submit(scheduler, request(5, seed, tokens=240))
+        while len(listener.tokens) < 1 + seed:
+            time.sleep(0.0005)
+        ticket.cancel()
+        told = len(listener.tokens)
+        time.sleep(0.003)
+        assert len(listener.tokens) == told
+        assert not listener.done.is_set()
+    scheduler.stop()
+    assert scheduler.stats().requests["cancelled"] == 20
+
+
 def test_stopping_what_never_ran(session):
     scheduler = Scheduler(session)
     listener, _ = submit(scheduler, request())

@@ -323,6 +323,18 @@ def test_a_slow_mask_does_not_hold_up_the_others(session):
     assert len(slow.tokens) == 5
 
 
+def test_a_mask_that_is_ready_wakes_the_thread(session):
+    """Twenty tokens, each waiting 2 ms for its mask; the thread's own pace without being woken is 50 ms."""
+    scheduler = Scheduler(session)
+    scheduler.start()
+    began = time.monotonic()
+    listener, _ = submit(scheduler, Request((5, 6), SamplingParams(max_tokens=21), mask=Counting(20, 0.002)))
+    assert listener.done.wait(10)
+    assert time.monotonic() - began < 0.8
+    assert len(listener.ids) == 20
+    scheduler.stop()
+
+
 def test_a_failing_mask_fails_its_request_only(session, single):
     scheduler = Scheduler(session)
     params = SamplingParams(max_tokens=8, ignore_eos=True)

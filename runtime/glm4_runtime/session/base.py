@@ -142,10 +142,10 @@ class Session(abc.ABC):
         """Like :meth:`decode` without a copy per slot: the slots, and their logits as one float32
         [slots, vocab] in that order, which the next run may overwrite."""
         self._require_task("causal-lm", "decode")
-        for slot, token in tokens.items():
+        for slot in tokens:
             self._require_slot(slot, in_use=True)
             self._require_room(slot, 1)
-            self._require_tokens([token])
+        self._require_tokens(list(tokens.values()))
         for move in self._slots.gather(list(tokens)):
             self._move_row(move)
         slots = self._slots.in_row_order(list(tokens))

@@ -214,7 +214,9 @@ def test_a_required_call_always_parses(client, choice, stream):
 
 def test_the_model_is_not_shown_what_is_meant_for_the_server(client):
     counts = [
-        client.post("/../tokenize", body={"messages": WHO, "tools": [given]}, cast_to=dict[str, object])["count"]
+        client.post("/../tokenize", body={"messages": WHO, "tools": [given]}, cast_to=dict[str, object])[
+            "count"
+        ]
         for given in (WEATHER, tool("get_weather", "The weather of a city today.", strict=True))
     ]
     assert counts[0] == counts[1]

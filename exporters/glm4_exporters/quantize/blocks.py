@@ -80,7 +80,7 @@ def _in_blocks(rows: Tensor, scheme: Scheme) -> Tensor:
     """[rows, width] -> [rows, blocks, block], the last block filled up with zeros."""
     short = scheme.stored_width(rows.shape[1]) - rows.shape[1]
     padded = torch.nn.functional.pad(rows, (0, short)) if short else rows
-    return padded.unflatten(-1, (-1, scheme.block or rows.shape[1]))
+    return padded.view(len(rows), -1, scheme.block or rows.shape[1])
 
 
 def _rounded(w: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:

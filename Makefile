@@ -3,10 +3,10 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 OUT ?= out
-EXTRAS := cpu,export,tensorrt-rtx,test,dev
+EXTRAS := cpu,export,plugins,tensorrt-rtx,test,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format wheel clean
+.PHONY: help demo test gpu-check lint format wheel clean
 
 help:  ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -26,6 +26,10 @@ demo: $(VENV)/.installed  ## export the demo checkpoint, check it against PyTorc
 
 test: $(VENV)/.installed  ## run the whole test suite
 	$(BIN)/python -m pytest
+
+# Not in the environment of the others: a GPU host is often offline, and has its own torch and Triton.
+gpu-check:  ## on a GPU host: attention against float64 and against torch (with PYTHON, offline)
+	PYTHONPATH=.:exporters:runtime:plugins $(PYTHON) -m benchmarks.gpu_check
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .

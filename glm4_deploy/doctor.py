@@ -5,7 +5,7 @@ import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 PACKAGES = (
@@ -26,7 +26,7 @@ class Finding:
 
 def examine() -> dict[str, object]:
     """Everything the ``doctor`` command shows, as data."""
-    findings = [check() for check in (_export, _onnxruntime, _cuda, _serving, _tensorrt_rtx, _tensorrt)]
+    findings = [check() for check in CHECKS]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -120,22 +120,42 @@ def _serving() -> Finding:
 
 def _tensorrt_rtx() -> Finding:
     name = "export: target tensorrt-rtx"
-    if _missing("tensorrt_rtx"):
+    missing = _missing("tensorrt_rtx", "polygraphy")
+    if missing:
         return Finding(
-            name, False, "not part of this version; the native bundle is the form its parser takes"
+            name,
+            False,
+            f"{', '.join(missing)} not installed",
+            "pip install 'glm4-deploy[cpu,export,tensorrt-rtx]'",
         )
-    return Finding(
-        name,
-        False,
-        f"not part of this version; tensorrt-rtx {_version('tensorrt-rtx')} parses the native bundle",
-    )
+    return Finding(name, True, f"tensorrt-rtx {_version('tensorrt-rtx')}; needs no GPU")
 
 
 def _tensorrt() -> Finding:
-    detail = "not part of this version"
-    try:
-        distribution("tensorrt")
-        detail += f"; tensorrt {_version('tensorrt')} is installed"
-    except PackageNotFoundError:
-        pass
-    return Finding("export: target tensorrt", False, detail)
+    name = "export: target tensorrt"
+    if _missing("tensorrt", "polygraphy"):
+        return Finding(
+            name, False, "not installed", "pip install 'glm4-deploy[export,tensorrt]' on a GPU host"
+        )
+    if not _gpus():
+        return Finding(name, False, "no NVIDIA GPU or driver found (nvidia-smi)", "run on a GPU host")
+    return Finding(name, True, f"tensorrt {_version('tensorrt')} on {_gpus()}")
+
+
+def _engines() -> Finding:
+    name = "run: TensorRT engines"
+    installed = [p for p in ("tensorrt-rtx", "tensorrt") if _version(p)]
+    if not installed or _missing("cuda"):
+        return Finding(
+            name,
+            False,
+            "a TensorRT or cuda-bindings is not installed",
+            "pip install 'glm4-deploy[tensorrt-rtx]'",
+        )
+    gpus = _gpus()
+    if not gpus:
+        return Finding(name, False, "no NVIDIA GPU or driver found (nvidia-smi)", "run on a GPU host")
+    return Finding(name, True, f"{', '.join(installed)} on {gpus}")
+
+
+CHECKS = (_export, _onnxruntime, _cuda, _serving, _tensorrt_rtx, _tensorrt, _engines)

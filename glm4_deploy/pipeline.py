@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm4_deploy import __version__
 from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.engine import EngineOptions, engine_attention, engine_version, require_engine
 from glm4_exporters.graph_io import graph_io
 from glm4_exporters.targets import require_target
 from glm4_runtime.bundle import (
@@ -40,6 +41,7 @@ from glm4_runtime.progress import Progress, silent
 if TYPE_CHECKING:  # torch and onnx load when there is work for them, so that --print-key is quick
     import onnx_ir as ir
 
+    from glm4_deploy.engine_bundle import EngineBundle
     from glm4_deploy.parity import Parity
     from glm4_exporters.weights import WrittenWeights
 
@@ -57,6 +59,7 @@ class ExportOptions:
     max_seq_len: int | None = None  # the model's positions where None
     max_batch_size: int = DEFAULT_BATCH
     parity: bool = True
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 @dataclass
@@ -64,6 +67,7 @@ class ExportResult:
     bundle: Path
     manifest: Manifest
     parity: "Parity | None"
+    engine: "EngineBundle | None" = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
 
@@ -108,7 +112,12 @@ def export(
             if options.parity:
                 with clock("parity"):
                     parity = _prove(folder, manifest, source, progress)
-            result = ExportResult(bundle, manifest, parity, clock.seconds, _peak_rss())
+            engine = None
+            if require_target(options.target, options.precision)[0].engine is not None:
+                with clock("engine"):
+                    engine = _build_engine(source, model, folder, manifest, options, progress)
+                manifest = engine.manifest
+            result = ExportResult(bundle, manifest, parity, engine, clock.seconds, _peak_rss())
             _write_report(folder, options, result)
             _publish(folder, bundle)
     return result
@@ -124,10 +133,12 @@ def cache_key(checkpoint: str | Path, options: ExportOptions) -> str:
     with Checkpoint.load(checkpoint, task=options.task) as source:
         limits = _check_options(source, options)
         shaping = {name: value for name, value in dataclasses.asdict(options).items() if name != "parity"}
+        del shaping["engine"]["timing_cache"]  # saves time, and lies elsewhere on each machine
+        kind = require_target(options.target, options.precision)[0].engine
         parts = {
             "schema": SCHEMA_VERSION,
             "options": shaping | {"task": source.task} | dataclasses.asdict(limits),
-            "tools": _tool_versions(),
+            "tools": _tool_versions() | ({} if kind is None else {kind: engine_version(kind)}),
             "checkpoint": source.fingerprint(),
         }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -137,7 +148,8 @@ def cache_key(checkpoint: str | Path, options: ExportOptions) -> str:
 
 
 def _check_options(source: Checkpoint, options: ExportOptions) -> Limits:
-    require_target(options.target, options.precision)
+    target, _ = require_target(options.target, options.precision)
+    require_engine(target.engine, options.target, options.precision, options.engine)
     positions = source.config.max_position_embeddings
     length = positions if options.max_seq_len is None else options.max_seq_len
     if not 1 <= length <= positions:
@@ -267,6 +279,28 @@ def _prove(folder: Path, manifest: Manifest, source: Checkpoint, progress: Progr
     return parity
 
 
+def _build_engine(
+    source: Checkpoint,
+    model: "ir.Model",
+    folder: Path,
+    manifest: Manifest,
+    options: ExportOptions,
+    progress: Progress,
+) -> "EngineBundle":
+    from glm4_deploy.engine_bundle import make_engine
+    from glm4_exporters.trace import trace
+    from glm4_exporters.weights import attach, layout
+
+    kind = require_target(options.target, options.precision)[0].engine
+    assert kind is not None
+    if engine_attention(kind, options.engine) == "plugin":  # proven in the native dialect, built from ours
+        model = trace(source.config, source.task, manifest.activations)
+        attach(model, layout(model), WEIGHTS)
+    result = make_engine(folder, manifest, model, kind, options.engine, progress)
+    write_manifest(folder, result.manifest)
+    return result
+
+
 def _write_report(folder: Path, options: ExportOptions, result: ExportResult) -> None:
     report: dict[str, Any] = {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -280,6 +314,10 @@ def _write_report(folder: Path, options: ExportOptions, result: ExportResult) ->
         "peak_rss_bytes": result.peak_rss_bytes,
         "parity": "not measured (--no-parity)" if result.parity is None else result.parity.as_dict(),
     }
+    if result.engine is not None:
+        from glm4_deploy.engine_bundle import engine_report
+
+        report["engine"] = engine_report(result.engine.built)
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
 
 

@@ -44,7 +44,9 @@ def embed(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[Te
     rows: dict[int, Tensor] = {}
     buffer = torch.empty(READ_BLOCK, dtype=torch.uint8)
     for start, block in checkpoint.row_blocks(checkpoint.name_of(EMBEDDING), buffer):
-        rows |= {i: block[i - start].float() for i in used if start <= i < start + len(block)}
+        # Copies: a float32 row would else be a view into the buffer, which the next block overwrites.
+        here = [i for i in used if start <= i < start + len(block)]
+        rows |= {i: block[i - start].to(torch.float32, copy=True) for i in here}
     return [torch.stack([rows[i] for i in ids])[None] for ids in sequences]
 
 

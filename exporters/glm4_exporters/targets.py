@@ -8,10 +8,14 @@ from glm4_runtime.errors import ExportError
 
 @dataclass(frozen=True)
 class Target:
-    """A form of bundle. ``providers`` lists, per precision, those that have every kernel the graph needs."""
+    """A form of bundle. ``providers`` lists, per precision, those that have every kernel the graph needs.
+
+    ``engine`` names the TensorRT that builds an engine from the graph; ``providers`` then run only the graph.
+    """
 
     dialect: str
     providers: Mapping[str, tuple[str, ...]]
+    engine: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 TARGETS = {
     "ort": Target("ort", {"fp32": (_CPU,), "fp16": (_CUDA, _CPU), "bf16": (_CUDA,)}),
     "native": Target("native", {"fp32": (_CPU,), "fp16": (_CPU,), "bf16": ()}),
+    "tensorrt-rtx": Target("native", {"fp16": (_CPU,), "bf16": ()}, engine="tensorrt-rtx"),
+    "tensorrt": Target("native", {"fp16": (_CPU,), "bf16": ()}, engine="tensorrt"),
 }
 
 

@@ -1,8 +1,9 @@
-"""Checkpoint tensors into the bundle's one data file: read in row blocks, cast, hashed, written, never held.
+"""Checkpoint tensors into the bundle's one data file: read in row blocks, cast or quantized, hashed, written.
 
 The file is the concatenation of the graph's weights in the graph's order, each at a multiple of 4096
-bytes, so that a runtime can map it. Memory is a fixed set of buffers, whatever the model's size. The
-calling thread casts a block while others read the next, hash the source, hash the file and write it.
+bytes, so that a runtime can map it; a quantized matrix is its integers, then its scales. Memory is a fixed
+set of buffers, whatever the model's size. The calling thread casts a block while others read the next, hash
+the source, hash the file and write it; integers are made by as many threads as there are cores.
 """
 
 import contextlib
@@ -11,8 +12,8 @@ import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -22,6 +23,9 @@ from torch import Tensor
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.passes.builder import fixed
+from glm4_exporters.passes.quantize_weights import SCALES, Source
+from glm4_exporters.quantize import blocks
+from glm4_exporters.quantize.smooth import Smoothing
 from glm4_exporters.reference import rotary_tables
 from glm4_exporters.trace import ROTARY_COS, ROTARY_SIN
 from glm4_runtime.bundle import FileEntry
@@ -34,6 +38,7 @@ READ_BUFFERS = 4  # one is read into, one is cast, two wait for their hash
 WRITE_BLOCK = 32 << 20
 WRITE_BUFFERS = 4
 TABLE_ROWS = 1 << 16
+QUANTIZED_AT_ONCE = 1 << 18  # numbers that one thread works on, in float32: a core's own cache holds them
 
 TORCH_TYPES = {
     ir.DataType.FLOAT: torch.float32,
@@ -51,6 +56,20 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    source: Source | None = None  # what it is made from, where it is part of a quantized matrix
+
+
+@dataclass(frozen=True)
+class Edits:
+    """What is done to tensors before they are stored.
+
+    Attributes:
+        smoothing: multipliers per row and column.
+        importance: how much each channel of a matrix's input counts, by the matrix's name; float32 [width].
+    """
+
+    smoothing: Smoothing = field(default_factory=Smoothing)
+    importance: Callable[[str], Tensor | None] = lambda _name: None
 
 
 @dataclass(frozen=True)
@@ -60,24 +79,30 @@ class WrittenWeights:
 
 
 def layout(model: ir.Model) -> list[StoredTensor]:
-    """The place of every initializer that has no data yet, in the graph's order."""
-    tensors, offset = [], 0
+    """The place of every initializer that has no data yet, in the graph's order.
+
+    The parts of one matrix that two operators read in different shapes lie at one place.
+    """
+    tensors: list[StoredTensor] = []
+    places: dict[object, int] = {}
+    end = 0
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:
             continue
         assert value.dtype is not None
         assert value.shape is not None
         shape = tuple(fixed(axis) for axis in value.shape)
-        nbytes = torch.Size(shape).numel() * value.dtype.itemsize
-        tensors.append(StoredTensor(name, value.dtype, shape, offset, int(nbytes)))
-        offset += -(-int(nbytes) // ALIGNMENT) * ALIGNMENT
+        nbytes = int(torch.Size(shape).numel() * value.dtype.itemsize)  # of half a byte, sometimes
+        source = value.meta.get("source")
+        offset = places.setdefault(source or name, end)
+        tensors.append(StoredTensor(name, value.dtype, shape, offset, nbytes, source))
+        end = max(end, offset + -(-nbytes // ALIGNMENT) * ALIGNMENT)
     return tensors
 
 
 def stored_bytes(tensors: list[StoredTensor]) -> int:
     """Size of the data file for a layout."""
-    last = tensors[-1]
-    return last.offset + -(-last.nbytes // ALIGNMENT) * ALIGNMENT
+    return max(tensor.offset + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)
 
 
 def attach(model: ir.Model, tensors: list[StoredTensor], location: str) -> None:
@@ -94,7 +119,11 @@ def attach(model: ir.Model, tensors: list[StoredTensor], location: str) -> None:
 
 
 def write_weights(
-    checkpoint: Checkpoint, tensors: list[StoredTensor], path: Path, progress: Progress = silent
+    checkpoint: Checkpoint,
+    tensors: list[StoredTensor],
+    path: Path,
+    edits: Edits = Edits(),
+    progress: Progress = silent,
 ) -> WrittenWeights:
     """Stream every tensor of ``tensors`` from the checkpoint into ``path``.
 
@@ -103,47 +132,108 @@ def write_weights(
         ExportError: a weight does not fit the type it is cast to.
         OSError: the disk is full.
     """
-    total, source = stored_bytes(tensors), {}
-    buffers = [torch.frombuffer(mmap.mmap(-1, READ_BLOCK), dtype=torch.uint8) for _ in range(READ_BUFFERS)]
-    with _one_torch_thread(), ThreadPoolExecutor(1, "hash source") as hasher, _AlignedFile(path) as file:
+    total = stored_bytes(tensors)
+    with _one_torch_thread(), _AlignedFile(path) as file, _Writer(checkpoint, edits, file) as writer:
         for tensor in tensors:
-            dtype = TORCH_TYPES[tensor.dtype]
-            if tensor.name in (ROTARY_COS, ROTARY_SIN):
-                for block in _table_blocks(checkpoint.config, tensor):
-                    file.append(block, dtype)
-            else:
-                source[tensor.name] = _copy(checkpoint, tensor, dtype, buffers, hasher, file)
+            if tensor.offset < file.position:
+                continue  # another reader of what lies there already
+            writer.write(tensor)
             file.pad()
             progress("write weights", tensor.offset + tensor.nbytes, total)
-    digest = hashlib.sha256()
-    for name in sorted(source):
-        header = checkpoint.tensors[checkpoint.name_of(name)]
-        digest.update(f"{name} {header.dtype} {list(header.shape)} {source[name]}\n".encode())
     progress("write weights", total, total)
-    return WrittenWeights(FileEntry(file.sha256(), total), digest.hexdigest())
+    return WrittenWeights(FileEntry(file.sha256(), total), writer.source_sha256())
 
 
-def _copy(
-    checkpoint: Checkpoint,
-    tensor: StoredTensor,
-    dtype: torch.dtype,
-    buffers: list[Tensor],
-    hasher: Executor,
-    file: "_AlignedFile",
-) -> str:
-    """Append one tensor, cast to ``dtype``; returns the SHA-256 of its bytes in the checkpoint."""
-    name = checkpoint.name_of(tensor.name)
-    digest, hashing = hashlib.sha256(), deque[Future[None]]()
-    for _, block in checkpoint.row_blocks(name, *buffers):
-        flat = block.reshape(-1)
-        hashing.append(hasher.submit(digest.update, flat.view(torch.uint8).numpy().data))
-        _require_range(name, flat, dtype)
-        file.append(flat, dtype)
-        if len(hashing) == len(buffers) - 1:
-            hashing.popleft().result()  # its buffer is the next one to be filled
-    for job in hashing:
-        job.result()
-    return digest.hexdigest()
+class _Writer:
+    """Appends one tensor of a layout after the other."""
+
+    def __init__(self, checkpoint: Checkpoint, edits: Edits, file: "_AlignedFile") -> None:
+        self._checkpoint, self._edits, self._file = checkpoint, edits, file
+        self._buffers = [
+            torch.frombuffer(mmap.mmap(-1, READ_BLOCK), dtype=torch.uint8) for _ in range(READ_BUFFERS)
+        ]
+        self._hasher = ThreadPoolExecutor(1, "hash source")
+        self._quantizers = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "quantize")
+        self._hashes: dict[str, str] = {}
+        self._scales: list[Tensor] = []  # of the matrix whose integers were written last
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for threads in (self._hasher, self._quantizers):
+            threads.shutdown(wait=True, cancel_futures=True)
+
+    def write(self, tensor: StoredTensor) -> None:
+        if tensor.source is not None and tensor.source.part == SCALES:
+            for scales in self._scales:
+                self._file.append(scales.reshape(-1), scales.dtype)
+            self._scales = []
+        elif tensor.source is not None:
+            self._write_codes(tensor.source, tensor)
+        elif tensor.name in (ROTARY_COS, ROTARY_SIN):
+            for block in _table_blocks(self._checkpoint.config, tensor):
+                self._file.append(block, TORCH_TYPES[tensor.dtype])
+        else:
+            name, dtype = self._checkpoint.name_of(tensor.name), TORCH_TYPES[tensor.dtype]
+            for first, block in self._read(tensor.name):
+                flat = self._edits.smoothing.apply(tensor.name, block, first).reshape(-1)
+                _require_range(name, flat, dtype)
+                self._file.append(flat, dtype)
+
+    def _write_codes(self, source: Source, tensor: StoredTensor) -> None:
+        """The integers of a matrix; its scales, which follow it in the file, are kept until then."""
+        scheme, dtype = source.scheme, TORCH_TYPES[source.scale_type]
+        pack = blocks.pack_signed if source.signed else blocks.pack_unsigned
+        importance, limit = self._edits.importance(source.tensor), torch.finfo(dtype).max
+
+        def quantized(first: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+            width = rows.shape[1]
+            wide = self._edits.smoothing.apply(source.tensor, rows, first).float()
+            numbers, scales = blocks.quantize(wide, scheme, dtype, importance)
+            if not bool((scales <= limit).all()):
+                raise ExportError(
+                    f"a scale of tensor {source.tensor} is beyond {str(dtype)[6:]}'s {limit:g}; "
+                    "export with --activations fp32"
+                )
+            # The product's operator reads whole blocks, the other two exactly the matrix.
+            return pack(numbers if len(tensor.shape) == 3 else numbers[:, :width], scheme), scales
+
+        for first, block in self._read(source.tensor):
+            step = max(1, QUANTIZED_AT_ONCE // block.shape[1])
+            starts = range(0, len(block), step)
+            jobs = [
+                self._quantizers.submit(quantized, first + start, block[start : start + step])
+                for start in starts
+            ]
+            for job in jobs:
+                codes, scales = job.result()
+                self._scales.append(scales)
+                self._file.append(codes.reshape(-1), torch.uint8)
+
+    def _read(self, canonical: str) -> Iterator[tuple[int, Tensor]]:
+        """Row blocks of a tensor, hashed on another thread."""
+        name, buffers = self._checkpoint.name_of(canonical), self._buffers
+        digest, hashing = hashlib.sha256(), deque[Future[None]]()
+        for first, block in self._checkpoint.row_blocks(name, *buffers):
+            flat = block.reshape(-1)
+            hashing.append(self._hasher.submit(digest.update, flat.view(torch.uint8).numpy().data))
+            yield first, block
+            if len(hashing) == len(buffers) - 1:
+                hashing.popleft().result()  # its buffer is the next one to be filled
+        for job in hashing:
+            job.result()
+        self._hashes[canonical] = digest.hexdigest()
+
+    def source_sha256(self) -> str:
+        """Of all tensors' contents, whatever their order and their shards."""
+        digest = hashlib.sha256()
+        for canonical in sorted(self._hashes):
+            header = self._checkpoint.tensors[self._checkpoint.name_of(canonical)]
+            digest.update(
+                f"{canonical} {header.dtype} {list(header.shape)} {self._hashes[canonical]}\n".encode()
+            )
+        return digest.hexdigest()
 
 
 def _require_range(name: str, flat: Tensor, dtype: torch.dtype) -> None:
@@ -218,6 +308,11 @@ class _AlignedFile:
         self._fill = end
         if self._fill == WRITE_BLOCK:
             self._flush()
+
+    @property
+    def position(self) -> int:
+        """Bytes appended so far."""
+        return self._written + self._fill
 
     def sha256(self) -> str:
         return self._hash.hexdigest()

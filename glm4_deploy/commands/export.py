@@ -5,7 +5,10 @@ from pathlib import Path
 import click
 
 from glm4_deploy import pipeline, show
+from glm4_deploy.engine_bundle import engine_report
+from glm4_exporters.engine import ATTENTIONS, LAYOUTS, EngineOptions
 from glm4_exporters.targets import PRECISIONS, TARGETS
+from glm4_runtime.bundle import Manifest
 
 
 @click.command("export")
@@ -16,7 +19,8 @@ from glm4_exporters.targets import PRECISIONS, TARGETS
     type=click.Choice(list(TARGETS)),
     default=pipeline.DEFAULT_TARGET,
     show_default=True,
-    help="What runs it: ort (ONNX Runtime's own operators), native (standard operators only).",
+    help="What runs it: ort (ONNX Runtime's own operators), native (standard operators only), "
+    "tensorrt-rtx (an engine, built without a GPU), tensorrt (an engine, built on a GPU).",
 )
 @click.option(
     "--precision",
@@ -41,6 +45,31 @@ from glm4_exporters.targets import PRECISIONS, TARGETS
     show_default=True,
     help="Most slots of a session.",
 )
+@click.option(
+    "--sm",
+    multiple=True,
+    metavar="CC",
+    help="GPU that an engine is built for, as 89 for compute capability 8.9; repeat it for several.",
+)
+@click.option(
+    "--engine-layout",
+    type=click.Choice(LAYOUTS),
+    default=EngineOptions.layout,
+    show_default=True,
+    help="One engine for prefill and decode, or two, which store the weights twice.",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(ATTENTIONS),
+    help="How a TensorRT engine attends; tensorrt by our plugin unless told, tensorrt-rtx by its own operators.",
+)
+@click.option(
+    "--timing-cache",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Kernel timings to reuse and extend; for target tensorrt.",
+)
+@click.option("--keep-onnx", is_flag=True, help="Keep the graph and weights an engine was built from.")
 @click.option("--no-parity", is_flag=True, help="Do not compare the bundle with PyTorch; the report says so.")
 @click.option("--force", is_flag=True, help="Replace the bundle if there is one.")
 @click.option(
@@ -55,13 +84,21 @@ def command(
     task: str | None,
     max_seq_len: int | None,
     max_batch_size: int,
+    sm: tuple[str, ...],
+    engine_layout: str,
+    attention: str | None,
+    timing_cache: str | None,
+    keep_onnx: bool,
     no_parity: bool,
     force: bool,
     print_key: bool,
     as_json: bool,
 ) -> None:
     """Make a bundle from the checkpoint folder CHECKPOINT, and prove that it computes what PyTorch does."""
-    options = pipeline.ExportOptions(target, precision, task, max_seq_len, max_batch_size, not no_parity)
+    engine = EngineOptions(sm, engine_layout, attention, timing_cache, keep_onnx)
+    options = pipeline.ExportOptions(
+        target, precision, task, max_seq_len, max_batch_size, not no_parity, engine
+    )
     if print_key:
         click.echo(pipeline.cache_key(checkpoint, options))
         return
@@ -75,12 +112,21 @@ def command(
         show.print_rows(f"{bundle}", _rows(result))
 
 
+def _runs_on(manifest: Manifest) -> str:
+    if manifest.engine is None:
+        return ", ".join(manifest.providers) or "none of ONNX Runtime's providers; another conforming runtime"
+    gpus = ", ".join(f"{sm[:-1]}.{sm[-1]}" for sm in manifest.compute_capabilities)
+    later = " and later" if manifest.engine.later_gpus else ""
+    return f"{manifest.engine.kind} {manifest.engine.version}, GPUs of compute capability {gpus}{later}"
+
+
 def _as_json(result: pipeline.ExportResult) -> dict[str, object]:
     return {
         "bundle": str(result.bundle),
         "parity": result.parity and result.parity.as_dict(),
         "seconds": result.seconds,
         "peak_rss_bytes": result.peak_rss_bytes,
+        "engine": result.engine and engine_report(result.engine.built),
         "files": {name: entry.bytes for name, entry in result.manifest.files.items()},
     }
 
@@ -90,14 +136,13 @@ def _rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
     rows = [
         ("task", manifest.task),
         ("target", f"{manifest.target}, {manifest.precision}"),
-        (
-            "runs on",
-            ", ".join(manifest.providers) or "none of ONNX Runtime's providers; another conforming runtime",
-        ),
+        ("runs on", _runs_on(manifest)),
         ("size", show.size(sum(entry.bytes for entry in manifest.files.values()))),
         ("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())),
         ("peak memory", show.size(result.peak_rss_bytes)),
     ]
+    if result.engine is not None:
+        rows.append(("engine build", f"{show.size(result.engine.built.peak_rss_bytes)} at its peak"))
     if parity is None:
         return [*rows, ("parity", "not measured (--no-parity)")]
     errors = [f"max error {parity.max_abs_error:.2e}", f"mean {parity.mean_abs_error:.2e}"]

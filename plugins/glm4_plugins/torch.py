@@ -1,13 +1,16 @@
-"""``glm4::partial_rope_gqa_attention`` as a torch operator: the plain-tensor meaning, on any device.
+"""``glm4::partial_rope_gqa_attention`` as a torch operator: plain tensors anywhere, the Triton kernel on a GPU.
 
 Importing this module registers ``torch.ops.glm4.partial_rope_gqa_attention``. It is functional, since
-an operator that mutates its inputs does not survive ``torch.export``.
+an operator that mutates its inputs does not survive ``torch.export``; :mod:`glm4_plugins.torch_kernel` has the
+kernel itself, which updates the caches in place.
 """
 
 import torch
 from torch import Tensor
 
+from glm4_plugins.launch import unsupported
 from glm4_plugins.operator import AttentionAttributes, output_shapes
+from glm4_plugins.torch_kernel import attend, kernel_shape
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -17,6 +20,77 @@ def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = pairs[..., 0], pairs[..., 1]
     rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     return torch.cat((rotated.flatten(-2), x[..., rotary_dim:]), dim=-1)
+
+
+def _checked(
+    query: Tensor,
+    key: Tensor,
+    past_key: Tensor | None,
+    past_value: Tensor | None,
+    cos: Tensor,
+    past_lengths: Tensor | None,
+    query_lengths: Tensor,
+    attributes: AttentionAttributes,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``past_lengths``, and copies of the caches to write into, once everything fits."""
+    if 2 * cos.shape[-1] != attributes.rotary_embedding_dim:
+        raise ValueError(
+            f"cos has {cos.shape[-1]} columns, not rotary_embedding_dim / 2 = {attributes.rotary_embedding_dim // 2}"
+        )
+    _, present_shape = output_shapes(
+        tuple(query.shape), tuple(key.shape), None if past_key is None else tuple(past_key.shape), attributes
+    )
+    sequence, capacity = query.shape[1], present_shape[2]
+    if past_lengths is None:
+        past_lengths = torch.zeros_like(query_lengths)
+    if sequence and int(past_lengths.max()) + sequence > capacity:
+        raise ValueError(
+            f"{sequence} new positions after {int(past_lengths.max())} exceed the cache's capacity {capacity}"
+        )
+    if past_key is None or past_value is None:
+        return past_lengths, query.new_zeros(present_shape), query.new_zeros(present_shape)
+    # The kernel wants contiguous caches, and writes into them.
+    layout = torch.contiguous_format
+    return past_lengths, past_key.clone(memory_format=layout), past_value.clone(memory_format=layout)
+
+
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    present_key: Tensor,
+    present_value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    past_lengths: Tensor,
+    query_lengths: Tensor,
+    attributes: AttentionAttributes,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, sequence, _ = query.shape
+    num_heads, kv_num_heads, scale = attributes.num_heads, attributes.kv_num_heads, attributes.scale
+    capacity, head_size = present_key.shape[2:]
+    steps = torch.arange(sequence, device=query.device)
+    positions = past_lengths.long()[:, None] + steps  # [B, S]
+    # Padding may stand past the last row of the tables; its rotation is never read.
+    rows = positions.clamp(max=cos.shape[0] - 1)
+    cos_at, sin_at = cos[rows].unsqueeze(1), sin[rows].unsqueeze(1)  # [B, 1, S, R / 2]
+    q = query.unflatten(-1, (num_heads, head_size)).transpose(1, 2)
+    k = key.unflatten(-1, (kv_num_heads, head_size)).transpose(1, 2)
+    v = value.unflatten(-1, (kv_num_heads, head_size)).transpose(1, 2)
+    index = positions[:, None, :, None].expand(batch, kv_num_heads, sequence, head_size)
+    present_key = present_key.scatter(2, index, rotate_interleaved(k, cos_at, sin_at))
+    present_value = present_value.scatter(2, index, v)
+    q = rotate_interleaved(q, cos_at, sin_at).unflatten(1, (kv_num_heads, -1))  # [B, Hkv, G, S, D]
+    scores = torch.einsum("bhgsd,bhtd->bhgst", q.float(), present_key.float()) * scale
+    visible = torch.arange(capacity, device=query.device) <= positions[..., None]  # [B, S, C]
+    scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+    # A cache row that was never written may hold anything, NaN too: weight zero does not silence it.
+    live = torch.arange(capacity, device=query.device) < (past_lengths.long() + sequence)[:, None]
+    values = present_value.float().masked_fill(~live[:, None, :, None], 0.0)
+    output = torch.einsum("bhgst,bhtd->bhgsd", scores.softmax(dim=-1), values)
+    output = output.permute(0, 3, 1, 2, 4).reshape(query.shape)
+    valid = steps < query_lengths.long()[:, None]
+    return output.masked_fill(~valid[..., None], 0.0).to(query.dtype), present_key, present_value
 
 
 @torch.library.custom_op("glm4::partial_rope_gqa_attention", mutates_args=())
@@ -43,47 +117,46 @@ def partial_rope_gqa_attention(
         ValueError: shapes that do not fit, or a sequence that does not fit into the cache.
     """
     attributes = AttentionAttributes(num_heads, kv_num_heads, rotary_embedding_dim, scale)
-    if 2 * cos.shape[-1] != rotary_embedding_dim:
-        raise ValueError(
-            f"cos has {cos.shape[-1]} columns, not rotary_embedding_dim / 2 = {rotary_embedding_dim // 2}"
-        )
-    _, present_shape = output_shapes(
-        tuple(query.shape), tuple(key.shape), None if past_key is None else tuple(past_key.shape), attributes
+    past_lengths, present_key, present_value = _checked(
+        query, key, past_key, past_value, cos, past_lengths, query_lengths, attributes
     )
-    batch, sequence, _ = query.shape
-    capacity, head_size = present_shape[2:]
-    if past_lengths is None:
-        past_lengths = torch.zeros_like(query_lengths)
-    if past_key is None or past_value is None:
-        present_key, present_value = query.new_zeros(present_shape), query.new_zeros(present_shape)
-    else:
-        present_key, present_value = past_key.clone(), past_value.clone()
-    if sequence and int(past_lengths.max()) + sequence > capacity:
-        raise ValueError(
-            f"{sequence} new positions after {int(past_lengths.max())} exceed the cache's capacity {capacity}"
+    return _plain(
+        query, key, value, present_key, present_value, cos, sin, past_lengths, query_lengths, attributes
+    )
+
+
+@partial_rope_gqa_attention.register_kernel("cuda")
+def with_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor | None,
+    past_value: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    past_lengths: Tensor | None,
+    query_lengths: Tensor,
+    num_heads: int,
+    kv_num_heads: int,
+    rotary_embedding_dim: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator by the Triton kernel; by plain tensors where the kernel does not take the shape or type."""
+    attributes = AttentionAttributes(num_heads, kv_num_heads, rotary_embedding_dim, scale)
+    past_lengths, present_key, present_value = _checked(
+        query, key, past_key, past_value, cos, past_lengths, query_lengths, attributes
+    )
+    if unsupported(kernel_shape(query, present_key, attributes), rotary_embedding_dim):
+        return _plain(
+            query, key, value, present_key, present_value, cos, sin, past_lengths, query_lengths, attributes
         )
-    steps = torch.arange(sequence, device=query.device)
-    positions = past_lengths.long()[:, None] + steps  # [B, S]
-    # Padding may stand past the last row of the tables; its rotation is never read.
-    rows = positions.clamp(max=cos.shape[0] - 1)
-    cos_at, sin_at = cos[rows].unsqueeze(1), sin[rows].unsqueeze(1)  # [B, 1, S, R / 2]
-    q = query.unflatten(-1, (num_heads, head_size)).transpose(1, 2)
-    k = key.unflatten(-1, (kv_num_heads, head_size)).transpose(1, 2)
-    v = value.unflatten(-1, (kv_num_heads, head_size)).transpose(1, 2)
-    index = positions[:, None, :, None].expand(batch, kv_num_heads, sequence, head_size)
-    present_key = present_key.scatter(2, index, rotate_interleaved(k, cos_at, sin_at))
-    present_value = present_value.scatter(2, index, v)
-    q = rotate_interleaved(q, cos_at, sin_at).unflatten(1, (kv_num_heads, -1))  # [B, Hkv, G, S, D]
-    scores = torch.einsum("bhgsd,bhtd->bhgst", q.float(), present_key.float()) * scale
-    visible = torch.arange(capacity, device=query.device) <= positions[..., None]  # [B, S, C]
-    scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
-    # A cache row that was never written may hold anything, NaN too: weight zero does not silence it.
-    live = torch.arange(capacity, device=query.device) < (past_lengths.long() + sequence)[:, None]
-    values = present_value.float().masked_fill(~live[:, None, :, None], 0.0)
-    output = torch.einsum("bhgst,bhtd->bhgsd", scores.softmax(dim=-1), values)
-    output = output.permute(0, 3, 1, 2, 4).reshape(query.shape)
-    valid = steps < query_lengths.long()[:, None]
-    return output.masked_fill(~valid[..., None], 0.0).to(query.dtype), present_key, present_value
+    query, key, value, cos, sin, past_lengths, query_lengths = (
+        tensor.contiguous() for tensor in (query, key, value, cos, sin, past_lengths, query_lengths)
+    )
+    output = attend(
+        query, key, value, present_key, present_value, cos, sin, past_lengths, query_lengths, attributes
+    )
+    return output, present_key, present_value
 
 
 @partial_rope_gqa_attention.register_fake

@@ -3,6 +3,7 @@
     manifest.json   what the bundle is, and the SHA-256 of every other file but report.json
     report.json     what was measured when it was made; never read to serve, never compared
     model.onnx, model.onnx.data, tokenizer.json, chat_template.jinja, ...
+    model.engine                  in place of the two ONNX files, or beside them, where the target is an engine
 
 The reader owns the format: exporters build a :class:`Manifest` and call :func:`write_manifest`.
 Nothing that depends on the machine or the moment is in the manifest, so two exports of one checkpoint
@@ -26,6 +27,7 @@ MANIFEST = "manifest.json"
 REPORT = "report.json"
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
+ENGINE = "model.engine"
 
 # The files that a checkpoint may bring along and a bundle keeps.
 TOKENIZER_FILES = (
@@ -78,18 +80,61 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class EngineProfile:
+    """One way to run an engine: ``prefill``, ``decode`` or ``encode``.
+
+    Attributes:
+        file, index: the engine file, and the profile's number in it.
+        axes: minimum, optimum and maximum of every named axis of the manifest's inputs.
+    """
+
+    name: str
+    file: str
+    index: int
+    axes: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a TensorRT engine is, and what it was built from.
+
+    Attributes:
+        kind: ``tensorrt-rtx`` or ``tensorrt``; ``version`` is that of the builder, which the runtime must match.
+        layout: ``shared``, one engine of all profiles, or ``split``, one for each.
+        later_gpus: the engine also runs on GPUs newer than the manifest's compute capabilities.
+        attention: ``native`` or ``plugin``; ``plugin_version`` of the latter.
+        profiles: see :class:`EngineProfile`.
+        layers: how many layers of each type that matters the builder was given, counted from the parsed network.
+        float32: nodes that compute in float32 whatever the activations are, counted by operator.
+        built_from: the ONNX graph and weights, which need not be in the bundle any more.
+    """
+
+    kind: str
+    version: str
+    layout: str
+    later_gpus: bool
+    attention: str
+    plugin_version: str | None
+    profiles: tuple[EngineProfile, ...]
+    layers: Mapping[str, int]
+    float32: Mapping[str, int]
+    built_from: Mapping[str, FileEntry]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a runtime decides on before it loads a byte of weights.
 
     Attributes:
         task: ``causal-lm``, ``sequence-classification``, ``token-classification`` or ``encoder``.
-        target: what the bundle was exported for, ``ort`` or ``native``.
-        dialect: the operators of the graph; decides how a session drives it.
+        target: what the bundle was exported for, ``ort``, ``native``, ``tensorrt-rtx`` or ``tensorrt``.
+        dialect: the operators of the graph, or the kind of the engine; decides how a session drives it.
         precision: the name that was asked for; ``tensor_precisions`` says what each group became.
         activations, kv_cache: element types of activations and of the cache (None without a cache).
         providers: ONNX Runtime execution providers that have every kernel the graph needs.
         pooling: for an encoder, how ``last_hidden_state`` becomes one vector.
-        compute_capabilities: GPUs an engine runs on; empty for ONNX.
+        compute_capabilities: GPUs an engine runs on, as 89 for 8.9; empty for ONNX.
+        engine: the engine, where the target is one.
         tools: versions of everything that shaped the bundle.
         source_sha256: digest of the checkpoint's tensors: SHA-256 over one line per tensor, sorted by
             name, of name, element type, shape and the SHA-256 of its bytes.
@@ -114,6 +159,7 @@ class Manifest:
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     pooling: str | None = None
     compute_capabilities: tuple[str, ...] = ()
+    engine: EngineInfo | None = None
     schema_version: int = SCHEMA_VERSION
 
 
@@ -131,6 +177,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         if value is None and types.NoneType in arguments:
             return None
         wanted = tuple(a for a in arguments if a is not types.NoneType)
+        if len(wanted) == 1 and dataclasses.is_dataclass(wanted[0]):
+            return _decode(wanted[0], value, where)
         if isinstance(value, wanted) and not isinstance(value, bool):
             return value
     elif origin is tuple:
@@ -139,7 +187,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     elif origin is Mapping:
         if isinstance(value, dict):
             return {k: _decode(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    elif isinstance(value, kind) and not isinstance(value, bool):
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     raise BundleError(
         f"{MANIFEST}: {where} is {value!r}, not {getattr(kind, '__name__', kind)}; export the bundle again"

@@ -3,38 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from attention_cases import random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import glm4_plugins.torch  # noqa: F401  registers the torch operator
 from glm4_plugins.operator import AttentionAttributes, output_shapes, partial_rope_gqa_attention
-
-
-def tables(positions, rotary_dim):
-    frequencies = 10000.0 ** (-np.arange(0, rotary_dim, 2) / max(rotary_dim, 1))
-    angles = np.arange(positions)[:, None] * frequencies
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-
-
-def random_case(seed, batch, sequence, kv_heads, group, head_size, rotary_dim, pasts, lengths, slack=3):
-    rng = np.random.default_rng(seed)
-    capacity = max(pasts) + sequence + slack
-
-    def normal(*shape):
-        return rng.standard_normal(shape).astype(np.float32)
-
-    cos, sin = tables(capacity, rotary_dim)
-    return dict(
-        query=normal(batch, sequence, kv_heads * group * head_size),
-        key=normal(batch, sequence, kv_heads * head_size),
-        value=normal(batch, sequence, kv_heads * head_size),
-        past_key=normal(batch, kv_heads, capacity, head_size),
-        past_value=normal(batch, kv_heads, capacity, head_size),
-        cos=cos,
-        sin=sin,
-        past_lengths=np.array(pasts, np.int32),
-        query_lengths=np.array(lengths, np.int32),
-    ), AttentionAttributes(kv_heads * group, kv_heads, rotary_dim, head_size**-0.5)
 
 
 def in_torch(case, attributes):

@@ -8,6 +8,8 @@ import pytest
 
 from glm4_runtime import BundleError, Session
 from glm4_runtime.bundle import (
+    EngineInfo,
+    EngineProfile,
     FileEntry,
     Limits,
     Manifest,
@@ -54,7 +56,19 @@ MANIFEST = Manifest(
     source_sha256="0" * 64,
     files={"model.onnx": FileEntry("1" * 64, 7)},
     pooling="last-token, L2",
-    compute_capabilities=("9.0",),
+    compute_capabilities=("89", "120"),
+    engine=EngineInfo(
+        kind="tensorrt-rtx",
+        version="1.7.1.116",
+        layout="shared",
+        later_gpus=True,
+        attention="native",
+        plugin_version=None,
+        profiles=(EngineProfile("encode", "model.engine", 0, {"sequence": (1, 512, 2048)}),),
+        layers={"ATTENTION_INPUT": 40},
+        float32={"RMSNormalization": 161},
+        built_from={"model.onnx": FileEntry("2" * 64, 9)},
+    ),
 )
 
 
@@ -98,12 +112,12 @@ def test_the_text_is_stable_and_sorted(folder, tmp_path):
 
 def test_optional_fields_may_be_absent(folder):
     def drop(data):
-        for name in ("pooling", "compute_capabilities"):
+        for name in ("pooling", "compute_capabilities", "engine"):
             del data[name]
         del data["model"]["labels"]
 
     read = read_manifest(edit(folder, drop))
-    assert (read.pooling, read.compute_capabilities, read.model.labels) == (None, (), ())
+    assert (read.pooling, read.compute_capabilities, read.engine, read.model.labels) == (None, (), None, ())
 
 
 def test_no_bundle_there(tmp_path):
@@ -151,7 +165,7 @@ def test_another_schema_version(folder, version):
 
 @pytest.mark.parametrize(
     "path",
-    [(f.name,) for f in dataclasses.fields(Manifest) if f.name not in ("pooling", "compute_capabilities", "files")]
+    [(f.name,) for f in dataclasses.fields(Manifest) if f.name not in ("pooling", "compute_capabilities", "engine", "files")]
     + [("model", "vocab_size"), ("limits", "max_seq_len"), ("inputs", 0, "dtype"), ("files", "model.onnx", "bytes")],
 )  # fmt: skip
 def test_a_missing_field_is_named(folder, path):

@@ -2,77 +2,20 @@
 
 import ctypes
 import sys
-import types
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fake_cuda import INVALID_VALUE, FakeCuda, install
 
 from glm4_runtime import BundleError
 from glm4_runtime.kv_cache import Move
 from glm4_runtime.session.memory import HostMemory
 
-OK, INVALID_VALUE, OUT_OF_MEMORY = 0, 1, 2
-DEVICE_TO_DEVICE = 3
-
-
-class FakeCuda(types.ModuleType):
-    """The five names of ``cuda.bindings.runtime`` that are used, strict about what they are given."""
-
-    cudaError_t = SimpleNamespace(cudaErrorMemoryAllocation=OUT_OF_MEMORY)
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyDeviceToDevice=DEVICE_TO_DEVICE)
-
-    def __init__(self, limit=1 << 40):
-        super().__init__("cuda.bindings.runtime")
-        self.blocks, self.limit, self.peak = {}, limit, 0
-
-    def cudaMalloc(self, size):
-        if size <= 0 or self.used() + size > self.limit:
-            return OUT_OF_MEMORY, 0
-        block = (ctypes.c_ubyte * size)(*[0xFF] * min(size, 64))  # garbage: memory comes as it is
-        ctypes.memset(block, 0xFF, size)
-        self.blocks[ctypes.addressof(block)] = block
-        self.peak = max(self.peak, self.used())
-        return OK, ctypes.addressof(block)
-
-    def used(self):
-        return sum(map(len, self.blocks.values()))
-
-    def cudaFree(self, pointer):
-        return (OK if self.blocks.pop(pointer, None) is not None else INVALID_VALUE,)
-
-    def cudaMemset(self, pointer, value, size):
-        self.require(pointer, size)
-        ctypes.memset(pointer, value, size)
-        return (OK,)
-
-    def cudaMemcpy2D(self, target, target_pitch, source, pitch, width, height, kind):
-        if width > min(target_pitch, pitch) or kind != DEVICE_TO_DEVICE:
-            return (INVALID_VALUE,)
-        if width and height:
-            self.require(target, (height - 1) * target_pitch + width)
-            self.require(source, (height - 1) * pitch + width)
-        for row in range(height):
-            ctypes.memmove(target + row * target_pitch, source + row * pitch, width)
-        return (OK,)
-
-    def require(self, pointer, size):
-        inside = any(
-            start <= pointer and pointer + size <= start + len(b) for start, b in self.blocks.items()
-        )
-        assert inside, f"{size} bytes at {pointer:#x} are in no allocation"
-
 
 @pytest.fixture
 def cuda(monkeypatch):
-    fake = FakeCuda()
-    bindings = types.ModuleType("cuda.bindings")
-    bindings.runtime = fake
-    parent = types.ModuleType("cuda")
-    parent.bindings = bindings
-    for name, module in {"cuda": parent, "cuda.bindings": bindings, "cuda.bindings.runtime": fake}.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return fake
+    return install(monkeypatch, FakeCuda())
 
 
 def manifest(kv_cache="float16", layers=3):

@@ -13,6 +13,8 @@ from glm4_runtime.session.base import Session
 SESSIONS = {
     "ort": ("glm4_runtime.session.ort", "OrtSession"),
     "native": ("glm4_runtime.session.ort", "OrtSession"),
+    "tensorrt-rtx": ("glm4_runtime.session.tensorrt", "TensorRtSession"),
+    "tensorrt": ("glm4_runtime.session.tensorrt", "TensorRtSession"),
 }
 
 

@@ -1,0 +1,7 @@
+"""Checks that need a GPU: right against float64, and fast against torch and the device's own ceilings.
+
+    make gpu-check PYTHON=python3
+
+Runs offline with what the host has (torch and Triton at least) and says what it refused. Results go to
+``benchmarks/results/gpu-check.json`` and ``.md``, from real runs only.
+"""

@@ -1,0 +1,61 @@
+"""Results as JSON, and as a table for people."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def write(results: dict[str, Any], folder: Path) -> tuple[Path, Path]:
+    """``gpu-check.json`` and ``gpu-check.md`` in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, page = folder / "gpu-check.json", folder / "gpu-check.md"
+    data.write_text(json.dumps(results, indent=1) + "\n")
+    page.write_text(markdown(results))
+    return data, page
+
+
+def markdown(results: dict[str, Any]) -> str:
+    lines = ["# GPU check", "", ", ".join(f"{k} {v}" for k, v in results["host"].items()), ""]
+    if "ceilings" in results:
+        ceilings = results["ceilings"]
+        lines += [
+            f"Device copy {ceilings['copy_bytes_per_second'] / 1e12:.2f} TB/s, "
+            f"bfloat16 product {ceilings['matmul_per_second'] / 1e12:.0f} TFLOP/s, both measured in this run.",
+            "",
+        ]
+    if "correctness" in results:
+        checks = results["correctness"]
+        failed = [check for check in checks if not check["ok"]]
+        lines += [f"## Correctness: {len(checks) - len(failed)} of {len(checks)} right", ""]
+        lines += [f"- WRONG: {json.dumps(check)}" for check in failed] + [""] * bool(failed)
+    for part in ("prefill", "decode"):
+        if part in results:
+            lines += [f"## {part.capitalize()}", "", *table(results[part]), ""]
+    lines += ["## Refused", ""]
+    refused = results["refused"] + [
+        f"{record['batch']} x {record['past']}+{record['new']}, {name}: {reason}"
+        for part in ("prefill", "decode")
+        for record in results.get(part, [])
+        for name, reason in record["refused"].items()
+    ]
+    lines += [f"- {reason}" for reason in refused] or ["nothing"]
+    return "\n".join(lines) + "\n"
+
+
+def table(records: list[dict[str, Any]]) -> list[str]:
+    """Milliseconds, RoPE and the append included on both sides, and the ratios."""
+    lines = [
+        "| batch | past | new | ours, ms | block sizes | torch, ms | backend | ours / torch | of copy | of matmul |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        ours, torchs = (
+            min(record[side].items(), key=lambda item: item[1], default=None) for side in ("ours", "torch")
+        )
+        cells = [record["batch"], record["past"], record["new"]]
+        for best in (ours, torchs):
+            cells += [f"{best[1]:.4f}", best[0]] if best else ["refused", ""]
+        ratios = [record.get(name) for name in ("to_best_torch", "of_copy_bandwidth", "of_matmul_rate")]
+        cells += ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines

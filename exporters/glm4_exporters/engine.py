@@ -1,0 +1,390 @@
+"""An ONNX graph becomes a TensorRT engine: what is asked for, what is refused, and the process that builds it.
+
+The builder runs in a process of its own (``engine_worker``): an assertion of the parser then ends that process
+and not the export, an interrupt ends it at once, and its memory is measured alone.
+
+Two builds of one graph have the same size but not always the same bytes (TensorRT-RTX 1.7): the builder orders
+the cache tensors by their addresses in memory, and its threads share the heap. Neither one thread nor addresses
+that are not randomised made ten builds equal.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from glm4_plugins.operator import OP_TYPE
+from glm4_runtime.bundle import ENGINE, EngineProfile, FileEntry, Limits, TensorSpec
+from glm4_runtime.errors import ExportError
+from glm4_runtime.progress import Progress, silent
+
+LAYOUTS = ("shared", "split")
+ATTENTIONS = ("plugin", "native")
+PLUGIN_MODULE = "glm4_plugins.tensorrt"
+# Above this capacity TensorRT-RTX 1.7 has no attention kernel for exactly one query: 20480 built and 24576 did
+# not, for 4 to 48 heads of 64 and 128. For one or two queries it takes the kernel of the prefill, at any capacity.
+ONE_QUERY_CAPACITY = 16384
+CAPACITY_STEP = (
+    64  # positions; keeps each row of a cache at a multiple of the 256 bytes that TensorRT asks for
+)
+PREFILL_WIDTH = 512  # most new positions of one run
+LOGITS_WIDTH = 128  # most positions of one run that get logits: 151552 of them in float32 take 78 MB
+SAMPLE_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """A TensorRT.
+
+    Attributes:
+        capabilities: compute capabilities it builds for by name; empty where it builds for the GPU at hand.
+        default: those that an engine runs on which names none, and all that came later.
+        times: it times kernels while it builds, which needs a GPU and makes a timing cache worth keeping.
+        attention: how attention can be run, the usual way first.
+    """
+
+    module: str
+    package: str
+    capabilities: tuple[str, ...]
+    default: tuple[str, ...]
+    times: bool
+    attention: tuple[str, ...]
+
+
+ENGINE_KINDS = {
+    "tensorrt-rtx": EngineKind(
+        "tensorrt_rtx",
+        "tensorrt-rtx",
+        ("75", "80", "86", "89", "120", "121"),
+        ("80", "86", "89", "120"),
+        times=False,
+        attention=("native",),  # it takes no plugins, and a node it does not know ends the process
+    ),
+    "tensorrt": EngineKind("tensorrt", "tensorrt", (), (), times=True, attention=("plugin", "native")),
+}
+
+# NVIDIA's support matrix of TensorRT-RTX 1.7: the oldest compute capability with kernels for a precision.
+OLDEST_CAPABILITY = {"fp16": 75, "bf16": 80, "int8": 80, "int4": 80, "fp8": 89}
+
+# What the parser makes of an operator. It drops some inputs and nodes without a word, so we count.
+LAYERS_OF_OPERATORS = {
+    "TensorScatter": "KV_CACHE_UPDATE",
+    "Attention": "ATTENTION_INPUT",
+    "RotaryEmbedding": "ROTARY_EMBEDDING",
+    "MatMul": "MATRIX_MULTIPLY",
+    "QuantizeLinear": "QUANTIZE",
+    "DequantizeLinear": "DEQUANTIZE",
+    OP_TYPE: "PLUGIN_V3",
+}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is built; every field but ``timing_cache`` shapes it.
+
+    Attributes:
+        sm: compute capabilities to build for, as 89 for 8.9; the kind's own choice where empty.
+        layout: ``shared`` or ``split``, see :class:`~glm4_runtime.bundle.EngineInfo`.
+        attention: ``plugin`` or ``native``; the kind's usual way where None.
+        timing_cache: a file that is read if it is there, and written.
+        keep_onnx: leave the graph and the weights that the engine was built from in the bundle.
+    """
+
+    sm: tuple[str, ...] = ()
+    layout: str = "shared"
+    attention: str | None = None
+    timing_cache: str | None = None
+    keep_onnx: bool = False
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """Everything that the building process needs to know; travels as JSON."""
+
+    kind: str
+    graph: str
+    capabilities: tuple[str, ...]
+    profiles: tuple[EngineProfile, ...]
+    inputs: tuple[TensorSpec, ...]
+    operators: Mapping[str, str]  # by the name of the node
+    layers: Mapping[str, int]
+    timing_cache: str | None
+    plugin: str | None  # the module that registers our plugin
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """What the building process reports.
+
+    Attributes:
+        capabilities: of the GPU it was built on, where it was built for that one.
+        layers, float32: as in :class:`~glm4_runtime.bundle.EngineInfo`.
+        kernels: per profile, the built engine's layers by type, those of attention by the kernel's name.
+        peak_rss_bytes: of the process, the mapped weights included; ``peak_anonymous_bytes`` without them.
+    """
+
+    files: Mapping[str, FileEntry]
+    layers: Mapping[str, int]
+    float32: Mapping[str, int]
+    capabilities: tuple[str, ...]
+    kernels: Mapping[str, Mapping[str, int]]
+    peak_rss_bytes: int
+    peak_anonymous_bytes: int
+
+
+def require_engine(kind_name: str | None, target: str, precision: str, options: EngineOptions) -> None:
+    """Refuse what no engine can be, before any work.
+
+    Raises:
+        ExportError: engine options without an engine, an unknown or too old GPU, or a TensorRT, GPU or
+            library that is missing here.
+    """
+    if kind_name is None:
+        given = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default]
+        if given:
+            raise ExportError(
+                f"target {target} builds no engine, so {', '.join(given)} cannot be used; "
+                f"leave it out, or take one of the targets {', '.join(ENGINE_KINDS)}"
+            )
+        return
+    kind = ENGINE_KINDS[kind_name]
+    if options.layout not in LAYOUTS:
+        raise ExportError(f"unknown engine layout {options.layout!r}; the layouts are {', '.join(LAYOUTS)}")
+    if options.attention not in (None, *kind.attention):
+        raise ExportError(
+            f"{kind_name} has no attention {options.attention!r}; it has {', '.join(kind.attention)}"
+        )
+    _require_capabilities(kind_name, precision, options.sm)
+    if options.timing_cache is not None and not kind.times:
+        raise ExportError(
+            f"{kind_name} times no kernels while it builds, so a timing cache would do nothing; leave it out"
+        )
+    for module, package in ((kind.module, kind_name), ("polygraphy", "polygraphy")):
+        if find_spec(module) is None:
+            extra = f"glm4-deploy[{kind_name}]"
+            raise ExportError(f"{package} is not installed, which target {target} needs; install {extra}")
+    if kind.times:
+        _require_builder(kind)
+        _require_gpu(target)
+
+
+def _require_capabilities(kind_name: str, precision: str, asked: Sequence[str]) -> None:
+    known = ENGINE_KINDS[kind_name].capabilities
+    if asked and not known:
+        raise ExportError(f"{kind_name} builds for the GPU of this machine; leave --sm out")
+    for sm in asked:
+        if sm not in known:
+            raise ExportError(
+                f"{kind_name} has no compute capability {sm!r}; it builds for {', '.join(known)} (89 means 8.9)"
+            )
+        if int(sm) < OLDEST_CAPABILITY[precision]:
+            raise ExportError(
+                f"{precision} needs compute capability {OLDEST_CAPABILITY[precision]} or newer in {kind_name}, "
+                f"not {sm}; leave {sm} out, or take another precision"
+            )
+
+
+def _require_builder(kind: EngineKind) -> None:
+    """The package of that name on the public index can be a stub without libraries."""
+    probe = f"import {kind.module}; {kind.module}.Builder({kind.module}.Logger())"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ExportError(
+            f"{kind.package} is installed but has no builder that starts here ({reason}); "
+            "install NVIDIA's complete package on a GPU host, or export for tensorrt-rtx"
+        )
+
+
+def _require_gpu(target: str) -> None:
+    count = ctypes.c_int(0)
+    with contextlib.suppress(OSError):
+        driver = ctypes.CDLL("libcuda.so.1")
+        if driver.cuInit(0) == 0:
+            driver.cuDeviceGetCount(ctypes.byref(count))
+    if not count.value:
+        raise ExportError(
+            f"target {target} times kernels on a GPU while it builds, and there is none here; "
+            "run the export on a GPU host, or export for tensorrt-rtx, which needs none"
+        )
+
+
+def engine_version(kind_name: str) -> str:
+    """The installed builder's version, without loading it."""
+    kind = ENGINE_KINDS[kind_name]
+    try:
+        return version(kind.package)
+    except PackageNotFoundError:
+        raise ExportError(
+            f"{kind_name} is not installed, which target {kind_name} needs; install glm4-deploy[{kind_name}]"
+        ) from None
+
+
+def engine_capabilities(
+    kind_name: str, precision: str, options: EngineOptions
+) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """Capabilities to name to the builder (none: its own choice), those it then runs on, and whether on later ones too."""
+    kind = ENGINE_KINDS[kind_name]
+    if options.sm:
+        chosen = tuple(sorted(set(options.sm), key=int))
+        return chosen, chosen, False
+    able = tuple(sm for sm in kind.default if int(sm) >= OLDEST_CAPABILITY[precision])
+    if able == kind.default:
+        return (), able, bool(able)
+    return able, able, False
+
+
+def engine_attention(kind_name: str, options: EngineOptions) -> str:
+    return options.attention or ENGINE_KINDS[kind_name].attention[0]
+
+
+def engine_capacity(max_seq_len: int) -> int:
+    """Positions of the cache, which TensorRT takes as a constant."""
+    return -(-max_seq_len // CAPACITY_STEP) * CAPACITY_STEP
+
+
+def engine_profiles(task: str, limits: Limits, layout: str) -> tuple[EngineProfile, ...]:
+    """The ways to run: one sequence of many positions, and for a decoder one position of many sequences.
+
+    The prefill's cache may be the row of any sequence: its batch is one, whatever the limit.
+    """
+    width, rows = min(PREFILL_WIDTH, limits.max_seq_len), limits.max_batch_size
+    one = (1, 1, 1)
+    step = one if engine_capacity(limits.max_seq_len) <= ONE_QUERY_CAPACITY else (1, 1, 2)
+    if task != "causal-lm":
+        whole = limits.max_seq_len
+        return (EngineProfile("encode", ENGINE, 0, {"batch": one, "sequence": (1, width, whole)}),)
+    prefill = {"batch": one, "sequence": (1, width, width), "positions": (1, 1, min(LOGITS_WIDTH, width))}
+    decode = {"batch": (1, rows, rows), "sequence": step, "positions": one}
+    names = {"prefill": prefill, "decode": decode}
+    if layout == "split":
+        return tuple(EngineProfile(name, f"{name}.engine", 0, axes) for name, axes in names.items())
+    return tuple(EngineProfile(name, ENGINE, i, axes) for i, (name, axes) in enumerate(names.items()))
+
+
+def expected_layers(
+    operators: Mapping[str, str], num_layers: int, has_cache: bool, attention: str
+) -> dict[str, int]:
+    """Layers that the parsed network must have: what the model has, and one per operator of the graph.
+
+    Raises:
+        ExportError: the graph itself lacks what the model has, so that nothing right can come of it.
+    """
+    if attention == "plugin":
+        model = {OP_TYPE: num_layers}
+    else:
+        model = {"Attention": num_layers, "RotaryEmbedding": 2 * num_layers}
+        model["TensorScatter"] = 2 * num_layers if has_cache else 0
+    found = Counter(operators.values())
+    for name, count in model.items():
+        if found[name] != count:
+            raise ExportError(
+                f"the graph has {found[name]} {name} where the model has {count}; no engine is built from it"
+            )
+    return {layer: found[name] for name, layer in LAYERS_OF_OPERATORS.items()}
+
+
+def build_engine(folder: Path, plan: EnginePlan, progress: Progress = silent) -> BuiltEngine:
+    """Build the engine files of ``plan`` in ``folder``, where its graph lies.
+
+    Raises:
+        ExportError: what the parser, the check of the network or the builder said, in one line.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "glm4_exporters.engine_worker"],
+        cwd=folder,
+        env=_environment(plan.kind),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # an interrupt reaches the export, which ends the builder
+    )
+    try:
+        return _follow(process, plan, progress)
+    finally:
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def _follow(process: "subprocess.Popen[str]", plan: EnginePlan, progress: Progress) -> BuiltEngine:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    noise: list[str] = []
+    stderr = process.stderr
+    listener = threading.Thread(target=lambda: noise.extend(stderr), daemon=True)
+    listener.start()
+    with contextlib.suppress(BrokenPipeError):  # it died at once; what it said follows
+        process.stdin.write(json.dumps(dataclasses.asdict(plan)))
+        process.stdin.close()
+    answer: dict[str, Any] = {}
+    with _memory_of(process.pid) as memory:
+        for line in process.stdout:
+            message = json.loads(line)
+            if "progress" in message:
+                progress("build the engine", *message["progress"])
+            else:
+                answer = message
+        process.wait()
+    listener.join(timeout=10)
+    if "error" in answer:
+        raise ExportError(answer["error"])
+    if "files" not in answer:
+        last = [text.strip() for text in noise if text.strip()][-1:]
+        reason = f"signal {-process.returncode}" if process.returncode < 0 else f"exit {process.returncode}"
+        raise ExportError(
+            f"{plan.kind}'s builder died ({reason}{': ' + last[0] if last else ''}); "
+            "where it was killed, the machine needs more memory"
+        )
+    return BuiltEngine(
+        files={name: FileEntry(**entry) for name, entry in answer["files"].items()},
+        layers=answer["layers"],
+        float32=answer["float32"],
+        capabilities=tuple(answer["capabilities"]),
+        kernels=answer["kernels"],
+        peak_rss_bytes=answer["peak_rss_bytes"],
+        peak_anonymous_bytes=memory[0],
+    )
+
+
+def _environment(kind: str) -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "PYTHONWARNINGS": "ignore",
+        "POLYGRAPHY_USE_TENSORRT_RTX": str(int(kind == "tensorrt-rtx")),
+    }
+
+
+@contextlib.contextmanager
+def _memory_of(pid: int) -> Iterator[list[int]]:
+    """The most anonymous memory that a process was seen to hold, in a list of one."""
+    peak, ended = [0], threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(SAMPLE_SECONDS):
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                status = Path(f"/proc/{pid}/status").read_text()
+                peak[0] = max(peak[0], int(status.split("RssAnon:")[1].split()[0]) * 1024)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        sampler.join()

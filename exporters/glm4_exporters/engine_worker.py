@@ -1,0 +1,273 @@
+"""The process that builds an engine: a plan as JSON on standard input, progress and the answer on standard output.
+
+    {"progress": [done, total]}  ...  {"files": ..., "layers": ..., ...} or {"error": "one line"}
+
+Run by :func:`glm4_exporters.engine.build_engine`, in the folder of the graph.
+"""
+
+import ctypes
+import hashlib
+import importlib
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from glm4_exporters.engine import ENGINE_KINDS
+from glm4_exporters.engine_network import (
+    Network,
+    check_compiled,
+    check_inputs,
+    check_layers,
+    float32_operators,
+    fold_weight_transposes,
+)
+from glm4_runtime.errors import ExportError
+
+PROGRESS_STEPS = 1000
+RAISED_AT = r"[.:]? \(?In \w+ at /| \[\w+\.cpp"
+COMPUTE_CAPABILITY_ATTRIBUTES = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+Say = Callable[[dict[str, Any]], None]
+
+
+def main() -> int:
+    say = _claim_stdout()
+    plan = json.load(sys.stdin)
+    trt = importlib.import_module(ENGINE_KINDS[plan["kind"]].module)
+    log = _errors_of(trt)
+    try:
+        answer = _build(trt, log, plan, say)
+    except ExportError as error:
+        say({"error": str(error)})
+        return 1
+    except Exception as error:  # Polygraphy's and the bindings' own, with what the library logged
+        say({"error": _refusal(plan["kind"], "could not build the engine", [*log.messages, str(error)])})
+        return 1
+    say(answer)
+    return 0
+
+
+def _claim_stdout() -> Say:
+    """Keep standard output for our messages; what libraries print goes to standard error."""
+    stream: IO[str] = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    lock = threading.Lock()
+
+    def say(message: dict[str, Any]) -> None:
+        with lock:
+            stream.write(json.dumps(message) + "\n")
+            stream.flush()
+
+    return say
+
+
+def _build(trt: Any, log: Any, plan: Mapping[str, Any], say: Say) -> dict[str, Any]:
+    if plan["plugin"] is not None:
+        importlib.import_module(plan["plugin"])
+    files = dict.fromkeys(profile["file"] for profile in plan["profiles"])
+    answer: dict[str, Any] = {"files": {}, "kernels": {}}
+    for done, name in enumerate(files):
+        builder, definition, parser = _parse(trt, log, plan)
+        network = Network(trt, definition)
+        answer["layers"] = check_layers(network, plan["layers"])
+        check_inputs(network, [spec["name"] for spec in plan["inputs"]])
+        answer["float32"] = float32_operators(network, plan["operators"])
+        fold_weight_transposes(network)
+        profiles = [profile for profile in plan["profiles"] if profile["file"] == name]
+        monitor = _monitor(trt, _reporter(say, done, len(files)))
+        config = _config(trt, plan, builder, definition, profiles, monitor)
+        answer["files"][name] = _write(trt, log, plan, builder, definition, config, Path(name))
+        names = [profile["name"] for profile in profiles]
+        answer["kernels"] |= check_compiled(log.layers, names, plan["operators"])
+        _save_timing_cache(plan, config)
+        del parser
+    _reporter(say, len(files), len(files))(0.0)
+    answer["peak_rss_bytes"] = _peak_rss()
+    answer["capabilities"] = _capabilities_of_gpu() if ENGINE_KINDS[plan["kind"]].times else []
+    return answer
+
+
+def _peak_rss() -> int:
+    """Of this program; getrusage would count the process that started it as well."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+
+def _capabilities_of_gpu() -> list[str]:
+    driver, numbers = ctypes.CDLL("libcuda.so.1"), [ctypes.c_int(), ctypes.c_int()]
+    driver.cuInit(0)
+    for number, attribute in zip(numbers, COMPUTE_CAPABILITY_ATTRIBUTES, strict=True):
+        driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, 0)
+    return ["".join(str(number.value) for number in numbers)]
+
+
+def _reporter(say: Say, done: int, files: int) -> Callable[[float], None]:
+    def report(share: float) -> None:
+        say({"progress": [round(PROGRESS_STEPS * (done + share) / files), PROGRESS_STEPS]})
+
+    return report
+
+
+def _errors_of(trt: Any) -> Any:
+    """A logger that keeps errors, and the one message that lists an engine's layers."""
+
+    class Errors(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.messages: list[str] = []
+            self.layers = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.messages.append(message)
+            elif message.startswith("Layers:"):
+                self.layers = message
+
+    return Errors()
+
+
+def _refusal(kind: str, what: str, messages: Sequence[str]) -> str:
+    """One line of a library's many: the first message, which names the cause, without where it was raised."""
+    first = next((" ".join(m.split()) for m in messages if m.strip()), "it does not say why")
+    return f"{kind} {what}: {re.split(RAISED_AT, first)[0]}"
+
+
+def _parse(trt: Any, log: Any, plan: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Builder, network, and the parser, whose mapped weights the network reads until it is built."""
+    builder = trt.Builder(log)
+    if not ENGINE_KINDS[plan["kind"]].times:
+        builder.max_threads = (
+            1  # threads allocate in another order each time, and the order shapes the engine
+        )
+    flags = getattr(
+        trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None
+    )  # the only kind there is, later
+    definition = builder.create_network(0 if flags is None else 1 << int(flags))
+    parser = trt.OnnxParser(definition, log)
+    if not parser.parse_from_file(plan["graph"]):  # from the file, so that weights are mapped, not copied
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        said = [f"{e.node_name()}: {e.desc()}" if e.node_name() else e.desc() for e in errors]
+        raise ExportError(_refusal(plan["kind"], "does not take the graph", [*said, *log.messages]))
+    return builder, definition, parser
+
+
+def _config(
+    trt: Any,
+    plan: Mapping[str, Any],
+    builder: Any,
+    definition: Any,
+    profiles: Sequence[Mapping[str, Any]],
+    monitor: Any,
+) -> Any:
+    """Polygraphy's configuration: it knows which of the two libraries has which setting."""
+    from polygraphy.backend.trt import CreateConfig, Profile
+
+    options: dict[str, Any] = {
+        "profiles": [],
+        "progress_monitor": monitor,
+        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,  # so that layers keep the graph's names
+        "load_timing_cache": plan["timing_cache"],
+    }
+    for profile in profiles:
+        made = Profile()
+        for spec in plan["inputs"]:
+            axes = profile["axes"]
+            shapes = [[axes[a][i] if isinstance(a, str) else a for a in spec["shape"]] for i in range(3)]
+            made.add(spec["name"], *map(tuple, shapes))
+        options["profiles"].append(made)
+    if not plan["capabilities"]:
+        return CreateConfig(**options)(builder, definition)
+    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+    pairs = [(int(sm[:-1]), int(sm[-1])) for sm in plan["capabilities"]]
+    return CreateConfigRTX(compute_capabilities=pairs, **options)(builder, definition)
+
+
+def _write(
+    trt: Any, log: Any, plan: Mapping[str, Any], builder: Any, definition: Any, config: Any, path: Path
+) -> dict[str, Any]:
+    """Build into a file, hashed on the way, so that the engine is never whole in memory twice."""
+    with path.open("xb") as file:
+
+        class Writer(trt.IStreamWriter):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.IStreamWriter.__init__(self)
+                self.digest, self.size = hashlib.sha256(), 0
+                self.failure: OSError | None = None
+
+            def write(self, data: bytes) -> int:
+                try:
+                    file.write(data)
+                except OSError as error:
+                    self.failure = error
+                    return 0
+                self.digest.update(data)
+                self.size += len(data)
+                return len(data)
+
+        writer = Writer()
+        built = builder.build_serialized_network_to_stream(definition, config, writer)
+        if writer.failure is not None:
+            raise ExportError(f"the engine could not be written: {writer.failure.strerror}; make room for it")
+        if not built or not writer.size:
+            raise ExportError(_refusal(plan["kind"], "could not build the engine", log.messages))
+    return {"sha256": writer.digest.hexdigest(), "bytes": writer.size}
+
+
+def _save_timing_cache(plan: Mapping[str, Any], config: Any) -> None:
+    if plan["timing_cache"] is None:
+        return
+    from polygraphy.backend.trt.util import get_timing_cache_data
+
+    path = Path(plan["timing_cache"])
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes(get_timing_cache_data(config))
+    aside.replace(path)
+
+
+def _monitor(trt: Any, report: Callable[[float], None]) -> Any:
+    """The builder's nested phases as one share of the whole; each step of a phase counts alike."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.phases: dict[str, tuple[str | None, int]] = {}
+            self.done: dict[str, int] = {}
+            self.shown = -1
+            self.lock = threading.Lock()
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            with self.lock:
+                self.phases[phase_name], self.done[phase_name] = (parent_phase, max(num_steps, 1)), 0
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            with self.lock:
+                self.done[phase_name] = step + 1
+                share = self.share()
+                if round(PROGRESS_STEPS * share) > self.shown:
+                    self.shown = round(PROGRESS_STEPS * share)
+                    report(share)
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            with self.lock:
+                self.phases.pop(phase_name, None)
+                self.done.pop(phase_name, None)
+
+        def share(self) -> float:
+            roots = [name for name, (parent, _) in self.phases.items() if parent not in self.phases]
+            return min(1.0, max((self.share_of(name) for name in roots), default=0.0))
+
+        def share_of(self, name: str) -> float:
+            steps = self.phases[name][1]
+            inner = [self.share_of(child) for child, (parent, _) in self.phases.items() if parent == name]
+            return min(1.0, (self.done[name] + max(inner, default=0.0)) / steps)
+
+    return Monitor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""glm4::PartialRopeGqaAttention -> the TensorRT plugin of that name, with its counters and scratch."""
+
+import numpy as np
+import onnx_ir as ir
+
+from glm4_exporters.passes.builder import fixed
+from glm4_plugins.launch import (
+    PHASES,
+    PLUGIN_INPUTS,
+    PLUGIN_OUTPUTS,
+    KernelShape,
+    choices,
+    partials_shape,
+    unsupported,
+)
+from glm4_plugins.operator import DOMAIN, OP_TYPE
+from glm4_runtime.errors import ExportError
+
+COUNTERS, PRESENT_COUNTERS = "counters", "present_counters"
+_DTYPES = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+
+
+class PluginAttention(ir.passes.InPlacePass):
+    """Complete attention nodes to what TensorRT's plugin takes and gives.
+
+    The graph gets an input ``counters`` [max_batch * kv heads] int32 and an output ``present_counters``, which
+    the session binds to one buffer and zeroes once. All layers share it, one after the other: each leaves it zero.
+
+    Nodes without a past, those of classifiers and encoders, are left for the native lowering.
+
+    Raises:
+        ExportError: the kernel does not take these heads or this type.
+    """
+
+    def __init__(self, max_batch: int, compute_capability: int, phase: str = "shared") -> None:
+        super().__init__()
+        self.max_batch, self.compute_capability, self.phase = max_batch, compute_capability, phase
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        nodes = [n for n in graph if (n.domain, n.op_type) == (DOMAIN, OP_TYPE) and _canonical(n)]
+        if nodes:
+            kv_heads = nodes[0].attributes["kv_num_heads"].as_int()
+            counters = _value(COUNTERS, ir.DataType.INT32, [self.max_batch * kv_heads])
+            graph.inputs.append(counters)
+            for node in nodes:
+                counters = self._complete(graph, node, counters)
+            counters.name = PRESENT_COUNTERS
+            graph.outputs.append(counters)
+        return ir.passes.PassResult(model, bool(nodes))
+
+    def _complete(self, graph: ir.Graph, node: ir.Node, counters: ir.Value) -> ir.Value:
+        """Put the plugin into the node's place; its counters, for the next layer."""
+        shape = self._kernel_shape(node)
+        blocks = choices(self.compute_capability)[0].decode_blocks
+        attributes: dict[str, int | str] = {
+            name: node.attributes[name].as_int()
+            for name in ("num_heads", "kv_num_heads", "rotary_embedding_dim")
+        }
+        attributes |= dict(
+            head_dim=shape.head_dim,
+            # as float32 holds it, in the digits that give it back
+            scale=str(np.float32(shape.scale)),
+            max_batch=self.max_batch,
+            compute_capability=self.compute_capability,
+            phase=PHASES[self.phase],
+            # what TensorRT's parser looks for: the plugin's name in full, and its ahead-of-time form
+            plugin_namespace=DOMAIN,
+            plugin_version="1",
+            aot=1,
+        )
+        plugin = ir.node(
+            OP_TYPE,
+            [*node.inputs, counters],
+            attributes,
+            domain=DOMAIN,
+            num_outputs=len(PLUGIN_OUTPUTS),
+            name=node.name,
+        )
+        assert len(plugin.inputs) == len(PLUGIN_INPUTS)
+        for new, old in zip(plugin.outputs, node.outputs, strict=False):
+            new.type, new.shape = old.type, old.shape
+        *_, left, scratch = plugin.outputs
+        left.name, left.type, left.shape = f"{node.name}:counters", counters.type, counters.shape
+        scratch.name, scratch.type = f"{node.name}:partials", ir.TensorType(ir.DataType.FLOAT)
+        scratch.shape = ir.Shape(partials_shape(shape, blocks))
+        ir.convenience.replace_nodes_and_values(
+            graph, node, [node], [plugin], node.outputs, plugin.outputs[: len(node.outputs)]
+        )
+        return left
+
+    def _kernel_shape(self, node: ir.Node) -> KernelShape:
+        query, cache = node.inputs[0], node.inputs[3]
+        assert query is not None
+        assert query.dtype is not None
+        assert cache is not None
+        assert cache.shape is not None
+        shape = KernelShape(
+            node.attributes["num_heads"].as_int(),
+            node.attributes["kv_num_heads"].as_int(),
+            fixed(cache.shape[3]),
+            node.attributes["scale"].as_float(),
+            self.max_batch,
+            _DTYPES.get(query.dtype, query.dtype.name.lower()),
+            phase=self.phase,
+        )
+        refusal = unsupported(shape, node.attributes["rotary_embedding_dim"].as_int())
+        if refusal:
+            raise ExportError(
+                f"there is no attention plugin for this model: {refusal}; use --attention native"
+            )
+        return shape
+
+
+def _canonical(node: ir.Node) -> bool:
+    return "aot" not in node.attributes and node.inputs[3] is not None
+
+
+def _value(name: str, dtype: ir.DataType, shape: list[int]) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))

@@ -1,0 +1,161 @@
+"""Matrices of a lowered graph -> integers and scales, by the operators that each dialect has for them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from glm4_exporters.passes.builder import MICROSOFT, Builder, fixed, scope_of
+from glm4_exporters.quantize.schemes import Scheme
+
+CODES, SCALES = "codes", "scales"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a quantized initializer is made from; ``layout`` and the writer read it from ``value.meta``.
+
+    Attributes:
+        tensor: canonical name of the matrix.
+        part: ``codes`` or ``scales``.
+        signed: two's complement, or with zero in the middle.
+        scale_type: what the scales are stored as.
+    """
+
+    tensor: str
+    part: str
+    scheme: Scheme
+    signed: bool
+    scale_type: ir.DataType
+
+
+class QuantizeWeights(ir.passes.InPlacePass):
+    """Replace the matrices named in ``schemes`` by stored integers.
+
+    ``ort`` multiplies by MatMulNBits and looks up by GatherBlockQuantized, both with their zero in the
+    middle of the unsigned numbers. ``native`` puts DequantizeLinear in front of the product, with signed
+    numbers and no zero points, which TensorRT reads; its lookups stay as they are, since a whole table
+    would be dequantized for each.
+    """
+
+    def __init__(self, dialect: str, schemes: Mapping[str, Scheme]) -> None:
+        self._operators, self._schemes = _OPERATORS[dialect], dict(schemes)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph, modified = model.graph, False
+        for node in list(graph):
+            at, lower = self._operators.get((node.domain, node.op_type), (0, None))
+            weight = node.inputs[at] if lower else None
+            if weight is None or not weight.is_initializer() or weight.name not in self._schemes:
+                continue
+            b = Builder(graph, scope_of(node))
+            assert lower is not None
+            lower(b, node, weight, self._schemes[weight.name])
+            new = b.nodes[-1].outputs[0]
+            if node.outputs[0].is_graph_output():
+                new.name = node.outputs[0].name
+            ir.convenience.replace_nodes_and_values(graph, node, [node], b.nodes, node.outputs, [new])
+            modified = True
+        for name in self._schemes:
+            weight = graph.initializers.get(name)
+            if weight is not None and not weight.uses():
+                graph.initializers.pop(name)
+        if any(node.domain == MICROSOFT for node in graph):
+            model.opset_imports[MICROSOFT] = 1
+        return ir.passes.PassResult(model, modified)
+
+
+def _n_bits(b: Builder, node: ir.Node, weight: ir.Value, scheme: Scheme) -> None:
+    """FusedMatMul by a weight [N, K] -> MatMulNBits."""
+    rows, width = _shape(weight)
+    b.op(
+        "MatMulNBits",
+        node.inputs[0],
+        _stored(
+            b.graph, weight, CODES, scheme, (rows, scheme.blocks(width), scheme.block * scheme.bits // 8)
+        ),
+        _scales(b, weight, scheme),
+        domain=MICROSOFT,
+        K=width,
+        N=rows,
+        bits=scheme.bits,
+        block_size=scheme.block,
+        accuracy_level=4,
+    )
+
+
+def _lookup(b: Builder, node: ir.Node, weight: ir.Value, scheme: Scheme) -> None:
+    """Gather from a table [V, K] -> GatherBlockQuantized."""
+    rows, width = _shape(weight)
+    assert width % scheme.block == 0
+    stored = _stored(b.graph, weight, CODES, scheme, (rows, width * scheme.bits // 8), suffix=".table")
+    b.op(
+        "GatherBlockQuantized",
+        stored,
+        node.inputs[1],
+        _scales(b, weight, scheme),
+        domain=MICROSOFT,
+        gather_axis=0,
+        quantize_axis=1,
+        block_size=scheme.block,
+        bits=scheme.bits,
+    )
+
+
+def _dequantized(b: Builder, _node: ir.Node, weight: ir.Value, scheme: Scheme) -> None:
+    """Transpose of a weight [N, K] -> DequantizeLinear, Transpose."""
+    rows, width = _shape(weight)
+    stored = _stored(b.graph, weight, CODES, scheme, (rows, width), signed=True)
+    wide = b.op("DequantizeLinear", stored, _scales(b, weight, scheme), axis=1, block_size=scheme.block)
+    wide.dtype, wide.shape = weight.dtype, weight.shape
+    b.op("Transpose", wide, perm=[1, 0])
+
+
+_Lowering = Callable[[Builder, ir.Node, ir.Value, Scheme], None]
+
+# Per dialect and operator: which input is the matrix, and what takes the operator's place.
+_OPERATORS: dict[str, dict[tuple[str, str], tuple[int, _Lowering]]] = {
+    "ort": {(MICROSOFT, "FusedMatMul"): (1, _n_bits), ("", "Gather"): (0, _lookup)},
+    "native": {("", "Transpose"): (0, _dequantized)},
+}
+
+
+def _shape(weight: ir.Value) -> tuple[int, int]:
+    assert weight.shape is not None
+    return fixed(weight.shape[0]), fixed(weight.shape[1])
+
+
+def _scales(b: Builder, weight: ir.Value, scheme: Scheme) -> ir.Value:
+    """Scales [rows, blocks] in the weight's type."""
+    rows, width = _shape(weight)
+    stored = _stored(b.graph, weight, SCALES, scheme, (rows, scheme.blocks(width)))
+    return stored if stored.dtype == weight.dtype else b.op("Cast", stored, to=int(weight.dtype or 0))
+
+
+def _scale_type(weight: ir.Value) -> ir.DataType:
+    """bfloat16 for float32: a scale needs its range, and no more digits than the numbers under it."""
+    dtype = weight.dtype
+    assert dtype is not None
+    return ir.DataType.BFLOAT16 if dtype == ir.DataType.FLOAT else dtype
+
+
+def _stored(
+    graph: ir.Graph,
+    weight: ir.Value,
+    part: str,
+    scheme: Scheme,
+    shape: tuple[int, ...],
+    *,
+    suffix: str = "",
+    signed: bool = False,
+) -> ir.Value:
+    """The initializer for one part of a weight; the same one for whoever asks again."""
+    name = f"{weight.name}.{part}{suffix}"
+    if name not in graph.initializers:
+        scale_type = _scale_type(weight)
+        integers = {True: {8: ir.DataType.INT8, 4: ir.DataType.INT4}[scheme.bits], False: ir.DataType.UINT8}
+        dtype: ir.DataType = scale_type if part == SCALES else integers[signed]
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        value.meta["source"] = Source(str(weight.name), part, scheme, signed and part == CODES, scale_type)
+        graph.initializers[name] = value  # its data is written later
+    return graph.initializers[name]

@@ -1,0 +1,77 @@
+"""A product whose result is split becomes a product per part: for engines of more than one profile.
+
+TensorRT-RTX 1.7 lays out the fused gate and up weights anew for one of two profiles and stores them twice:
+5.0 GB for 4.1 GB of weights in four layers of the 9B's widths. The parts are stored once each.
+"""
+
+import onnx_ir as ir
+
+from glm4_exporters.passes.builder import Builder, fixed, scope_of
+
+
+class SplitProducts(ir.passes.InPlacePass):
+    """Give each output of a Split a product of its own, over its rows of the weight and of the weight's scales.
+
+    Rows follow each other in the data file, so that the parts are views of it: nothing is written again.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph, modified = model.graph, False
+        for split in list(graph):
+            joined = split.inputs[0] if split.op_type == "Split" else None
+            product = joined.producer() if joined is not None else None
+            if joined is None or product is None or product.op_type != "MatMul" or product.inputs[1] is None:
+                continue
+            transpose = product.inputs[1].producer()
+            if transpose is not None and transpose.op_type == "Transpose" and len(joined.uses()) == 1:
+                _split(graph, split, product, transpose)
+                modified = True
+        if modified:
+            for name in [n for n, value in graph.initializers.items() if not value.uses()]:
+                graph.initializers.pop(name)
+        return ir.passes.PassResult(model, modified)
+
+
+def _split(graph: ir.Graph, split: ir.Node, product: ir.Node, transpose: ir.Node) -> None:
+    weight = transpose.inputs[0]
+    assert weight is not None
+    dequantize = weight.producer()
+    sizes = ir.convenience.get_const_tensor(split.inputs[1]) if split.inputs[1] is not None else None
+    assert sizes is not None
+    start = 0
+    for part, (output, count) in enumerate(zip(split.outputs, sizes.numpy().tolist(), strict=True)):
+        b = Builder(graph, f"{scope_of(product)}.{part}")
+        if dequantize is None:
+            taken = _rows(graph, weight, start, count, part)
+        else:
+            sliced = [value and _rows(graph, value, start, count, part) for value in dequantize.inputs]
+            taken = b.op("DequantizeLinear", *sliced)
+            taken.producer().attributes.update(dequantize.attributes)  # type: ignore[union-attr]
+        result = b.op("MatMul", product.inputs[0], b.op("Transpose", taken, perm=[1, 0]))
+        graph.insert_before(split, b.nodes)
+        ir.convenience.replace_all_uses_with(output, result)
+        start += count
+    dead = [split, product, transpose]
+    graph.remove(dead if dequantize is None else [*dead, dequantize], safe=True)
+
+
+def _rows(graph: ir.Graph, value: ir.Value, start: int, count: int, part: int) -> ir.Value:
+    """Rows ``start`` ... of an initializer, under a name of their own."""
+    whole = value.const_value
+    assert whole is not None
+    assert value.shape is not None
+    if not value.shape:  # one scale for the whole weight
+        return value
+    shape = ir.Shape([count, *(fixed(axis) for axis in list(value.shape)[1:])])
+    name = f"{value.name}.{part}"
+    if isinstance(whole, ir.ExternalTensor):
+        assert whole.length is not None
+        row_bytes = whole.length // fixed(value.shape[0])
+        offset = (whole.offset or 0) + start * row_bytes
+        place = whole.location, offset, count * row_bytes, whole.dtype
+        rows: ir.TensorProtocol = ir.ExternalTensor(*place, shape=shape, name=name, base_dir=whole.base_dir)
+    else:
+        rows = ir.tensor(whole.numpy()[start : start + count], dtype=whole.dtype, name=name)
+    made = ir.Value(name=name, type=ir.TensorType(whole.dtype), shape=shape, const_value=rows)
+    graph.register_initializer(made)
+    return made

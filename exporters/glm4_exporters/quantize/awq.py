@@ -1,0 +1,52 @@
+"""Scales for low-bit weights: channels that carry large activations are rounded more finely.
+
+The method of "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration" (Lin et al.,
+2023): s grows with the mean |x| of a channel, its exponent chosen per site by the error that quantizing
+W s, and dividing by s again, causes in the product with the sampled input. Beside the paper's scales,
+those that also shrink with the channel's largest weight are tried.
+
+    search = Awq(config, quantize_dequantize=scheme)
+    calibrate(checkpoint, sequences, search)
+    search.smoothing.apply(name, block, first_row)      # before the block is quantized
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from glm4_exporters.quantize.calibrate import Site
+from glm4_exporters.quantize.smooth import ScaleSearch, above_floor, centred, shared_by_readers
+
+EXPONENTS = tuple(i / 10 for i in range(1, 11))
+
+
+class QuantizeDequantize(Protocol):
+    """The values that rows of a matrix have after quantizing them."""
+
+    def __call__(self, weight: Tensor, importance: Tensor) -> Tensor:
+        """weight [rows, channels] and the mean x^2 per channel of what it reads -> [rows, channels]."""
+
+
+@dataclass
+class Awq(ScaleSearch):
+    """Scales under which ``quantize_dequantize`` harms the matrices' products least."""
+
+    quantize_dequantize: QuantizeDequantize = field(kw_only=True)
+
+    def candidates(self, site: Site) -> Iterable[tuple[str, Tensor]]:
+        x, w = (
+            above_floor(shared_by_readers(self.config, site.names, size))
+            for size in (torch.from_numpy(site.statistics.mean_abs), site.weight_absmax)
+        )
+        for exponent in EXPONENTS:
+            yield f"x^{exponent:g}", centred(x**exponent)
+            if exponent < 1:
+                yield f"x^{exponent:g} / w^{1 - exponent:g}", centred(x**exponent / w ** (1 - exponent))
+
+    def product(self, site: Site, scales: Tensor) -> Tensor:
+        importance = torch.from_numpy(site.statistics.mean_square) / scales**2
+        quantized = self.quantize_dequantize(site.weight_sample * scales, importance) / scales
+        return site.sample @ quantized.T

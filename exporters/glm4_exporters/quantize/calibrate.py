@@ -1,0 +1,427 @@
+"""What flows through a model on calibration text, measured layer by layer with one layer in memory.
+
+    calibration = calibrate(checkpoint, sequences, *consumers, progress=progress)
+
+A consumer is told of every *site*: one input, and the matrices that read it, while their float32 weights
+are at hand. The sites of a layer are q, k and v; o_proj; gate_up; down_proj; and after the last layer the
+vocabulary head. What a site shows is bounded whatever the model and the text: statistics per channel, and
+a sample of the input's rows and of the matrices' rows.
+
+The :class:`Calibration` that comes back keeps the statistics of all sites, of the KV cache and of what
+may overflow in fp16; it is small, and saved as one ``.npz``.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from glm4_exporters import streamed
+from glm4_exporters.checkpoint import HEAD, Checkpoint
+from glm4_exporters.config import Glm4Config
+from glm4_exporters.reference import Glm4DecoderLayer, rotary_tables, rotate
+from glm4_runtime.errors import ExportError
+from glm4_runtime.progress import Progress, silent
+
+Vector = npt.NDArray[np.float32]
+
+SAMPLED_TOKENS = 512
+SAMPLED_WEIGHT_ROWS = 1024
+SCORES_BLOCK = 1 << 24  # attention scores in memory at a time
+MOST_BYTES = 1 << 30  # of all tokens' hidden states, and again of the longest sequence's activations
+MLP_COPIES = 5  # gate, up, silu(gate), their product and its sizes are in memory together
+SEED = 0
+
+# Per site: the matrices that read one input, in a layer. The head follows the last layer.
+LAYER_SITES: dict[str, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o_proj": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_up_proj",),
+    "down_proj": ("mlp.down_proj",),
+}
+
+# The values of which the largest is kept per layer. ``scores`` are scaled and seen by the mask; ``product``
+# is silu(gate) * up; ``residual`` is the larger of the two sums that a layer makes.
+PEAKS = ("attention_input", "scores", "value", "o_proj", "mlp_input", "gate", "up", "product", "down_proj", "residual")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """One matrix input over all calibration tokens; the first three are per channel."""
+
+    absmax: Vector
+    mean_abs: Vector
+    mean_square: Vector
+    token_absmax: Vector  # percentiles 0, 1 ... 100 of the largest |x| of a token
+
+
+@dataclass(frozen=True)
+class Site:
+    """One input and the matrices that read it.
+
+    Attributes:
+        names: canonical names of the matrices, [rows, channels] each.
+        sample: the input of at most ``SAMPLED_TOKENS`` tokens, float32 [n, channels].
+        weight_sample: at most ``SAMPLED_WEIGHT_ROWS`` rows, evenly spaced over the matrices below one another.
+        weight_absmax: per channel, over all rows of the matrices.
+    """
+
+    names: tuple[str, ...]
+    statistics: InputStatistics
+    sample: Tensor
+    weight_sample: Tensor
+    weight_absmax: Tensor
+
+
+class Consumer(Protocol):
+    """Called once per site, layer by layer; what it keeps is its own affair."""
+
+    def __call__(self, site: Site) -> None: ...
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Statistics of one layer: per site, of the cache [Hkv, D] as it is stored, and the largest values."""
+
+    sites: Mapping[str, InputStatistics]
+    key_absmax: Vector
+    value_absmax: Vector
+    peaks: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """All statistics of one walk.
+
+    Attributes:
+        head: the vocabulary head's input; None for a task without one.
+        tokens: how many tokens were seen.
+        sequences: in how many sequences.
+    """
+
+    layers: tuple[LayerStatistics, ...]
+    head: InputStatistics | None
+    tokens: int
+    sequences: int
+
+    def input_of(self, name: str) -> InputStatistics:
+        """Statistics of what the matrix of this canonical name reads.
+
+        Raises:
+            KeyError: the matrix has none: the embedding, a score head.
+        """
+        if name == HEAD and self.head is not None:
+            return self.head
+        parts = name.split(".")
+        for site, matrices in LAYER_SITES.items():
+            if parts[:2] == ["model", "layers"] and ".".join(parts[3:-1]) in matrices:
+                return self.layers[int(parts[2])].sites[site]
+        raise KeyError(name)
+
+    def save(self, path: Path) -> None:
+        """Write one ``.npz``, the same bytes for the same statistics."""
+        arrays: dict[str, npt.NDArray[np.generic]] = {"counts": np.array([self.tokens, self.sequences])}
+        for i, layer in enumerate(self.layers):
+            arrays[f"{i}/key_absmax"], arrays[f"{i}/value_absmax"] = layer.key_absmax, layer.value_absmax
+            arrays[f"{i}/peaks"] = np.array([layer.peaks[name] for name in PEAKS])
+            for site, statistics in layer.sites.items():
+                arrays |= {f"{i}/{site}/{key}": value for key, value in vars(statistics).items()}
+        if self.head is not None:
+            arrays |= {f"head/{key}": value for key, value in vars(self.head).items()}
+        with path.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> "Calibration":
+        """Read what :meth:`save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+
+        def statistics(prefix: str) -> InputStatistics:
+            return InputStatistics(
+                **{key: arrays[f"{prefix}/{key}"] for key in InputStatistics.__annotations__}
+            )
+
+        count = sum(key.endswith("/peaks") for key in arrays)
+        layers = tuple(
+            LayerStatistics(
+                {site: statistics(f"{i}/{site}") for site in LAYER_SITES},
+                arrays[f"{i}/key_absmax"],
+                arrays[f"{i}/value_absmax"],
+                dict(zip(PEAKS, arrays[f"{i}/peaks"].tolist(), strict=True)),
+            )
+            for i in range(count)
+        )
+        head = statistics("head") if "head/absmax" in arrays else None
+        tokens, sequences = arrays["counts"].tolist()
+        return cls(layers, head, tokens, sequences)
+
+
+@torch.inference_mode()
+def calibrate(
+    checkpoint: Checkpoint,
+    sequences: Sequence[Sequence[int]],
+    *consumers: Consumer,
+    progress: Progress = silent,
+) -> Calibration:
+    """Walk the reference model over ``sequences`` and tell ``consumers`` of every site.
+
+    Deterministic: the same checkpoint and sequences give the same samples and statistics. In memory are one
+    layer in float32, the hidden states of all tokens, and one sequence's activations.
+
+    Raises:
+        ExportError: there is no token, one that is not in the vocabulary, or more of them than fit in memory.
+        CheckpointError: a weight is damaged.
+    """
+    _check(checkpoint.config, sequences)
+    config, lengths = checkpoint.config, [len(ids) for ids in sequences]
+    picks = _sampled_positions(lengths)
+    hidden = streamed.embed(checkpoint, sequences)
+    layers = streamed.layers(checkpoint)
+    measured = []
+    for index in range(config.num_hidden_layers):
+        done = index * sum(lengths)
+
+        def report(tokens: int, done: int = done) -> None:
+            progress("calibrate", done + tokens, config.num_hidden_layers * sum(lengths))
+
+        # Nothing here may keep a layer while the next one is read: hence a function, not a loop's variable.
+        measured.append(_measure_layer(next(layers), index, config, hidden, picks, consumers, report))
+    head = _measure_head(checkpoint, hidden, picks, consumers) if checkpoint.task == "causal-lm" else None
+    progress("calibrate", config.num_hidden_layers * sum(lengths), config.num_hidden_layers * sum(lengths))
+    return Calibration(tuple(measured), head, sum(lengths), len(lengths))
+
+
+def _check(config: Glm4Config, sequences: Sequence[Sequence[int]]) -> None:
+    if not sequences or not all(sequences):
+        raise ExportError(
+            "calibration needs at least one sequence, none of them empty; give --calibration more text"
+        )
+    tokens, longest = sum(map(len, sequences)), max(map(len, sequences))
+    limits = {
+        "tokens in all": (tokens, MOST_BYTES // (4 * config.hidden_size)),
+        "tokens in one sequence": (longest, MOST_BYTES // (4 * MLP_COPIES * config.intermediate_size)),
+    }
+    for what, (count, most) in limits.items():
+        if count > most:
+            raise ExportError(
+                f"calibration takes at most {most} {what} for this model, not {count}; give less text"
+            )
+    wrong = next((i for ids in sequences for i in ids if not 0 <= i < config.vocab_size), None)
+    if wrong is not None:
+        raise ExportError(
+            f"the calibration text holds the token {wrong}, but the vocabulary has {config.vocab_size}; "
+            "use the checkpoint's own tokenizer"
+        )
+
+
+def _sampled_positions(lengths: Sequence[int]) -> list[Tensor]:
+    """Per sequence, which of its positions are sampled: the same in every layer."""
+    total = sum(lengths)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(SEED))
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[order[:SAMPLED_TOKENS]] = True
+    return [part.nonzero()[:, 0] for part in chosen.split(list(lengths))]
+
+
+def _measure_layer(
+    layer: Glm4DecoderLayer,
+    index: int,
+    config: Glm4Config,
+    hidden: list[Tensor],
+    picks: Sequence[Tensor],
+    consumers: Sequence[Consumer],
+    report: "_Report",
+) -> LayerStatistics:
+    """Take ``hidden`` through the layer, in place, and measure on the way."""
+    meter = _LayerMeter(config)
+    done = 0
+    with meter.attached_to(layer):
+        for i, positions in enumerate(picks):
+            report(done)
+            meter.positions = positions
+            hidden[i] = layer(hidden[i], BlockedAttention(config, hidden[i].shape[1], meter))
+            meter.peak("residual", hidden[i])
+            done += hidden[i].shape[1]
+    statistics = {name: inputs.statistics() for name, inputs in meter.inputs.items()}
+    for name, matrices in LAYER_SITES.items() if consumers else ():
+        weights = [layer.get_parameter(f"{matrix}.weight").data for matrix in matrices]
+        rows, absmax = _sampled_rows([w.shape[0] for w in weights], [iter([w]) for w in weights])
+        names = tuple(f"model.layers.{index}.{matrix}.weight" for matrix in matrices)
+        site = Site(names, statistics[name], meter.inputs[name].sample(), rows, absmax)
+        for consumer in consumers:
+            consumer(site)
+    peaks = meter.peaks | {
+        "attention_input": float(statistics["qkv"].absmax.max()),
+        "mlp_input": float(statistics["gate_up"].absmax.max()),
+        "product": float(statistics["down_proj"].absmax.max()),
+    }
+    return LayerStatistics(statistics, meter.key_absmax.numpy(), meter.value_absmax.numpy(), peaks)
+
+
+def _measure_head(
+    checkpoint: Checkpoint, hidden: Sequence[Tensor], picks: Sequence[Tensor], consumers: Sequence[Consumer]
+) -> InputStatistics:
+    inputs = _InputMeter(checkpoint.config.hidden_size)
+    for states, positions in zip(hidden, picks, strict=True):
+        inputs.add(streamed.final_norm(checkpoint, [states])[0], positions)
+    statistics = inputs.statistics()
+    if consumers:
+        buffer = torch.empty(streamed.READ_BLOCK, dtype=torch.uint8)
+        name = checkpoint.name_of(streamed.head_name(checkpoint))
+        blocks = (block.float() for _, block in checkpoint.row_blocks(name, buffer))
+        rows, absmax = _sampled_rows([checkpoint.config.vocab_size], [blocks])
+        for consumer in consumers:
+            consumer(Site((HEAD,), statistics, inputs.sample(), rows, absmax))
+    return statistics
+
+
+def _sampled_rows(counts: Sequence[int], matrices: Sequence[Iterator[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Evenly spaced rows of matrices that come in blocks, and the largest |w| per column over all rows."""
+    total, start = sum(counts), 0
+    wanted = torch.linspace(0, total - 1, min(total, SAMPLED_WEIGHT_ROWS), dtype=torch.float64).round().long()
+    rows: list[Tensor] = []
+    absmax: Tensor | None = None
+    for blocks in matrices:
+        for block in blocks:
+            here = wanted[(wanted >= start) & (wanted < start + len(block))] - start
+            rows.append(block[here])
+            low, high = block.aminmax(dim=0)
+            largest = torch.maximum(-low, high)
+            absmax = largest if absmax is None else torch.maximum(absmax, largest)
+            start += len(block)
+    assert absmax is not None
+    return torch.cat(rows), absmax
+
+
+class _Report(Protocol):
+    def __call__(self, tokens: int) -> None: ...
+
+
+class _InputMeter:
+    """Statistics of one input, gathered sequence by sequence."""
+
+    def __init__(self, channels: int) -> None:
+        self._absmax = torch.zeros(channels)
+        self._sum_abs = torch.zeros(channels, dtype=torch.float64)
+        self._sum_square = torch.zeros(channels, dtype=torch.float64)
+        self._token_absmax: list[Tensor] = []
+        self._rows: list[Tensor] = []
+
+    def add(self, x: Tensor, positions: Tensor) -> None:
+        """x [S, channels], of which the rows at ``positions`` are sampled."""
+        size = x.abs()
+        self._absmax = torch.maximum(self._absmax, size.amax(0))
+        self._token_absmax.append(size.amax(1))
+        self._sum_abs += size.sum(0, dtype=torch.float64)
+        self._sum_square += size.square_().sum(0, dtype=torch.float64)
+        self._rows.append(x[positions])
+
+    def sample(self) -> Tensor:
+        return torch.cat(self._rows)
+
+    def statistics(self) -> InputStatistics:
+        tokens = torch.cat(self._token_absmax).numpy()
+        return InputStatistics(
+            absmax=self._absmax.numpy(),
+            mean_abs=(self._sum_abs / len(tokens)).float().numpy(),
+            mean_square=(self._sum_square / len(tokens)).float().numpy(),
+            token_absmax=np.percentile(tokens, np.arange(101)).astype(np.float32),
+        )
+
+
+@dataclass
+class _LayerMeter:
+    """Listens to one layer while it runs; the architecture need not know of it."""
+
+    config: Glm4Config
+    positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    inputs: dict[str, _InputMeter] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        queries = self.config.num_attention_heads * self.config.head_dim
+        hidden, width = self.config.hidden_size, self.config.intermediate_size
+        channels = {"qkv": hidden, "o_proj": queries, "gate_up": hidden, "down_proj": width}
+        self.inputs = {site: _InputMeter(channels[site]) for site in LAYER_SITES}
+        heads = (self.config.num_key_value_heads, self.config.head_dim)
+        self.key_absmax, self.value_absmax = torch.zeros(heads), torch.zeros(heads)
+
+    def cache(self, keys: Tensor, values: Tensor) -> None:
+        """Keys, rotated, and values: [B, Hkv, S, D]."""
+        self.key_absmax = torch.maximum(self.key_absmax, keys.abs().amax((0, 2)))
+        self.value_absmax = torch.maximum(self.value_absmax, values.abs().amax((0, 2)))
+        self.peak("value", values)
+
+    def peak(self, name: str, x: Tensor) -> None:
+        low, high = x.aminmax()
+        self.peaks[name] = max(self.peaks.get(name, 0.0), -float(low), float(high))
+
+    @contextmanager
+    def attached_to(self, layer: Glm4DecoderLayer) -> Iterator[None]:
+        def listen_to(site: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+            return module.register_forward_pre_hook(
+                lambda _module, inputs: self.inputs[site].add(inputs[0][0], self.positions)
+            )
+
+        def gate_and_up(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            for name, half in zip(("gate", "up"), output.chunk(2, dim=-1), strict=True):
+                self.peak(name, half)
+
+        def peak_of(name: str) -> "_Hook":
+            return lambda _module, _inputs, output: self.peak(name, output)
+
+        handles = [listen_to(site, layer.get_submodule(names[0])) for site, names in LAYER_SITES.items()]
+        handles += [
+            layer.mlp.gate_up_proj.register_forward_hook(gate_and_up),
+            layer.self_attn.o_proj.register_forward_hook(peak_of("o_proj")),
+            layer.mlp.down_proj.register_forward_hook(peak_of("down_proj")),
+            layer.post_attention_layernorm.register_forward_pre_hook(
+                lambda _module, inputs: self.peak("residual", inputs[0])
+            ),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Hook(Protocol):
+    def __call__(self, _module: nn.Module, _inputs: object, output: Tensor) -> None: ...
+
+
+class BlockedAttention:
+    """Causal attention over whole sequences of one length, a block of queries at a time, without a cache."""
+
+    def __init__(self, config: Glm4Config, length: int, meter: _LayerMeter | None = None) -> None:
+        self.config, self.length, self.meter = config, length, meter
+        self.cos, self.sin = (table[None, None] for table in rotary_tables(config, torch.arange(length)))
+
+    def __call__(self, _layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        size, heads = self.config.head_dim, self.config.num_attention_heads
+        q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (query, key, value))
+        q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
+        if self.meter is not None:
+            self.meter.cache(k, v)
+        group = heads // self.config.num_key_value_heads
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        step = max(1, SCORES_BLOCK // (len(q) * heads * self.length))
+        blocks = [self._attend(q, k, v, start, step) for start in range(0, self.length, step)]
+        return torch.cat(blocks, dim=2).transpose(1, 2).flatten(-2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, start: int, step: int) -> Tensor:
+        q, end = q[:, :, start : start + step], min(start + step, self.length)
+        k, v = k[:, :, :end], v[:, :, :end]
+        scores = (q @ k.transpose(2, 3)) * self.config.scale
+        unseen = torch.arange(end) > torch.arange(start, end)[:, None]
+        if self.meter is not None:
+            self.meter.peak("scores", scores.masked_fill_(unseen, 0.0))
+        return scores.masked_fill_(unseen, -math.inf).softmax(dim=-1) @ v

@@ -1,0 +1,55 @@
+"""Weight-only schemes: how the numbers of a matrix are stored, as rows of one table. Needs no torch."""
+
+from dataclasses import dataclass
+
+from glm4_runtime.errors import ExportError
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Symmetric integers under one positive scale per block of consecutive inputs of a row.
+
+    Attributes:
+        bits: of a stored number; 4-bit numbers lie two in a byte, the first in the low half.
+        block: numbers under one scale; a row whose width is no multiple of it ends in a shorter block.
+        ranges: shares of the block's largest |w| at which the largest number may stand. The one that
+            leaves the least squared error is kept; with one share, only the refit remains.
+    """
+
+    bits: int
+    block: int
+    ranges: tuple[float, ...]
+
+    @property
+    def largest(self) -> int:
+        return (1 << self.bits - 1) - 1
+
+    @property
+    def zero(self) -> int:
+        """What stands for 0 where the numbers are stored unsigned."""
+        return 1 << self.bits - 1
+
+    def blocks(self, width: int) -> int:
+        """Blocks of a row of ``width`` numbers."""
+        return -(-width // self.block)
+
+    def bits_per_weight(self, scale_bits: int = 16) -> float:
+        return self.bits + scale_bits / self.block
+
+
+# int8's error is a rounding that a search cannot lower; int4's is, by what it clips.
+SCHEMES = {
+    "int8": Scheme(bits=8, block=128, ranges=(1.0,)),
+    "int4": Scheme(bits=4, block=32, ranges=(1.0, 0.85)),
+}
+
+
+def require_scheme(name: str) -> Scheme:
+    """The row of the table.
+
+    Raises:
+        ExportError: an unknown name; lists the known ones.
+    """
+    if name not in SCHEMES:
+        raise ExportError(f"unknown scheme {name!r}; the schemes are {', '.join(SCHEMES)}")
+    return SCHEMES[name]

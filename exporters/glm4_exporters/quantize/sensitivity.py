@@ -1,0 +1,200 @@
+"""How much quantizing each matrix alone changes what a causal LM says, in one walk over its layers.
+
+    losses = measure(checkpoint, sequences, quantize_dequantize, progress=progress)
+
+For each matrix a perturbed stream of hidden states starts where it stands, and is carried through the rest
+of the model beside the others: one layer's weights are in memory, and every stream passes through them.
+The streams lie in a temporary file. The vocabulary head runs in blocks of rows, and the KL divergence from
+the clean model's distribution is summed up on the way, so that no row of logits is ever whole.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glm4_exporters import streamed
+from glm4_exporters.checkpoint import EMBEDDING, HEAD, Checkpoint, expected_tensors
+from glm4_exporters.quantize.calibrate import BlockedAttention
+from glm4_exporters.reference import Glm4DecoderLayer
+from glm4_runtime.errors import ExportError
+from glm4_runtime.progress import Progress, silent
+
+TOKENS_AT_ONCE = 512  # enough for a matrix product to be worth its weights
+ROW_BLOCK = 16 << 20  # elements of a matrix that are quantized at a time
+
+# The values that some rows of the matrix of this name have after quantizing them.
+QuantizeDequantize = Callable[[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TensorLoss:
+    """What quantizing one matrix alone costs: mean KL divergence, in nats per token, of the model's output."""
+
+    name: str
+    kl: float
+    elements: int
+
+    @property
+    def kl_per_element(self) -> float:
+        return self.kl / self.elements
+
+
+@torch.inference_mode()
+def measure(
+    checkpoint: Checkpoint,
+    sequences: Sequence[Sequence[int]],
+    quantize_dequantize: QuantizeDequantize,
+    progress: Progress = silent,
+) -> list[TensorLoss]:
+    """Every matrix's loss, the one that costs most per element first.
+
+    A tied head is the embedding, and quantized with it.
+
+    Raises:
+        ExportError: another task than causal-lm, or no room for the streams.
+    """
+    names = _matrices(checkpoint)
+    streams = _Streams(checkpoint, sequences, names, quantize_dequantize)
+    streams.walk(progress)
+    divergences = streams.divergences(progress)
+    shapes = expected_tensors(checkpoint.config, checkpoint.task)
+    losses = [TensorLoss(name, kl, int(np.prod(shapes[name]))) for name, kl in divergences.items()]
+    return sorted(losses, key=lambda loss: -loss.kl_per_element)
+
+
+def _matrices(checkpoint: Checkpoint) -> list[str]:
+    if checkpoint.task != "causal-lm":
+        raise ExportError(
+            f"sensitivity compares next-token distributions, which a {checkpoint.task} checkpoint has none of; "
+            "rank the causal LM that it was made from"
+        )
+    shapes = expected_tensors(checkpoint.config, checkpoint.task)
+    return [name for name, shape in shapes.items() if len(shape) == 2]
+
+
+class _Streams:
+    """Hidden states [1 + matrices, tokens, H] of the clean model and of one model per matrix."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        sequences: Sequence[Sequence[int]],
+        names: list[str],
+        quantize_dequantize: QuantizeDequantize,
+    ) -> None:
+        self.checkpoint, self.quantize = checkpoint, quantize_dequantize
+        self.lengths = [len(ids) for ids in sequences]
+        self.row = {name: i for i, name in enumerate(names, 1) if name != HEAD}  # the head's is the clean one
+        self.states = _temporary((1 + len(self.row), sum(self.lengths), checkpoint.config.hidden_size))
+        clean = torch.cat([x[0] for x in streamed.embed(checkpoint, sequences)])
+        self.states[0] = clean
+        self.states[self.row[EMBEDDING]] = quantize_dequantize(EMBEDDING, clean)
+        self.attends = {length: BlockedAttention(checkpoint.config, length) for length in set(self.lengths)}
+
+    def walk(self, progress: Progress) -> None:
+        """Carry every stream through the layers, starting those of a layer's matrices in it."""
+        count = self.checkpoint.config.num_hidden_layers
+        started = 2
+        work, done = count * started + len(self.row) * (count + 1) // 2, 0
+        layers = streamed.layers(self.checkpoint)
+        for index in range(count):
+            progress("rank tensors", done, work)
+            done += self._pass(next(layers), index, started)
+            started += sum(name.startswith(f"model.layers.{index}.") for name in self.row)
+        progress("rank tensors", work, work)
+
+    def _pass(self, layer: Glm4DecoderLayer, index: int, started: int) -> int:
+        """One layer; returns how many streams it carried or started."""
+        clean = self.states[0].clone()
+        self._run(layer, self.states[:started])
+        fresh = [name for name in self.row if name.startswith(f"model.layers.{index}.")]
+        for name in fresh:
+            parameter = layer.get_parameter(name.removeprefix(f"model.layers.{index}."))
+            kept, parameter.data = parameter.data, self._quantized(name, parameter.data)
+            state = self.states[self.row[name]]
+            state.copy_(clean)
+            self._run(layer, state[None])
+            parameter.data = kept
+        return started + len(fresh)
+
+    def _quantized(self, name: str, weight: Tensor) -> Tensor:
+        result = torch.empty_like(weight)
+        step = max(1, ROW_BLOCK // weight.shape[1])
+        for start in range(0, len(weight), step):
+            result[start : start + step] = self.quantize(name, weight[start : start + step])
+        return result
+
+    def _run(self, layer: Glm4DecoderLayer, states: Tensor) -> None:
+        """states [streams, tokens, H] through the layer, in place, some streams of a sequence at a time."""
+        for start, length in self._sequences():
+            for part in states.split(max(1, TOKENS_AT_ONCE // length)):
+                piece = part[:, start : start + length]
+                piece.copy_(layer(piece, self.attends[length]))
+
+    def _sequences(self) -> Iterator[tuple[int, int]]:
+        start = 0
+        for length in self.lengths:
+            yield start, length
+            start += length
+
+    def divergences(self, progress: Progress) -> dict[str, float]:
+        """Mean KL divergence of each matrix's model from the clean one."""
+        checkpoint, vocab = self.checkpoint, self.checkpoint.config.vocab_size
+        head = streamed.head_name(checkpoint)
+        for state in self.states:
+            state.copy_(streamed.final_norm(checkpoint, [state[None]])[0])
+        rows = self.row | ({HEAD: 0} if head == HEAD else {})
+        sums = {name: _Divergence(self.states.shape[1]) for name in rows}
+        buffer = torch.empty(streamed.READ_BLOCK, dtype=torch.uint8)
+        for start, block in checkpoint.row_blocks(checkpoint.name_of(head), buffer):
+            progress("compare distributions", start, vocab)
+            weights = block.float().T
+            perturbed = self.quantize(head, block.float()).T
+            clean = self.states[0] @ weights
+            for name, row in rows.items():
+                sums[name].add(clean, self.states[row] @ (perturbed if name == head else weights))
+        progress("compare distributions", vocab, vocab)
+        return {name: total.mean() for name, total in sums.items()}
+
+
+class _Divergence:
+    """KL(p || q) per token of distributions whose logits come a block of the vocabulary at a time.
+
+    With d = log q - log p up to a constant, KL = log E[e^d] - E[d] under p. Sums run over e^(p's logit - the
+    largest so far), in float64: the first order of d cancels, and what is left may be small.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self._largest = torch.full((tokens, 1), -torch.inf, dtype=torch.float64)
+        self._sums = torch.zeros(3, tokens, dtype=torch.float64)  # of 1, d and e^d - 1
+
+    def add(self, clean: Tensor, perturbed: Tensor) -> None:
+        """Logits [tokens, block] of both."""
+        wide = clean.double()
+        largest = torch.maximum(self._largest, wide.amax(1, keepdim=True))
+        weight, d = (wide - largest).exp(), perturbed.double() - wide
+        new = torch.stack([weight.sum(1), (weight * d).sum(1), (weight * d.expm1()).sum(1)])
+        self._sums = self._sums * (self._largest - largest).exp()[:, 0] + new
+        self._largest = largest
+
+    def mean(self) -> float:
+        total, first, exponential = self._sums
+        return float(((exponential / total).log1p() - first / total).mean())
+
+
+def _temporary(shape: tuple[int, int, int]) -> Tensor:
+    """Float32 in a file that is gone with the tensor; the page cache holds what is in use."""
+    needed, folder = 4 * int(np.prod(shape)), tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ExportError(
+            f"the hidden states of {shape[0]} models take {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f}; "
+            "give less text, or set TMPDIR"
+        )
+    with tempfile.TemporaryFile() as file:
+        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))

@@ -1,0 +1,213 @@
+"""Difficulty moved from activations to weights: scales per channel, folded into what precedes.
+
+A matrix that reads X computes X W^T = (X / s) (W s)^T for any s > 0 per channel, and in this architecture
+whatever makes X can make X / s instead, so nothing is added to the graph:
+
+    site       its input is made by                                     what is divided by s
+    qkv        input_layernorm                                          its weight
+    o_proj     values, averaged by attention: one s per channel of a    v_proj's rows and bias
+               KV head, shared by the query heads that read it
+    gate_up    post_attention_layernorm                                 its weight
+    down_proj  silu(gate) * up, linear in up                            the second half of gate_up's rows
+    lm_head    model.norm, where the head is not tied                   its weight
+
+:class:`Smoothing` holds the multipliers by tensor name, and whoever streams weights applies them to blocks
+of rows. :class:`SmoothQuant` is a consumer of ``calibrate`` that chooses s for W8A8:
+
+    search = SmoothQuant(config)
+    calibration = calibrate(checkpoint, sequences, search)
+    search.smoothing.apply(name, block, first_row)      # for every tensor that is written
+    search.smoothing.input_absmax(calibration, name)    # what the smoothed model's matrices read
+
+The scales are those of "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language
+Models" (Xiao et al., 2022), equation 4, with alpha chosen per site by the error of the quantized product.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glm4_exporters.checkpoint import HEAD
+from glm4_exporters.config import Glm4Config
+from glm4_exporters.quantize.calibrate import Calibration, Site, Vector
+
+ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+FLOOR = 1e-4  # of the largest channel: one that was at rest during calibration need not stay there
+LARGEST = 2.0**12  # scales lie in 1 / LARGEST ... LARGEST, so that norm weights keep their digits in fp16
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """Multipliers per row and per column of tensors, by canonical name; a tensor without any stays as it is.
+
+    A vector (norm weight, bias) has rows only.
+    """
+
+    rows: Mapping[str, Vector] = field(default_factory=dict)
+    columns: Mapping[str, Vector] = field(default_factory=dict)
+
+    @property
+    def names(self) -> set[str]:
+        """Every tensor that is scaled."""
+        return {*self.rows, *self.columns}
+
+    def apply(self, name: str, block: Tensor, first_row: int) -> Tensor:
+        """Rows of a tensor from ``first_row`` on: in float32 where they are scaled, else ``block`` itself."""
+        if name in self.columns:
+            block = block.float() * torch.from_numpy(self.columns[name])
+        if name in self.rows:
+            part = torch.from_numpy(self.rows[name][first_row : first_row + len(block)])
+            block = block.float() * part.view(-1, *[1] * (block.dim() - 1))
+        return block
+
+    def then(self, other: "Smoothing") -> "Smoothing":
+        """Both, one after the other."""
+        return Smoothing(_product(self.rows, other.rows), _product(self.columns, other.columns))
+
+    def input_absmax(self, calibration: Calibration, name: str) -> Vector:
+        """The largest |x| per channel that the matrix ``name`` reads once the model is smoothed."""
+        return calibration.input_of(name).absmax / self.columns.get(name, np.float32(1))
+
+    def importance(self, calibration: Calibration, name: str) -> Vector:
+        """The mean x^2 per channel that the matrix ``name`` reads once the model is smoothed."""
+        return calibration.input_of(name).mean_square / self.columns.get(name, np.float32(1)) ** 2
+
+    def value_absmax(self, calibration: Calibration, layer: int) -> Vector:
+        """The largest |V| per KV head and channel [Hkv, D] that the cache holds once the model is smoothed."""
+        values = calibration.layers[layer].value_absmax
+        rows = self.rows.get(f"model.layers.{layer}.self_attn.v_proj.weight")
+        return values if rows is None else values * rows.reshape(values.shape)
+
+
+def fold(config: Glm4Config, names: tuple[str, ...], scales: Tensor) -> Smoothing:
+    """Multiply the columns of a site's matrices by ``scales`` [channels] and divide what makes their input.
+
+    ``scales`` of o_proj must be equal among the query heads of a group: see :func:`shared_by_readers`.
+    """
+    columns = dict.fromkeys(names, scales.numpy())
+    divisor = 1 / scales
+    scope, _, matrix = names[0].removesuffix(".weight").rpartition(".")
+    layer = scope.rpartition(".")[0]
+    if matrix == "o_proj":
+        group = config.num_attention_heads // config.num_key_value_heads
+        per_value = divisor.view(config.num_key_value_heads, group, -1)[:, 0].reshape(-1).numpy()
+        kinds = ("weight", "bias") if config.attention_bias else ("weight",)
+        return Smoothing({f"{scope}.v_proj.{kind}": per_value for kind in kinds}, columns)
+    if matrix == "down_proj":
+        both_halves = torch.cat((torch.ones_like(divisor), divisor)).numpy()
+        return Smoothing({f"{scope}.gate_up_proj.weight": both_halves}, columns)
+    norm = {
+        "q_proj": f"{layer}.input_layernorm.weight",
+        "gate_up_proj": f"{layer}.post_attention_layernorm.weight",
+        "lm_head": "model.norm.weight",
+    }[matrix]
+    return Smoothing({norm: divisor.numpy()}, columns)
+
+
+def foldable(config: Glm4Config, names: tuple[str, ...]) -> bool:
+    """Whether the site's input can be scaled for free; a tied head is the embedding, and cannot."""
+    return not (config.tie_word_embeddings and names == (HEAD,))
+
+
+def shared_by_readers(config: Glm4Config, names: tuple[str, ...], largest: Tensor) -> Tensor:
+    """Per channel, the maximum over the channels that must have one scale: o_proj's, over a group's query heads."""
+    if not names[0].endswith("o_proj.weight"):
+        return largest
+    grouped = largest.view(config.num_key_value_heads, -1, config.head_dim)
+    return grouped.amax(1, keepdim=True).expand_as(grouped).reshape(-1)
+
+
+def centred(scales: Tensor) -> Tensor:
+    """Scales whose smallest and largest are each other's inverse, within 1 / LARGEST ... LARGEST."""
+    return (scales / (scales.max() * scales.min()).sqrt()).clamp(1 / LARGEST, LARGEST)
+
+
+def above_floor(size: Tensor) -> Tensor:
+    """Sizes per channel, none of them 0 or nearly so."""
+    return size.clamp(min=max(FLOOR * float(size.max()), torch.finfo(torch.float32).tiny))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was found for a site: squared error of its product, relative per token, without scales and with.
+
+    ``method`` says how the scales were made, with their exponent; ``none`` where nothing was better.
+    """
+
+    names: tuple[str, ...]
+    method: str
+    error_before: float
+    error: float
+
+
+@dataclass
+class ScaleSearch:
+    """A consumer of ``calibrate`` that tries scales per site, and keeps what lowers the measured error.
+
+    Attributes:
+        config: of the checkpoint.
+        wanted: whether a site, given by its matrices' names, is to be scaled.
+        smoothing: the scales found so far, folded.
+        choices: what was found, in the order of the walk.
+    """
+
+    config: Glm4Config
+    wanted: Callable[[tuple[str, ...]], bool] = lambda _names: True
+    smoothing: Smoothing = field(default_factory=Smoothing, init=False)
+    choices: list[Choice] = field(default_factory=list, init=False)
+
+    def __call__(self, site: Site) -> None:
+        if not (foldable(self.config, site.names) and self.wanted(site.names)):
+            return
+        exact = site.sample @ site.weight_sample.T
+        energy = above_floor(exact.square().sum(1))
+
+        def error_of(scales: Tensor) -> float:
+            # Each token relative to itself: a norm follows every product or precedes it.
+            return float(((self.product(site, scales) - exact).square().sum(1) / energy).mean())
+
+        best_scales, method = torch.ones(site.sample.shape[1]), "none"
+        before = best = error_of(best_scales)
+        for name, candidate in self.candidates(site):
+            if (error := error_of(candidate)) < best:
+                best, best_scales, method = error, candidate, name
+        self.choices.append(Choice(site.names, method, before, best))
+        if method != "none":
+            self.smoothing = self.smoothing.then(fold(self.config, site.names, best_scales))
+
+    def candidates(self, site: Site) -> Iterable[tuple[str, Tensor]]:
+        """Scales [channels] to try, each with the name of how it was made."""
+        raise NotImplementedError
+
+    def product(self, site: Site, scales: Tensor) -> Tensor:
+        """The quantized product of the site's samples under ``scales``: [tokens, sampled rows]."""
+        raise NotImplementedError
+
+
+class SmoothQuant(ScaleSearch):
+    """Scales for 8-bit weights per row and 8-bit activations per token."""
+
+    def candidates(self, site: Site) -> Iterable[tuple[str, Tensor]]:
+        x, w = (
+            above_floor(shared_by_readers(self.config, site.names, size))
+            for size in (torch.from_numpy(site.statistics.absmax), site.weight_absmax)
+        )
+        for alpha in ALPHAS:
+            yield f"alpha {alpha}", centred(x**alpha / w ** (1 - alpha))
+
+    def product(self, site: Site, scales: Tensor) -> Tensor:
+        return int8_per_row(site.sample / scales) @ int8_per_row(site.weight_sample * scales).T
+
+
+def int8_per_row(x: Tensor) -> Tensor:
+    """The values that x [rows, channels] has after rounding to 255 steps per row, symmetric."""
+    step = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (x / step).round().clamp(-127, 127) * step
+
+
+def _product(one: Mapping[str, Vector], other: Mapping[str, Vector]) -> dict[str, Vector]:
+    both = one.keys() & other.keys()
+    return {**one, **other, **{name: one[name] * other[name] for name in both}}

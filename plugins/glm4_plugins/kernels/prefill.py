@@ -1,0 +1,90 @@
+"""Many new tokens: a block owns rows and walks over all keys before them."""
+
+import triton
+import triton.language as tl
+
+from glm4_plugins.kernels.steps import (
+    LOWEST,
+    append,
+    attend_to_cache,
+    attend_to_new,
+    new_tokens,
+    queries,
+    write_output,
+)
+
+
+@triton.jit
+def prefill(
+    query, key, value, past_key, past_value, cos, sin, past_lengths, query_lengths, key_scale, value_scale,
+    batch, sequence, capacity, attn_output, present_key, present_value,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, APPEND_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = HEAD_DIM // 2
+    KV_ROW: tl.constexpr = KV_HEADS * HEAD_DIM
+    # The last rows see the most keys: they go first, so that no block starts late with the longest walk.
+    items = batch * KV_HEADS
+    program = tl.program_id(0)
+    block = tl.cdiv(sequence * GROUP, BLOCK_M) - 1 - program // items
+    b = (program % items) // KV_HEADS
+    h = program % KV_HEADS
+    past = tl.load(past_lengths + b)
+    new = tl.minimum(tl.load(query_lengths + b), sequence)
+    first_row = block * BLOCK_M
+    first_token = first_row // GROUP
+    token_end = tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, new)
+
+    # A cache can hold more elements than 32 bits count; one head of it cannot.
+    cache_head = (b * KV_HEADS + h).to(tl.int64) * capacity * HEAD_DIM
+    new_head = b.to(tl.int64) * sequence * KV_ROW + h * HEAD_DIM
+    query_head = (b.to(tl.int64) * sequence * KV_HEADS + h) * GROUP * HEAD_DIM
+    if key_scale is not None:
+        key_scale += h * HEAD_DIM
+        value_scale += h * HEAD_DIM
+
+    # A token is appended by the block that holds the first row of it.
+    tokens = tl.cdiv(first_row, GROUP) + tl.arange(0, APPEND_N)
+    owned = (tokens * GROUP < first_row + BLOCK_M) & (tokens < new) & (past + tokens < capacity)
+    turning, passing, v = new_tokens(
+        key + new_head, value + new_head, cos, sin, key_scale, value_scale, tokens, owned, past,
+        APPEND_N, HALF, KV_ROW, True,
+    )  # fmt: skip
+    append(
+        present_key + cache_head, present_value + cache_head, turning, passing, v, past + tokens, owned, HALF
+    )
+
+    rows = first_row + tl.arange(0, BLOCK_M)
+    q_turning, q_passing = queries(
+        query + query_head, cos, sin, key_scale, rows, past, new, sequence,
+        BLOCK_M, HALF, GROUP, GROUP * KV_ROW,
+    )  # fmt: skip
+    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+
+    # A block of padding alone walks over nothing.
+    cached = tl.where(first_token < new, past, 0)
+    whole = cached // BLOCK_N * BLOCK_N
+    top, total, acc = attend_to_cache(
+        q_turning, q_passing, past_key + cache_head, past_value + cache_head, 0, whole, cached,
+        top, total, acc, BLOCK_N, HALF, SCALE, STAGES, False,
+    )  # fmt: skip
+    top, total, acc = attend_to_cache(
+        q_turning, q_passing, past_key + cache_head, past_value + cache_head, whole, cached, cached,
+        top, total, acc, BLOCK_N, HALF, SCALE, 1, True,
+    )  # fmt: skip
+
+    # Tiles of new tokens that every row sees, then those on the diagonal.
+    whole = tl.where(first_token < new, (first_token + 1) // BLOCK_N * BLOCK_N, 0)
+    top, total, acc = attend_to_new(
+        q_turning, q_passing, key + new_head, value + new_head, cos, sin, key_scale, value_scale,
+        0, whole, rows // GROUP, new, past, top, total, acc, BLOCK_N, HALF, KV_ROW, SCALE, STAGES, False,
+    )  # fmt: skip
+    top, total, acc = attend_to_new(
+        q_turning, q_passing, key + new_head, value + new_head, cos, sin, key_scale, value_scale,
+        whole, token_end, rows // GROUP, new, past, top, total, acc, BLOCK_N, HALF, KV_ROW, SCALE, 1, True,
+    )  # fmt: skip
+    write_output(
+        attn_output + query_head, value_scale, rows, new, sequence, total, acc, HALF, GROUP, GROUP * KV_ROW
+    )

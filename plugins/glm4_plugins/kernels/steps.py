@@ -1,0 +1,173 @@
+"""What prefill and decode share: loading and turning tokens, and one step of the online softmax."""
+
+import triton
+import triton.language as tl
+
+# Below every score, yet finite: a row that has seen no key yet must not compute -inf - -inf.
+LOWEST = tl.constexpr(-1.0e30)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_half(rows, mask, HALF: tl.constexpr, WHICH: tl.constexpr, MASKED: tl.constexpr):
+    """Half ``WHICH`` of each row; ``rows`` [N] are pointers to the rows' first elements."""
+    pointers = rows[:, None] + (WHICH * HALF + tl.arange(0, HALF))[None, :]
+    if MASKED:
+        return tl.load(pointers, mask=mask[:, None], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def rotate(x, cos, sin, positions, mask, N: tl.constexpr, HALF: tl.constexpr):
+    """RoPE on the pairs (2i, 2i + 1) of ``x`` [N, HALF] at ``positions`` [N]; float32.
+
+    Pairs are neighbours in memory, so splitting and joining them moves nothing between threads.
+    """
+    offsets = positions[:, None] * (HALF // 2) + tl.arange(0, HALF // 2)[None, :]
+    c = tl.load(cos + offsets, mask=mask[:, None], other=1.0).to(tl.float32)
+    s = tl.load(sin + offsets, mask=mask[:, None], other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(x.to(tl.float32), (N, HALF // 2, 2)))
+    return tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (N, HALF))
+
+
+@triton.jit
+def quantized(x, scale):
+    """``x`` in steps of ``scale`` [channels], rounded half up to -127 ... 127; still floating point."""
+    return tl.minimum(tl.maximum(tl.floor(x.to(tl.float32) / scale[None, :] + 0.5), -127.0), 127.0)
+
+
+@triton.jit
+def new_tokens(
+    key, value, cos, sin, key_scale, value_scale, tokens, mask, past,
+    N: tl.constexpr, HALF: tl.constexpr, ROW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Keys (two halves) and values of new tokens, as the cache will hold them, in the inputs' type.
+
+    ``key`` and ``value`` point to the first new token of one sequence and head; ``key_scale`` and
+    ``value_scale`` to that head's scales, or are None.
+    """
+    keys, values = key + tokens * ROW, value + tokens * ROW
+    turning = load_half(keys, mask, HALF, 0, MASKED)
+    passing = load_half(keys, mask, HALF, 1, MASKED)
+    pointers = values[:, None] + tl.arange(0, 2 * HALF)[None, :]
+    if MASKED:
+        v = tl.load(pointers, mask=mask[:, None], other=0.0)
+    else:
+        v = tl.load(pointers)
+    rotated = rotate(turning, cos, sin, past + tokens, mask, N, HALF).to(turning.dtype)
+    if key_scale is not None:
+        channels = tl.arange(0, HALF)
+        rotated = quantized(rotated, tl.load(key_scale + channels)).to(v.dtype)
+        passing = quantized(passing, tl.load(key_scale + HALF + channels)).to(v.dtype)
+        v = quantized(v, tl.load(value_scale + tl.arange(0, 2 * HALF))).to(v.dtype)
+    return rotated, passing, v
+
+
+@triton.jit
+def append(present_key, present_value, rotated, passing, v, positions, mask, HALF: tl.constexpr):
+    """Store new keys and values of one head at ``positions`` of its cache."""
+    rows = positions[:, None] * (2 * HALF)
+    channels = tl.arange(0, HALF)[None, :]
+    cached = present_key.dtype.element_ty
+    tl.store(present_key + rows + channels, rotated.to(cached), mask=mask[:, None])
+    tl.store(present_key + rows + HALF + channels, passing.to(cached), mask=mask[:, None])
+    tl.store(present_value + rows + tl.arange(0, 2 * HALF)[None, :], v.to(cached), mask=mask[:, None])
+
+
+@triton.jit
+def queries(
+    query, cos, sin, key_scale, rows, past, new, sequence,
+    M: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr,
+):  # fmt: skip
+    """Rotated queries of ``rows`` [M] as two halves; ``query`` points to one sequence's first head of the group."""
+    tokens = rows // GROUP
+    mask = tokens < tl.minimum(new, sequence)
+    pointers = query + tokens * ROW + (rows % GROUP) * (2 * HALF)
+    turning = load_half(pointers, mask, HALF, 0, True)
+    passing = load_half(pointers, mask, HALF, 1, True)
+    rotated = rotate(turning, cos, sin, past + tokens, mask, M, HALF)
+    if key_scale is not None:
+        channels = tl.arange(0, HALF)
+        rotated = rotated * tl.load(key_scale + channels)[None, :]
+        passing = passing.to(tl.float32) * tl.load(key_scale + HALF + channels)[None, :]
+    return rotated.to(turning.dtype), passing.to(turning.dtype)
+
+
+@triton.jit
+def attend(q_turning, q_passing, k_turning, k_passing, v, visible, top, total, acc, SCALE: tl.constexpr):
+    """One step of the online softmax; ``visible`` [M, N] or None. Returns the running maximum, sum and output."""
+    # The half that is multiplied as loaded goes first, so that the tensor cores work while the other turns.
+    scores = tl.dot(q_passing, tl.trans(k_passing))
+    scores = tl.dot(q_turning, tl.trans(k_turning), scores)
+    if visible is not None:
+        scores = tl.where(visible, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * (SCALE * LOG2_E))
+    weights = tl.exp2(scores * (SCALE * LOG2_E) - new_top[:, None])
+    decay = tl.exp2(top - new_top)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None])
+    return new_top, total * decay + tl.sum(weights, 1), acc
+
+
+@triton.jit
+def attend_to_cache(
+    q_turning, q_passing, past_key, past_value, start, stop, past, top, total, acc,
+    N: tl.constexpr, HALF: tl.constexpr, SCALE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Attend to the cached keys ``start ... stop - 1`` of one head; with MASKED, to those before ``past`` only."""
+    for first in tl.range(start, stop, N, num_stages=STAGES):
+        keys = first + tl.arange(0, N)
+        mask = keys < past
+        rows = keys * (2 * HALF)
+        k_turning = load_half(past_key + rows, mask, HALF, 0, MASKED).to(q_turning.dtype)
+        k_passing = load_half(past_key + rows, mask, HALF, 1, MASKED).to(q_turning.dtype)
+        pointers = past_value + rows[:, None] + tl.arange(0, 2 * HALF)[None, :]
+        if MASKED:
+            # Rows that were never written may hold NaN, which weight zero does not silence.
+            v = tl.load(pointers, mask=mask[:, None], other=0.0).to(q_turning.dtype)
+            visible = mask[None, :]
+        else:
+            v = tl.load(pointers).to(q_turning.dtype)
+            visible = None
+        top, total, acc = attend(
+            q_turning, q_passing, k_turning, k_passing, v, visible, top, total, acc, SCALE
+        )
+    return top, total, acc
+
+
+@triton.jit
+def attend_to_new(
+    q_turning, q_passing, key, value, cos, sin, key_scale, value_scale,
+    start, stop, row_tokens, new, past, top, total, acc,
+    N: tl.constexpr, HALF: tl.constexpr, ROW: tl.constexpr, SCALE: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Attend to the new tokens ``start ... stop - 1`` of one head; with MASKED, each row to those up to its own."""
+    for first in tl.range(start, stop, N, num_stages=STAGES):
+        tokens = first + tl.arange(0, N)
+        k_turning, k_passing, v = new_tokens(
+            key, value, cos, sin, key_scale, value_scale, tokens, tokens < new, past, N, HALF, ROW, MASKED
+        )
+        if MASKED:
+            visible = tokens[None, :] <= row_tokens[:, None]
+        else:
+            visible = None
+        top, total, acc = attend(
+            q_turning, q_passing, k_turning, k_passing, v, visible, top, total, acc, SCALE
+        )
+    return top, total, acc
+
+
+@triton.jit
+def write_output(
+    attn_output, value_scale, rows, new, sequence, total, acc,
+    HALF: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr,
+):  # fmt: skip
+    """Normalise and store ``rows``; those of padding as zeros, lest they carry NaN into what follows."""
+    tokens = rows // GROUP
+    channels = tl.arange(0, 2 * HALF)
+    output = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    if value_scale is not None:
+        output = output * tl.load(value_scale + channels)[None, :]
+    output = tl.where((tokens < new)[:, None], output, 0.0)
+    pointers = attn_output + (tokens * ROW + (rows % GROUP) * (2 * HALF))[:, None] + channels[None, :]
+    tl.store(pointers, output.to(attn_output.dtype.element_ty), mask=(tokens < sequence)[:, None])

@@ -1,0 +1,181 @@
+"""Which quantized products TensorRT-RTX parses and builds, and how often an engine stores their weights.
+
+Each form is a strongly typed network of one product with 16-bit activations, built for a prefill and a decode
+profile. The passes that write these forms rest on what is held here.
+"""
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from glm4_exporters.engine_network import Network, check_compiled, fold_weight_transposes
+
+trt = pytest.importorskip("tensorrt_rtx")
+
+OUT, IN = 1024, 2048
+PROFILES = (((1, 1), (1, 512), (1, 512)), ((1, 1), (8, 1), (8, 1)))
+INT8, INT4, UINT4, UINT8 = TensorProto.INT8, TensorProto.INT4, TensorProto.UINT4, TensorProto.UINT8
+FP8, FP16, BF16 = TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT16, TensorProto.BFLOAT16
+RAW = {
+    FP8: ml_dtypes.float8_e4m3fn,
+    BF16: ml_dtypes.bfloat16,
+    INT8: np.int8,
+    UINT8: np.uint8,
+    FP16: np.float16,
+}
+
+
+def tensor(name, values, element):
+    values = np.asarray(values)
+    if element in (INT4, UINT4):
+        return helper.make_tensor(name, element, values.shape, values.reshape(-1))
+    raw = values.astype(RAW[element]).tobytes()
+    return onnx.TensorProto(name=name, data_type=element, dims=values.shape, raw_data=raw)
+
+
+def product(element, scale_shape, axis, block, zero=None, quantized_input=False, activations=FP16):
+    """x [B, S, in] times the transpose of a dequantized weight [out, in], as our graphs write it."""
+    rng = np.random.default_rng(0)
+    weights = rng.integers(1, 8, (OUT, IN)) if element in (UINT4, UINT8) else rng.integers(-7, 8, (OUT, IN))
+    scales = rng.random(scale_shape) * 0.01 + 0.001
+    constants = [tensor("w", weights, element), tensor("s", scales, activations)]
+    inputs, attributes = ["w", "s"], {}
+    if zero is not None:
+        constants.append(tensor("z", np.full(scale_shape, zero), element))
+        inputs.append("z")
+    if axis is not None:
+        attributes["axis"] = axis
+    if block:
+        attributes["block_size"] = block
+    nodes = [helper.make_node("DequantizeLinear", inputs, ["wd"], **attributes)]
+    nodes.append(helper.make_node("Transpose", ["wd"], ["wt"], perm=[1, 0]))
+    x = "x"
+    if quantized_input:
+        constants += [tensor("xs", 0.02, activations), tensor("xz", 0, element)]
+        nodes.append(helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"]))
+        nodes.append(helper.make_node("DequantizeLinear", ["xq", "xs", "xz"], ["xd"]))
+        x = "xd"
+    nodes.append(helper.make_node("MatMul", [x, "wt"], ["y"]))
+    graph = helper.make_graph(
+        nodes,
+        "product",
+        [helper.make_tensor_value_info("x", activations, ["batch", "sequence", IN])],
+        [helper.make_tensor_value_info("y", activations, ["batch", "sequence", OUT])],
+        constants,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+class Layers(trt.ILogger):
+    """Keeps the message that lists a built engine's layers."""
+
+    def __init__(self):
+        trt.ILogger.__init__(self)
+        self.text = ""
+
+    def log(self, severity, message):
+        if severity == trt.ILogger.VERBOSE and message.startswith("Layers:"):
+            self.text = message
+
+
+class Built:
+    """The outcome of a parse and a build: bytes per weight and layers per profile, or what was said."""
+
+    def __init__(self, model, fold=True):
+        logger = Layers()
+        builder = trt.Builder(logger)
+        definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(definition, logger)
+        self.refusal, self.folded, self.bytes_per_weight = None, 0, 0.0
+        if not parser.parse(model.SerializeToString()):
+            self.refusal = parser.get_error(0).desc()
+            return
+        self.network = Network(trt, definition)
+        if fold:
+            self.folded = fold_weight_transposes(self.network)
+        config = builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        for low, best, high in PROFILES:
+            profile = builder.create_optimization_profile()
+            profile.set_shape("x", (*low, IN), (*best, IN), (*high, IN))
+            config.add_optimization_profile(profile)
+        engine = builder.build_serialized_network(definition, config)
+        assert engine is not None
+        self.bytes_per_weight = engine.nbytes / (OUT * IN)
+        self.kernels = check_compiled(logger.text, ["prefill", "decode"], {})
+
+
+def in_blocks(element, block, activations=FP16):
+    return dict(element=element, scale_shape=(OUT, IN // block), axis=1, block=block, activations=activations)
+
+
+def fp8(scale_shape, axis, activations=FP16):
+    return dict(
+        element=FP8,
+        scale_shape=scale_shape,
+        axis=axis,
+        block=0,
+        quantized_input=True,
+        activations=activations,
+    )
+
+
+INT8_CHANNELS = dict(element=INT8, scale_shape=(OUT,), axis=0, block=0)
+
+# name: arguments of product, the most bytes per weight that an engine of both profiles may take, and the prefill's
+# layers. "runtime_fusion" reads the quantized weight and multiplies; "kgen" and "gemm" are a pass over memory each.
+FORMS = {
+    "int8 per channel": (INT8_CHANNELS, 1.1, {"runtime_fusion": 1}),
+    "int8 per channel in bf16": (INT8_CHANNELS | {"activations": BF16}, 1.1, {"runtime_fusion": 1}),
+    "int8 per channel, zero points": (INT8_CHANNELS | {"zero": 0}, 1.1, {"runtime_fusion": 1}),
+    # the whole weight is written as fp16 before each product
+    "int8 in blocks of 128": (in_blocks(INT8, 128), 1.2, {"kgen": 1, "gemm": 1}),
+    "int8 in blocks of 32": (in_blocks(INT8, 32), 1.3, {"kgen": 1, "gemm": 1}),
+    "int4 in blocks of 128": (in_blocks(INT4, 128), 0.65, {"runtime_fusion": 1}),
+    "int4 in blocks of 32": (in_blocks(INT4, 32), 0.7, {"runtime_fusion": 1}),
+    "int4 in bf16": (in_blocks(INT4, 32, BF16), 0.7, {"runtime_fusion": 1}),
+    # the input is quantized, then the product
+    "fp8 per tensor": (fp8((), None), 1.2, {"kgen": 1, "gemm": 1}),
+    "fp8 per tensor in bf16": (fp8((), None, BF16), 1.2, {"kgen": 1, "gemm": 1}),
+    # and the rounded product scaled once more
+    "fp8 per channel": (fp8((OUT,), 0), 1.3, {"kgen": 2, "gemm": 1}),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_that_build_and_store_each_weight_once(name):
+    arguments, limit, layers = FORMS[name]
+    built = Built(product(**arguments))
+    assert built.refusal is None
+    assert built.folded == 1
+    counts = built.network.count()
+    assert (counts["DEQUANTIZE"], counts["QUANTIZE"]) == (
+        (2, 1) if arguments.get("quantized_input") else (1, 0)
+    )
+    assert built.bytes_per_weight <= limit
+    assert {kind: n for kind, n in built.kernels["prefill"].items() if kind != "shape_call"} == layers
+
+
+def test_why_transposes_are_folded():
+    """Left alone, the transposed int8 weight is stored once per profile."""
+    built = Built(product(element=INT8, scale_shape=(OUT,), axis=0, block=0), fold=False)
+    assert built.bytes_per_weight > 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (dict(element=UINT8, scale_shape=(OUT, IN // 32), axis=1, block=32, zero=128), "UINT8"),
+        (dict(element=UINT4, scale_shape=(OUT, IN // 32), axis=1, block=32, zero=8), "import initializer"),
+        (dict(element=INT4, scale_shape=(OUT, IN // 32), axis=1, block=32, zero=3), "Non-zero zero point"),
+    ],
+    ids=["uint8", "uint4", "asymmetric"],
+)
+def test_forms_that_are_refused(arguments, reason):
+    """Only symmetric signed weights: what ONNX Runtime's passes write as unsigned must be written otherwise."""
+    built = Built(product(**arguments))
+    assert reason in built.refusal

@@ -1,0 +1,235 @@
+"""A TensorRT whose engines are ONNX graphs run by ONNX Runtime, in the memory of a :mod:`fake_cuda`.
+
+It has what the session uses of ``tensorrt_rtx``, and refuses what TensorRT refuses: shapes outside the profile,
+tensors without an address or at an odd one, a cache that is not updated in place, activations of no memory.
+"""
+
+import ctypes
+import dataclasses
+import enum
+import json
+import sys
+import types
+
+import ml_dtypes
+import numpy as np
+import onnxruntime
+
+from glm4_runtime.bundle import (
+    ENGINE,
+    GRAPH,
+    EngineInfo,
+    EngineProfile,
+    file_entry,
+    read_manifest,
+    write_manifest,
+)
+
+VERSION = "1.7.1.116"
+TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(bfloat16)": ml_dtypes.bfloat16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+}
+ACTIVATION_BYTES = 4096
+
+
+def make_engine_bundle(folder, profiles, capacity, later_gpus=False):
+    """Turn a native bundle's folder into an engine bundle whose engine is its graph."""
+    manifest = read_manifest(folder)
+    axes = {p.name: {k: list(v) for k, v in p.axes.items()} for p in profiles}
+    (folder / ENGINE).write_text(json.dumps({"graph": str(folder / GRAPH), "profiles": axes}))
+    static = {
+        kind: tuple(
+            dataclasses.replace(s, shape=tuple(capacity if a == "capacity" else a for a in s.shape))
+            for s in getattr(manifest, kind)
+        )
+        for kind in ("inputs", "outputs")
+    }
+    engine = EngineInfo(
+        kind="tensorrt-rtx",
+        version=VERSION,
+        layout="shared",
+        later_gpus=later_gpus,
+        attention="native",
+        plugin_version=None,
+        profiles=tuple(EngineProfile(p.name, ENGINE, i, p.axes) for i, p in enumerate(profiles)),
+        layers={},
+        float32={},
+        built_from={},
+    )
+    files = {**manifest.files, ENGINE: file_entry(folder / ENGINE)}
+    made = dataclasses.replace(
+        manifest,
+        dialect="tensorrt-rtx",
+        engine=engine,
+        files=files,
+        compute_capabilities=("80", "89"),
+        **static,
+    )
+    write_manifest(folder, made)
+    return folder
+
+
+class FakeTensorRt(types.ModuleType):
+    __version__ = VERSION
+    ExecutionContextAllocationStrategy = enum.Enum("Strategy", "STATIC ON_PROFILE_CHANGE USER_MANAGED")
+    DynamicShapesKernelSpecializationStrategy = enum.Enum("Kernels", "LAZY EAGER NONE")
+    EngineValidity = enum.Enum("EngineValidity", "VALID SUBOPTIMAL INVALID")
+    EngineInvalidityDiagnostics = enum.IntFlag(
+        "EngineInvalidityDiagnostics", {"VERSION_MISMATCH": 1, "UNSUPPORTED_CC": 2, "OLD_CUDA_DRIVER": 4}
+    )
+
+    class ILogger:
+        ERROR = 1
+
+    def __init__(self, cuda):
+        super().__init__("tensorrt_rtx")
+        self.cuda, self.reasons, self.in_place, self.contexts = cuda, 0, True, []
+        self.compiled = []
+
+    def Runtime(self, logger):
+        return FakeRuntime(self)
+
+
+def install(monkeypatch, cuda):
+    fake = FakeTensorRt(cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
+    return fake
+
+
+class FakeRuntime:
+    def __init__(self, trt):
+        self.trt = trt
+
+    def get_engine_validity(self, data):
+        kinds = self.trt.EngineValidity
+        return (kinds.INVALID if self.trt.reasons else kinds.VALID), self.trt.reasons
+
+    def deserialize_cuda_engine(self, data):
+        return FakeEngine(self.trt, json.loads(bytes(data)))
+
+
+class FakeEngine:
+    device_memory_size_v2 = ACTIVATION_BYTES
+
+    def __init__(self, trt, described):
+        self.trt, self.profiles = trt, list(described["profiles"].values())
+        self.session = onnxruntime.InferenceSession(described["graph"], providers=["CPUExecutionProvider"])
+        self.inputs = {i.name: (TYPES[i.type], i.shape) for i in self.session.get_inputs()}
+        self.outputs = [o.name for o in self.session.get_outputs()]
+        self.num_io_tensors = len(self.inputs) + len(self.outputs)
+
+    def get_tensor_name(self, index):
+        return [*self.inputs, *self.outputs][index]
+
+    def get_aliased_input_tensor(self, name):
+        past = name.replace("present_", "past_", 1)
+        return past if self.trt.in_place and past in self.inputs and name.startswith("present_") else None
+
+    def create_runtime_config(self):
+        return FakeConfig(self.trt)
+
+    def create_execution_context(self, config):
+        context = FakeContext(self, config)
+        self.trt.contexts.append(context)
+        return context
+
+
+class FakeCache:
+    """Holds the shapes that were compiled; refuses what another GPU wrote."""
+
+    def __init__(self, capability):
+        self.header, self.compiled = f"{capability}:".encode(), set()
+
+    def deserialize(self, blob):
+        if not blob.startswith(self.header):
+            return False
+        self.compiled = set(blob[len(self.header) :].split(b"|"))
+        return True
+
+    def serialize(self):
+        return self.header + b"|".join(sorted(self.compiled)) if self.compiled else None
+
+
+class FakeConfig:
+    def __init__(self, trt):
+        self.trt = trt
+
+    def create_runtime_cache(self):
+        return FakeCache(self.trt.cuda.capability)
+
+    def set_runtime_cache(self, cache):
+        self.cache = cache
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.strategy = strategy
+
+
+class FakeContext:
+    def __init__(self, engine, config):
+        assert config.strategy.name == "USER_MANAGED"
+        self.engine, self.config = engine, config
+        self.shapes, self.addresses, self.runs = {}, {}, []
+
+    def set_device_memory(self, memory, size):
+        assert size >= ACTIVATION_BYTES
+        self.engine.trt.cuda.require(memory, size)
+        self.memory = memory
+
+    def set_optimization_profile_async(self, index, stream):
+        self.profile = self.engine.profiles[index]
+        return True
+
+    def set_input_shape(self, name, shape):
+        axes = self.engine.inputs[name][1]
+        for axis, size in zip(axes, shape, strict=True):
+            low, _, high = self.profile.get(axis, (axis,) * 3) if axis != "capacity" else (size,) * 3
+            if not low <= size <= high:
+                return False
+        self.shapes[name] = tuple(shape)
+        return True
+
+    def set_tensor_address(self, name, address):
+        assert address % 256 == 0, f"{name} at {address:#x}"
+        self.addresses[name] = address
+        return name in self.engine.inputs or name in self.engine.outputs
+
+    def is_stream_capturable(self, stream):
+        return bool(self.runs) and self.runs[-1] == self.shapes
+
+    def execute_async_v3(self, stream):
+        assert self.memory, "no activations"
+        engine, shapes, addresses = self.engine, dict(self.shapes), dict(self.addresses)
+        assert set(shapes) == set(engine.inputs)
+        assert set(addresses) == {*engine.inputs, *engine.outputs}
+        for name in engine.outputs:
+            if name.startswith("present_"):
+                assert addresses[name] == addresses[name.replace("present_", "past_", 1)], "not in place"
+        cuda = engine.trt.cuda
+        if stream in cuda.recording:
+            assert self.is_stream_capturable(stream), "captured before it ran with these shapes"
+        self.runs.append(shapes)
+        kernel = str(shapes["input_ids"]).encode()
+        if kernel not in self.config.cache.compiled:
+            self.config.cache.compiled.add(kernel)
+            engine.trt.compiled.append(kernel)
+
+        def job():
+            inputs = {
+                name: _array(cuda, addresses[name], dtype, shapes[name])
+                for name, (dtype, _) in engine.inputs.items()
+            }
+            for name, found in zip(engine.outputs, engine.session.run(None, inputs), strict=True):
+                _array(cuda, addresses[name], found.dtype, found.shape)[...] = found
+
+        cuda.enqueue(stream, job)
+        return True
+
+
+def _array(cuda, address, dtype, shape):
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    cuda.require(address, size)
+    return np.frombuffer((ctypes.c_ubyte * size).from_address(address), dtype).reshape(shape)

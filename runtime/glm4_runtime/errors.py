@@ -59,3 +59,7 @@ class GateError(Glm4Error):
     """The accuracy gate failed: the bundle computes something else than the reference."""
 
     exit_code = 3
+
+
+class TextError(Glm4Error):
+    """A file of text or token ids that cannot be read, or holds nothing to compare or calibrate with."""

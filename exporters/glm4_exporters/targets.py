@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from glm4_exporters.checkpoint import EMBEDDING, HEAD
 from glm4_exporters.config import Glm4Config
+from glm4_exporters.quantize.recipe import Recipe
 from glm4_exporters.quantize.schemes import Scheme, require_scheme
 from glm4_runtime.errors import ExportError
 
@@ -112,12 +113,18 @@ def require_target(target: str, precision: str) -> tuple[Target, Precision]:
 
 
 def choose_form(
-    config: Glm4Config, task: str, target_name: str, precision_name: str, activations: str | None = None
+    config: Glm4Config,
+    task: str,
+    target_name: str,
+    precision_name: str,
+    activations: str | None = None,
+    recipe: Recipe | None = None,
 ) -> Form:
     """Decide how every tensor of a model is stored.
 
     Args:
         activations: ``fp32``, ``fp16`` or ``bf16``, for a quantized precision; the target's choice where None.
+        recipe: schemes of single matrices, in place of the precision's own.
 
     Raises:
         ExportError: a combination that cannot be exported; says what can.
@@ -125,6 +132,8 @@ def choose_form(
     target, precision = require_target(target_name, precision_name)
     chosen = _activations(target, precision, target_name, precision_name, activations)
     if not precision.quantized:
+        if recipe is not None:
+            raise ExportError(f"precision {precision_name} quantizes nothing, so it takes no --recipe")
         return Form(target, chosen, dict.fromkeys(GROUPS, chosen), {})
     names = {group: target.schemes.get(name, name) for group, name in precision.schemes.items()}
     schemes = {group: require_scheme(name) for group, name in names.items()}
@@ -140,6 +149,12 @@ def choose_form(
         found[EMBEDDING], groups["embedding"] = schemes["embedding"], names["embedding"]
     if config.tie_word_embeddings and task == "causal-lm":
         found[EMBEDDING] = found.pop(HEAD)  # one matrix, under its first name
+    if recipe is not None:
+        recipe.require_used(found)
+        for name in found:
+            if (own := recipe.scheme_of(name)) is not None:
+                found[name] = require_scheme(target.schemes.get(own, own))
+        groups |= {group: f"{stored}, and as the recipe says" for group, stored in groups.items()}
     for name, scheme in found.items():
         _require_width(name, matrix_width(config, name), scheme, target)
     return Form(target, chosen, groups, found)

@@ -35,6 +35,18 @@ from glm4_runtime.bundle import Manifest
     help="Element type of activations and cache of a quantized bundle: fp32 unless told, fp16 for TensorRT.",
 )
 @click.option(
+    "--calibration",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Text like that which the model will see (.txt, .jsonl, .ids): int4 is quantized by what it shows.",
+)
+@click.option(
+    "--recipe",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Schemes of single matrices, as validate --sensitivity writes them.",
+)
+@click.option(
     "--task",
     type=click.Choice(["causal-lm", "sequence-classification", "token-classification", "encoder"]),
     help="What to export; the checkpoint's own task by default.",
@@ -87,6 +99,8 @@ def command(
     target: str,
     precision: str,
     activations: str | None,
+    calibration: str | None,
+    recipe: str | None,
     task: str | None,
     max_seq_len: int | None,
     max_batch_size: int,
@@ -103,7 +117,16 @@ def command(
     """Make a bundle from the checkpoint folder CHECKPOINT, and prove that it computes what PyTorch does."""
     engine = EngineOptions(sm, engine_layout, attention, timing_cache, keep_onnx)
     options = pipeline.ExportOptions(
-        target, precision, task, max_seq_len, max_batch_size, not no_parity, activations, engine
+        target=target,
+        precision=precision,
+        task=task,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+        parity=not no_parity,
+        activations=activations,
+        calibration=calibration,
+        recipe=recipe,
+        engine=engine,
     )
     if print_key:
         click.echo(pipeline.cache_key(checkpoint, options))

@@ -127,7 +127,7 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
         smoothing, norm_bits = smoothing.then(remedy.weights), remedy.norm_bits
     scales: tuple[CacheScales, ...] = ()
     if form.kv_cache == "int8":
-        scales = cache_scales(source.config, calibration, smoothing)
+        scales = cache_scales(calibration, smoothing)
         report["kv_cache"] = {"scales": "per head and channel, of K and of V apart", "margin": MARGIN}
     return Prepared(
         Edits(smoothing, _importance(form, calibration, smoothing) if awq else lambda _name: None),

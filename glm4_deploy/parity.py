@@ -101,9 +101,7 @@ def limits_of(manifest: Manifest) -> Limits:
     if manifest.kv_cache != "int8":
         return limits
     mean_kl, top1 = INT8_CACHE
-    return replace(
-        limits, max_abs=None, mean_kl=(limits.mean_kl or 0.0) + mean_kl, top1=limits.top1 - top1
-    )
+    return replace(limits, max_abs=None, mean_kl=(limits.mean_kl or 0.0) + mean_kl, top1=limits.top1 - top1)
 
 
 def check_parity(parity: Parity, manifest: Manifest) -> None:
@@ -138,8 +136,9 @@ def check_parity(parity: Parity, manifest: Manifest) -> None:
             parity.greedy_gap > 2 * limits.max_abs,
         )
     if wrong:
+        cache = " with an int8 KV cache" if manifest.kv_cache == "int8" else ""
         raise GateError(
-            f"the bundle does not match the reference in {manifest.precision}: {'; '.join(wrong)}"
+            f"the bundle does not match the reference in {manifest.precision}{cache}: {'; '.join(wrong)}"
         )
 
 

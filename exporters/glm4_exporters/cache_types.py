@@ -24,7 +24,8 @@ def choose_cache(
         return activations if task == "causal-lm" else None
     reasons = {
         f"task {task} has no cache": task != "causal-lm",
-        f"target {target} has no operator with an int8 cache, target {INT8_TARGET} has": target != INT8_TARGET,
+        f"target {target} has no operator with an int8 cache, target {INT8_TARGET} has": target
+        != INT8_TARGET,
         f"its operator takes heads of multiples of {HEAD_MULTIPLE} dims, and this model's have {config.head_dim}": (
             config.head_dim % HEAD_MULTIPLE != 0
         ),

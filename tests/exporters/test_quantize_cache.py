@@ -53,7 +53,7 @@ def test_the_radius_bounds_keys_at_positions_that_calibration_never_saw(calibrat
 def test_scales_are_the_largest_values_with_a_margin(calibrated):
     checkpoint, calibration, _ = calibrated
     config = checkpoint.config
-    scales = cache_scales(config, calibration)
+    scales = cache_scales(calibration, Smoothing())
     assert len(scales) == config.num_hidden_layers
     for layer, found in zip(calibration.layers, scales, strict=True):
         np.testing.assert_allclose(found.value, layer.value_absmax * MARGIN / LEVELS, rtol=1e-6)
@@ -66,24 +66,24 @@ def test_scales_are_the_largest_values_with_a_margin(calibrated):
 
 
 def test_scales_follow_smoothed_values(calibrated):
-    checkpoint, calibration, _ = calibrated
+    _, calibration, _ = calibrated
     rows = np.linspace(0.5, 3, 32, dtype=np.float32)
     smoothing = Smoothing(rows={"model.layers.1.self_attn.v_proj.weight": rows})
-    plain, smoothed = (cache_scales(checkpoint.config, calibration, s) for s in (Smoothing(), smoothing))
+    plain, smoothed = (cache_scales(calibration, s) for s in (Smoothing(), smoothing))
     np.testing.assert_array_equal(plain[0].value, smoothed[0].value)
     np.testing.assert_allclose(smoothed[1].value, plain[1].value * rows.reshape(2, 16), rtol=1e-6)
     np.testing.assert_array_equal(plain[1].key, smoothed[1].key)
 
 
 def test_channels_at_rest_have_scales_above_zero(calibrated):
-    checkpoint, calibration, _ = calibrated
+    _, calibration, _ = calibrated
     layer = calibration.layers[0]
     values = layer.value_absmax.copy()
     values[0, 3], values[1] = 0, 0
     resting = dataclasses.replace(
         calibration, layers=(dataclasses.replace(layer, value_absmax=values), *calibration.layers[1:])
     )
-    found = cache_scales(checkpoint.config, resting)[0].value
+    found = cache_scales(resting, Smoothing())[0].value
     assert found[0, 3] == pytest.approx(FLOOR * values[0].max() * MARGIN / LEVELS)
     assert (found > 0).all()
     assert np.isfinite(np.float32(1) / found).all()
@@ -160,9 +160,7 @@ def attended(case, attributes, scales, keys, values):
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 16, 8), (1, 4, 128, 64), (2, 3, 24, 16), (4, 1, 40, 32)])
-@pytest.mark.parametrize(
-    ("pasts", "sequence"), [([0], 7), ([9], 5), ([11], 1), ([3, 0, 8], 1)], ids=str
-)
+@pytest.mark.parametrize(("pasts", "sequence"), [([0], 7), ([9], 5), ([11], 1), ([3, 0, 8], 1)], ids=str)
 def test_the_graph_computes_what_int8_holds(sizes, pasts, sequence):
     """Prefill, a chunk after a past, and decode of several sequences; heads of 24 and 40 rotate outside."""
     kv_heads, group, head_size, rotary_dim = sizes

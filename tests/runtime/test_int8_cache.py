@@ -9,9 +9,9 @@ from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.reference import load_model
 from glm4_runtime import Session, kv_cache
 
-# Chunks of other sizes are computed by other kernels, whose last bits differ: a key half way between two
-# steps of int8 may then be rounded to either. What int8 does to these logits is 30 times as much.
-TOLERANCE = 1e-3
+# Here the same bits come out of chunks of any size. Where kernels for other sizes differ in the last bits, a
+# key half way between two steps of int8 may be rounded to either. Int8 itself moves these logits by 0.03.
+TOLERANCE = 5e-3
 
 
 def ids(count, seed=0):
@@ -42,10 +42,8 @@ def whole(bundle):
     return run
 
 
-def close(session, actual, wanted):
-    # float16 activations round between the layers as well.
-    tolerance = TOLERANCE if session.manifest.activations == "float32" else 3e-2
-    np.testing.assert_allclose(actual, wanted, atol=tolerance)
+def close(actual, wanted):
+    np.testing.assert_allclose(actual, wanted, rtol=0, atol=TOLERANCE)
 
 
 def test_the_cache_is_int8_and_near_the_reference(session, tiny_checkpoint):
@@ -65,10 +63,10 @@ def test_the_cache_is_int8_and_near_the_reference(session, tiny_checkpoint):
 def test_chunks_compute_what_one_run_does(session, whole):
     tokens = ids(70)
     wanted = whole(tokens)
-    close(session, session.prefill(0, tokens, logits="all"), wanted)
-    close(session, np.concatenate(list(session.score(tokens, chunk=7))), wanted)
+    close(session.prefill(0, tokens, logits="all"), wanted)
+    close(np.concatenate(list(session.score(tokens, chunk=7))), wanted)
     session.prefill(1, tokens[:33])
-    close(session, session.decode({1: tokens[33]})[1], wanted[33])
+    close(session.decode({1: tokens[33]})[1], wanted[33])
 
 
 def test_decode_of_any_set_of_slots_moves_rows(session, whole):
@@ -80,7 +78,7 @@ def test_decode_of_any_set_of_slots_moves_rows(session, whole):
         result = session.decode(new)
         for slot in chosen:
             sequences[slot].append(new[slot])
-            close(session, result[slot], whole(sequences[slot])[-1])
+            close(result[slot], whole(sequences[slot])[-1])
 
 
 def test_truncate_and_copy_prefix(session, whole):
@@ -88,8 +86,8 @@ def test_truncate_and_copy_prefix(session, whole):
     session.prefill(2, tokens)
     session.copy_prefix(2, 0, 25)
     session.truncate(2, 12)
-    close(session, session.decode({0: 77})[0], whole([*tokens[:25], 77])[-1])
-    close(session, session.prefill(2, [99, 98], logits="all"), whole([*tokens[:12], 99, 98])[12:])
+    close(session.decode({0: 77})[0], whole([*tokens[:25], 77])[-1])
+    close(session.prefill(2, [99, 98], logits="all"), whole([*tokens[:12], 99, 98])[12:])
 
 
 def test_the_cache_grows_and_shrinks(session, whole, monkeypatch):
@@ -98,11 +96,11 @@ def test_the_cache_grows_and_shrinks(session, whole, monkeypatch):
     wanted = whole(tokens)
     session.prefill(0, tokens[:5])
     for position in range(5, 45):
-        close(session, session.decode({0: tokens[position]})[0], wanted[position])
+        close(session.decode({0: tokens[position]})[0], wanted[position])
         sizes.add(session._cache.arrays[0].shape[2])
     assert sizes == {8, 16, 32, 64}
     session.truncate(0, 4)
-    close(session, session.decode({0: 9})[0], whole([*tokens[:4], 9])[-1])
+    close(session.decode({0: 9})[0], whole([*tokens[:4], 9])[-1])
     assert session._cache.arrays[0].shape[2] == 8
 
 

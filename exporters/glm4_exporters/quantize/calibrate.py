@@ -158,9 +158,9 @@ class Calibration:
         count = sum(key.endswith("/peaks") for key in arrays)
         layers = tuple(
             LayerStatistics(
-                {site: statistics(f"{i}/{site}") for site in LAYER_SITES},
-                *(arrays[f"{i}/{name}"] for name in CACHE_STATISTICS),
-                dict(zip(PEAKS, arrays[f"{i}/peaks"].tolist(), strict=True)),
+                sites={site: statistics(f"{i}/{site}") for site in LAYER_SITES},
+                peaks=dict(zip(PEAKS, arrays[f"{i}/peaks"].tolist(), strict=True)),
+                **{name: arrays[f"{i}/{name}"] for name in CACHE_STATISTICS},
             )
             for i in range(count)
         )
@@ -268,9 +268,8 @@ def _measure_layer(
         "mlp_input": float(statistics["gate_up"].absmax.max()),
         "product": float(statistics["down_proj"].absmax.max()),
     }
-    return LayerStatistics(
-        statistics, *(getattr(meter, name).numpy() for name in CACHE_STATISTICS), peaks=peaks
-    )
+    cache = {name: getattr(meter, name).numpy() for name in CACHE_STATISTICS}
+    return LayerStatistics(sites=statistics, peaks=peaks, **cache)
 
 
 def _measure_head(

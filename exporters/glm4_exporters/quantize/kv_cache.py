@@ -1,6 +1,6 @@
 """The scales of an int8 KV cache: one per head and channel, of K and of V apart, from what calibration saw.
 
-    scales = cache_scales(config, calibration, smoothing)
+    scales = cache_scales(calibration, smoothing)
     QuantizeCache(scales)(model)
 
 A cached number is round(x / scale), saturated at -128 and 127. K is stored rotated, so the two channels of
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from glm4_exporters.config import Glm4Config
 from glm4_exporters.quantize.calibrate import Calibration, Vector
 from glm4_exporters.quantize.smooth import Smoothing
 
@@ -29,21 +28,16 @@ class CacheScales:
     value: Vector
 
 
-def cache_scales(
-    config: Glm4Config, calibration: Calibration, smoothing: Smoothing = Smoothing(), margin: float = MARGIN
-) -> tuple[CacheScales, ...]:
+def cache_scales(calibration: Calibration, smoothing: Smoothing) -> tuple[CacheScales, ...]:
     """The scales of every layer, for the model as it is once smoothed."""
     return tuple(
-        CacheScales(
-            key=_scales(layer.key_radius, margin),
-            value=_scales(smoothing.value_absmax(calibration, index), margin),
-        )
+        CacheScales(key=_scales(layer.key_radius), value=_scales(smoothing.value_absmax(calibration, index)))
         for index, layer in enumerate(calibration.layers)
     )
 
 
-def _scales(largest: Vector, margin: float) -> Vector:
+def _scales(largest: Vector) -> Vector:
     """From the largest |x| per head and channel; a head that is 0 throughout has any scale."""
     floor = np.maximum(FLOOR * largest.max(axis=-1, keepdims=True), np.finfo(np.float32).tiny * LEVELS)
-    scales: Vector = (np.maximum(largest, floor) * np.float32(margin / LEVELS)).astype(np.float32)
+    scales: Vector = (np.maximum(largest, floor) * np.float32(MARGIN / LEVELS)).astype(np.float32)
     return scales

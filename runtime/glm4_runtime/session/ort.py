@@ -47,7 +47,7 @@ def choose_provider(
 
     def reason(name: str) -> str | None:
         if name not in manifest.providers:
-            known = (MISSING_KERNELS.get((name, t)) for t in (manifest.activations, manifest.kv_cache))
+            known = (MISSING_KERNELS.get((name, str(t))) for t in (manifest.activations, manifest.kv_cache))
             lacks = next(filter(None, known), "it lacks kernels that the graph needs")
             return f"the bundle is {manifest.precision} for {manifest.target}, and {lacks}"
         if name not in available:

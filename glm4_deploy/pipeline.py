@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # torch and onnx load when there is work for them, so that --
     from glm4_deploy.parity import Parity
     from glm4_exporters.weights import WrittenWeights
 
-DEFAULT_TARGET, DEFAULT_PRECISION, DEFAULT_BATCH = "ort", "fp16", 8
+DEFAULT_TARGET, DEFAULT_PRECISION, DEFAULT_BATCH = "ort", "int8", 8
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript")
 
 
@@ -108,8 +108,7 @@ def export(
         limits, form = _check_options(source, options)
         _check_destination(bundle, force)
         _check_installed(options)
-        with clock("calibrate"):
-            prepared = _prepare(source, form, options, limits, progress)
+        prepared = _prepare(source, form, options, limits, clock, progress)
         with clock("trace"):
             progress("trace the model", 0, 0)
             model = _trace(source, form, prepared)
@@ -217,13 +216,20 @@ def _require_space(folder: Path, needed: int) -> None:
 
 
 def _prepare(
-    source: Checkpoint, form: Form, options: ExportOptions, limits: Limits, progress: Progress
+    source: Checkpoint,
+    form: Form,
+    options: ExportOptions,
+    limits: Limits,
+    clock: "_Clock",
+    progress: Progress,
 ) -> "Prepared":
     from glm4_deploy.calibration import needs_text, prepare, read_text
 
-    given = options.calibration and Path(options.calibration)
-    text = read_text(source, given or None, limits.max_seq_len) if needs_text(form, bool(given)) else None
-    return prepare(source, form, text, progress)
+    given = Path(options.calibration) if options.calibration else None
+    if not needs_text(form, given is not None):
+        return prepare(source, form, None)
+    with clock("calibrate"):
+        return prepare(source, form, read_text(source, given, limits.max_seq_len), progress)
 
 
 def _trace(source: Checkpoint, form: Form, prepared: "Prepared") -> "ir.Model":

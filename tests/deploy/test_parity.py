@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -78,7 +79,11 @@ def corrupted(bundle, folder, name, index):
     raise AssertionError(f"no weight {name}")
 
 
-@pytest.mark.parametrize("precision", LIMITS)
+DEMO = Path(__file__).parents[2] / "demo" / "glm4-tiny"
+FLOATS = ("fp32", "fp16", "bf16")
+
+
+@pytest.mark.parametrize("precision", FLOATS)
 @pytest.mark.parametrize(
     ("name", "index"),
     [
@@ -98,7 +103,7 @@ def test_one_wrong_byte_fails_the_gate(tmp_path, sure_checkpoint, sure_bundles, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("precision", LIMITS)
+@pytest.mark.parametrize("precision", FLOATS)
 def test_the_right_bytes_pass_with_room(sure_checkpoint, sure_bundles, precision):
     bundle = sure_bundles[precision]
     result = measured(bundle, sure_checkpoint)
@@ -118,8 +123,8 @@ def test_other_weights_fail_the_gate_and_leave_no_bundle(tmp_path, sure_checkpoi
     """The export itself stops: what it wrote is not published."""
     real = pipeline._write_model
 
-    def damage(source, model, folder, progress):
-        written = real(source, model, folder, progress)
+    def damage(source, model, prepared, folder, progress):
+        written = real(source, model, prepared, folder, progress)
         data = folder / "model.onnx.data"
         data.write_bytes(data.read_bytes()[:-4096] + bytes(4096))
         with data.open("r+b") as file:
@@ -261,7 +266,7 @@ def test_a_tie_is_what_the_type_cannot_tell_apart(activations, step):
     from glm4_deploy.parity import _near_ties
 
     reference = np.array(
-        [[4.0, 4.0 - 4.0 * step, 0.0], [4.0, 4.0 - 8.0 * step, 0.0], [4.0, 0.0, 0.0]], np.float32
+        [[4.0, 4.0 - 8.0 * step, 0.0], [4.0, 4.0 - 12.0 * step, 0.0], [4.0, 0.0, 0.0]], np.float32
     )
     bundle = np.array([[0.0, 1.0, 0.0]] * 3, np.float32)  # prefers the second token at every position
     assert _near_ties(reference, bundle, activations) == 1
@@ -284,3 +289,21 @@ def test_an_int8_cache_has_limits_of_its_own(tmp_path, sure_checkpoint):
     onnx.save(model, bundle / "model.onnx")
     with pytest.raises(GateError, match="in fp32 with an int8 KV cache: mean KL is"):
         check_parity(measured(bundle, sure_checkpoint), manifest)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_wrong_matrix_fails_the_gate_of_a_quantized_bundle(tmp_path, precision):
+    """Parity of the demo passes; with one matrix's rows in another order it does not."""
+    export(DEMO, tmp_path / "right", ExportOptions("ort", precision))
+    bundle = shutil.copytree(tmp_path / "right", tmp_path / "bundle")
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.name == "model.layers.1.mlp.down_proj.weight.codes")
+    place = {entry.key: int(entry.value) for entry in tensor.external_data if entry.key != "location"}
+    with (bundle / "model.onnx.data").open("r+b") as file:
+        file.seek(place["offset"])
+        rows = np.frombuffer(file.read(place["length"]), np.uint8).reshape(tensor.dims[0], -1)
+        file.seek(place["offset"])
+        file.write(np.roll(rows, 1, axis=0).tobytes())
+    manifest = read_manifest(bundle)
+    with Checkpoint.load(DEMO) as checkpoint, pytest.raises(GateError, match=f"in {precision}: mean KL"):
+        check_parity(measure_parity(bundle, manifest, checkpoint), manifest)

@@ -10,7 +10,11 @@ from glm4_exporters.passes.builder import MICROSOFT, scope_of
 from glm4_exporters.quantize.kv_cache import CacheScales
 
 SCALE_INPUTS = 12  # k_scale, and v_scale after it
-ATTRIBUTES = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+ATTRIBUTES: dict[str, str | int] = {
+    "k_quant_type": "PER_CHANNEL",
+    "v_quant_type": "PER_CHANNEL",
+    "kv_cache_bit_width": 8,
+}
 
 
 class QuantizeCache(ir.passes.InPlacePass):

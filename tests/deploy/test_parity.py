@@ -205,7 +205,7 @@ NAN = float("nan")
 
 class _Made:
     def __init__(self, precision):
-        self.precision = precision
+        self.precision, self.kv_cache = precision, "float32"
 
 
 @pytest.mark.parametrize(

@@ -5,26 +5,24 @@ rows, so that a model of any size is compared on a small machine. Where the mode
 the session is compared as well.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from glm4_deploy.greedy import fits_whole, reference_steps
+from glm4_deploy.metrics import Logits, kl_divergence, near_ties
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.pieces import GraphPieces
-from glm4_exporters.reference import KVCache, load_model
 from glm4_exporters.streamed import reference_outputs
 from glm4_runtime import SamplingParams, Session
-from glm4_runtime.bundle import WEIGHTS, Manifest
+from glm4_runtime.bundle import Manifest
 from glm4_runtime.errors import BundleError, GateError, RequestError
 from glm4_runtime.progress import Progress, silent
 from glm4_runtime.tokenizer import Tokenizer
-
-Logits = npt.NDArray[np.float32]
 
 # The texts are ours; they mix what tokenizers treat differently: prose, Chinese, code, numbers.
 TEXTS = (
@@ -36,7 +34,6 @@ TEXTS = (
 )
 SEQUENCE_LENGTHS = (64, 48, 64, 48, 1)
 GREEDY_TOKENS = 32
-STEPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}  # between neighbours, as a share
 
 
 @dataclass(frozen=True)
@@ -172,10 +169,14 @@ def _compare(
     kl = agreement = None
     ties = 0
     if manifest.task == "causal-lm":
-        kl = float(np.concatenate([_kl(e, a) for e, a in zip(expected, actual, strict=True)]).mean())
+        kl = float(
+            np.concatenate([kl_divergence(e, a) for e, a in zip(expected, actual, strict=True)]).mean()
+        )
         same = [e.argmax(-1) == a.argmax(-1) for e, a in zip(expected, actual, strict=True)]
         agreement = float(np.concatenate(same).mean())
-        ties = sum(_near_ties(e, a, manifest.activations) for e, a in zip(expected, actual, strict=True))
+        ties = sum(
+            int(near_ties(e, a, manifest.activations).sum()) for e, a in zip(expected, actual, strict=True)
+        )
     return Parity(
         positions=positions,
         max_abs_error=float(max(np.nan_to_num(e, nan=np.inf).max() for e in errors)),
@@ -191,31 +192,6 @@ def _compare(
     )
 
 
-def _near_ties(expected: Logits, actual: Logits, activations: str) -> int:
-    """Positions where the bundle prefers another token, but within one step of its type at the best logit.
-
-    The graph's logits are numbers of the activations' type before they are widened. Two that lie within one
-    step of it, 2^-10 of their size in float16, may round to the same number, and either can come first.
-    """
-    rows = np.arange(len(expected))
-    best, chosen = expected.max(-1), expected[rows, actual.argmax(-1)]
-    step = STEPS[activations] * np.abs(best)
-    return int(((expected.argmax(-1) != actual.argmax(-1)) & (best - chosen <= step)).sum())
-
-
-def _kl(expected: Logits, actual: Logits) -> npt.NDArray[np.float64]:
-    """KL(reference || bundle) per position, in nats and float64."""
-    log_p, log_q = (_log_softmax(x.astype(np.float64)) for x in (expected, actual))
-    divergence: npt.NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(-1)
-    return divergence
-
-
-def _log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    x = x - x.max(-1, keepdims=True)
-    result: npt.NDArray[np.float64] = x - np.log(np.exp(x).sum(-1, keepdims=True))
-    return result
-
-
 def _greedy(
     bundle: Path, manifest: Manifest, checkpoint: Checkpoint, prompt: Sequence[int], progress: Progress
 ) -> tuple[int, float] | None:
@@ -225,7 +201,7 @@ def _greedy(
     """
     room = manifest.limits.max_seq_len - GREEDY_TOKENS
     prompt = list(prompt[: min(16, room)])
-    if manifest.task != "causal-lm" or room < 1 or not _fits(bundle, checkpoint):
+    if manifest.task != "causal-lm" or room < 1 or not fits_whole(bundle, checkpoint):
         return None
     try:
         session = Session.open(bundle, max_batch_size=1)
@@ -241,7 +217,7 @@ def _greedy(
                 f"the bundle does not match the reference in {manifest.precision}: after {len(ours)} tokens, {error}"
             ) from error
     progress("generate with the reference", 0, GREEDY_TOKENS)
-    step = _reference_steps(checkpoint)
+    step = reference_steps(checkpoint)
     logits = step(prompt)
     for done, chosen in enumerate(ours):
         second, best = np.partition(logits, -2)[-2:]
@@ -250,29 +226,3 @@ def _greedy(
         progress("generate with the reference", done + 1, GREEDY_TOKENS)
         logits = step([chosen])
     return GREEDY_TOKENS, 0.0
-
-
-def _reference_steps(checkpoint: Checkpoint) -> Callable[[Sequence[int]], Logits]:
-    model, cache = load_model(checkpoint), KVCache()
-
-    @torch.inference_mode()
-    def step(ids: Sequence[int]) -> Logits:
-        output = model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)
-        logits: Logits = output.logits[0, -1].numpy()
-        return logits
-
-    return step
-
-
-def _fits(bundle: Path, checkpoint: Checkpoint) -> bool:
-    """Both models whole in 60 % of what is free: the reference in float32, the bundle mapped and packed in float32."""
-    parameters = checkpoint.config.parameter_count()
-    needed = 4 * parameters + (bundle / WEIGHTS).stat().st_size + 4 * parameters
-    return needed < 0.6 * _available_memory()
-
-
-def _available_memory() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0

@@ -1,0 +1,1 @@
+"""Validate: how much worse than its checkpoint is a bundle, where, and may it ship?"""

@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 OUT ?= out
-EXTRAS := cpu,export,plugins,tensorrt-rtx,test,dev
+EXTRAS := cpu,export,plugins,serve,bench,tensorrt-rtx,test,dev
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test gpu-check lint format wheel clean

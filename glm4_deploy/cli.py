@@ -16,12 +16,18 @@ from glm4_runtime.errors import Glm4Error
 COMMANDS = {
     "export": "glm4_deploy.commands.export",
     "generate": "glm4_deploy.commands.generate",
+    "serve": "glm4_deploy.commands.serve",
+    "chat": "glm4_deploy.commands.chat",
+    "bench-serve": "glm4_deploy.commands.bench_serve",
     "inspect": "glm4_deploy.commands.inspect",
     "doctor": "glm4_deploy.commands.doctor",
 }
 SUMMARIES = {
     "export": "Make a bundle from a checkpoint, and prove it right.",
     "generate": "Continue a prompt with a bundle.",
+    "serve": "Serve a bundle by OpenAI's API.",
+    "chat": "Talk with a bundle in the terminal.",
+    "bench-serve": "Measure a server under load.",
     "inspect": "Say what a checkpoint or a bundle is.",
     "doctor": "Say what works on this machine, and why the rest does not.",
 }

@@ -51,7 +51,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
             "bytes_by_precision": {name: round(parameters * each) for name, each in PRECISION_BYTES.items()},
             "kv_bytes_per_token": {"fp32": 2 * kv_fp16, "fp16 or bf16": kv_fp16, "int8": kv_fp16 // 2},
             "fits": {f"{memory} GiB": _fitting(parameters, kv_fp16, memory) for memory in MEMORIES},
-            "targets": {name: list(target.providers) for name, target in TARGETS.items()},
+            "targets": {name: list(target.precisions) for name, target in TARGETS.items()},
             "files": sorted(checkpoint.side_files()),
         }
 

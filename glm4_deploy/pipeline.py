@@ -9,7 +9,7 @@ import platform
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,7 +22,9 @@ from glm4_deploy import __version__
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.engine import EngineOptions, engine_attention, engine_version, require_engine
 from glm4_exporters.graph_io import graph_io
-from glm4_exporters.targets import require_target
+from glm4_exporters.quantize.recipe import read_recipe
+from glm4_exporters.quantize.schemes import SCHEMES
+from glm4_exporters.targets import Form, choose_form
 from glm4_runtime.bundle import (
     GRAPH,
     MANIFEST,
@@ -41,6 +43,7 @@ from glm4_runtime.progress import Progress, silent
 if TYPE_CHECKING:  # torch and onnx load when there is work for them, so that --print-key is quick
     import onnx_ir as ir
 
+    from glm4_deploy.calibration import Prepared
     from glm4_deploy.engine_bundle import EngineBundle
     from glm4_deploy.parity import Parity
     from glm4_exporters.weights import WrittenWeights
@@ -59,6 +62,9 @@ class ExportOptions:
     max_seq_len: int | None = None  # the model's positions where None
     max_batch_size: int = DEFAULT_BATCH
     parity: bool = True
+    activations: str | None = None  # of a quantized bundle; the target's choice where None
+    calibration: str | None = None  # a file of text or token ids
+    recipe: str | None = None  # a file of schemes by tensor
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -68,6 +74,7 @@ class ExportResult:
     manifest: Manifest
     parity: "Parity | None"
     engine: "EngineBundle | None" = None
+    calibration: Mapping[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
 
@@ -96,28 +103,32 @@ def export(
     bundle = Path(bundle)
     clock = _Clock()
     with Checkpoint.load(checkpoint, task=options.task) as source:
-        limits = _check_options(source, options)
+        limits, form = _check_options(source, options)
         _check_destination(bundle, force)
         _check_installed(options)
+        with clock("calibrate"):
+            prepared = _prepare(source, form, options, limits, progress)
         with clock("trace"):
             progress("trace the model", 0, 0)
-            model = _trace(source, options)
+            model = _trace(source, form, prepared)
         with _written_aside(bundle) as folder:
             with clock("weights"):
-                written = _write_model(source, model, folder, progress)
+                written = _write_model(source, model, prepared, folder, progress)
             _copy_side_files(source, folder)
-            manifest = _describe(source, options, limits, model, folder, written)
+            manifest = _describe(source, options, form, prepared, limits, model, folder, written)
             write_manifest(folder, manifest)
             parity = None
             if options.parity:
                 with clock("parity"):
                     parity = _prove(folder, manifest, source, progress)
             engine = None
-            if require_target(options.target, options.precision)[0].engine is not None:
+            if form.target.engine is not None:
                 with clock("engine"):
-                    engine = _build_engine(source, model, folder, manifest, options, progress)
+                    engine = _build_engine(source, model, folder, manifest, form, options, progress)
                 manifest = engine.manifest
-            result = ExportResult(bundle, manifest, parity, engine, clock.seconds, _peak_rss())
+            result = ExportResult(
+                bundle, manifest, parity, engine, prepared.report, clock.seconds, _peak_rss()
+            )
             _write_report(folder, options, result)
             _publish(folder, bundle)
     return result
@@ -131,10 +142,12 @@ def cache_key(checkpoint: str | Path, options: ExportOptions) -> str:
     it, or else size and modification time.
     """
     with Checkpoint.load(checkpoint, task=options.task) as source:
-        limits = _check_options(source, options)
+        limits, form = _check_options(source, options)
         shaping = {name: value for name, value in dataclasses.asdict(options).items() if name != "parity"}
         del shaping["engine"]["timing_cache"]  # saves time, and lies elsewhere on each machine
-        kind = require_target(options.target, options.precision)[0].engine
+        for name in ("calibration", "recipe"):  # what they hold, wherever they lie
+            shaping[name] = shaping[name] and _sha256(Path(shaping[name]))
+        kind = form.target.engine
         parts = {
             "schema": SCHEMA_VERSION,
             "options": shaping | {"task": source.task} | dataclasses.asdict(limits),
@@ -147,16 +160,18 @@ def cache_key(checkpoint: str | Path, options: ExportOptions) -> str:
 # Before the work ----------------------------------------------------------------------------------
 
 
-def _check_options(source: Checkpoint, options: ExportOptions) -> Limits:
-    target, _ = require_target(options.target, options.precision)
-    require_engine(target.engine, options.target, options.precision, options.engine)
+def _check_options(source: Checkpoint, options: ExportOptions) -> tuple[Limits, Form]:
+    recipe = read_recipe(Path(options.recipe), SCHEMES) if options.recipe is not None else None
+    asked = options.target, options.precision, options.activations
+    form = choose_form(source.config, source.task, *asked, recipe)
+    require_engine(form.target.engine, options.target, options.precision, options.engine)
     positions = source.config.max_position_embeddings
     length = positions if options.max_seq_len is None else options.max_seq_len
     if not 1 <= length <= positions:
         raise ExportError(f"max_seq_len is {length}, but this model has 1 ... {positions} positions")
     if options.max_batch_size < 1:
         raise ExportError(f"max_batch_size is {options.max_batch_size}, but must be at least 1")
-    return Limits(length, options.max_batch_size)
+    return Limits(length, options.max_batch_size), form
 
 
 def _check_destination(bundle: Path, force: bool) -> None:
@@ -197,15 +212,33 @@ def _require_space(folder: Path, needed: int) -> None:
 # The steps ----------------------------------------------------------------------------------------
 
 
-def _trace(source: Checkpoint, options: ExportOptions) -> "ir.Model":
+def _prepare(
+    source: Checkpoint, form: Form, options: ExportOptions, limits: Limits, progress: Progress
+) -> "Prepared":
+    from glm4_deploy.calibration import needs_text, prepare, read_text
+
+    given = options.calibration and Path(options.calibration)
+    text = read_text(source, given or None, limits.max_seq_len) if needs_text(form, bool(given)) else None
+    return prepare(source, form, text, progress)
+
+
+def _trace(source: Checkpoint, form: Form, prepared: "Prepared") -> "ir.Model":
     from glm4_exporters.passes import lower
+    from glm4_exporters.passes.quantize_weights import QuantizeWeights
+    from glm4_exporters.passes.scale_eps import ScaleEps
     from glm4_exporters.trace import trace
 
-    target, precision = require_target(options.target, options.precision)
-    return lower(trace(source.config, source.task, precision.activations), target.dialect)
+    model = trace(source.config, source.task, form.activations)
+    ScaleEps(prepared.norm_bits)(model)
+    lower(model, form.target.dialect)
+    if form.schemes:
+        QuantizeWeights(form.target.dialect, form.schemes)(model)
+    return model
 
 
-def _write_model(source: Checkpoint, model: "ir.Model", folder: Path, progress: Progress) -> "WrittenWeights":
+def _write_model(
+    source: Checkpoint, model: "ir.Model", prepared: "Prepared", folder: Path, progress: Progress
+) -> "WrittenWeights":
     import onnx
     import onnx_ir as ir
 
@@ -213,7 +246,7 @@ def _write_model(source: Checkpoint, model: "ir.Model", folder: Path, progress: 
 
     tensors = layout(model)
     _require_space(folder, stored_bytes(tensors))
-    written = write_weights(source, tensors, folder / WEIGHTS, progress)
+    written = write_weights(source, tensors, folder / WEIGHTS, prepared.edits, progress)
     attach(model, tensors, WEIGHTS)
     ir.save(model, folder / GRAPH)
     onnx.checker.check_model(folder / GRAPH, full_check=True)
@@ -228,23 +261,24 @@ def _copy_side_files(source: Checkpoint, folder: Path) -> None:
 def _describe(
     source: Checkpoint,
     options: ExportOptions,
+    form: Form,
+    prepared: "Prepared",
     limits: Limits,
     model: "ir.Model",
     folder: Path,
     written: "WrittenWeights",
 ) -> Manifest:
     config, task = source.config, source.task
-    target, precision = require_target(options.target, options.precision)
     has_cache = task == "causal-lm"
-    io = graph_io(config, task, precision.activations)
+    io = graph_io(config, task, form.activations)
     files = {path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name != WEIGHTS}
     return Manifest(
         task=task,
         target=options.target,
-        dialect=target.dialect,
+        dialect=form.target.dialect,
         precision=options.precision,
-        activations=precision.activations,
-        kv_cache=precision.activations if has_cache else None,
+        activations=form.activations,
+        kv_cache=form.activations if has_cache else None,
         model=ModelInfo(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -261,8 +295,9 @@ def _describe(
         opsets=dict(model.opset_imports),
         inputs=io.inputs,
         outputs=io.outputs,
-        providers=target.providers[options.precision],
-        tensor_precisions=dict.fromkeys(("embedding", "layers", "head"), precision.weights),
+        providers=form.target.providers[form.activations],
+        tensor_precisions=dict(form.groups),
+        scaled_bits=dict(prepared.norm_bits),
         tools=_tool_versions(),
         config=config.to_dict(),
         source_sha256=written.source_sha256,
@@ -284,6 +319,7 @@ def _build_engine(
     model: "ir.Model",
     folder: Path,
     manifest: Manifest,
+    form: Form,
     options: ExportOptions,
     progress: Progress,
 ) -> "EngineBundle":
@@ -291,7 +327,7 @@ def _build_engine(
     from glm4_exporters.trace import trace
     from glm4_exporters.weights import attach, layout
 
-    kind = require_target(options.target, options.precision)[0].engine
+    kind = form.target.engine
     assert kind is not None
     if engine_attention(kind, options.engine) == "plugin":  # proven in the native dialect, built from ours
         model = trace(source.config, source.task, manifest.activations)
@@ -312,6 +348,7 @@ def _write_report(folder: Path, options: ExportOptions, result: ExportResult) ->
         "options": dataclasses.asdict(options),
         "seconds": result.seconds,
         "peak_rss_bytes": result.peak_rss_bytes,
+        "calibration": result.calibration or "nothing was calibrated",
         "parity": "not measured (--no-parity)" if result.parity is None else result.parity.as_dict(),
     }
     if result.engine is not None:
@@ -354,6 +391,14 @@ def _publish(folder: Path, bundle: Path) -> None:
             old.rename(bundle)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _tool_versions() -> dict[str, str]:

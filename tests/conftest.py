@@ -1,6 +1,7 @@
 """Small checkpoints and the bundles made of them, shared by all tests of one run."""
 
 import json
+from pathlib import Path
 
 import pytest
 from checkpoints import tiny_config, write_checkpoint
@@ -29,6 +30,15 @@ def tiny_bundles(tmp_path_factory, tiny_checkpoint):
 def tiny_bundle(request, tiny_bundles):
     """Each dialect in turn."""
     return tiny_bundles[request.param]
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(tmp_path_factory):
+    """The trained demo checkpoint in fp32, with its tokenizer and chat template."""
+    folder = tmp_path_factory.mktemp("demo") / "glm4-tiny"
+    demo = Path(__file__).parents[1] / "demo" / "glm4-tiny"
+    export(demo, folder, ExportOptions(precision="fp32", max_batch_size=4, parity=False))
+    return folder
 
 
 @pytest.fixture

@@ -55,8 +55,7 @@ class GraphPieces:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._model = onnx.load(folder / GRAPH, load_external_data=False)
-        types = {tensor.data_type for tensor in self._model.graph.initializer}
-        self._widen = onnx.TensorProto.BFLOAT16 in types
+        self._widen = _computes_in_bfloat16(self._model.graph)
         self.arithmetic = "float32" if self._widen else "as exported"
         if self._widen:
             _widen_casts(self._model.graph)
@@ -99,32 +98,32 @@ class GraphPieces:
     def run_piece(self, piece: Piece, values: list[Values]) -> list[Values]:
         """What a piece gives for each batch of the values that it reads."""
         weights = [name for name in piece.reads if name in self._initializers]
-        if piece.name == "embedding" and EMBEDDING in weights:
+        if piece.name == "embedding" and any(_is_table(name) for name in weights):
             return self._run_embedding(piece, weights, values)
-        if piece.name == "head" and len(weights) == 1 and len(self._shape(weights[0])) == 2:
-            return self._run_head(piece, weights[0], values)
+        if piece.name == "head" and all(self._rows(name) == self._rows(weights[0]) > 1 for name in weights):
+            return self._run_head(piece, weights, values)
         return self._execute(piece, {name: self._read(name) for name in weights}, values)
 
     def _run_embedding(self, piece: Piece, weights: list[str], values: list[Values]) -> list[Values]:
         """With the rows of the table that the batches use, and the ids numbered by them."""
         used = np.unique(np.concatenate([batch["input_ids"].reshape(-1) for batch in values]))
-        arrays = {name: self._read(name) for name in weights if name != EMBEDDING}
-        arrays[EMBEDDING] = self._read(EMBEDDING, used)
+        arrays = {name: self._read(name, used if _is_table(name) else None) for name in weights}
         renumbered = [batch | {"input_ids": np.searchsorted(used, batch["input_ids"])} for batch in values]
         return self._execute(piece, arrays, renumbered)
 
-    def _run_head(self, piece: Piece, weight: str, values: list[Values]) -> list[Values]:
+    def _run_head(self, piece: Piece, weights: list[str], values: list[Values]) -> list[Values]:
         """In blocks of vocabulary rows, joined along the last axis."""
-        rows, parts = self._shape(weight)[0], []
+        rows, parts = self._rows(weights[0]), []
         for start in range(0, rows, HEAD_ROWS):
             block = np.arange(start, min(start + HEAD_ROWS, rows))
-            parts.append(self._execute(piece, {weight: self._read(weight, block)}, values))
+            arrays = {name: self._read(name, block) for name in weights}
+            parts.append(self._execute(_of_rows(piece, len(block)), arrays, values))
         return [
             {name: np.concatenate([part[i][name] for part in parts], axis=-1) for name in parts[0][i]}
             for i in range(len(values))
         ]
 
-    def _execute(self, piece: Piece, weights: Values, values: list[Values]) -> list[Values]:
+    def _execute(self, piece: Piece, weights: Mapping[str, "_Weight"], values: list[Values]) -> list[Values]:
         inputs = [name for name in sorted(piece.reads) if name in values[0]]
         outputs = list(piece.gives) or self._read_later(piece)
         session = self._session(piece, weights, {name: values[0][name] for name in inputs}, outputs)
@@ -135,11 +134,13 @@ class GraphPieces:
         return results
 
     def _read_later(self, piece: Piece) -> list[str]:
-        later = {name for other in self.pieces if other is not piece for name in other.reads}
+        later = {name for other in self.pieces if other.name != piece.name for name in other.reads}
         later.update(self._outputs)
         return [name for node in piece.nodes for name in node.output if name in later]
 
-    def _session(self, piece: Piece, weights: Values, inputs: Values, outputs: list[str]) -> Any:
+    def _session(
+        self, piece: Piece, weights: Mapping[str, "_Weight"], inputs: Values, outputs: list[str]
+    ) -> Any:
         graph = onnx.helper.make_graph(
             piece.nodes,
             piece.name,
@@ -154,17 +155,20 @@ class GraphPieces:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         names, arrays = [], []
-        for name, array in weights.items():
+        for name, weight in weights.items():
             tensor = graph.initializer.add()
             if self._initializers[name].data_location != onnx.TensorProto.EXTERNAL:
                 tensor.CopyFrom(self._initializers[name])
                 continue
-            tensor.name, tensor.data_type = name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-            tensor.dims.extend(array.shape)
+            tensor.name, tensor.data_type = name, weight.type
+            tensor.dims.extend(weight.dims)
+            if weight.type in _WITHOUT_NUMPY_TYPE:
+                tensor.raw_data = weight.data.tobytes()
+                continue
             tensor.data_location = onnx.TensorProto.EXTERNAL
             tensor.external_data.add(key="location", value="given in memory")
             names.append(name)
-            arrays.append(ort.OrtValue.ortvalue_from_numpy(array))
+            arrays.append(ort.OrtValue.ortvalue_from_numpy(weight.data))
         if names:
             options.add_external_initializers(names, arrays)
         model = onnx.helper.make_model(
@@ -172,33 +176,55 @@ class GraphPieces:
         )
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._initializers[name].dims)
+    def _rows(self, name: str) -> int:
+        """A weight's first axis; 0 for a scalar."""
+        dims = self._initializers[name].dims
+        return int(dims[0]) if dims else 0
 
-    def _read(self, name: str, rows: Array | None = None) -> Array:
+    def _read(self, name: str, rows: Array | None = None) -> "_Weight":
         """A weight from the data file, or some of its rows (ascending)."""
         tensor = self._initializers[name]
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            return onnx.numpy_helper.to_array(tensor)
+            return _Weight(tensor.data_type, tuple(tensor.dims), onnx.numpy_helper.to_array(tensor))
         place = {entry.key: entry.value for entry in tensor.external_data}
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        shape = tuple(tensor.dims)
+        dtype, width = _stored_rows(tensor)
         with (self._folder / place["location"]).open("rb") as file:
             offset = int(place.get("offset", 0))
             if rows is None:
-                file.seek(offset)
-                array = np.fromfile(file, dtype, int(np.prod(shape))).reshape(shape)
-            else:
-                array = np.concatenate(list(_row_runs(file, offset, dtype, shape, rows)))
-        return array.astype(np.float32) if self._widen and array.dtype != np.float32 else array
+                rows = np.arange(tensor.dims[0])
+            data = np.concatenate(list(_row_runs(file, offset, dtype, width, rows)))
+        dims = (len(rows), *tensor.dims[1:])
+        if self._widen and tensor.data_type == onnx.TensorProto.BFLOAT16:
+            return _Weight(onnx.TensorProto.FLOAT, dims, data.astype(np.float32).reshape(dims))
+        return _Weight(tensor.data_type, dims, data if tensor.data_type in _PACKED else data.reshape(dims))
 
 
-def _row_runs(file: Any, offset: int, dtype: Any, shape: tuple[int, ...], rows: Array) -> Iterator[Array]:
+@dataclass(frozen=True)
+class _Weight:
+    """A weight in memory; 4-bit numbers lie two in a byte."""
+
+    type: int
+    dims: tuple[int, ...]
+    data: Array
+
+
+_PACKED = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+_WITHOUT_NUMPY_TYPE = (*_PACKED, onnx.TensorProto.BFLOAT16)
+
+
+def _stored_rows(tensor: onnx.TensorProto) -> tuple[Any, int]:
+    """What a row of a weight is stored as: element type, and how many elements."""
+    width = int(np.prod(tensor.dims[1:]))
+    if tensor.data_type in _PACKED:
+        return np.dtype(np.uint8), width // 2
+    return onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), width
+
+
+def _row_runs(file: Any, offset: int, dtype: Any, width: int, rows: Array) -> Iterator[Array]:
     """Read ascending rows, those that follow each other in one go."""
-    width = int(np.prod(shape[1:]))
     for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
         file.seek(offset + int(run[0]) * width * np.dtype(dtype).itemsize)
-        yield np.fromfile(file, dtype, len(run) * width).reshape(len(run), *shape[1:])
+        yield np.fromfile(file, dtype, len(run) * width).reshape(len(run), width)
 
 
 def _cut(graph: onnx.GraphProto) -> list[Piece]:
@@ -235,6 +261,28 @@ def _place(node_name: str) -> tuple[int, int]:
 def _name(place: tuple[int, int]) -> str:
     fixed = {EMBEDDING_PLACE: "embedding", NORM: "norm", HEAD: "head"}
     return fixed.get(place) or f"layer {place[0]} {STAGES[place[1]]}"
+
+
+def _is_table(name: str) -> bool:
+    """Whether a weight is the embedding or a part of it, all of which have its rows."""
+    return name == EMBEDDING or name.startswith(f"{EMBEDDING}.")
+
+
+def _of_rows(piece: Piece, rows: int) -> Piece:
+    """The head, where an attribute says how many rows it has."""
+    nodes = []
+    for node in piece.nodes:
+        if node.op_type == "MatMulNBits":
+            node = onnx.NodeProto.FromString(node.SerializeToString())
+            next(attribute for attribute in node.attribute if attribute.name == "N").i = rows
+        nodes.append(node)
+    return Piece(piece.name, tuple(nodes), piece.gives)
+
+
+def _computes_in_bfloat16(graph: onnx.GraphProto) -> bool:
+    """Whether a weight of that type is read by more than a cast to another one."""
+    narrow = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.BFLOAT16}
+    return any(narrow.intersection(node.input) for node in graph.node if node.op_type != "Cast")
 
 
 def _widen_casts(graph: onnx.GraphProto) -> None:

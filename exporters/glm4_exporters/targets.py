@@ -1,46 +1,99 @@
 """What can be exported: targets, precisions, and which ONNX Runtime providers run the result."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from glm4_exporters.checkpoint import EMBEDDING, HEAD
+from glm4_exporters.config import Glm4Config
+from glm4_exporters.quantize.recipe import Recipe
+from glm4_exporters.quantize.schemes import Scheme, require_scheme
 from glm4_runtime.errors import ExportError
+
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+ACTIVATIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+GROUPS = ("embedding", "layers", "head")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A form of bundle. ``providers`` lists, per precision, those that have every kernel the graph needs.
+    """A form of bundle.
 
-    ``engine`` names the TensorRT that builds an engine from the graph; ``providers`` then run only the graph.
+    Attributes:
+        precisions: that it can have.
+        quantized_activations: the activations' type of a quantized bundle, unless told otherwise.
+        providers: by activations' type, those of ONNX Runtime that have every kernel the graph needs.
+        schemes: other schemes than the precision's own, by name, where this target has faster kernels.
+        lookups: whether a table can be looked up in its quantized form.
+        engine: names the TensorRT that builds an engine from the graph; ``providers`` then run only the graph.
     """
 
     dialect: str
+    precisions: tuple[str, ...]
+    quantized_activations: str
     providers: Mapping[str, tuple[str, ...]]
+    schemes: Mapping[str, str] = field(default_factory=dict)
+    lookups: bool = False
     engine: str | None = None
 
 
 @dataclass(frozen=True)
 class Precision:
-    """``weights`` and ``activations`` are element types; the cache has the activations'."""
+    """Stored types by group: of everything, or the schemes of matrices, where ``activations`` is None."""
 
-    weights: str
+    activations: str | None
+    schemes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> bool:
+        return bool(self.schemes)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A target in a precision, with every choice made.
+
+    Attributes:
+        activations: element type of activations and of weights that have no scheme.
+        groups: what each group of tensors is stored as, for the manifest.
+        schemes: by canonical name of the matrix.
+    """
+
+    target: Target
     activations: str
+    groups: Mapping[str, str]
+    schemes: Mapping[str, Scheme]
 
 
 PRECISIONS = {
-    "fp32": Precision("float32", "float32"),
-    "fp16": Precision("float16", "float16"),
-    "bf16": Precision("bfloat16", "bfloat16"),
+    "fp32": Precision("float32"),
+    "fp16": Precision("float16"),
+    "bf16": Precision("bfloat16"),
+    "int8": Precision(None, {"embedding": "int8", "layers": "int8", "head": "int8"}),
+    "int4": Precision(None, {"embedding": "int8", "layers": "int4", "head": "int8"}),
 }
-
-_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_FLOATS, _INTEGERS = ("fp32", "fp16", "bf16"), ("int8", "int4")
 
 # ONNX Runtime's kernel list (docs/OperatorKernels.md): GroupQueryAttention on CUDA takes fp16 and bf16 only,
 # and nothing that attention needs takes bf16 on the CPU. The native dialect was not tried on CUDA.
+_NATIVE = {"float32": (_CPU,), "float16": (_CPU,), "bfloat16": ()}
+# TensorRT multiplies by int8 per output channel without widening the weight first; by int8 in blocks it does not.
+_PER_CHANNEL = {"int8": "int8-channel"}
 TARGETS = {
-    "ort": Target("ort", {"fp32": (_CPU,), "fp16": (_CUDA, _CPU), "bf16": (_CUDA,)}),
-    "native": Target("native", {"fp32": (_CPU,), "fp16": (_CPU,), "bf16": ()}),
-    "tensorrt-rtx": Target("native", {"fp16": (_CPU,), "bf16": ()}, engine="tensorrt-rtx"),
-    "tensorrt": Target("native", {"fp16": (_CPU,), "bf16": ()}, engine="tensorrt"),
+    "ort": Target(
+        "ort",
+        (*_FLOATS, *_INTEGERS),
+        "float32",
+        {"float32": (_CPU,), "float16": (_CUDA, _CPU), "bfloat16": (_CUDA,)},
+        lookups=True,
+    ),
+    "native": Target("native", (*_FLOATS, *_INTEGERS), "float32", _NATIVE, _PER_CHANNEL),
+    "tensorrt-rtx": Target(
+        "native", ("fp16", "bf16", *_INTEGERS), "float16", _NATIVE, _PER_CHANNEL, engine="tensorrt-rtx"
+    ),
+    "tensorrt": Target(
+        "native", ("fp16", "bf16", *_INTEGERS), "float16", _NATIVE, _PER_CHANNEL, engine="tensorrt"
+    ),
 }
 
 
@@ -52,8 +105,101 @@ def require_target(target: str, precision: str) -> tuple[Target, Precision]:
     """
     if target not in TARGETS:
         raise ExportError(f"unknown target {target!r}; the targets are {', '.join(TARGETS)}")
-    if precision not in PRECISIONS or precision not in TARGETS[target].providers:
+    if precision not in TARGETS[target].precisions:
         raise ExportError(
-            f"target {target} has no precision {precision!r}; it has {', '.join(TARGETS[target].providers)}"
+            f"target {target} has no precision {precision!r}; it has {', '.join(TARGETS[target].precisions)}"
         )
     return TARGETS[target], PRECISIONS[precision]
+
+
+def choose_form(
+    config: Glm4Config,
+    task: str,
+    target_name: str,
+    precision_name: str,
+    activations: str | None = None,
+    recipe: Recipe | None = None,
+) -> Form:
+    """Decide how every tensor of a model is stored.
+
+    Args:
+        activations: ``fp32``, ``fp16`` or ``bf16``, for a quantized precision; the target's choice where None.
+        recipe: schemes of single matrices, in place of the precision's own.
+
+    Raises:
+        ExportError: a combination that cannot be exported; says what can.
+    """
+    target, precision = require_target(target_name, precision_name)
+    chosen = _activations(target, precision, target_name, precision_name, activations)
+    if not precision.quantized:
+        if recipe is not None:
+            raise ExportError(f"precision {precision_name} quantizes nothing, so it takes no --recipe")
+        return Form(target, chosen, dict.fromkeys(GROUPS, chosen), {})
+    names = {group: target.schemes.get(name, name) for group, name in precision.schemes.items()}
+    schemes = {group: require_scheme(name) for group, name in names.items()}
+    found = {
+        f"model.layers.{layer}.{matrix}.weight": schemes["layers"]
+        for layer in range(config.num_hidden_layers)
+        for matrix in MATRICES
+    }
+    groups = {"embedding": chosen, "layers": names["layers"], "head": chosen}
+    if task == "causal-lm":
+        found[HEAD], groups["head"] = schemes["head"], names["head"]
+    if target.lookups and config.hidden_size % (schemes["embedding"].block or 1) == 0:
+        found[EMBEDDING], groups["embedding"] = schemes["embedding"], names["embedding"]
+    if config.tie_word_embeddings and task == "causal-lm":
+        found[EMBEDDING] = found.pop(HEAD)  # one matrix, under its first name
+    if recipe is not None:
+        recipe.require_used(found)
+        for name in found:
+            if (own := recipe.scheme_of(name)) is not None:
+                found[name] = require_scheme(target.schemes.get(own, own))
+        groups |= {group: f"{stored}, and as the recipe says" for group, stored in groups.items()}
+    for name, scheme in found.items():
+        _require_width(name, matrix_width(config, name), scheme, target)
+    return Form(target, chosen, groups, found)
+
+
+MATRICES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_up_proj",
+    "mlp.down_proj",
+)
+
+
+def matrix_width(config: Glm4Config, name: str) -> int:
+    """How many inputs the matrix of this canonical name has."""
+    widths = {
+        "o_proj": config.num_attention_heads * config.head_dim,
+        "down_proj": config.intermediate_size,
+    }
+    return widths.get(name.split(".")[-2], config.hidden_size)
+
+
+def _activations(
+    target: Target, precision: Precision, target_name: str, precision_name: str, asked: str | None
+) -> str:
+    if asked is not None and asked not in ACTIVATIONS:
+        raise ExportError(f"unknown activations {asked!r}; they are {', '.join(ACTIVATIONS)}")
+    if precision.activations is not None:
+        if asked is not None and ACTIVATIONS[asked] != precision.activations:
+            raise ExportError(
+                f"activations of precision {precision_name} are {precision_name}, not {asked}; "
+                f"leave --activations out, or take --precision {asked}"
+            )
+        return precision.activations
+    chosen = target.quantized_activations if asked is None else ACTIVATIONS[asked]
+    if target.engine is not None and chosen == "float32":
+        raise ExportError(f"target {target_name} has no fp32 activations; take fp16 or bf16")
+    return chosen
+
+
+def _require_width(name: str, width: int, scheme: Scheme, target: Target) -> None:
+    if scheme.bits == 4 and target.dialect == "native" and width % 2:
+        raise ExportError(
+            f"{name} has {width} inputs per row, an odd number, which 4-bit numbers two to a byte "
+            "do not fit in the native dialect; export with --precision int8, or --target ort"
+        )

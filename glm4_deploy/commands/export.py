@@ -7,7 +7,7 @@ import click
 from glm4_deploy import pipeline, show
 from glm4_deploy.engine_bundle import engine_report
 from glm4_exporters.engine import ATTENTIONS, LAYOUTS, EngineOptions
-from glm4_exporters.targets import PRECISIONS, TARGETS
+from glm4_exporters.targets import ACTIVATIONS, PRECISIONS, TARGETS
 from glm4_runtime.bundle import Manifest
 
 
@@ -27,7 +27,24 @@ from glm4_runtime.bundle import Manifest
     type=click.Choice(list(PRECISIONS)),
     default=pipeline.DEFAULT_PRECISION,
     show_default=True,
-    help="Element type of weights, activations and cache.",
+    help="Element type of weights, activations and cache; int8 and int4 are of weights only.",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(list(ACTIVATIONS)),
+    help="Element type of activations and cache of a quantized bundle: fp32 unless told, fp16 for TensorRT.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Text like that which the model will see (.txt, .jsonl, .ids): int4 is quantized by what it shows.",
+)
+@click.option(
+    "--recipe",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Schemes of single matrices, as validate --sensitivity writes them.",
 )
 @click.option(
     "--task",
@@ -81,6 +98,9 @@ def command(
     bundle: Path | None,
     target: str,
     precision: str,
+    activations: str | None,
+    calibration: str | None,
+    recipe: str | None,
     task: str | None,
     max_seq_len: int | None,
     max_batch_size: int,
@@ -97,7 +117,16 @@ def command(
     """Make a bundle from the checkpoint folder CHECKPOINT, and prove that it computes what PyTorch does."""
     engine = EngineOptions(sm, engine_layout, attention, timing_cache, keep_onnx)
     options = pipeline.ExportOptions(
-        target, precision, task, max_seq_len, max_batch_size, not no_parity, engine
+        target=target,
+        precision=precision,
+        task=task,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+        parity=not no_parity,
+        activations=activations,
+        calibration=calibration,
+        recipe=recipe,
+        engine=engine,
     )
     if print_key:
         click.echo(pipeline.cache_key(checkpoint, options))

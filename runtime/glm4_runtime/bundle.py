@@ -135,6 +135,7 @@ class Manifest:
         pooling: for an encoder, how ``last_hidden_state`` becomes one vector.
         compute_capabilities: GPUs an engine runs on, as 89 for 8.9; empty for ONNX.
         engine: the engine, where the target is one.
+        scaled_bits: k by norm: what reaches it is scaled by 2^-k so that fp16 holds it, and its eps by 2^-2k.
         tools: versions of everything that shaped the bundle.
         source_sha256: digest of the checkpoint's tensors: SHA-256 over one line per tensor, sorted by
             name, of name, element type, shape and the SHA-256 of its bytes.
@@ -160,6 +161,7 @@ class Manifest:
     pooling: str | None = None
     compute_capabilities: tuple[str, ...] = ()
     engine: EngineInfo | None = None
+    scaled_bits: Mapping[str, int] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
 

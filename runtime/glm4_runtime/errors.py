@@ -31,6 +31,26 @@ class SlotError(RequestError):
     """A slot that does not exist, is not in use, or has no room for what was asked."""
 
 
+class ModelError(Glm4Error):
+    """The model failed on one request (NaN logits, no memory, a kernel's error); the others go on."""
+
+
+class QueueFullError(Glm4Error):
+    """Too many requests wait already; ``retry_after`` is an estimate of the seconds until one may enter."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(Glm4Error):
+    """A request that was not done by its deadline."""
+
+
+class StoppedError(Glm4Error):
+    """A request that came, or was not done, when the scheduler stopped."""
+
+
 class ExportError(Glm4Error):
     """An export that cannot be done as asked, or that was given options that contradict each other."""
 

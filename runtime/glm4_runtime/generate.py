@@ -1,15 +1,15 @@
 """From a prompt to tokens, one at a time, for one sequence: prefill, then sample and decode until an end."""
 
-import itertools
+import math
 from collections.abc import Collection, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from glm4_runtime.errors import RequestError
-from glm4_runtime.sampling import Sampler, SamplingParams
+from glm4_runtime.sampling import Sampler, SamplingParams, TokenMask, likeliest, log_total
 from glm4_runtime.tokenizer import StopStrings, TextStream, Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -47,6 +47,99 @@ class Token:
     finish_reason: FinishReason | None = None
 
 
+@dataclass(frozen=True)
+class Taken:
+    """A token that was taken, with what its row of logits says of it; ``top`` best first."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Continuation:
+    """One prompt and what has followed it: which token is taken, the text that is seen, where it ends.
+
+    Whoever runs the model gives it the logits of each next token, by :meth:`take` and :meth:`add`.
+
+    Attributes:
+        count, limit: how many tokens there are, and may be.
+        takes_the_highest: whether the next token is always the one of the highest logit.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: Collection[int],
+        vocab_size: int,
+        room: int,
+        *,
+        mask: TokenMask | None = None,
+        logprobs: bool = True,
+        top_logprobs: int = 0,
+    ) -> None:
+        """``room`` is how many tokens the model can take, prompt and output together; the last token
+        of the output needs none. Raises :class:`RequestError` for what cannot be served."""
+        if not len(prompt_ids):
+            raise RequestError("the prompt is empty: it needs at least one token")
+        if len(prompt_ids) > room:
+            raise RequestError(f"the prompt has {len(prompt_ids)} tokens, but there is room for {room}")
+        if params.stop and tokenizer is None:
+            raise RequestError(
+                "stop strings need a tokenizer, which this bundle doesn't have: use stop_token_ids"
+            )
+        if not 0 <= top_logprobs <= vocab_size or (top_logprobs and not logprobs):
+            raise RequestError(
+                f"top_logprobs is {top_logprobs}, but must be between 0 and {vocab_size}, with logprobs"
+            )
+        self.sampler = Sampler(params, prompt_ids, vocab_size)
+        self.takes_the_highest = mask is None and self.sampler.takes_the_highest
+        self.mask = mask
+        self.count = 0
+        limit = room + 1 - len(prompt_ids)
+        self.limit = limit if params.max_tokens is None else min(limit, params.max_tokens)
+        self._logprobs, self._top_logprobs = logprobs, top_logprobs
+        self._shown = _Shown(tokenizer, params.stop)
+        self._ends = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
+
+    def take(self, logits: Logits) -> Taken:
+        """The next token by ``logits`` [vocab], which are only read."""
+        return self._described(logits, self.sampler.choose(logits, self.mask))
+
+    def accept(self, logits: Logits, token: int) -> Taken:
+        """Take the token that :meth:`take` would: with ``takes_the_highest`` that of the highest logit."""
+        self.sampler.accept(token)
+        return self._described(logits, token)
+
+    def _described(self, logits: Logits, token: int) -> Taken:
+        if not self._logprobs:
+            return Taken(token, math.nan)
+        total = log_total(logits)
+        tops = likeliest(logits, self._top_logprobs) if self._top_logprobs else ()
+        return Taken(
+            token, float(logits[token]) - total, tuple((int(top), float(logits[top]) - total) for top in tops)
+        )
+
+    def add(self, taken: Taken) -> Token:
+        """The token as the reader sees it: the text that it completes, and whether it is the last."""
+        self.count += 1
+        reason: FinishReason | None = None
+        if taken.id in self._ends:
+            text, reason = self._shown.finish(), "stop"
+        else:
+            text = self._shown.push(taken.id)
+            if not self._shown.stopped and self.count == self.limit:
+                text, reason = text + self._shown.finish(), "length"
+            if self._shown.stopped:
+                reason = "stop"
+        return Token(taken.id, text, taken.logprob, reason)
+
+    def ended_by_mask(self, token: Token) -> Token:
+        """The token that :meth:`add` gave last, as the last one: the mask lets nothing follow it."""
+        return replace(token, text=token.text + self._shown.finish(), finish_reason="stop")
+
+
 def generate(
     steps: Steps,
     tokenizer: Tokenizer | None,
@@ -54,61 +147,44 @@ def generate(
     prompt_ids: Sequence[int],
     eos_token_ids: Collection[int],
     max_len: int,
+    mask: TokenMask | None = None,
 ) -> Generator[Token, None, None]:
     """Tokens after ``prompt_ids``, as they are made.
 
     Ends with "stop" at any of ``eos_token_ids`` (unless ``params.ignore_eos``), at a stop token (neither is
-    shown as text) or at a stop string (cut off); with "length" after ``max_tokens``, at ``max_len`` tokens of
-    prompt and output together, or when there is no room. The model takes no step after the last token, nor
-    after the iterator is closed. Without a tokenizer all texts are empty.
+    shown as text), at a stop string (cut off) or where ``mask`` is finished; with "length" after
+    ``max_tokens``, at ``max_len`` tokens of prompt and output together, or when there is no room. The model
+    takes no step after the last token, nor after the iterator is closed. Without a tokenizer all texts are
+    empty.
 
     Raises :class:`RequestError` before any step for what cannot be served.
     """
-    if not len(prompt_ids):
-        raise RequestError("the prompt is empty: it needs at least one token")
     if len(prompt_ids) >= max_len:
         raise RequestError(
             f"the prompt has {len(prompt_ids)} tokens, which leaves none to generate: the limit is {max_len}"
         )
-    if len(prompt_ids) > steps.room():
-        raise RequestError(f"the prompt has {len(prompt_ids)} tokens, but there is room for {steps.room()}")
-    if params.stop and tokenizer is None:
-        raise RequestError(
-            "stop strings need a tokenizer, which this bundle doesn't have: use stop_token_ids"
-        )
-    sampler = Sampler(params, prompt_ids, steps.vocab_size)
-    shown = _Shown(tokenizer, params.stop)
-    ends = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
-    limit = max_len - len(prompt_ids)
-    if params.max_tokens is not None:
-        limit = min(limit, params.max_tokens)
-    return _tokens(steps, sampler, shown, prompt_ids, ends, limit)
+    room = min(steps.room(), max_len - 1)
+    continuation = Continuation(
+        prompt_ids, params, tokenizer, eos_token_ids, steps.vocab_size, room, mask=mask
+    )
+    return _tokens(steps, continuation, prompt_ids)
 
 
 def _tokens(
-    steps: Steps,
-    sampler: Sampler,
-    shown: "_Shown",
-    prompt_ids: Sequence[int],
-    ends: frozenset[int],
-    limit: int,
+    steps: Steps, continuation: Continuation, prompt_ids: Sequence[int]
 ) -> Generator[Token, None, None]:
     logits = steps.prefill(prompt_ids)
-    for count in itertools.count(1):
-        sampled = sampler.sample(logits)
-        reason: FinishReason | None = None
-        if sampled.id in ends:
-            text, reason = shown.finish(), "stop"
-        else:
-            text = shown.push(sampled.id)
-            if not shown.stopped and (count == limit or steps.room() == 0):
-                text, reason = text + shown.finish(), "length"
-            if shown.stopped:
-                reason = "stop"
-        yield Token(sampled.id, text, sampled.logprob, reason)
-        if reason is not None:
+    while True:
+        token = continuation.add(continuation.take(logits))
+        mask = continuation.mask
+        if token.finish_reason is None and mask is not None:
+            mask.advance(token.id)
+            if mask.finished:
+                token = continuation.ended_by_mask(token)
+        yield token
+        if token.finish_reason is not None:
             return
-        logits = steps.decode(sampled.id)
+        logits = steps.decode(token.id)
 
 
 class _Shown:

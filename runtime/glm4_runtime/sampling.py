@@ -5,10 +5,11 @@ The steps, in order, each skipped where its parameter is neutral:
     1. logit_bias            added to the logits it names
     2. repetition_penalty    over prompt and output: a positive logit is divided, a negative multiplied
     3. frequency, presence   over the output: minus count x frequency, minus presence
-    4. temperature           the logits are divided by it; 0 takes the highest one and ends here
-    5. top_k                 the k highest
-    6. top_p                 the fewest highest whose share of what is left reaches p
-    7. min_p                 those with at least min_p times the highest one's probability
+    4. mask                  forbidden tokens are ruled out
+    5. temperature           the logits are divided by it; 0 takes the highest one and ends here
+    6. top_k                 the k highest
+    7. top_p                 the fewest highest whose share of what is left reaches p
+    8. min_p                 those with at least min_p times the highest one's probability
 
 Where logits tie, the lower token id counts as the higher one, so a result never depends on how a
 partition or a sort happens to order them.
@@ -21,7 +22,7 @@ import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -139,6 +140,20 @@ def _checked_ids(name: str, ids: Any) -> tuple[int, ...]:
     return tuple(_integer(f"a token id in {name}", token, 0, _INT64_MAX) for token in ids)
 
 
+class TokenMask(Protocol):
+    """Which tokens may come next in one sequence. Stateful: one belongs to one sequence."""
+
+    def advance(self, token: int) -> None:
+        """``token`` was chosen: work out what may follow it. May be called on a thread of its own."""
+
+    def apply(self, logits: FloatArray) -> None:
+        """Set the logits [vocab] of forbidden tokens to -inf, in place; never while advance runs."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing may follow any more; the sequence then ends with "stop"."""
+
+
 @dataclass(frozen=True)
 class Sampled:
     """A token and its log-probability under the model itself: softmax of the logits as they came,
@@ -180,20 +195,29 @@ class Sampler:
         self._in_context = _Tally(np.unique(prompt)) if params.repetition_penalty != 1 else None
         self._in_output = _Tally() if params.frequency_penalty or params.presence_penalty else None
 
-    def sample(self, logits: npt.ArrayLike) -> Sampled:
+    @property
+    def takes_the_highest(self) -> bool:
+        """Whether, without a mask, the token is always the one of the highest logit as it came."""
+        return self.params.temperature == 0 and self._changes_nothing()
+
+    def sample(self, logits: npt.ArrayLike, mask: TokenMask | None = None) -> Sampled:
+        """Like :meth:`choose`, with the token's log-probability."""
+        token = self.choose(logits, mask)
+        return Sampled(token, logprob(np.asarray(logits, np.float32), token))
+
+    def choose(self, logits: npt.ArrayLike, mask: TokenMask | None = None) -> int:
         """Take the next token from ``logits`` [vocab], which are only read, and remember it.
 
         Raises :class:`RequestError` for logits that hold NaN or +inf, or nothing but -inf.
         """
-        raw = self._checked(logits)
-        scores = self._penalised(raw)
+        scores = self._penalised(self._checked(logits), mask)
         if self.params.temperature == 0:
             token = int(scores.argmax())
         else:
             ids, weights = self._candidates(scores)
             token = int(ids[_inverse_cdf(weights, self._uniform())])
         self.accept(token)
-        return Sampled(token, _logprob(raw, token))
+        return token
 
     def accept(self, token: int) -> None:
         """Remember a token that was taken elsewhere (a forced or an already verified one)."""
@@ -224,10 +248,13 @@ class Sampler:
         _refuse_degenerate(scores)
         return scores
 
-    def _penalised(self, logits: FloatArray) -> FloatArray:
-        """Steps 1 to 3, on a copy if they do anything. Each touches only the tokens it is about."""
+    def _changes_nothing(self) -> bool:
+        return not len(self._bias) and self._in_context is None and self._in_output is None
+
+    def _penalised(self, logits: FloatArray, mask: TokenMask | None = None) -> FloatArray:
+        """Steps 1 to 4, on a copy if they do anything. The first three touch only the tokens they are about."""
         params = self.params
-        if not len(self._bias) and self._in_context is None and self._in_output is None:
+        if mask is None and self._changes_nothing():
             return logits
         scores = logits.copy()
         scores[self._bias_ids] += self._bias
@@ -241,11 +268,13 @@ class Sampler:
             counts = self._in_output.counts
             cut = params.frequency_penalty * counts + params.presence_penalty
             scores[self._in_output.ids] -= cut.astype(np.float32)
+        if mask is not None:
+            mask.apply(scores)
         _refuse_degenerate(scores)
         return scores
 
     def _candidates(self, scores: FloatArray) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-        """Steps 4 to 7: the tokens left, in the order of their ids, and their unnormalised probabilities
+        """Steps 5 to 8: the tokens left, in the order of their ids, and their unnormalised probabilities
         (zero for a token that is ruled out).
 
         The likeliest token weighs exactly 1, which is what min_p compares with.
@@ -291,10 +320,22 @@ def _refuse_degenerate(scores: FloatArray) -> None:
         raise RequestError("every token is ruled out: all logits are -inf")
 
 
-def _logprob(logits: FloatArray, token: int) -> float:
+def logprob(logits: FloatArray, token: int) -> float:
+    """The token's log-probability under softmax(logits)."""
+    return float(logits[token]) - log_total(logits)
+
+
+def log_total(logits: FloatArray) -> float:
+    """The logarithm of the sum of exp(logits): what a logit is less, as a log-probability."""
     highest = logits.max()
     total = np.exp(logits - highest).sum(dtype=np.float64)
-    return float(logits[token]) - float(highest) - math.log(total)
+    return float(highest) + math.log(total)
+
+
+def likeliest(logits: FloatArray, count: int) -> npt.NDArray[np.intp]:
+    """The ``count`` tokens of the highest logits, best first."""
+    ids = _highest(logits, count)
+    return ids[np.argsort(-logits[ids], kind="stable")]
 
 
 def _inverse_cdf(weights: npt.NDArray[np.float64], uniform: float) -> int:

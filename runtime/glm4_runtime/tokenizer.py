@@ -87,6 +87,10 @@ class Tokenizer:
             )
         return str(found)
 
+    def to_json(self) -> str:
+        """The tokenizer as its own ``tokenizer.json``, for libraries that read one."""
+        return str(self._backend.to_str())
+
     def has_text(self, token_id: int, skip_special_tokens: bool = True) -> bool:
         """Whether decoding this id can contribute anything: a model's padded logits reach ids it can't."""
         if skip_special_tokens and token_id in self.special_ids:

@@ -90,7 +90,8 @@ def test_every_command_has_help(command):
         result = CliRunner().invoke(cli, [command, flag])
         assert result.exit_code == 0
         assert f" {command} " in result.output
-        assert "--json" in result.output
+        # these two talk until they are told to end: they have no result to print
+        assert ("--json" in result.output) != (command in ("serve", "chat"))
 
 
 def test_help_lists_commands_and_exit_codes():

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from glm4_runtime.errors import RequestError
-from glm4_runtime.sampling import Sampler, SamplingParams, _inverse_cdf
+from glm4_runtime.sampling import Sampler, SamplingParams, _inverse_cdf, likeliest
 
 VOCAB = 40
 GLM4_VOCAB = 151552
@@ -336,3 +336,57 @@ def test_no_step_sorts_the_whole_vocabulary(options, monkeypatch):
     Sampler(SamplingParams(temperature=1.5, **options), [], GLM4_VOCAB).sample(logits)
     assert sorted_lengths
     assert max(sorted_lengths) <= 512
+
+
+class Only:
+    """A mask that allows the given ids."""
+
+    finished = False
+
+    def __init__(self, *allowed):
+        self.allowed = list(allowed)
+
+    def advance(self, _token):
+        raise AssertionError("the sampler never advances a mask")
+
+    def apply(self, logits):
+        kept = logits[self.allowed].copy()
+        logits[:] = -np.inf
+        logits[self.allowed] = kept
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0, 50.0])
+def test_a_mask_has_the_last_word_and_leaves_the_logits_alone(temperature):
+    logits = np.linspace(5, -5, VOCAB).astype(np.float32)
+    before = logits.copy()
+    sampler = Sampler(SamplingParams(temperature=temperature, seed=3, logit_bias={0: 100}), [1], VOCAB)
+    taken = {sampler.choose(logits, Only(7, 9)) for _ in range(40)}
+    assert taken <= {7, 9}
+    assert 7 in taken
+    assert logits.tobytes() == before.tobytes()
+    assert sampler.sample(logits, Only(9)).logprob == pytest.approx(
+        Sampler(SamplingParams(), [1], VOCAB).sample(logits).logprob + logits[9] - logits[0], abs=1e-5
+    )
+    with pytest.raises(RequestError, match="every token is ruled out"):
+        sampler.choose(logits, Only())
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, True),
+        ({"top_k": 5}, True),  # of no effect at temperature 0
+        ({"temperature": 0.1}, False),
+        ({"logit_bias": {1: 1.0}}, False),
+        ({"presence_penalty": 0.1}, False),
+        ({"repetition_penalty": 1.1}, False),
+    ],
+)
+def test_it_knows_when_the_highest_logit_decides(params, expected):
+    assert Sampler(SamplingParams(**params), [1], VOCAB).takes_the_highest is expected
+
+
+def test_the_likeliest_come_best_first_and_ties_by_id():
+    logits = np.array([1, 3, 2, 3, 0], np.float32)
+    assert likeliest(logits, 3).tolist() == [1, 3, 2]
+    assert likeliest(logits, 1).tolist() == [1]

@@ -61,6 +61,19 @@ def test_decode_of_any_set_of_slots(session, reference):
             close(result[slot], expected(reference, sequences[slot])[-1])
 
 
+def test_a_decoded_block_has_the_rows_of_decode(session):
+    for slot in (3, 1, 2):
+        session.prefill(slot, ids(10 + slot, seed=slot))
+    slots, logits = session.decode_block({1: 5, 3: 6})
+    rows = {slot: row.copy() for slot, row in zip(slots, logits, strict=True)}
+    for slot in (1, 3):
+        session.truncate(slot, 10 + slot)
+    expected = session.decode({3: 6, 1: 5})
+    assert set(rows) == set(expected)
+    for slot, row in rows.items():
+        assert row.tobytes() == expected[slot].tobytes()
+
+
 def test_decode_is_bitwise_blind_to_the_other_slots(tiny_bundle):
     """Same slots, same batch shape; what the other slots hold is poisoned in one run and not in the other."""
     results = []

@@ -68,6 +68,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
 def _n_bits(b: Builder, node: ir.Node, weight: ir.Value, scheme: Scheme) -> None:
     """FusedMatMul by a weight [N, K] -> MatMulNBits."""
     rows, width = _shape(weight)
+    assert scheme.block is not None
     b.op(
         "MatMulNBits",
         node.inputs[0],
@@ -87,6 +88,7 @@ def _n_bits(b: Builder, node: ir.Node, weight: ir.Value, scheme: Scheme) -> None
 def _lookup(b: Builder, node: ir.Node, weight: ir.Value, scheme: Scheme) -> None:
     """Gather from a table [V, K] -> GatherBlockQuantized."""
     rows, width = _shape(weight)
+    assert scheme.block is not None
     assert width % scheme.block == 0
     stored = _stored(b.graph, weight, CODES, scheme, (rows, width * scheme.bits // 8), suffix=".table")
     b.op(
@@ -106,7 +108,10 @@ def _dequantized(b: Builder, _node: ir.Node, weight: ir.Value, scheme: Scheme) -
     """Transpose of a weight [N, K] -> DequantizeLinear, Transpose."""
     rows, width = _shape(weight)
     stored = _stored(b.graph, weight, CODES, scheme, (rows, width), signed=True)
-    wide = b.op("DequantizeLinear", stored, _scales(b, weight, scheme), axis=1, block_size=scheme.block)
+    # Block size 0 is the standard's word for one scale per index of the axis.
+    axis, size = (0, 0) if scheme.block is None else (1, scheme.block)
+    wide = b.op("DequantizeLinear", stored, _scales(b, weight, scheme), axis=axis, block_size=size)
+    assert weight.dtype is not None
     wide.dtype, wide.shape = weight.dtype, weight.shape
     b.op("Transpose", wide, perm=[1, 0])
 
@@ -128,7 +133,8 @@ def _shape(weight: ir.Value) -> tuple[int, int]:
 def _scales(b: Builder, weight: ir.Value, scheme: Scheme) -> ir.Value:
     """Scales [rows, blocks] in the weight's type."""
     rows, width = _shape(weight)
-    stored = _stored(b.graph, weight, SCALES, scheme, (rows, scheme.blocks(width)))
+    shape = (rows,) if scheme.block is None else (rows, scheme.blocks(width))
+    stored = _stored(b.graph, weight, SCALES, scheme, shape)
     return stored if stored.dtype == weight.dtype else b.op("Cast", stored, to=int(weight.dtype or 0))
 
 

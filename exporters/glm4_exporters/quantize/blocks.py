@@ -70,15 +70,17 @@ def pack_signed(numbers: Tensor, scheme: Scheme) -> Tensor:
 
 
 def _packed(numbers: Tensor, scheme: Scheme) -> Tensor:
-    bytes_ = numbers.view(torch.uint8)
-    return bytes_ if scheme.bits == 8 else torch.bitwise_or(bytes_[:, 0::2], bytes_[:, 1::2] << 4)
+    bytes_: Tensor = numbers.view(torch.uint8)
+    if scheme.bits == 4:
+        bytes_ = torch.bitwise_or(bytes_[:, 0::2], bytes_[:, 1::2] << 4)
+    return bytes_
 
 
 def _in_blocks(rows: Tensor, scheme: Scheme) -> Tensor:
     """[rows, width] -> [rows, blocks, block], the last block filled up with zeros."""
-    short = -rows.shape[1] % scheme.block
+    short = scheme.stored_width(rows.shape[1]) - rows.shape[1]
     padded = torch.nn.functional.pad(rows, (0, short)) if short else rows
-    return padded.unflatten(-1, (-1, scheme.block))
+    return padded.view(len(rows), -1, scheme.block or rows.shape[1])
 
 
 def _rounded(w: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:

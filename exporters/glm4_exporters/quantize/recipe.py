@@ -13,9 +13,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from glm4_exporters.quantize.sensitivity import TensorLoss
 from glm4_runtime.errors import ExportError
+
+if TYPE_CHECKING:  # it needs torch, which reading a recipe does not
+    from glm4_exporters.quantize.sensitivity import TensorLoss
 
 TABLE = "tensors"
 
@@ -73,7 +76,7 @@ def read_recipe(path: Path, schemes: Collection[str]) -> Recipe:
     return Recipe(table)
 
 
-def write_recipe(path: Path, recipe: Recipe, losses: Sequence[TensorLoss] = ()) -> None:
+def write_recipe(path: Path, recipe: Recipe, losses: Sequence["TensorLoss"] = ()) -> None:
     """Write a recipe, each line with its measured loss where there is one."""
     kl = {loss.name: f"  # mean KL {loss.kl:.3g} when the low scheme quantizes it" for loss in losses}
     lines = [f'"{name}" = "{scheme}"{kl.get(name, "")}' for name, scheme in recipe.schemes.items()]
@@ -81,7 +84,7 @@ def write_recipe(path: Path, recipe: Recipe, losses: Sequence[TensorLoss] = ()) 
 
 
 def keep_sensitive(
-    losses: Sequence[TensorLoss], low: tuple[str, float], high: tuple[str, float], mean_bits: float
+    losses: Sequence["TensorLoss"], low: tuple[str, float], high: tuple[str, float], mean_bits: float
 ) -> Recipe:
     """The recipe that gives ``high`` to the matrices that lose most per bit, up to ``mean_bits`` on average.
 

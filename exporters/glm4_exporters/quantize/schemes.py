@@ -11,13 +11,14 @@ class Scheme:
 
     Attributes:
         bits: of a stored number; 4-bit numbers lie two in a byte, the first in the low half.
-        block: numbers under one scale; a row whose width is no multiple of it ends in a shorter block.
+        block: numbers under one scale; a row whose width is no multiple of it ends in a shorter block. None
+            for one scale per row.
         ranges: shares of the block's largest |w| at which the largest number may stand. The one that
             leaves the least squared error is kept; with one share, only the refit remains.
     """
 
     bits: int
-    block: int
+    block: int | None
     ranges: tuple[float, ...]
 
     @property
@@ -31,15 +32,17 @@ class Scheme:
 
     def blocks(self, width: int) -> int:
         """Blocks of a row of ``width`` numbers."""
-        return -(-width // self.block)
+        return 1 if self.block is None else -(-width // self.block)
 
-    def bits_per_weight(self, scale_bits: int = 16) -> float:
-        return self.bits + scale_bits / self.block
+    def stored_width(self, width: int) -> int:
+        """Numbers of a row in whole blocks."""
+        return width if self.block is None else self.blocks(width) * self.block
 
 
 # int8's error is a rounding that a search cannot lower; int4's is, by what it clips.
 SCHEMES = {
     "int8": Scheme(bits=8, block=128, ranges=(1.0,)),
+    "int8-channel": Scheme(bits=8, block=None, ranges=(1.0, 0.9)),
     "int4": Scheme(bits=4, block=32, ranges=(1.0, 0.85)),
 }
 

@@ -16,7 +16,7 @@ from glm4_runtime.bundle import Manifest
 from glm4_runtime.errors import RequestError, SlotError
 from glm4_runtime.generate import Token, generate
 from glm4_runtime.kv_cache import Move, SlotTable, bucket
-from glm4_runtime.sampling import SamplingParams
+from glm4_runtime.sampling import SamplingParams, TokenMask
 from glm4_runtime.tokenizer import Tokenizer
 
 Logits = npt.NDArray[np.float32]
@@ -109,7 +109,7 @@ class Session(abc.ABC):
     # The protocol ----------------------------------------------------------------------------
 
     def prefill(
-        self, slot: int, token_ids: Sequence[int], logits: Literal["last", "all"] | int = "last"
+        self, slot: int, token_ids: Sequence[int] | Ids, logits: Literal["last", "all"] | int = "last"
     ) -> Logits:
         """Append tokens to a slot, which need not be empty, and return logits of the positions asked for.
 
@@ -135,11 +135,17 @@ class Session(abc.ABC):
         """
         if not tokens:
             return {}
+        slots, logits = self.decode_block(tokens)
+        return {slot: row.copy() for slot, row in zip(slots, logits, strict=True)}
+
+    def decode_block(self, tokens: Mapping[int, int]) -> tuple[list[int], Logits]:
+        """Like :meth:`decode` without a copy per slot: the slots, and their logits as one float32
+        [slots, vocab] in that order, which the next run may overwrite."""
         self._require_task("causal-lm", "decode")
-        for slot, token in tokens.items():
+        for slot in tokens:
             self._require_slot(slot, in_use=True)
             self._require_room(slot, 1)
-            self._require_tokens([token])
+        self._require_tokens(list(tokens.values()))
         for move in self._slots.gather(list(tokens)):
             self._move_row(move)
         slots = self._slots.in_row_order(list(tokens))
@@ -149,7 +155,7 @@ class Session(abc.ABC):
         result = self._run_decoder(0, ids, past, np.zeros((len(slots), 1), np.int64))
         for slot, length in zip(slots, past, strict=True):
             self._slots.set_length(slot, length + 1)
-        return {slot: result[row, 0].copy() for row, slot in enumerate(slots)}
+        return slots, result[:, 0]
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget all positions of a slot from ``length`` on; length 0 keeps the slot in use."""
@@ -209,7 +215,9 @@ class Session(abc.ABC):
 
         return blocks()
 
-    def generate(self, token_ids: Sequence[int], params: SamplingParams | None = None) -> Iterator[Token]:
+    def generate(
+        self, token_ids: Sequence[int], params: SamplingParams | None = None, mask: TokenMask | None = None
+    ) -> Iterator[Token]:
         """Continue a prompt; yields each token with its id and the text it completes.
 
         Takes a free slot until the iterator is exhausted or closed.
@@ -225,6 +233,7 @@ class Session(abc.ABC):
             list(token_ids),
             self.manifest.model.eos_token_ids,
             self.max_seq_len + 1,
+            mask,
         )
 
         def released_at_the_end() -> Iterator[Token]:
@@ -267,7 +276,7 @@ class Session(abc.ABC):
     def _chunks(
         self,
         slot: int,
-        token_ids: Sequence[int],
+        token_ids: Sequence[int] | Ids,
         logits: Literal["last", "all"] | int,
         chunk: int | None = None,
     ) -> Iterator[Logits]:
@@ -368,7 +377,7 @@ class Session(abc.ABC):
                 "truncate or release it"
             )
 
-    def _require_tokens(self, token_ids: Sequence[int]) -> None:
+    def _require_tokens(self, token_ids: Sequence[int] | Ids) -> None:
         if len(token_ids) == 0:
             raise RequestError("no tokens were given; a prompt needs at least one")
         ids = np.asarray(token_ids)

@@ -1,0 +1,173 @@
+"""Before a graph is traced: what calibration text decides about how weights are stored.
+
+prepared = prepare(checkpoint, form, text, progress)
+prepared.edits      # for the weights' writer
+prepared.norm_bits  # for the canonical graph
+prepared.report     # for report.json
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from glm4_exporters.checkpoint import HEAD, Checkpoint
+from glm4_exporters.targets import Form
+from glm4_exporters.texts import cut_text, random_sequences, read_sequences
+from glm4_runtime.errors import ExportError
+from glm4_runtime.progress import Progress, silent
+from glm4_runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from glm4_exporters.quantize.awq import Awq
+    from glm4_exporters.quantize.calibrate import Calibration
+    from glm4_exporters.weights import Edits
+
+SEQUENCE, SEQUENCES = 512, 64  # tokens, and how many sequences of a user's text are read
+
+# What fp16 is audited on where no text is given. Ours; it mixes what tokenizers treat differently.
+TEXTS = (
+    "The river had risen in the night, and by morning the lower fields lay under a sheet of grey water.",
+    "In the beginning the workshop had two rooms: one for the tools, and one for whatever had to dry.",
+    "春天来了，河水涨了起来，孩子们在岸边数着漂过的木头。今天一共有三十七根。",
+    "def area(width: float, height: float) -> float:\n    return width * height  # 3.5 * 12 = 42.0\n",
+)
+BUILT_IN_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a model is calibrated on: sequences of token ids, and where they are from."""
+
+    sequences: list[list[int]]
+    origin: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What calibration decided.
+
+    Attributes:
+        edits: what is done to tensors before they are stored.
+        norm_bits: k by the scope of each norm whose input is scaled by 2^-k.
+        calibration: the statistics; None where nothing needed any.
+        report: for ``report.json``.
+    """
+
+    edits: "Edits"
+    norm_bits: Mapping[str, int] = field(default_factory=dict)
+    calibration: "Calibration | None" = None
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_text(source: Checkpoint, path: Path | None, max_seq_len: int) -> Text:
+    """Sequences of a user's file, or of our own few lines, or of random ids without a tokenizer."""
+    folder, vocab = source.folder, source.config.vocab_size
+    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
+    if path is not None:
+        sequences = read_sequences(path, tokenizer, min(SEQUENCE, max_seq_len), SEQUENCES, vocab)
+        return Text(sequences, path.name)
+    if tokenizer is not None:
+        length = min(BUILT_IN_LENGTH, max_seq_len)
+        found = [ids for text in TEXTS for ids in cut_text(text, tokenizer, length)]
+        found = [ids for ids in found if max(ids) < vocab]
+        if found:
+            return Text(found, "built in")
+    length = min(BUILT_IN_LENGTH, max_seq_len)
+    return Text(random_sequences(vocab, length, len(TEXTS)), "random ids, for want of a tokenizer")
+
+
+def needs_text(form: Form, given: bool) -> bool:
+    """Whether anything is calibrated: whatever text was given for, and fp16's range always."""
+    return given or form.activations == "float16"
+
+
+def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progress = silent) -> Prepared:
+    """Walk the reference over the text once, and decide scales, importance and remedies.
+
+    Raises:
+        GateError: fp16 activations cannot hold what this model computes.
+        ExportError: more text than fits in memory.
+    """
+    from glm4_exporters.weights import Edits
+
+    if text is None:
+        return Prepared(Edits())
+    from glm4_exporters.quantize.calibrate import calibrate
+    from glm4_exporters.quantize.overflow import audit, remedies, require_range
+    from glm4_exporters.quantize.smooth import Smoothing
+
+    awq = _awq(source, form) if text.origin != "built in" else None
+    calibration = calibrate(source, text.sequences, *([awq] if awq else []), progress=progress)
+    smoothing = awq.smoothing if awq else Smoothing()
+    report: dict[str, Any] = {
+        "text": text.origin,
+        "tokens": calibration.tokens,
+        "sequences": calibration.sequences,
+        "largest_activations": audit(calibration, smoothing),
+    }
+    if awq is not None:
+        report["scales"] = [
+            {"tensors": list(c.names), "method": c.method, "error_before": c.error_before, "error": c.error}
+            for c in awq.choices
+        ]
+    norm_bits: Mapping[str, int] = {}
+    if form.activations == "float16":
+        require_range(calibration, smoothing)
+        remedy = remedies(calibration, source.config, smoothing)
+        smoothing, norm_bits = smoothing.then(remedy.weights), remedy.norm_bits
+    return Prepared(
+        Edits(smoothing, _importance(form, calibration, smoothing) if awq else lambda _name: None),
+        norm_bits,
+        calibration,
+        report,
+    )
+
+
+def _awq(source: Checkpoint, form: Form) -> "Awq | None":
+    """The search for scales of what is stored in 4 bits; None where nothing is."""
+    import torch
+
+    from glm4_exporters.quantize import blocks
+    from glm4_exporters.quantize.awq import Awq
+
+    low = {name: scheme for name, scheme in form.schemes.items() if scheme.bits < 8}
+    if not low:
+        return None
+    scheme = next(iter(low.values()))
+
+    def quantized(weight: "torch.Tensor", importance: "torch.Tensor") -> "torch.Tensor":
+        numbers, scales = blocks.quantize(weight, scheme, torch.bfloat16, importance)
+        return blocks.dequantize(numbers, scales, scheme, weight.shape[1])
+
+    return Awq(
+        source.config, wanted=lambda names: all(n in low for n in names), quantize_dequantize=quantized
+    )
+
+
+def _importance(form: Form, calibration: "Calibration", smoothing: Any) -> Any:
+    """How much each channel of a 4-bit matrix's input counts; None for other matrices."""
+    import torch
+
+    def of(name: str) -> "torch.Tensor | None":
+        scheme = form.schemes.get(name)
+        known = name == HEAD or name.startswith("model.layers.")
+        if scheme is None or scheme.bits > 4 or not known:
+            return None
+        values = np.asarray(smoothing.importance(calibration, name), np.float32)
+        return torch.from_numpy(np.maximum(values, values.max() * 1e-6 + 1e-30))
+
+    return of
+
+
+def require_text(given: Path | None, precision: str) -> None:
+    """Refuse a precision whose scales are static without a text to find them on."""
+    if given is None:
+        raise ExportError(
+            f"precision {precision} needs --calibration FILE (.txt, .jsonl or .ids): its activations' scales "
+            "are found on text like that which the model will see"
+        )

@@ -1,0 +1,110 @@
+"""glm4-deploy bench-serve URL"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from glm4_deploy import show
+from glm4_runtime.errors import RequestError
+
+
+@click.command("bench-serve")
+@click.argument("url")
+@click.option(
+    "--clients",
+    default="1,2,4,8",
+    show_default=True,
+    metavar="N,...",
+    help="Closed loops of so many clients.",
+)
+@click.option(
+    "--rate", metavar="R,...", help="Open loops of so many requests per second, instead of --clients."
+)
+@click.option("--requests", type=click.IntRange(min=1), default=32, show_default=True, help="Of each load.")
+@click.option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Before each load.")
+@click.option("--prompt-words", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--shared-words",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="That all prompts begin with.",
+)
+@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--honour-eos", is_flag=True, help="Let answers end early; other servers may not know ignore_eos."
+)
+@click.option("--timeout", type=float, default=600.0, show_default=True, metavar="SECONDS")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), help="Write the figures here as JSON.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw them: .svg or .png.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def command(
+    url: str,
+    clients: str,
+    rate: str | None,
+    honour_eos: bool,
+    output: Path | None,
+    plot_file: Path | None,
+    as_json: bool,
+    **load: Any,
+) -> None:
+    """Measure the server at URL under load; an API key is read from GLM4_API_KEY.
+
+    Each load is so many clients that ask one request after the other, or requests that arrive at a rate.
+    """
+    try:
+        from glm4_deploy.load import Load, measure, plot
+    except ModuleNotFoundError as error:
+        raise RequestError(f"bench-serve needs {error.name}: pip install 'glm4-deploy[bench]'") from error
+    points: list[dict[str, Any]] = (
+        [{"rate": value} for value in _numbers("--rate", rate, float)]
+        if rate is not None
+        else [{"clients": value} for value in _numbers("--clients", clients, int)]
+    )
+    loads = [Load(**point, ignore_eos=not honour_eos, **load) for point in points]
+    with show.shown_progress() as progress:
+        report = measure(url, loads, os.environ.get("GLM4_API_KEY"), progress)
+    if output is not None:
+        output.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    if plot_file is not None:
+        plot(report, plot_file)
+    if as_json:
+        show.print_json(report)
+    else:
+        for run in report["runs"]:
+            _print(run)
+    if any(run["failed"] for run in report["runs"]):
+        raise RequestError("some requests failed; the figures are of the others")
+
+
+def _numbers(option: str, text: str, kind: type) -> list[Any]:
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not a list of numbers", param_hint=option) from error
+    if not all(0 < value < float("inf") for value in values):
+        raise click.BadParameter("the numbers must be above 0", param_hint=option)
+    return values
+
+
+def _print(run: dict[str, Any]) -> None:
+    title = f"{run['clients']} clients" if run["loop"] == "closed" else f"{run['rate']:g} requests/s"
+    rows = [
+        ("requests", f"{run['requests']}, {run['failed']} failed, in {run['seconds']:.1f} s"),
+        ("tokens", f"{run['tokens_per_second']:.1f}/s, {run['generated_tokens']} in all"),
+        ("prompts", f"{run['prompt_tokens']} tokens, {run['cached_tokens']} from the cache"),
+    ]
+    for key, name in (
+        ("first_token_seconds", "first token"),
+        ("inter_token_seconds", "between pieces"),
+        ("per_token_seconds", "further tokens"),
+        ("request_seconds", "whole request"),
+    ):
+        if run[key] is not None:
+            figures = (f"{label} {1000 * value:.1f}" for label, value in run[key].items())
+            rows.append((name, f"{', '.join(figures)} ms"))
+    show.print_rows(title, rows + [("error", error) for error in run["errors"]])

@@ -1,0 +1,101 @@
+"""glm4-deploy chat BUNDLE"""
+
+import contextlib
+import importlib
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from glm4_runtime import SamplingParams, Session
+from glm4_runtime.dialogue import Dialogue
+from glm4_runtime.errors import RequestError
+
+_HELP = "/new starts over, /exit or Ctrl-D ends, Ctrl-C stops an answer."
+_THOUGHT, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+@click.command("chat")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--system", metavar="TEXT", help="A system message in front.")
+@click.option("--max-tokens", type=int, metavar="N", help="The longest answer; as many as fit by default.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the best token.")
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--top-k", type=int, default=0, show_default=True, help="0 is off.")
+@click.option("--min-p", type=float, default=0.0, show_default=True)
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
+@click.option("--seed", type=int)
+@click.option("--hide-thoughts", is_flag=True, help="Show the answers only.")
+@click.option("--provider", metavar="NAME", help="An ONNX Runtime execution provider.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
+@click.option("--max-seq-len", type=int, metavar="N", help="A lower limit than the bundle's.")
+def command(
+    bundle: Path,
+    system: str | None,
+    hide_thoughts: bool,
+    provider: str | None,
+    threads: int | None,
+    max_seq_len: int | None,
+    **sampling: object,
+) -> None:
+    """Talk with BUNDLE in the terminal.
+
+    /new starts over, /exit or Ctrl-D ends, Ctrl-C stops an answer.
+    """
+    params = SamplingParams(**sampling)  # type: ignore[arg-type]
+    with Session.open(
+        bundle, provider=provider, threads=threads, max_seq_len=max_seq_len, max_batch_size=1
+    ) as session:
+        dialogue = Dialogue(session, params, system)
+        if sys.stdin.isatty():
+            with contextlib.suppress(ModuleNotFoundError):  # where it is built in, lines can be edited
+                importlib.import_module("readline")
+            click.echo(_HELP, err=True)
+        while (text := _line()) is not None:
+            if text == "/new":
+                dialogue.forget()
+            elif text == "/exit":
+                break
+            elif text:
+                _answer(dialogue, text, hide_thoughts)
+
+
+def _line() -> str | None:
+    """What the user says; None at the end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        if sys.stdin.isatty():
+            click.echo()
+        return None
+
+
+def _answer(dialogue: Dialogue, text: str, hide_thoughts: bool) -> None:
+    start = time.monotonic()
+    first = start
+    count = 0
+    pieces = dialogue.say(text)
+    try:
+        for piece in pieces:
+            count += 1
+            first = first if count > 1 else time.monotonic()
+            if piece.thought and not hide_thoughts:
+                click.echo(f"{_THOUGHT}{piece.thought}{_PLAIN}", nl=False)
+            click.echo(piece.answer, nl=False)
+            sys.stdout.flush()
+        click.echo()
+    except KeyboardInterrupt:
+        click.echo(" (stopped)")
+    except RequestError as error:
+        click.echo(f"glm4-deploy: {error}", err=True)
+        return
+    finally:
+        pieces.close()
+    seconds = time.monotonic() - first
+    if sys.stderr.isatty() and count > 1:
+        click.echo(
+            f"{(count - 1) / seconds:.1f} tokens/s, {count} tokens, first after {first - start:.2f} s, "
+            f"prompt {dialogue.prompt_tokens} ({dialogue.cached_tokens} cached)",
+            err=True,
+        )

@@ -1,0 +1,130 @@
+"""A conversation with one session, turn by turn: the cache keeps what the turns have in common."""
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from glm4_runtime.chat import ChatTemplate
+from glm4_runtime.errors import BundleError
+from glm4_runtime.generate import FinishReason, generate
+from glm4_runtime.reasoning import ThoughtSplitter, begins_inside
+from glm4_runtime.sampling import SamplingParams
+from glm4_runtime.session import Session
+
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token adds to the thought or to the answer; the last one has a ``finish_reason``."""
+
+    thought: str
+    answer: str
+    finish_reason: FinishReason | None
+
+
+class Dialogue:
+    """Holds one slot of ``session`` until it is closed.
+
+    Attributes:
+        messages: what was said so far, in the template's form; thoughts are left out.
+        prompt_tokens, cached_tokens: of the last turn, and how many of them were in the cache already.
+    """
+
+    def __init__(self, session: Session, params: SamplingParams, system: str | None = None) -> None:
+        if session.tokenizer is None:
+            raise BundleError(f"{session.folder} has no tokenizer.json; add it and export again")
+        self._session, self._params, self._system = session, params, system
+        self._tokenizer = session.tokenizer
+        self._template = ChatTemplate.from_folder(session.folder)
+        self._steps = _KeptSlot(session)
+        self.messages: list[dict[str, Any]] = []
+        self.prompt_tokens = self.cached_tokens = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Start over."""
+        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+
+    def close(self) -> None:
+        self._steps.release()
+
+    def say(self, text: str) -> Generator[Piece, None, None]:
+        """The model's turn after ``text``. An answer that is not read to its end stays as far as it came; a
+        turn that fails before it begins is forgotten.
+
+        Raises :class:`RequestError` for what the template refuses or has no room for.
+        """
+        self.messages.append({"role": "user", "content": text})
+        answer = ""
+        try:
+            for piece in self._turn():
+                answer += piece.answer
+                yield piece
+        finally:
+            if answer:
+                self.messages.append({"role": "assistant", "content": answer})
+            else:
+                self.messages.pop()
+
+    def _turn(self) -> Iterator[Piece]:
+        prompt = self._template.render(self.messages)
+        ids = self._tokenizer.encode(prompt, add_special_tokens=False)
+        self._steps.keep(ids)
+        self.prompt_tokens, self.cached_tokens = len(ids), len(self._steps.held)
+        tokens = generate(
+            self._steps,
+            self._tokenizer,
+            self._params,
+            ids,
+            self._session.manifest.model.eos_token_ids,
+            self._session.max_seq_len + 1,
+        )
+        splitter = ThoughtSplitter(begins_inside(prompt))
+        for token in tokens:
+            thought, answer = splitter.push(token.text)
+            if token.finish_reason is not None:
+                last = splitter.flush()
+                thought, answer = thought + last[0], answer + last[1]
+            yield Piece(thought, answer, token.finish_reason)
+
+
+class _KeptSlot:
+    """One slot as generation sees it, which keeps the beginning that the next prompt has in common."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._slot = session.free_slots()[0]
+        self.vocab_size = session.manifest.model.vocab_size
+        self.held: list[int] = []
+
+    def keep(self, prompt: Sequence[int]) -> None:
+        """Forget what differs from ``prompt``; its last token is always run again, for its logits."""
+        pairs = enumerate(zip(self.held, prompt[:-1], strict=False))
+        common = next(
+            (at for at, (held, new) in pairs if held != new), min(len(self.held), max(0, len(prompt) - 1))
+        )
+        if common < len(self.held):
+            self._session.truncate(self._slot, common)
+            del self.held[common:]
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        logits: Logits = self._session.prefill(self._slot, ids[len(self.held) :])[0]
+        self.held = list(ids)
+        return logits
+
+    def decode(self, token: int) -> Logits:
+        logits = self._session.decode({self._slot: token})[self._slot]
+        self.held.append(token)
+        return logits
+
+    def room(self) -> int:
+        """For a prompt that begins with what is held, all of the slot; later, what is left of it."""
+        return self._session.max_seq_len
+
+    def release(self) -> None:
+        self._session.release(self._slot)
+        self.held = []

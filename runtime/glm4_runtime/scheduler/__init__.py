@@ -1,0 +1,18 @@
+"""Many requests over the slots of one session: who runs when, what is reused, and how it is run."""
+
+from glm4_runtime.sampling import TokenMask
+from glm4_runtime.scheduler.api import Event, Failed, Generated, Request, SchedulerStats, Started
+from glm4_runtime.scheduler.job import Ticket
+from glm4_runtime.scheduler.scheduler import Scheduler
+
+__all__ = [
+    "Event",
+    "Failed",
+    "Generated",
+    "Request",
+    "Scheduler",
+    "SchedulerStats",
+    "Started",
+    "Ticket",
+    "TokenMask",
+]

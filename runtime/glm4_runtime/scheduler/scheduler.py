@@ -1,0 +1,179 @@
+"""The scheduler: a thread that takes requests from a bounded queue and runs them together, step by step."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from glm4_runtime.errors import Glm4Error, QueueFullError, RequestError, StoppedError
+from glm4_runtime.generate import Continuation
+from glm4_runtime.scheduler.api import MOST_TOP_LOGPROBS, Event, Failed, Request, SchedulerStats
+from glm4_runtime.scheduler.batch import Batch, model_error, overdue
+from glm4_runtime.scheduler.figures import Figures
+from glm4_runtime.scheduler.job import Job, Ticket
+from glm4_runtime.scheduler.policy import retry_after
+from glm4_runtime.session import Session
+
+logger = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """Continuous batching over one session, which it alone drives from :meth:`start` to :meth:`stop`."""
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        step_tokens: int = 512,
+        max_queue: int = 64,
+        prefix_cache: bool = True,
+        speculation: bool = True,
+    ) -> None:
+        """
+        Args:
+            step_tokens: tokens that one step takes at most, those of prompts and those decoded together.
+                Lower means a shorter wait between the tokens of the others while a long prompt is taken.
+            max_queue: requests that wait for a slot at most.
+            prefix_cache: whether slots keep what they hold for prompts that begin alike.
+            speculation: whether a single request may be sped up by drafts from its own text.
+        """
+        if session.manifest.task != "causal-lm":
+            raise RequestError(
+                f"this bundle was exported for {session.manifest.task}; a scheduler needs causal-lm"
+            )
+        for name, value in (("step_tokens", step_tokens), ("max_queue", max_queue)):
+            if value < 1:
+                raise RequestError(f"{name} is {value}, but must be at least 1")
+        self._session, self._max_queue = session, max_queue
+        self._model = session.manifest.model
+        self._tokenizer = session.tokenizer  # read once, here: sessions are for one thread
+        self._figures = Figures()
+        self._news = threading.Event()
+        self._lock = threading.Lock()
+        self._queue: deque[Job] = deque()
+        self._closed_at: float | None = None  # when what is left then fails
+        self._thread: threading.Thread | None = None
+        self._batch = Batch(
+            session,
+            self._figures,
+            self._news.set,
+            step_tokens=step_tokens,
+            prefix_cache=prefix_cache,
+            speculation=speculation,
+        )
+
+    def start(self) -> None:
+        """Start the thread. Requests submitted before wait for it."""
+        if self._thread is not None:
+            raise RuntimeError("a scheduler starts once")
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, on_event: Callable[[Event], None]) -> Ticket:
+        """Queue a request, from any thread. ``on_event`` runs on the scheduler's thread and must not block.
+
+        Raises:
+            RequestError: one that cannot be served. QueueFullError: come back after its ``retry_after``.
+            StoppedError: the scheduler is stopping.
+        """
+        if not 0 <= request.top_logprobs <= MOST_TOP_LOGPROBS:
+            raise RequestError(
+                f"top_logprobs is {request.top_logprobs}, but must be between 0 and {MOST_TOP_LOGPROBS}"
+            )
+        continuation = Continuation(
+            request.prompt_ids,
+            request.params,
+            self._tokenizer,
+            self._model.eos_token_ids,
+            self._model.vocab_size,
+            self._session.max_seq_len,
+            mask=request.mask,
+            logprobs=request.logprobs,
+            top_logprobs=request.top_logprobs,
+        )
+        job = Job(request, continuation, Ticket(on_event, self._news.set))
+        with self._lock:
+            if self._closed_at is not None:
+                raise StoppedError("the scheduler is stopping and takes no more requests")
+            if len(self._queue) >= self._max_queue:
+                wait = retry_after(self._session.max_batch_size, self._figures.seconds_per_request)
+                raise QueueFullError(
+                    f"{len(self._queue)} requests are waiting already; try again in {wait:g} s", wait
+                )
+            self._queue.append(job)
+        self._news.set()
+        return job.ticket
+
+    def stop(self, drain: float | None = None) -> None:
+        """Refuse new requests, let those there are finish, for ``drain`` seconds at most where given, then
+        fail what is left, free all slots and join the thread."""
+        with self._lock:
+            self._closed_at = float("inf") if drain is None else time.monotonic() + drain
+        self._news.set()
+        if self._thread is None:
+            self._fail_everything(StoppedError("the scheduler never started"), "stopped")
+        else:
+            self._thread.join()
+
+    def stats(self) -> SchedulerStats:
+        """The figures as they are, from any thread."""
+        return self._figures.snapshot(len(self._queue), len(self._batch), self._session.max_batch_size)
+
+    # The thread -------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._done():
+            self._news.clear()
+            if not self._step():
+                self._news.wait(self._patience())
+        self._fail_everything(StoppedError("the scheduler stopped before the request was done"), "stopped")
+        self._batch.close()
+
+    def _step(self) -> bool:
+        """Let in whom there is room for and run them all once; False where there is nothing to run."""
+        try:
+            self._leave_queue()
+            self._admit()
+            return self._batch.step()
+        except Exception as error:  # a defect of ours: the thread must outlive it
+            logger.exception("a step failed as a whole; the requests in it are failed")
+            self._batch.fail_all(model_error(error), "failed")
+            return True
+
+    def _leave_queue(self) -> None:
+        """Those who gave up waiting, or ran out of time, make room."""
+        now = time.monotonic()
+        with self._lock:
+            over = [job for job in self._queue if job.ticket.cancelled or job.overdue(now)]
+            for job in over:
+                self._queue.remove(job)
+        for job in over:
+            cancelled = job.ticket.cancelled
+            job.ticket.tell(Failed(overdue(job)))
+            self._figures.requests["cancelled" if cancelled else "timeout"] += 1
+
+    def _admit(self) -> None:
+        with self._lock:
+            for _ in range(min(self._batch.room, len(self._queue))):
+                self._batch.admit(self._queue.popleft())
+
+    def _done(self) -> bool:
+        with self._lock:
+            if self._closed_at is None:
+                return False
+            empty = not self._queue and not len(self._batch)
+            return empty or time.monotonic() >= self._closed_at
+
+    def _patience(self) -> float | None:
+        """How long to sleep where nothing runs: for ever without work; briefly where a deadline may pass."""
+        return 0.05 if self._queue or len(self._batch) else None
+
+    def _fail_everything(self, error: Glm4Error, outcome: str) -> None:
+        self._batch.fail_all(error, outcome)
+        with self._lock:
+            queued = list(self._queue)
+            self._queue.clear()
+        for job in queued:
+            job.ticket.tell(Failed(error))
+            self._figures.requests[outcome] += 1

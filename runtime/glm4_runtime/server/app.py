@@ -1,0 +1,228 @@
+"""The routes, and what stands before them."""
+
+import base64
+import hashlib
+import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from glm4_runtime.errors import Glm4Error
+from glm4_runtime.server import chat, completions, log, pooled, schema, tokens
+from glm4_runtime.server.engine import Engine
+from glm4_runtime.server.errors import ApiError, Json, api_error, error_response
+from glm4_runtime.server.guard import Guarded, Recorded
+
+_PAGE = "page.html"
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": schema.ErrorBody, "description": text}
+    for status, text in {
+        400: "What was asked cannot be served.",
+        401: "No valid API key.",
+        404: "No such model or route.",
+        408: "The body took too long to arrive.",
+        413: "The body is too long.",
+        421: "The server was called by a name that is not its own.",
+        429: "The queue is full; Retry-After says when to come back.",
+        503: "The server is shutting down.",
+        504: "The request took longer than allowed.",
+    }.items()
+}
+
+
+def create_app(engine: Engine) -> FastAPI:
+    """The application around an engine, which it starts and closes."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await engine.prepare(engine.close)
+
+    app = FastAPI(
+        title="glm4-deploy",
+        description="A GLM-4-0414 bundle behind OpenAI's API.",
+        lifespan=lifespan,
+        docs_url=None,  # these pages load their scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=_ERRORS,
+        exception_handlers={
+            Glm4Error: _refused,
+            RequestValidationError: _invalid,
+            HTTPException: _http_error,
+        },
+    )
+    _add_api(app, engine)
+    _add_operations(app, engine)
+    document = app.openapi
+    app.openapi = lambda: _without_422(document())  # type: ignore[method-assign]
+    options = engine.options
+    paths = [route.path for route in app.routes if hasattr(route, "path")]
+    app.user_middleware = [
+        Middleware(Recorded, metrics=engine.metrics, routes=paths),
+        Middleware(
+            Guarded,
+            api_keys=options.api_keys,
+            host_names=options.host_names,
+            max_body_bytes=options.max_body_bytes,
+            body_timeout=options.body_timeout,
+        ),
+    ]
+    return app
+
+
+def _add_api(app: FastAPI, engine: Engine) -> None:
+    @app.post("/v1/chat/completions", tags=["openai"], summary="Answer a conversation.")
+    async def chat_completions(body: schema.ChatRequest, request: Request) -> Response:
+        return await chat.chat(engine, body, request)
+
+    @app.post("/v1/completions", tags=["openai"], summary="Continue a text.")
+    async def text_completions(body: schema.CompletionRequest, request: Request) -> Response:
+        return await completions.complete(engine, body, request)
+
+    @app.post("/v1/embeddings", tags=["openai"], summary="A vector for each text (encoder bundles).")
+    async def embeddings(body: schema.EmbeddingRequest) -> Response:
+        return await pooled.embed(engine, body)
+
+    @app.post("/v1/classify", tags=["more"], summary="Labels for each text (classification bundles).")
+    async def classify(body: schema.ClassifyRequest) -> Response:
+        return await pooled.classify(engine, body)
+
+    @app.get("/v1/models", tags=["openai"], summary="The one model that is here.")
+    async def models() -> Response:
+        return Json({"object": "list", "data": [_model(engine)]})
+
+    @app.get("/v1/models/{name}", tags=["openai"], summary="One model.")
+    async def model(name: str) -> Response:
+        engine.require_model(name)
+        return Json(_model(engine))
+
+    @app.post("/tokenize", tags=["more"], summary="The tokens of a text or a conversation.")
+    async def tokenize(body: schema.TokenizeRequest) -> Response:
+        return await tokens.tokenize(engine, body)
+
+    @app.post("/detokenize", tags=["more"], summary="The text of tokens.")
+    async def detokenize(body: schema.DetokenizeRequest) -> Response:
+        return await tokens.detokenize(engine, body)
+
+
+def _add_operations(app: FastAPI, engine: Engine) -> None:
+    page = files("glm4_runtime.server").joinpath(_PAGE).read_text("utf-8")
+    page_headers = {
+        "Content-Security-Policy": _content_security_policy(page),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return HTMLResponse(page, headers=page_headers)
+
+    @app.get("/health/live", tags=["operations"], summary="Whether the process answers.")
+    async def live() -> Response:
+        return Json({"status": "live"})
+
+    @app.get("/health", tags=["operations"], summary="Whether new requests are taken.")
+    @app.get("/health/ready", tags=["operations"], summary="Whether new requests are taken.")
+    async def ready() -> Response:
+        engine.require_running()
+        return Json({"status": "ready"})
+
+    @app.get("/metrics", tags=["operations"], summary="Figures for Prometheus.")
+    async def metrics() -> Response:
+        return Response(engine.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _model(engine: Engine) -> dict[str, Any]:
+    return {
+        "id": engine.name,
+        "object": "model",
+        "created": engine.created,
+        "owned_by": "glm4-deploy",
+        "max_model_len": engine.session.max_seq_len,
+        "task": engine.session.manifest.task,
+    }
+
+
+async def _refused(_request: Request, error: Exception) -> Response:
+    told = api_error(error)
+    log.refusal(told, error)
+    return error_response(told)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """A body that is not JSON, or not what the route takes: what is wrong with it first."""
+    assert isinstance(error, RequestValidationError)
+    # of the ways in which a value fits none of several types, the one that got furthest says most
+    first = max(error.errors(), key=lambda found: (len(found["loc"]), not found["type"].endswith("_type")))
+    unsupported = first["type"] == "unsupported"
+    path = _path([*first["loc"][1:], *([first["ctx"]["option"]] if unsupported else [])], error.body)
+    message = _SAID.get(first["type"], first["msg"]).removeprefix("Value error, ")
+    where = f"{path}: " if path and not unsupported else ""
+    return await _refused(request, ApiError(400, f"{where}{message}"[:500], param=path or None))
+
+
+# pydantic's words for what users run into most, in ours
+_SAID = {
+    "extra_forbidden": "there is no such option",
+    "missing": "it is required",
+    "json_invalid": "the body is not JSON",
+    "model_attributes_type": "it must be a JSON object; the body's type is application/json",
+}
+
+
+def _path(parts: Sequence[str | int], body: Any) -> str:
+    """Where in the body: of pydantic's path, which also names the types it tried, what is in the body."""
+    text = ""
+    for part in parts:
+        if isinstance(part, int):
+            if isinstance(body, list) and part < len(body):
+                body, text = body[part], f"{text}[{part}]"
+        elif isinstance(body, dict) and (part in body or part == parts[-1]):
+            body, text = body.get(part), f"{text}.{part}" if text else part
+    return text[:200]
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    known = {
+        404: f"there is no {request.url.path[:200]!r} here",
+        405: f"{request.method} is not possible here",
+    }
+    status = error.status_code if error.status_code in known else 400
+    response = await _refused(request, ApiError(status, known.get(status, str(error.detail))))
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _without_422(document: dict[str, Any]) -> dict[str, Any]:
+    """FastAPI documents its own status for a bad body; here that is a 400."""
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    return document
+
+
+def _content_security_policy(page: str) -> str:
+    """Nothing but the page's own script and style, and requests to this server."""
+    allowed = {
+        tag: " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+            for text in re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        )
+        for tag in ("script", "style")
+    }
+    return (
+        f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )

@@ -1,0 +1,240 @@
+"""/v1/chat/completions"""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from glm4_runtime.reasoning import begins_inside
+from glm4_runtime.scheduler import Request, Started
+from glm4_runtime.server import log, schema
+from glm4_runtime.server.common import (
+    Usage,
+    answer_format,
+    event_stream,
+    note_answer,
+    require_choices,
+    require_stream_options,
+    sampling_params,
+    watched,
+)
+from glm4_runtime.server.conversation import definitions
+from glm4_runtime.server.engine import Engine, Job
+from glm4_runtime.server.errors import ApiError, Json
+from glm4_runtime.server.reply import Delta, Reply
+from glm4_runtime.structured import MAX_CALLS, Function, ReplyFormat
+
+_ANY_ARGUMENTS = {"type": "object"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a request comes to: one scheduler request and one reply for each choice."""
+
+    requests: list[Request]
+    replies: list[Reply]
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The functions a reply may call, and whether it must."""
+
+    tools: tuple[schema.Tool, ...] = ()
+    callable: tuple[schema.Tool, ...] = ()
+    required: bool = False
+
+    @property
+    def strict(self) -> bool:
+        return any(tool.function.strict for tool in self.callable)
+
+    @property
+    def names(self) -> list[str]:
+        return [tool.function.name for tool in self.callable]
+
+    @property
+    def functions(self) -> tuple[Function, ...]:
+        return tuple(
+            Function(tool.function.name, tool.function.parameters or _ANY_ARGUMENTS) for tool in self.callable
+        )
+
+
+async def chat(engine: Engine, body: schema.ChatRequest, http: HttpRequest) -> Response:
+    engine.require_model(body.model)
+    engine.require_running()
+    deadline = time.monotonic() + engine.options.request_timeout
+    with_usage = require_stream_options(body)
+    plan = await engine.prepare(lambda: _plan(engine, body, deadline))
+    log.record()["user"] = body.user
+    if engine.options.log_prompts:
+        log.record()["prompt"] = plan.prompt
+    answer = Answer(engine, body, plan, engine.generate(plan.requests))
+    if body.stream:
+        return await event_stream(answer.chunks(http, with_usage))
+    return await answer.whole(http)
+
+
+def _plan(engine: Engine, body: schema.ChatRequest, deadline: float) -> Plan:
+    grammars = engine.require_grammars()
+    if engine.conversation is None:
+        raise ApiError(400, "this model has no chat template; use /v1/completions")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs goes with logprobs", param="top_logprobs")
+    count = body.n or 1
+    require_choices(engine, count)
+    max_tokens = _max_tokens(body)
+    offer = _offer(body)
+    prompt = engine.conversation.render(body.messages, definitions(offer.tools))
+    ids = tuple(engine.tokenizer.encode(prompt, add_special_tokens=False))
+    engine.require_prompt(ids)
+    inside = begins_inside(prompt)
+    max_calls = 1 if body.parallel_tool_calls is False else None
+    form = _form(body, offer, max_calls or MAX_CALLS)
+    mask = None if form is None else grammars.compile(form, inside)
+    eos = engine.session.manifest.model.eos_token_ids
+    requests = [
+        Request(
+            prompt_ids=ids,
+            params=sampling_params(engine, body, max_tokens, choice),
+            logprobs=bool(body.logprobs),
+            top_logprobs=body.top_logprobs or 0,
+            mask=mask if mask is None or choice == 0 else mask.copy(),
+            deadline=deadline,
+        )
+        for choice in range(count)
+    ]
+    replies = [
+        Reply(
+            inside_thought=inside,
+            functions=offer.names,
+            calls_anywhere=form is None,
+            max_calls=max_calls,
+            turn_token=engine.turn_token,
+            ends=eos,
+            token_bytes=grammars.token_bytes if body.logprobs else None,
+        )
+        for _ in range(count)
+    ]
+    return Plan(requests, replies, prompt)
+
+
+def _max_tokens(body: schema.ChatRequest) -> int | None:
+    if (
+        None not in (body.max_tokens, body.max_completion_tokens)
+        and body.max_tokens != body.max_completion_tokens
+    ):
+        raise ApiError(
+            400,
+            f"max_tokens is {body.max_tokens} and max_completion_tokens {body.max_completion_tokens}; give one",
+            param="max_tokens",
+        )
+    return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+
+
+def _offer(body: schema.ChatRequest) -> Offer:
+    tools = tuple(body.tools or ())
+    choice = body.tool_choice or ("auto" if tools else "none")
+    names = [tool.function.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise ApiError(400, "two tools have the same name", param="tools")
+    if choice == "none":
+        return Offer()
+    if not tools:
+        raise ApiError(400, "tool_choice asks for a call, but there are no tools", param="tool_choice")
+    if isinstance(choice, schema.ChosenTool):
+        chosen = tuple(tool for tool in tools if tool.function.name == choice.function.name)
+        if not chosen:
+            raise ApiError(
+                400,
+                f"tool_choice names {choice.function.name!r}, but the tools are: {', '.join(names)}",
+                param="tool_choice",
+            )
+        return Offer(tools, chosen, required=True)
+    return Offer(tools, tools, required=choice == "required")
+
+
+def _form(body: schema.ChatRequest, offer: Offer, max_calls: int) -> ReplyFormat | None:
+    """The form of the reply, where it is not free."""
+    answer = answer_format(body.response_format)
+    if answer is None and not offer.required and not offer.strict:
+        return None
+    return ReplyFormat(answer, offer.functions, offer.required, max_calls)
+
+
+class Answer:
+    """The replies to one request, whole or in chunks."""
+
+    def __init__(self, engine: Engine, body: schema.ChatRequest, plan: Plan, job: Job) -> None:
+        self._engine, self._plan, self._job = engine, plan, job
+        self._with_logprobs = bool(body.logprobs)
+        self._usage = Usage()
+        self._head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": engine.name,
+        }
+
+    async def whole(self, http: HttpRequest) -> Json:
+        async with watched(http, self._job):
+            async for _ in self._steps():
+                pass
+        choices = [
+            {
+                "index": index,
+                "message": reply.message,
+                "logprobs": {"content": reply.logprobs, "refusal": None} if self._with_logprobs else None,
+                "finish_reason": reply.finish_reason,
+            }
+            for index, reply in enumerate(self._plan.replies)
+        ]
+        head = self._head | {"object": "chat.completion"}
+        return Json(head | {"choices": choices, "usage": self._usage.as_json()})
+
+    async def chunks(self, http: HttpRequest, with_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
+        no_usage: dict[str, Any] = {"usage": None} if with_usage else {}
+        async with watched(http, self._job):
+            async for index, delta in self._steps():
+                yield self._chunk(index, delta) | no_usage
+        if with_usage:
+            head = self._head | {"object": "chat.completion.chunk"}
+            yield head | {"choices": [], "usage": self._usage.as_json()}
+
+    async def _steps(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        """Each choice's number and delta; an empty delta at its end."""
+        try:
+            async for index, event in self._job.events():
+                reply = self._plan.replies[index]
+                if isinstance(event, Started):
+                    self._usage.start(event, counts=index == 0)
+                    yield index, {"role": "assistant", "content": ""}
+                    continue
+                for delta in reply.push(event):
+                    yield index, delta
+                if reply.finish_reason is not None:
+                    self._job.end(index)
+                    yield index, {}
+        finally:
+            self._finish()
+
+    def _chunk(self, index: int, delta: Delta) -> dict[str, Any]:
+        reply = self._plan.replies[index]
+        logprobs = reply.take_logprobs() if self._with_logprobs and "role" not in delta else []
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": {"content": logprobs, "refusal": None} if logprobs else None,
+            "finish_reason": None if delta else reply.finish_reason,
+        }
+        return self._head | {"object": "chat.completion.chunk", "choices": [choice]}
+
+    def _finish(self) -> None:
+        replies = self._plan.replies
+        self._usage.completion = sum(reply.tokens for reply in replies)
+        self._usage.reasoning = sum(reply.thought_tokens for reply in replies)
+        note_answer(self._job, self._usage, [reply.finish_reason for reply in replies])
+        if self._engine.options.log_prompts:
+            log.record()["answers"] = [reply.message for reply in replies]

@@ -1,0 +1,155 @@
+"""What the two routes that generate have in common: parameters, usage, and server-sent events."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import StreamingResponse
+
+from glm4_runtime.sampling import SamplingParams
+from glm4_runtime.scheduler import Started
+from glm4_runtime.server import log, schema
+from glm4_runtime.server.engine import ClientGoneError, Engine, Job
+from glm4_runtime.server.errors import ApiError, api_error, encode
+from glm4_runtime.structured import AnswerFormat
+
+_GIVEN_AS_THEY_ARE = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "stop",
+    "stop_token_ids",
+)
+_DONE = b"data: [DONE]\n\n"
+
+
+def sampling_params(
+    engine: Engine, body: schema.Sampling, max_tokens: int | None, choice: int
+) -> SamplingParams:
+    """The parameters of one of the request's replies: of several with a seed, each has a seed of its own."""
+    given = {name: getattr(body, name) for name in _GIVEN_AS_THEY_ARE if getattr(body, name) is not None}
+    return SamplingParams(
+        **engine.defaults | given,
+        logit_bias=_logit_bias(body.logit_bias or {}),
+        seed=None if body.seed is None else body.seed + choice,
+        ignore_eos=body.ignore_eos,
+        max_tokens=max_tokens,
+    )
+
+
+def _logit_bias(given: dict[str, float]) -> dict[int, float]:
+    wrong = [name for name in given if not (name.isascii() and name.isdigit() and len(name) < 12)]
+    if wrong:
+        raise ApiError(
+            400, f"logit_bias maps token ids to numbers; {wrong[0][:40]!r} is no id", param="logit_bias"
+        )
+    return {int(name): value for name, value in given.items()}
+
+
+def require_choices(engine: Engine, count: int) -> None:
+    if count > engine.options.max_choices:
+        raise ApiError(
+            400, f"{count} replies were asked for; this server gives {engine.options.max_choices}", param="n"
+        )
+
+
+def require_stream_options(body: schema.Sampling) -> bool:
+    """Whether a last chunk with the usage was asked for."""
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options goes with stream", param="stream_options")
+    return body.stream_options is not None and body.stream_options.include_usage
+
+
+def answer_format(asked: Any) -> AnswerFormat | None:
+    if asked is None or isinstance(asked, schema.TextFormat):
+        return None
+    if isinstance(asked, schema.JsonSchemaFormat):
+        return AnswerFormat("json_schema", asked.json_schema.schema_)
+    if isinstance(asked, schema.RegexFormat):
+        return AnswerFormat("regex", asked.regex)
+    if isinstance(asked, schema.GrammarFormat):
+        return AnswerFormat("grammar", asked.grammar)
+    return AnswerFormat("json_schema", {"type": "object"})
+
+
+class Usage:
+    """The tokens of a request, over all its prompts and replies."""
+
+    def __init__(self) -> None:
+        self.prompt = self.cached = self.completion = self.reasoning = 0
+
+    def start(self, event: Started, counts: bool) -> None:
+        """``counts`` is False for further replies to one prompt, which OpenAI counts once."""
+        if counts:
+            self.prompt += event.prompt_tokens
+            self.cached += event.cached_tokens
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning},
+        }
+
+
+def note_answer(job: Job, usage: Usage, reasons: list[str | None]) -> None:
+    """Put a request's figures into its line of the log."""
+    first = None if job.first_token is None else round(job.first_token - job.began, 4)
+    log.record().update(
+        prompt_tokens=usage.prompt,
+        cached_tokens=usage.cached,
+        completion_tokens=usage.completion,
+        finish_reasons=reasons,
+        first_token_seconds=first,
+    )
+
+
+@contextlib.asynccontextmanager
+async def watched(http: HttpRequest, job: Job) -> AsyncIterator[None]:
+    """Ends the job as soon as the client has gone, and in any case at the end."""
+
+    async def watch() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        job.abandon()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        job.cancel()
+        watcher.cancel()
+
+
+async def event_stream(chunks: AsyncGenerator[dict[str, Any], None]) -> StreamingResponse:
+    """Server-sent events. What fails before the first chunk is raised, and so gets a status of its own."""
+    first = await anext(chunks)
+
+    async def lines() -> AsyncIterator[bytes]:
+        async with contextlib.aclosing(chunks):
+            yield _event(first)
+            try:
+                async for chunk in chunks:
+                    yield _event(chunk)
+            except ClientGoneError:
+                return
+            except Exception as error:
+                told = api_error(error)
+                log.refusal(told, error)
+                yield _event(told.body)
+            yield _DONE
+
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: " + encode(data) + b"\n\n"

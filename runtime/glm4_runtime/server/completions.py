@@ -1,0 +1,198 @@
+"""/v1/completions"""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from glm4_runtime.scheduler import Generated, Request, Started
+from glm4_runtime.server import log, schema
+from glm4_runtime.server.common import (
+    Usage,
+    answer_format,
+    event_stream,
+    note_answer,
+    require_choices,
+    require_stream_options,
+    sampling_params,
+    watched,
+)
+from glm4_runtime.server.engine import Engine, Job
+from glm4_runtime.server.errors import ApiError, Json
+from glm4_runtime.server.reply import token_logprobs
+from glm4_runtime.structured import GrammarMask, ReplyFormat
+
+
+@dataclass
+class Continuation:
+    """The text of one choice so far; ``echo`` is what it starts with."""
+
+    echo: str = ""
+    text: str = ""
+    tokens: int = 0
+    finish_reason: str | None = None
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    requests: list[Request]
+    choices: list[Continuation]
+    prompts: list[str]
+
+
+async def complete(engine: Engine, body: schema.CompletionRequest, http: HttpRequest) -> Response:
+    engine.require_model(body.model)
+    engine.require_running()
+    deadline = time.monotonic() + engine.options.request_timeout
+    with_usage = require_stream_options(body)
+    plan = await engine.prepare(lambda: _plan(engine, body, deadline))
+    log.record()["user"] = body.user
+    if engine.options.log_prompts:
+        log.record()["prompt"] = plan.prompts
+    answer = Answer(engine, body, plan, engine.generate(plan.requests))
+    if body.stream:
+        return await event_stream(answer.chunks(http, with_usage))
+    return await answer.whole(http)
+
+
+def as_list(given: Any) -> list[Any]:
+    """Texts or lists of ids, of which one may be given alone."""
+    return [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+
+
+def encoded(engine: Engine, given: str | Sequence[int]) -> tuple[int, ...]:
+    ids = tuple(engine.tokenizer.encode(given)) if isinstance(given, str) else tuple(given)
+    engine.require_prompt(ids)
+    return ids
+
+
+def _plan(engine: Engine, body: schema.CompletionRequest, deadline: float) -> Plan:
+    engine.require_grammars()
+    if body.echo and body.logprobs is not None:
+        raise ApiError(
+            400, "echo with logprobs is not implemented: a prompt's own are not kept", param="echo"
+        )
+    prompts, n = as_list(body.prompt), body.n or 1
+    require_choices(engine, len(prompts) * n)
+    mask = _mask(engine, body)
+    plan = Plan([], [], [])
+    for prompt in prompts:
+        ids = encoded(engine, prompt)
+        text = prompt if isinstance(prompt, str) else engine.tokenizer.decode(ids, skip_special_tokens=False)
+        plan.prompts.append(text)
+        for _ in range(n):
+            plan.requests.append(
+                Request(
+                    prompt_ids=ids,
+                    params=sampling_params(engine, body, body.max_tokens, len(plan.requests)),
+                    logprobs=body.logprobs is not None,
+                    top_logprobs=body.logprobs or 0,
+                    mask=None if mask is None else mask.copy(),
+                    deadline=deadline,
+                )
+            )
+            plan.choices.append(Continuation(text if body.echo else ""))
+    return plan
+
+
+def _mask(engine: Engine, body: schema.CompletionRequest) -> GrammarMask | None:
+    answer = answer_format(body.response_format)
+    if answer is None:
+        return None
+    return engine.require_grammars().compile(ReplyFormat(answer, turn=False), thinking=False)
+
+
+class Answer:
+    """The continuations of one request's prompts, whole or in chunks."""
+
+    def __init__(self, engine: Engine, body: schema.CompletionRequest, plan: Plan, job: Job) -> None:
+        self._engine, self._choices, self._job = engine, plan.choices, job
+        self._n = body.n or 1
+        self._with_logprobs = body.logprobs is not None
+        self._usage = Usage()
+        self._head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": engine.name,
+        }
+
+    async def whole(self, http: HttpRequest) -> Json:
+        async with watched(http, self._job):
+            async for _ in self._steps():
+                pass
+        choices = [
+            self._choice(index, choice.echo + choice.text, choice.logprobs, 0, choice.finish_reason)
+            for index, choice in enumerate(self._choices)
+        ]
+        return Json(self._head | {"choices": choices, "usage": self._usage.as_json()})
+
+    async def chunks(self, http: HttpRequest, with_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
+        no_usage: dict[str, Any] = {"usage": None} if with_usage else {}
+        offsets = [0] * len(self._choices)
+        async with watched(http, self._job):
+            async for index, text, logprobs in self._steps():
+                reason = self._choices[index].finish_reason
+                choice = self._choice(index, text, logprobs, offsets[index], reason)
+                offsets[index] += sum(len(entry["token"]) for entry in logprobs)
+                yield self._head | {"choices": [choice]} | no_usage
+        if with_usage:
+            yield self._head | {"choices": [], "usage": self._usage.as_json()}
+
+    async def _steps(self) -> AsyncGenerator[tuple[int, str, list[dict[str, Any]]], None]:
+        """Each choice's number, its next text, and the log-probabilities of the token."""
+        try:
+            async for index, event in self._job.events():
+                choice = self._choices[index]
+                if isinstance(event, Started):
+                    self._usage.start(event, counts=index % self._n == 0)
+                    if choice.echo:
+                        yield index, choice.echo, []
+                    continue
+                logprobs = self._take(choice, event)
+                if event.token.text or logprobs or choice.finish_reason is not None:
+                    yield index, event.token.text, logprobs
+        finally:
+            self._usage.completion = sum(choice.tokens for choice in self._choices)
+            note_answer(self._job, self._usage, [choice.finish_reason for choice in self._choices])
+            if self._engine.options.log_prompts:
+                log.record()["answers"] = [choice.text for choice in self._choices]
+
+    def _take(self, choice: Continuation, event: Generated) -> list[dict[str, Any]]:
+        token = event.token
+        choice.tokens += 1
+        choice.text += token.text
+        choice.finish_reason = token.finish_reason
+        at_end = (
+            token.finish_reason == "stop" and token.id in self._engine.session.manifest.model.eos_token_ids
+        )
+        if not self._with_logprobs or at_end:
+            return []
+        choice.logprobs.append(token_logprobs(event, self._engine.require_grammars().token_bytes))
+        return choice.logprobs[-1:]
+
+    def _choice(
+        self, index: int, text: str, logprobs: list[dict[str, Any]], offset: int, reason: str | None
+    ) -> dict[str, Any]:
+        listed = _legacy_logprobs(logprobs, offset) if self._with_logprobs else None
+        return {"index": index, "text": text, "logprobs": listed, "finish_reason": reason}
+
+
+def _legacy_logprobs(entries: list[dict[str, Any]], offset: int) -> dict[str, list[Any]]:
+    offsets = []
+    for entry in entries:
+        offsets.append(offset)
+        offset += len(entry["token"])
+    return {
+        "tokens": [entry["token"] for entry in entries],
+        "token_logprobs": [entry["logprob"] for entry in entries],
+        "top_logprobs": [
+            {other["token"]: other["logprob"] for other in entry["top_logprobs"]} for entry in entries
+        ],
+        "text_offset": offsets,
+    }

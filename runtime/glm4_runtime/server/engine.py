@@ -1,0 +1,274 @@
+"""What all routes share: one opened bundle, its scheduler or worker thread, and the way to ask them."""
+
+import asyncio
+import contextlib
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from glm4_runtime.chat import CHAT_TEMPLATE, ChatTemplate
+from glm4_runtime.errors import BundleError, Glm4Error, RequestError
+from glm4_runtime.scheduler import Event, Failed, Generated, Request, Scheduler, Started, Ticket
+from glm4_runtime.server.conversation import Conversation
+from glm4_runtime.server.errors import ApiError
+from glm4_runtime.server.metrics import Metrics
+from glm4_runtime.server.options import ServerOptions
+from glm4_runtime.session import Session
+from glm4_runtime.structured import GrammarCompiler, GrammarMask
+from glm4_runtime.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+GENERATION_CONFIG = "generation_config.json"
+_TURN = "<|assistant|>"
+_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class Engine:
+    """
+    Attributes:
+        name: the model's name in the API.
+        tokenizer: of the bundle; serving text needs one.
+        conversation: the chat template; None where the bundle has none.
+        turn_token: the id of ``<|assistant|>``; None where the tokenizer has none.
+        defaults: sampling parameters that a request leaves open.
+        draining: whether new requests are turned away because the server is about to end.
+    """
+
+    def __init__(self, session: Session, options: ServerOptions, scheduler: Scheduler | None = None) -> None:
+        """``scheduler`` for a causal-LM session; made, and started by :meth:`start`, where None."""
+        if session.tokenizer is None:
+            raise BundleError(
+                f"{session.folder} has no tokenizer.json; add it to the checkpoint and export again"
+            )
+        self.session, self.options = session, options
+        self.tokenizer: Tokenizer = session.tokenizer
+        self.name = options.served_name or session.folder.resolve().name
+        self.created = int(time.time())
+        self.draining = False
+        self.turn_token = _turn_token(self.tokenizer)
+        self.defaults = _sampling_defaults(session.folder)
+        self.metrics = Metrics(self._stats)
+        generates = session.manifest.task == "causal-lm"
+        self._scheduler = (
+            (scheduler or Scheduler(session, max_queue=options.max_queue)) if generates else None
+        )
+        self._worker = None if generates else ThreadPoolExecutor(1, "glm4-session")
+        self._waiting = 0
+        self._drain: threading.Thread | None = None
+        self.conversation = _conversation(session.folder) if generates else None
+        self.grammars = (
+            GrammarCompiler(
+                self.tokenizer,
+                session.manifest.model.vocab_size,
+                session.manifest.model.eos_token_ids,
+                self.metrics.mask_seconds.observe,
+            )
+            if generates
+            else None
+        )
+
+    def start(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler.start()
+
+    def drain(self) -> None:
+        """Turn new requests away, and end the running ones after the time they are given; returns at once."""
+        if self._drain is None:
+            self.draining = True
+            self._drain = threading.Thread(target=self._stop, name="glm4-drain", daemon=True)
+            self._drain.start()
+
+    def close(self) -> None:
+        """Wait for :meth:`drain`, and free the session."""
+        self.drain()
+        assert self._drain is not None
+        self._drain.join()
+        self.session.close()
+
+    def _stop(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler.stop(self.options.drain_timeout)
+        if self._worker is not None:
+            self._worker.shutdown(cancel_futures=True)
+
+    def _stats(self) -> Any:
+        return None if self._scheduler is None else self._scheduler.stats()
+
+    # Asking -------------------------------------------------------------------------------------
+
+    def require_model(self, name: str | None) -> None:
+        """Raises :class:`ApiError` unless ``name`` is this model (None is)."""
+        if name is not None and name != self.name:
+            raise ApiError(
+                404,
+                f"there is no model {name!r} here; this server has {self.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def require_running(self) -> None:
+        if self.draining:
+            raise ApiError(503, "the server is shutting down", retry_after=self.options.drain_timeout)
+
+    def require_grammars(self) -> GrammarCompiler:
+        """For everything that generates. Raises :class:`ApiError` for a bundle of another task."""
+        if self.grammars is None:
+            task = self.session.manifest.task
+            raise ApiError(400, f"this server's bundle was exported for {task} and does not generate text")
+        return self.grammars
+
+    def require_prompt(self, ids: Sequence[int]) -> None:
+        """Raises :class:`ApiError` for a prompt that is empty or longer than the server takes."""
+        limit = self.options.max_prompt_tokens or self.session.max_seq_len
+        limit = min(limit, self.session.max_seq_len)
+        if len(ids) > limit:
+            raise ApiError(
+                400,
+                f"the prompt has {len(ids)} tokens; this server takes {limit}",
+                code="context_length_exceeded",
+            )
+        if not ids:
+            raise ApiError(400, "the prompt is empty: it needs at least one token")
+
+    async def prepare(self, work: Callable[[], T]) -> T:
+        """Run what takes a while (rendering, encoding, compiling a grammar) off the event loop."""
+        return await asyncio.to_thread(work)
+
+    def generate(self, requests: Sequence[Request]) -> "Job":
+        """Start all requests, or none. Raises what the scheduler raises."""
+        self.require_running()
+        assert self._scheduler is not None
+        return Job(self._scheduler, requests, self.metrics)
+
+    async def pooled(self, work: Callable[[], T], deadline: float) -> T:
+        """Run ``work`` on the session's only thread, in turn."""
+        self.require_running()
+        if self._worker is None:
+            raise RequestError("this server's bundle generates text and neither embeds nor classifies")
+        if self._waiting >= self.options.max_queue:
+            raise ApiError(429, "the queue is full; try again", retry_after=1)
+        self._waiting += 1
+        try:
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
+                return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+        finally:
+            self._waiting -= 1
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before its answer was ready: nobody is left to answer."""
+
+
+class Job:
+    """The sequences of one request while they are generated."""
+
+    def __init__(self, scheduler: Scheduler, requests: Sequence[Request], metrics: Metrics) -> None:
+        self.began = time.perf_counter()
+        self.first_token: float | None = None
+        self._requests, self._metrics = requests, metrics
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+        self._last = [self.began] * len(requests)
+        self._open = set(range(len(requests)))
+        self._tickets: list[Ticket] = []
+        try:
+            for index, request in enumerate(requests):
+                self._tickets.append(scheduler.submit(request, self._receiver(index)))
+        except BaseException:
+            self.cancel()
+            raise
+
+    async def events(self) -> AsyncIterator[tuple[int, Started | Generated]]:
+        """Each sequence's number and what happened to it, until all have ended.
+
+        Raises the error of the first one that fails, and ends the others then; :class:`ClientGoneError` where
+        the job was abandoned.
+        """
+        while self._open:
+            entry = await self._events.get()
+            if entry is None:
+                raise ClientGoneError
+            index, event = entry
+            if index not in self._open:
+                continue
+            if isinstance(event, Failed):
+                self.cancel()
+                raise self._cause(index, event.error)
+            if isinstance(event, Generated):
+                self._measure(index)
+                if event.token.finish_reason is not None:
+                    self._open.discard(index)
+            yield index, event
+
+    def end(self, index: int) -> None:
+        """Take no more of this sequence."""
+        self._open.discard(index)
+        self._tickets[index].cancel()
+
+    def cancel(self) -> None:
+        """Free the slots of what still runs."""
+        for ticket in self._tickets:
+            ticket.cancel()
+
+    def abandon(self) -> None:
+        """Cancel, and let whoever waits for events know."""
+        self.cancel()
+        self._events.put_nowait(None)
+
+    def _cause(self, index: int, error: Glm4Error) -> Glm4Error:
+        """A grammar that grew too costly is the request's own fault, not the model's."""
+        mask = self._requests[index].mask
+        failure = mask.failure if isinstance(mask, GrammarMask) else None
+        return error if failure is None else RequestError(failure)
+
+    def _receiver(self, index: int) -> Callable[[Event], None]:
+        def receive(event: Event) -> None:  # on the scheduler's thread
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+        return receive
+
+    def _measure(self, index: int) -> None:
+        now = time.perf_counter()
+        if self.first_token is None:
+            self.first_token = now
+        first = self._last[index] == self.began
+        histogram = self._metrics.first_token_seconds if first else self._metrics.inter_token_seconds
+        histogram.observe(now - self._last[index])
+        self._last[index] = now
+
+
+def _conversation(folder: Path) -> Conversation | None:
+    """None for a base model, which has no template; a template that is there must be a good one."""
+    config = folder / "tokenizer_config.json"
+    in_config = config.is_file() and "chat_template" in json.loads(config.read_text("utf-8"))
+    if not in_config and not (folder / CHAT_TEMPLATE).is_file():
+        return None
+    return Conversation(ChatTemplate.from_folder(folder))
+
+
+def _turn_token(tokenizer: Tokenizer) -> int | None:
+    try:
+        return tokenizer.id_of(_TURN)
+    except RequestError:  # a tokenizer of another family
+        return None
+
+
+def _sampling_defaults(folder: Path) -> dict[str, Any]:
+    """What the checkpoint's authors recommend, else OpenAI's temperature of 1."""
+    file = folder / GENERATION_CONFIG
+    try:
+        config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise BundleError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise BundleError(f"{file} must hold a JSON object")
+    found = {name: config[name] for name in _SAMPLING_DEFAULTS if config.get(name) is not None}
+    if config.get("do_sample") is False:
+        found["temperature"] = 0.0
+    return {"temperature": 1.0} | found

@@ -1,0 +1,86 @@
+"""Errors as OpenAI's clients expect them: a status, and {"error": {message, type, param, code}}."""
+
+import json
+from typing import Any
+
+from starlette.responses import Response
+
+from glm4_runtime.errors import DeadlineError, Glm4Error, QueueFullError, RequestError, StoppedError
+
+# status -> type and code
+_KINDS = {
+    400: ("invalid_request_error", None),
+    401: ("authentication_error", "invalid_api_key"),
+    404: ("not_found_error", "not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    408: ("timeout_error", "body_timeout"),
+    413: ("invalid_request_error", "request_too_large"),
+    421: ("invalid_request_error", "unknown_host"),
+    429: ("rate_limit_error", "queue_full"),
+    500: ("server_error", "internal_error"),
+    503: ("server_error", "shutting_down"),
+    504: ("timeout_error", "request_timeout"),
+}
+
+
+class ApiError(Glm4Error):
+    """A refusal with the status that it goes out with."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind, code = _KINDS[self.status]
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code or code}
+        return {"error": error}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {} if self.retry_after is None else {"Retry-After": str(max(1, round(self.retry_after)))}
+        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+def api_error(error: Exception) -> ApiError:
+    """What a client is told of an error; of a defect of ours, nothing but that there was one."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error), retry_after=error.retry_after)
+    if isinstance(error, DeadlineError | TimeoutError):
+        return ApiError(504, "the request took longer than this server allows")
+    if isinstance(error, StoppedError):
+        return ApiError(503, str(error))
+    if isinstance(error, RequestError):
+        return ApiError(400, str(error))
+    return ApiError(500, "the server failed on this request; its log says why")
+
+
+class Json(Response):
+    """JSON as UTF-8. What cannot be encoded (half a surrogate pair out of a request) goes out escaped."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return encode(content)
+
+
+def encode(content: Any) -> bytes:
+    try:
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        return json.dumps(content, separators=(",", ":")).encode()
+
+
+def error_response(error: Exception) -> Json:
+    told = api_error(error)
+    return Json(told.body, told.status, told.headers)

@@ -1,0 +1,69 @@
+"""What Prometheus reads: what the server measured itself, and the scheduler's counters at that moment."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+_FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
+_INTER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_REQUEST = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_MASK = (0.00001, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05)
+
+# field of SchedulerStats -> metric, its kind, what it is
+_SCHEDULER = (
+    ("queued", "glm4_queued_requests", GaugeMetricFamily, "Requests that wait for a slot."),
+    ("active", "glm4_active_slots", GaugeMetricFamily, "Slots that hold a running request."),
+    ("slots", "glm4_slots", GaugeMetricFamily, "Slots of the session."),
+    ("prompt_tokens", "glm4_prompt_tokens", CounterMetricFamily, "Prompt tokens taken."),
+    ("cached_tokens", "glm4_cached_prompt_tokens", CounterMetricFamily, "Of these, reused from the cache."),
+    ("generated_tokens", "glm4_generated_tokens", CounterMetricFamily, "Tokens generated."),
+    ("drafted_tokens", "glm4_drafted_tokens", CounterMetricFamily, "Tokens guessed by prompt lookup."),
+    ("accepted_tokens", "glm4_accepted_tokens", CounterMetricFamily, "Of these, accepted by the model."),
+    ("steps", "glm4_steps", CounterMetricFamily, "Rounds of the scheduler that ran the model."),
+    ("step_seconds", "glm4_step_seconds", CounterMetricFamily, "Time of these rounds."),
+    ("model_seconds", "glm4_model_seconds", CounterMetricFamily, "Of this, within the model."),
+)
+
+
+class Metrics:
+    def __init__(self, stats: Callable[[], Any]) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "glm4_http_requests", "Requests answered.", ("route", "status"), registry=self._registry
+        )
+        self.first_token_seconds = self._histogram(
+            "first_token", "From a sequence's submission to its first token.", _FIRST_TOKEN
+        )
+        self.inter_token_seconds = self._histogram(
+            "inter_token", "Between two tokens of a sequence.", _INTER_TOKEN
+        )
+        self.request_seconds = self._histogram(
+            "request", "From a request to the end of its answer.", _REQUEST
+        )
+        self.mask_seconds = self._histogram("mask", "One token of a reply with a prescribed form.", _MASK)
+        self._registry.register(_SchedulerCollector(stats))
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"glm4_{name}_seconds", text, buckets=buckets, registry=self._registry)
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _SchedulerCollector(Collector):
+    def __init__(self, stats: Callable[[], Any]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        if stats is None:  # a bundle without a scheduler
+            return
+        for field, name, family, text in _SCHEDULER:
+            yield family(name, text, value=float(getattr(stats, field)))
+        outcomes = CounterMetricFamily("glm4_sequences", "Sequences by how they ended.", labels=["outcome"])
+        for outcome, count in stats.requests.items():
+            outcomes.add_metric([outcome], count)
+        yield outcomes

@@ -1,0 +1,89 @@
+"""/v1/embeddings and /v1/classify: one vector, or labels, for each input."""
+
+import base64
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from glm4_runtime.server import log, schema
+from glm4_runtime.server.completions import as_list, encoded
+from glm4_runtime.server.engine import Engine
+from glm4_runtime.server.errors import ApiError, Json
+
+MAX_INPUTS = 256
+
+Logits = npt.NDArray[np.float32]
+
+
+async def embed(engine: Engine, body: schema.EmbeddingRequest) -> Json:
+    inputs, vectors = await _run(engine, body, "encoder", engine.session.encode)
+    packed = body.encoding_format == "base64"
+    data = [
+        {"object": "embedding", "index": index, "embedding": _packed(vector) if packed else vector.tolist()}
+        for index, vector in enumerate(vectors)
+    ]
+    return _listed(engine, inputs, data)
+
+
+async def classify(engine: Engine, body: schema.ClassifyRequest) -> Json:
+    task = engine.session.manifest.task
+    tasks = ("sequence-classification", "token-classification")
+    inputs, results = await _run(engine, body, task if task in tasks else tasks[0], engine.session.classify)
+    if task == "sequence-classification":
+        data = [{"index": index} | _scored(engine, logits) for index, logits in enumerate(results)]
+    else:
+        data = [
+            {"index": index, "tokens": [_token(engine, *pair) for pair in zip(ids, logits, strict=True)]}
+            for index, (ids, logits) in enumerate(zip(inputs, results, strict=True))
+        ]
+    return _listed(engine, inputs, data)
+
+
+async def _run(
+    engine: Engine,
+    body: schema.EmbeddingRequest | schema.ClassifyRequest,
+    task: str,
+    work: Callable[[tuple[int, ...]], Logits],
+) -> tuple[list[tuple[int, ...]], list[Logits]]:
+    engine.require_model(body.model)
+    if engine.session.manifest.task != task:
+        raise ApiError(
+            400,
+            f"this server's bundle was exported for {engine.session.manifest.task}, and this route needs {task}",
+        )
+    deadline = time.monotonic() + engine.options.request_timeout
+    given = as_list(body.input)
+    if len(given) > MAX_INPUTS:
+        raise ApiError(400, f"{len(given)} inputs were given; this server takes {MAX_INPUTS}", param="input")
+    inputs = await engine.prepare(lambda: [encoded(engine, one) for one in given])
+    log.record().update(user=body.user, prompt_tokens=sum(map(len, inputs)))
+    if engine.options.log_prompts:
+        log.record()["prompt"] = given
+    return inputs, [await engine.pooled(lambda ids=ids: work(ids), deadline) for ids in inputs]  # type: ignore[misc]
+
+
+def _packed(vector: Logits) -> str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def _token(engine: Engine, token: int, logits: Logits) -> dict[str, Any]:
+    return {"id": token, "token": engine.tokenizer.decode([token], skip_special_tokens=False)} | _scored(
+        engine, logits
+    )
+
+
+def _scored(engine: Engine, logits: Logits) -> dict[str, Any]:
+    """The likeliest label, and every label's probability."""
+    weights = np.exp(logits.astype(np.float64) - float(logits.max()))
+    shares = (weights / weights.sum()).tolist()
+    labels = engine.session.manifest.model.labels or tuple(f"LABEL_{index}" for index in range(len(shares)))
+    return {"label": labels[int(np.argmax(shares))], "scores": dict(zip(labels, shares, strict=True))}
+
+
+def _listed(engine: Engine, inputs: list[tuple[int, ...]], data: list[dict[str, Any]]) -> Json:
+    count = sum(map(len, inputs))
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    return Json({"object": "list", "model": engine.name, "data": data, "usage": usage})

@@ -1,0 +1,155 @@
+"""One sequence's tokens as what a client of the chat API sees: thought, answer, calls, log-probabilities."""
+
+import secrets
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from glm4_runtime.reasoning import ThoughtSplitter
+from glm4_runtime.scheduler import Generated
+from glm4_runtime.tool_calls import CallArguments, CallEnd, CallEvent, CallParser, CallStart, Content
+
+Delta = dict[str, Any]
+TokenBytes = Callable[[int], bytes]
+
+
+@dataclass
+class Calls:
+    """The calls of a reply so far, in OpenAI's form."""
+
+    listed: list[dict[str, Any]] = field(default_factory=list)
+    closed: int = 0
+
+    def start(self, name: str) -> Delta:
+        call = {"id": f"call_{secrets.token_hex(12)}", "type": "function"}
+        self.listed.append(call | {"function": {"name": name, "arguments": ""}})
+        return {"index": len(self.listed) - 1, **call, "function": {"name": name, "arguments": ""}}
+
+    def extend(self, arguments: str) -> Delta:
+        self.listed[-1]["function"]["arguments"] += arguments
+        return {"index": len(self.listed) - 1, "function": {"arguments": arguments}}
+
+
+class Reply:
+    """Takes the tokens of one sequence; gives the deltas of a stream, and holds the whole message.
+
+    Attributes:
+        finish_reason: None until the reply has ended.
+        tokens, thought_tokens: how many were generated, and how many of them within a thought.
+        logprobs: one entry per token but the end-of-sequence token, where ``top`` is not None.
+    """
+
+    def __init__(
+        self,
+        *,
+        inside_thought: bool,
+        functions: Collection[str] = (),
+        calls_anywhere: bool = True,
+        max_calls: int | None = None,
+        turn_token: int | None = None,
+        ends: Collection[int] = (),
+        token_bytes: TokenBytes | None = None,
+    ) -> None:
+        """
+        functions: names whose calls are looked for; ``calls_anywhere`` as for :class:`CallParser`.
+        max_calls: the reply ends after so many.
+        turn_token: ``<|assistant|>``, at which the model begins another turn of its own.
+        ends: end-of-sequence tokens.
+        token_bytes: given where log-probabilities were asked for.
+        """
+        self._thoughts = ThoughtSplitter(inside_thought)
+        self._parser = CallParser(functions, calls_anywhere) if functions else None
+        self._max_calls, self._turn_token, self._ends = max_calls, turn_token, frozenset(ends)
+        self._token_bytes = token_bytes
+        self._calls = Calls()
+        self._reasoning = self._content = ""
+        self._unsent: list[dict[str, Any]] = []
+        self.logprobs: list[dict[str, Any]] = []
+        self.tokens = self.thought_tokens = 0
+        self.finish_reason: str | None = None
+
+    def push(self, event: Generated) -> list[Delta]:
+        """What this token adds: deltas with ``reasoning_content``, ``content`` or ``tool_calls``."""
+        token = event.token
+        self.tokens += 1
+        self.thought_tokens += self._thoughts.thinking
+        if self._token_bytes is not None and not (token.id in self._ends and token.finish_reason == "stop"):
+            self.logprobs.append(token_logprobs(event, self._token_bytes))
+            self._unsent.append(self.logprobs[-1])
+        thought, answer = self._thoughts.push(token.text)
+        deltas = self._deltas(thought, self._parsed(answer))
+        if token.id == self._turn_token and self._parser is not None:
+            deltas += self._deltas("", self._parser.boundary())
+        if token.finish_reason is not None:
+            thought, answer = self._thoughts.flush()
+            events = self._parsed(answer) + ([] if self._parser is None else self._parser.flush())
+            deltas += self._deltas(thought, events)
+            self.finish_reason = "tool_calls" if self._calls.listed else token.finish_reason
+            if token.finish_reason == "length":
+                self.finish_reason = "length"
+        elif self._full:
+            self.finish_reason = "tool_calls"
+        return deltas
+
+    def take_logprobs(self) -> list[dict[str, Any]]:
+        """The log-probabilities of the tokens since the last call."""
+        taken, self._unsent = self._unsent, []
+        return taken
+
+    @property
+    def message(self) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": self._content or None, "refusal": None}
+        if not self._calls.listed:
+            message["content"] = self._content
+        else:
+            message["tool_calls"] = self._calls.listed
+        if self._reasoning:
+            message["reasoning_content"] = self._reasoning
+        return message
+
+    @property
+    def _full(self) -> bool:
+        return self._max_calls is not None and self._calls.closed >= self._max_calls
+
+    def _parsed(self, answer: str) -> list[CallEvent]:
+        if self._parser is None:
+            return [Content(answer)] if answer else []
+        return self._parser.push(answer)
+
+    def _deltas(self, thought: str, events: Iterable[CallEvent]) -> list[Delta]:
+        deltas: list[Delta] = []
+        if thought:
+            self._reasoning += thought
+            deltas.append({"reasoning_content": thought})
+        for event in events:
+            if self._full:  # one token may hold the end of a call and the beginning of what is not wanted
+                break
+            if isinstance(event, Content):
+                self._content += event.text
+                deltas.append({"content": event.text})
+            elif isinstance(event, CallStart):
+                deltas.append({"tool_calls": [self._calls.start(event.name)]})
+            elif isinstance(event, CallArguments):
+                deltas.append({"tool_calls": [self._calls.extend(event.text)]})
+            elif isinstance(event, CallEnd):
+                self._calls.closed += 1
+        return deltas
+
+
+def token_logprobs(event: Generated, token_bytes: TokenBytes) -> dict[str, Any]:
+    """One entry of OpenAI's ``logprobs.content``."""
+    entry = _token_logprob(event.token.id, event.token.logprob, token_bytes)
+    return entry | {"top_logprobs": [_token_logprob(token, value, token_bytes) for token, value in event.top]}
+
+
+# OpenAI's own stand-in for a probability of zero, which JSON has no number for.
+_LOWEST = -9999.0
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, _LOWEST)
+
+
+def _token_logprob(token: int, logprob: float, token_bytes: TokenBytes) -> dict[str, Any]:
+    data = token_bytes(token)
+    return {"token": data.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(data)}

@@ -1,0 +1,208 @@
+"""What a reply may look like, as a grammar, and the mask over the next tokens that llguidance derives from it.
+
+One grammar describes the whole turn: a thought where the model is in one, then calls, or the newline that GLM-4
+writes before its answer and the answer.
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import llguidance
+import numpy as np
+import numpy.typing as npt
+
+from glm4_runtime.errors import RequestError
+from glm4_runtime.tokenizer import Tokenizer
+
+# The most calls of one constrained reply: a model that repeats itself must come to an end.
+MAX_CALLS = 16
+
+# A model in doubt writes white space for ever where JSON lets it: one space, or a line and its indentation.
+_JSON_OPTIONS = {"whitespace_pattern": r"[ ]?|\n[ ]{0,32}"}
+# A line of the grammar, shown under an error.
+_LISTED = re.compile(r"\d+ \|")
+_FREE = "start: ANY\nANY: /(.|\\n)*/"
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """What the answer's text must match: a JSON schema, a regular expression, or a Lark grammar."""
+
+    kind: Literal["json_schema", "regex", "grammar"]
+    definition: Mapping[str, Any] | str
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function that may be called, and the JSON schema of its arguments."""
+
+    name: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ReplyFormat:
+    """The form of one turn.
+
+    answer     the form of the answer; None leaves it free
+    functions  what may be called instead of answering
+    required   calls only: no answer
+    max_calls  how many calls may follow each other
+    turn       whether it is a turn of a chat, where GLM-4 writes a newline before its answer
+    """
+
+    answer: AnswerFormat | None = None
+    functions: tuple[Function, ...] = ()
+    required: bool = False
+    max_calls: int = MAX_CALLS
+    turn: bool = True
+
+
+class GrammarMask:
+    """Which tokens may come next in one sequence (the scheduler's ``TokenMask``)."""
+
+    def __init__(
+        self, matcher: llguidance.LLMatcher, vocab_size: int, observe: Callable[[float], None] | None = None
+    ) -> None:
+        self._matcher = matcher
+        self._observe = observe
+        # added to the logits, which is quicker than setting those that are forbidden
+        self._bias = np.zeros(vocab_size, np.float32)
+        self._compute()
+
+    def advance(self, token: int) -> None:
+        """Take the chosen token and compute the next mask."""
+        start = time.perf_counter()
+        if not self._matcher.is_stopped():
+            self._matcher.consume_token(token)
+            self._compute()
+        if self._observe is not None:
+            self._observe(time.perf_counter() - start)
+
+    def apply(self, logits: npt.NDArray[np.float32]) -> None:
+        """Forbid in ``logits`` [vocab], in place, whatever may not come next.
+
+        Raises :class:`RequestError` where the grammar grew too costly to follow.
+        """
+        if self.failure is not None:
+            raise RequestError(self.failure)
+        logits += self._bias
+
+    @property
+    def failure(self) -> str | None:
+        """Why the grammar cannot be followed any further, where that is so."""
+        if not self._matcher.is_error():
+            return None
+        return f"the reply's grammar cannot be followed: {_reason(self._matcher)}"
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more may follow."""
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+    def copy(self) -> "GrammarMask":
+        """The same state for another sequence."""
+        return GrammarMask(self._matcher.deep_copy(), len(self._bias), self._observe)
+
+    def _compute(self) -> None:
+        if not self._matcher.is_stopped():
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            allowed = np.unpackbits(bits, count=len(self._bias), bitorder="little")
+            self._bias[:] = np.where(allowed, np.float32(0), np.float32(-np.inf))
+
+
+class GrammarCompiler:
+    """Turns formats into masks for one tokenizer; usable from any thread."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        observe: Callable[[float], None] | None = None,
+    ) -> None:
+        self._tokens = llguidance.LLTokenizer(
+            tokenizer.to_json(), n_vocab=vocab_size, eos_token=list(eos_token_ids)
+        )
+        self._vocab_size = vocab_size
+        self._observe = observe
+        self._limits = llguidance.LLParserLimits(verbose_errors=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; of a control token, its name."""
+        found: bytes = self._tokens.decode_bytes([token])
+        return found
+
+    def compile(self, reply: ReplyFormat, thinking: bool) -> GrammarMask:
+        """The mask at the beginning of a reply that starts inside a thought or not.
+
+        Raises :class:`RequestError` for a schema or grammar that is not valid, or that llguidance cannot do.
+        """
+        try:
+            grammar = json.dumps({"grammars": _grammars(reply, thinking)})
+            matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0, limits=self._limits)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"this format cannot be enforced: {error}") from error
+        if matcher.is_error():
+            raise RequestError(f"this format cannot be enforced: {_reason(matcher)}")
+        return GrammarMask(matcher, self._vocab_size, self._observe)
+
+
+def _grammars(reply: ReplyFormat, thinking: bool) -> list[dict[str, Any]]:
+    """The turn's own grammar, which names those of its parts."""
+    parts: dict[str, dict[str, Any]] = {}
+    ways = []
+    if not reply.required:
+        parts["answer"] = {"lark_grammar": _FREE} if reply.answer is None else _answer(reply.answer)
+        ways.append('"\\n" @answer' if reply.turn else "@answer")
+    if reply.functions:
+        for index, function in enumerate(reply.functions):
+            parts[f"arguments_{index}"] = {"json_schema": _schema(function.parameters)}
+        calls = " | ".join(
+            f"{json.dumps(function.name + chr(10))} @arguments_{index}"
+            for index, function in enumerate(reply.functions)
+        )
+        more = f' ("\\n" call){{0,{reply.max_calls - 1}}}' if reply.max_calls > 1 else ""
+        ways.append(f"call{more}")
+    lines = [f"start: {'thought blank ' * thinking}({' | '.join(ways)})"]
+    if reply.functions:
+        lines.append(f"call: {calls}")
+    if thinking:
+        lines += ["thought[lazy]: /(.|\\n)*<\\/think>/", "blank: /\\n?/"]
+    turn = {"name": "turn", "lark_grammar": "\n".join(lines)}
+    return [turn, *({"name": name, **part} for name, part in parts.items())]
+
+
+def _answer(answer: AnswerFormat) -> dict[str, Any]:
+    if isinstance(answer.definition, Mapping):
+        return {"json_schema": _schema(answer.definition)}
+    _require_text(answer.definition)
+    if answer.kind == "grammar":
+        return {"lark_grammar": answer.definition}
+    (part,) = json.loads(llguidance.LLMatcher.grammar_from_regex(answer.definition))["grammars"]
+    return {"lark_grammar": part["lark_grammar"]}
+
+
+def _schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {**schema, "x-guidance": _JSON_OPTIONS}
+
+
+def _require_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the format is not valid Unicode: half a surrogate pair at {error.start}"
+        ) from error
+
+
+def _reason(matcher: llguidance.LLMatcher) -> str:
+    """llguidance's own words, without the listing and the state that follow them."""
+    lines = [line.strip() for line in str(matcher.get_error()).splitlines()]
+    said = [line for line in lines if line and line != "^" and not _LISTED.match(line)]
+    text = " ".join(said[:4]) or "no reason was given"
+    return text if len(text) <= 300 else text[:297] + "..."

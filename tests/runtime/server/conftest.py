@@ -1,0 +1,71 @@
+"""Real servers on free ports, and clients of them."""
+
+import contextlib
+import json
+import shutil
+
+import openai
+import pytest
+from scripted import ScriptedScheduler
+
+from glm4_runtime.bundle import file_entry
+from glm4_runtime.server import ServerOptions
+from glm4_runtime.server.run import serving
+from glm4_runtime.session import Session
+
+MODEL = "glm4-tiny"
+
+
+def client_of(server, **options):
+    return openai.OpenAI(
+        base_url=f"{server.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60} | options
+    )
+
+
+@pytest.fixture(scope="session")
+def server(demo_bundle):
+    """The demo bundle on the real scheduler."""
+    with serving(Session.open(demo_bundle), ServerOptions(port=0)) as server:
+        yield server
+
+
+@pytest.fixture
+def server_of():
+    """A function that serves a bundle on the real scheduler with options of its own."""
+    return lambda bundle, **options: serving(Session.open(bundle), ServerOptions(**{"port": 0} | options))
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    with client_of(server) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def thinking_bundle(demo_bundle, tmp_path_factory):
+    """The demo bundle with a template that opens a thought, as Z1's does."""
+    folder = tmp_path_factory.mktemp("thinking") / MODEL
+    shutil.copytree(demo_bundle, folder)
+    template = folder / "chat_template.jinja"
+    head, _, _ = template.read_text().rpartition("{{- '<|assistant|>' -}}")
+    template.write_text(head + "{{- '<|assistant|>\\n<think>' -}}\n{%- endif -%}\n")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = file_entry(template)
+    manifest["files"][template.name] = {"sha256": entry.sha256, "bytes": entry.bytes}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def scripted(demo_bundle):
+    """A function that serves scripted replies; returns the scheduler, the server and a client."""
+    with contextlib.ExitStack() as stack:
+
+        def serve(*replies, bundle=demo_bundle, token_ids=None, **options):
+            scheduler = ScriptedScheduler(*replies, token_ids=token_ids)
+            chosen = ServerOptions(**{"port": 0} | options)
+            running = stack.enter_context(serving(Session.open(bundle), chosen, scheduler))
+            client = stack.enter_context(client_of(running, api_key=(*chosen.api_keys, "none")[0]))
+            return scheduler, running, client
+
+        yield serve

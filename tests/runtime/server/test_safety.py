@@ -1,0 +1,278 @@
+"""Keys, limits, names, the end of the process, and what the log says."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from glm4_runtime.errors import RequestError
+from glm4_runtime.server import ServerOptions, read_api_keys
+
+MODEL = "glm4-tiny"
+WHO = [{"role": "user", "content": "Tell me the password, please."}]
+ASKED = {"model": MODEL, "messages": WHO}
+CHAT = "/v1/chat/completions"
+
+
+def eventually(found, expected=True):
+    """Wait for what the server does after its answer has gone out."""
+    for _ in range(250):
+        if found() == expected:
+            return
+        time.sleep(0.02)
+    assert found() == expected
+
+
+def logged_request(capfd):
+    """The log up to the first request's line, and that line."""
+    text = ""
+
+    def arrived():
+        nonlocal text
+        text += capfd.readouterr().err
+        return '"event": "request"' in text
+
+    eventually(arrived)
+    line = next(line for line in text.splitlines() if '"event": "request"' in line)
+    return text, json.loads(line)
+
+
+def test_a_key_opens_everything_but_health_and_the_page(scripted):
+    _, server, client = scripted(["yes"], api_keys=("first", "sécond"))
+    assert client.chat.completions.create(**ASKED).choices[0].message.content == "yes"
+    for path in ("/", "/health", "/health/live", "/health/ready"):
+        assert httpx.get(server.url + path).status_code == 200
+    for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
+        for headers in (
+            {},
+            {"Authorization": "Bearer firs"},
+            {"Authorization": "first"},
+            {"Authorization": "Basic first"},
+        ):
+            refused = httpx.get(server.url + path, headers=headers)
+            assert refused.status_code == 401
+            assert refused.json()["error"]["code"] == "invalid_api_key"
+            assert refused.headers["www-authenticate"] == "Bearer"
+    for key in ("first", "sécond"):
+        headers = {"Authorization": f"Bearer {key}".encode()}
+        assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 200
+
+
+def test_keys_come_from_a_file_and_the_environment(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# ours\none\n\n two # a colleague's\n")
+    assert read_api_keys(file, {}) == ("one", "two")
+    assert read_api_keys(file, {"GLM4_API_KEYS": "three, one,"}) == ("three", "one", "two")
+    assert read_api_keys(None, {}) == ()
+    file.write_text("# none\n")
+    with pytest.raises(RequestError, match="no API key"):
+        read_api_keys(file, {})
+    with pytest.raises(RequestError, match="cannot be read"):
+        read_api_keys(tmp_path / "missing", {})
+
+
+def test_listening_beyond_this_machine_needs_a_key_or_a_word():
+    assert ServerOptions().host == "127.0.0.1"
+    with pytest.raises(RequestError, match="--allow-anonymous"):
+        ServerOptions(host="0.0.0.0")
+    assert ServerOptions(host="0.0.0.0", api_keys=("a",)).host_names is None
+    assert ServerOptions(host="0.0.0.0", allow_anonymous=True).host_names is None
+    assert "secret" not in repr(ServerOptions(api_keys=("secret",)))
+
+
+@pytest.mark.parametrize("name", ["max_body_bytes", "max_queue", "request_timeout"])
+def test_limits_are_above_zero(name):
+    with pytest.raises(RequestError, match=name):
+        ServerOptions(**{name: 0})
+
+
+def test_a_page_that_renames_this_machine_is_turned_away(scripted):
+    _, server, _ = scripted()
+    port = server.url.rpartition(":")[2]
+    for host in ("evil.example", f"evil.example:{port}", ""):
+        assert httpx.get(f"{server.url}/health", headers={"Host": host}).status_code == 421
+    for host in ("localhost", f"localhost:{port}", f"LOCALHOST:{port}", f"[::1]:{port}"):
+        assert httpx.get(f"{server.url}/health", headers={"Host": host}).status_code == 200
+    assert (
+        "access-control-allow-origin"
+        not in httpx.get(f"{server.url}/health", headers={"Origin": "http://x"}).headers
+    )
+
+
+def test_a_long_body_is_refused_whether_it_says_so_or_not(scripted):
+    _, server, _ = scripted(max_body_bytes=1000)
+    parts = [b'{"model": "', b"x" * 2000, b'"}']
+    for content in (b"".join(parts), iter(parts)):
+        refused = httpx.post(server.url + CHAT, content=content)
+        assert refused.status_code == 413
+        assert refused.json()["error"]["code"] == "request_too_large"
+
+
+def test_a_slow_body_is_refused(scripted):
+    _, server, _ = scripted(body_timeout=0.2)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        assert b" 408 " in connection.recv(1000)
+
+
+def test_a_long_prompt_is_refused(scripted):
+    _, server, _ = scripted(max_prompt_tokens=10)
+    refused = httpx.post(
+        server.url + CHAT, json={"model": MODEL, "messages": [{"role": "user", "content": "x " * 20}]}
+    )
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_request_ends_at_its_deadline(scripted):
+    scheduler, _, client = scripted(["x"], request_timeout=100)
+    before = time.monotonic()
+    client.chat.completions.create(**ASKED)
+    assert before + 100 <= scheduler.requests[0].deadline <= time.monotonic() + 100
+
+
+def test_the_real_scheduler_ends_a_late_request(server_of, demo_bundle):
+    with server_of(demo_bundle, request_timeout=0.3) as server:
+        body = ASKED | {"ignore_eos": True, "stream": True}
+        start = time.monotonic()
+        lines = httpx.post(server.url + CHAT, json=body, timeout=30).text.split("\n\n")
+        assert time.monotonic() - start < 10
+        assert json.loads(lines[-3].removeprefix("data: "))["error"]["code"] == "request_timeout"
+        assert lines[-2] == "data: [DONE]"
+
+
+def test_a_full_queue_is_told(server_of, demo_bundle):
+    with server_of(demo_bundle, max_queue=1) as server:
+        refused = httpx.post(
+            server.url + CHAT, json=ASKED | {"n": 16, "ignore_eos": True, "temperature": 1}, timeout=30
+        )
+        assert refused.status_code == 429
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        assert int(refused.headers["retry-after"]) >= 1
+        again = httpx.post(server.url + CHAT, json=ASKED | {"max_tokens": 2}, timeout=30)
+        assert again.status_code == 200
+
+
+def test_a_disconnect_frees_the_slot(server_of, demo_bundle):
+    with server_of(demo_bundle) as server, httpx.Client(base_url=server.url, timeout=30) as http:
+        with http.stream("POST", CHAT, json=ASKED | {"ignore_eos": True, "stream": True}) as response:
+            lines = response.iter_lines()  # held: without it the response is closed
+            next(lines)
+            assert _metric(http, "glm4_active_slots") == 1
+        eventually(lambda: _metric(http, "glm4_active_slots"), 0)
+        assert _metric(http, 'glm4_sequences_total{outcome="cancelled"}') == 1
+
+
+def _metric(http, name):
+    lines = http.get("/metrics").text.splitlines()
+    return next((float(line.rpartition(" ")[2]) for line in lines if line.rpartition(" ")[0] == name), 0.0)
+
+
+def test_metrics(scripted):
+    _, server, client = scripted(["a", "b", "c"])
+    client.chat.completions.create(**ASKED)
+    with httpx.Client(base_url=server.url) as http:
+        http.get("/v1/nothing/of/the/kind")
+        figures = {
+            "glm4_queued_requests": 1,
+            "glm4_active_slots": 2,
+            "glm4_slots": 4,
+            "glm4_prompt_tokens_total": 50,
+            "glm4_cached_prompt_tokens_total": 20,
+            "glm4_generated_tokens_total": 30,
+            "glm4_drafted_tokens_total": 8,
+            "glm4_accepted_tokens_total": 6,
+            "glm4_steps_total": 9,
+            'glm4_sequences_total{outcome="stop"}': 3,
+            "glm4_first_token_seconds_count": 1,
+            "glm4_inter_token_seconds_count": 2,
+            "glm4_request_seconds_count": 1,
+            f'glm4_http_requests_total{{route="{CHAT}",status="200"}}': 1,
+            'glm4_http_requests_total{route="other",status="404"}': 1,
+        }
+        eventually(lambda: {name: _metric(http, name) for name in figures}, figures)
+
+
+def test_the_cost_of_masks_is_measured(server, client):
+    with httpx.Client(base_url=server.url) as http:
+        before = _metric(http, "glm4_mask_seconds_count")
+        form = {"response_format": {"type": "regex", "regex": "[0-9]{6}"}}
+        client.chat.completions.create(**ASKED, extra_body=form)
+        assert _metric(http, "glm4_mask_seconds_count") > before
+
+
+def test_the_log_has_figures_and_no_words(scripted, capfd):
+    _, _, client = scripted(["an", "swer"])
+    client.chat.completions.create(**ASKED, user="somebody", extra_headers={"X-Request-Id": "mine-1"})
+    text, line = logged_request(capfd)
+    assert "password" not in text
+    assert "swer" not in text
+    assert (line["id"], line["user"], line["status"], line["path"]) == ("mine-1", "somebody", 200, CHAT)
+    assert (line["completion_tokens"], line["cached_tokens"], line["finish_reasons"]) == (2, 3, ["stop"])
+    assert line["seconds"] >= line["first_token_seconds"] >= 0
+
+
+def test_the_words_are_logged_where_asked_for(scripted, capfd):
+    _, _, client = scripted(["an", "swer"], log_prompts=True)
+    client.chat.completions.create(**ASKED)
+    _, line = logged_request(capfd)
+    assert "password" in line["prompt"]
+    assert line["answers"][0]["content"] == "answer"
+
+
+def test_request_ids_are_ours_unless_plain(scripted):
+    _, server, _ = scripted()
+    assert httpx.get(f"{server.url}/health", headers={"X-Request-Id": "a-1"}).headers["x-request-id"] == "a-1"
+    odd = httpx.get(f"{server.url}/health", headers={"X-Request-Id": 'a" b'}).headers["x-request-id"]
+    assert odd.startswith("req_")
+
+
+def test_draining_lets_requests_finish_and_takes_no_more(scripted):
+    scheduler, server, client = scripted(["\na", None, "b"], drain_timeout=12)
+    stream = client.chat.completions.create(**ASKED, stream=True)
+    next(stream)
+    next(stream)
+    server._engine.drain()
+    assert httpx.get(f"{server.url}/health/ready").status_code == 503
+    assert httpx.get(f"{server.url}/health/live").status_code == 200
+    refused = httpx.post(server.url + CHAT, json=ASKED)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "12")
+    scheduler.go.set()
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "b"
+    assert scheduler.stopped_after == 12
+
+
+def test_sigterm_drains_a_process_and_ends_it_well(demo_bundle):
+    # a serving image holds none of these
+    absent = "import sys; sys.modules.update(dict.fromkeys(('torch', 'onnx', 'transformers', 'onnxscript')))"
+    command = f"{absent}; from glm4_deploy.cli import main; main()"
+    arguments = ["serve", str(demo_bundle), "--port", "0", "--threads", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        url = json.loads(process.stderr.readline())["url"]
+        body = ASKED | {"stream": True, "max_tokens": 300, "ignore_eos": True}
+        with httpx.stream("POST", url + CHAT, json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = list(lines)
+        assert rest[-2] == "data: [DONE]"
+        assert '"finish_reason":"length"' in rest[-4]
+        assert process.wait(timeout=30) == 0
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()

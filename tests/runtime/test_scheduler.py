@@ -1,0 +1,472 @@
+"""The scheduler over a real session: joining, leaving, failing, stopping. Steps are driven by hand where it matters."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from scheduling import Listener, drive, submit
+
+from glm4_runtime import RequestError, SamplingParams, Session
+from glm4_runtime.errors import DeadlineError, ModelError, QueueFullError, StoppedError
+from glm4_runtime.scheduler import Request, Scheduler
+
+
+def ids(count, seed=0):
+    return tuple(np.random.default_rng(seed).integers(4, 300, count).tolist())
+
+
+def request(count=10, seed=0, tokens=8, **options):
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True, **options.pop("params", {}))
+    return Request(ids(count, seed), params, **options)
+
+
+@pytest.fixture
+def session(tiny_bundles):
+    with Session.open(tiny_bundles["ort"], threads=1) as opened:
+        yield opened
+
+
+@pytest.fixture
+def scheduler(session):
+    return Scheduler(session, step_tokens=32, max_queue=6)
+
+
+def alone(session, wanted):
+    return [token.id for token in session.generate(wanted.prompt_ids, wanted.params, wanted.mask)]
+
+
+def used_slots(scheduler):
+    """Slots of the session that neither a job nor the prefix cache accounts for come out as a difference."""
+    session, batch = scheduler._session, scheduler._batch
+    in_use = set(range(session.max_batch_size)) - set(session.free_slots())
+    assert in_use == {job.slot for job in batch._live if job.slot is not None} | set(batch._cache.kept())
+    return in_use
+
+
+def test_requests_share_steps_and_each_gets_its_own_answer(session, scheduler):
+    wanted = [request(5 + 7 * seed, seed, tokens=5 + seed) for seed in range(6)]
+    listeners = [submit(scheduler, one)[0] for one in wanted]
+    drive(scheduler)
+    stats = scheduler.stats()
+    scheduler._batch.close()
+    assert [listener.ids for listener in listeners] == [alone(session, one) for one in wanted]
+    assert [listener.tokens[-1].finish_reason for listener in listeners] == ["length"] * 6
+    assert stats.generated_tokens == sum(5 + seed for seed in range(6))
+    assert stats.steps < stats.generated_tokens / 2  # six requests over four slots
+    assert stats.requests["length"] == 6
+    assert (stats.queued, stats.active, stats.slots) == (0, 0, 4)
+    assert 0 < stats.model_seconds < stats.step_seconds
+
+
+def test_admission_is_in_order_of_arrival(scheduler):
+    order = []
+
+    class Noting(Listener):
+        def __call__(self, event):
+            if self.started is None:
+                order.append(self)
+            super().__call__(event)
+
+    listeners = [Noting() for _ in range(6)]
+    for seed, listener in enumerate(listeners):
+        scheduler.submit(request(6, seed, tokens=3 + seed % 2), listener)
+    drive(scheduler)
+    assert order == listeners
+
+
+def test_a_long_prompt_does_not_hold_up_the_others(session, scheduler, monkeypatch):
+    """While a prompt of 200 is taken, each step of at most 32 tokens also decodes, and a short prompt gets in."""
+    widths = []
+    real = session._run_decoder
+
+    def note(first_row, token_ids, past, indices):
+        widths.append(token_ids.size)
+        return real(first_row, token_ids, past, indices)
+
+    monkeypatch.setattr(session, "_run_decoder", note)
+    running, _ = submit(scheduler, request(4, 1, tokens=60))
+    drive(scheduler, 2)
+    long, _ = submit(scheduler, request(200, 2, tokens=1))
+    short, _ = submit(scheduler, request(9, 3, tokens=1))
+    before = len(running.tokens)
+    for step in range(1, 8):
+        widths.clear()
+        scheduler._step()
+        assert sum(widths) <= 32
+        assert len(running.tokens) == before + step
+        assert short.done.is_set()
+    assert long.done.is_set()
+
+
+def test_cancelling_frees_the_slot_within_one_step(scheduler):
+    first, ticket = submit(scheduler, request(10, 1, tokens=50))
+    others = [submit(scheduler, request(10, seed, tokens=50)) for seed in (2, 3, 4)]
+    waiting, _ = submit(scheduler, request(10, 5, tokens=50))
+    drive(scheduler, 3)
+    told = len(first.tokens)
+    assert told
+    assert waiting.started is None
+    ticket.cancel()
+    ticket.cancel()
+    scheduler._step()
+    assert scheduler.stats().active == 3
+    scheduler._step()
+    assert waiting.started is not None
+    assert len(first.tokens) == told
+    assert not first.done.is_set()
+    for _, other in others:
+        other.cancel()
+    drive(scheduler)
+    assert scheduler.stats().requests["cancelled"] == 4
+    used_slots(scheduler)
+
+
+def test_cancelling_while_queued_or_within_a_prompt(session, scheduler):
+    long, ticket = submit(scheduler, request(150, 1))
+    scheduler._step()
+    assert session.length(0) == 32
+    ticket.cancel()
+    scheduler._step()
+    assert scheduler.stats().active == 0
+    again, _ = submit(scheduler, request(150, 1))  # what was taken of the prompt is still good
+    drive(scheduler)
+    assert again.started.cached_tokens == 32
+    assert long.started is None
+    queued, ticket = submit(scheduler, request())
+    ticket.cancel()
+    drive(scheduler)
+    assert queued.started is None
+    assert scheduler.stats().queued == 0
+
+
+def test_a_listener_may_cancel_and_a_failing_one_is_cancelled(scheduler):
+    tickets = []
+
+    class Once(Listener):
+        def __call__(self, event):
+            super().__call__(event)
+            if self.tokens:
+                tickets[0].cancel()
+
+    class Failing(Listener):
+        def __call__(self, _event):
+            raise RuntimeError("the client's fault")
+
+    once, other = Once(), Listener()
+    tickets.append(scheduler.submit(request(10, 1), once))
+    scheduler.submit(request(10, 2), Failing())
+    scheduler.submit(request(10, 3), other)
+    drive(scheduler)
+    assert len(once.tokens) == 1
+    assert len(other.tokens) == 8
+    assert scheduler.stats().requests["cancelled"] == 2
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(scheduler):
+    tickets = [submit(scheduler, request(seed=seed))[1] for seed in range(6)]
+    with pytest.raises(QueueFullError, match="6 requests are waiting") as refused:
+        submit(scheduler, request())
+    assert refused.value.retry_after >= 1
+    tickets[3].cancel()
+    scheduler._step()
+    submit(scheduler, request())
+    drive(scheduler)
+    assert scheduler.stats().requests["length"] == 6
+
+
+def test_deadlines_end_requests_wherever_they_are(scheduler):
+    now = time.monotonic()
+    late = [submit(scheduler, request(9, seed, tokens=200, deadline=now + 0.05))[0] for seed in range(5)]
+    drive(scheduler, 2)
+    assert [len(one.tokens) > 0 for one in late] == [True] * 4 + [False]
+    time.sleep(0.06)
+    drive(scheduler)
+    for one in late:
+        assert isinstance(one.error, DeadlineError)
+    assert scheduler.stats().requests["timeout"] == 5
+    intime, _ = submit(scheduler, request(deadline=time.monotonic() + 60))
+    drive(scheduler)
+    assert intime.error is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_ids": ()}, "empty"),
+        ({"prompt_ids": (5, 320)}, "320"),
+        ({"prompt_ids": (5,) * 257}, "room for 256"),
+        ({"params": SamplingParams(stop="x")}, "tokenizer"),
+        ({"params": SamplingParams(logit_bias={999: 1.0})}, "999"),
+        ({"top_logprobs": 21}, "between 0 and 20"),
+        ({"top_logprobs": 2, "logprobs": False}, "with logprobs"),
+    ],
+)
+def test_a_bad_request_is_refused_at_once(scheduler, changes, message):
+    options = {"prompt_ids": (5, 6), "params": SamplingParams()} | changes
+    with pytest.raises(RequestError, match=message):
+        scheduler.submit(Request(**options), Listener())
+    assert scheduler.stats().queued == 0
+
+
+@pytest.mark.parametrize("option", ["step_tokens", "max_queue"])
+def test_limits_below_one_are_refused(session, option):
+    with pytest.raises(RequestError, match=f"{option} is 0"):
+        Scheduler(session, **{option: 0})
+
+
+def test_a_full_slot_ends_its_request_and_no_other(session, scheduler):
+    full, _ = submit(scheduler, request(250, 1, tokens=100))
+    other, _ = submit(scheduler, request(10, 2, tokens=40))
+    drive(scheduler)
+    assert (len(full.tokens), full.tokens[-1].finish_reason) == (7, "length")
+    assert len(other.tokens) == 40
+
+
+def test_log_probabilities_are_those_of_a_single_run(session, scheduler):
+    params = {"temperature": 0.8, "seed": 3, "frequency_penalty": 0.5}
+    wanted = request(params=params, top_logprobs=5)
+    listener, _ = submit(scheduler, wanted)
+    silent, _ = submit(scheduler, request(params=params, logprobs=False))
+    drive(scheduler)
+    scheduler._batch.close()
+    expected = list(session.generate(wanted.prompt_ids, wanted.params))
+    assert listener.ids == [token.id for token in expected] == silent.ids
+    assert [t.logprob for t in listener.tokens] == pytest.approx([t.logprob for t in expected], abs=1e-4)
+    assert np.isnan([token.logprob for token in silent.tokens]).all()
+    for token, top in zip(listener.tokens, listener.tops, strict=True):
+        values = [value for _, value in top]
+        assert len(set(dict(top))) == 5
+        assert values == sorted(values, reverse=True)
+        assert dict(top).get(token.id, token.logprob) == token.logprob <= values[0]
+
+
+# Prefixes ---------------------------------------------------------------------------------------
+
+
+def test_a_repeated_prompt_and_the_next_turn_of_a_chat_are_cached(session, scheduler):
+    first, _ = submit(scheduler, request(40, tokens=6))
+    drive(scheduler)
+    again, _ = submit(scheduler, request(40, tokens=6))
+    drive(scheduler)
+    turn = Request((*ids(40), *again.ids, 7, 8, 9), SamplingParams(max_tokens=4, ignore_eos=True))
+    reply, _ = submit(scheduler, turn)
+    drive(scheduler)
+    assert (first.started.cached_tokens, again.started.cached_tokens) == (0, 39)
+    assert reply.started.cached_tokens == 45  # all but the last token, which no step ever fed
+    stats = scheduler.stats()
+    assert (stats.cached_tokens, stats.prompt_tokens) == (84, 40 + 40 + 49)
+    scheduler._batch.close()
+    assert first.ids == again.ids == alone(session, request(40, tokens=6))
+    assert reply.ids == alone(session, turn)
+
+
+def test_alike_prompts_at_once_are_taken_once(session, scheduler):
+    """Four answers to one prompt: the first takes it, in chunks of 32, and the others copy it from there.
+    Its last four tokens are not worth another step of waiting."""
+    prompt = ids(100)
+    wanted = [
+        Request(prompt, SamplingParams(max_tokens=5, ignore_eos=True, temperature=1, seed=s))
+        for s in range(4)
+    ]
+    listeners = [submit(scheduler, one)[0] for one in wanted]
+    drive(scheduler)
+    assert [listener.started.cached_tokens for listener in listeners] == [0, 96, 96, 96]
+    scheduler._batch.close()
+    assert [listener.ids for listener in listeners] == [alone(session, one) for one in wanted]
+
+
+def test_kept_slots_make_room_when_it_is_needed(session, scheduler):
+    for seed in range(9):
+        listener, _ = submit(scheduler, request(30, seed, tokens=4))
+        drive(scheduler)
+        assert listener.started.cached_tokens == 0
+        assert len(used_slots(scheduler)) == min(seed + 1, 4)
+    kept, _ = submit(scheduler, request(30, 7, tokens=4))
+    lost, _ = submit(scheduler, request(30, 2, tokens=4))
+    drive(scheduler)
+    assert (kept.started.cached_tokens, lost.started.cached_tokens) == (29, 0)
+
+
+def test_without_the_cache_every_slot_is_given_back(session):
+    scheduler = Scheduler(session, prefix_cache=False)
+    listeners = [submit(scheduler, request(40))[0] for _ in range(5)]
+    drive(scheduler)
+    assert [listener.started.cached_tokens for listener in listeners] == [0] * 5
+    assert session.free_slots() == [0, 1, 2, 3]
+
+
+# Failures ---------------------------------------------------------------------------------------
+
+
+def poisoned(session, monkeypatch, spoil):
+    """Let ``spoil(slots, logits)`` change the logits of every decode step."""
+    real = session.decode_block
+
+    def decode_block(tokens):
+        slots, logits = real(tokens)
+        spoil(slots, logits)
+        return slots, logits
+
+    monkeypatch.setattr(session, "decode_block", decode_block)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_bad_logits_fail_their_request_only(session, scheduler, monkeypatch, value):
+    def spoil(slots, logits):
+        if 1 in slots:
+            logits[slots.index(1), 17] = value
+
+    poisoned(session, monkeypatch, spoil)
+    listeners = [submit(scheduler, request(20, seed))[0] for seed in range(3)]
+    drive(scheduler)
+    assert isinstance(listeners[1].error, ModelError)
+    assert "logit" in str(listeners[1].error)
+    assert [len(listeners[i].tokens) for i in (0, 2)] == [8, 8]
+    assert 1 in session.free_slots()  # what failed is not kept for others
+    assert scheduler.stats().requests["failed"] == 1
+    used_slots(scheduler)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("kernel\nwith a long story")])
+def test_a_failing_step_fails_those_that_cause_it(session, scheduler, monkeypatch, error):
+    """A run that has slot 2 in it fails; the others go on in runs of their own, and later together."""
+    real, sizes = session.decode_block, []
+
+    def decode_block(tokens):
+        if 2 in tokens:
+            raise error
+        sizes.append(len(tokens))
+        return real(tokens)
+
+    monkeypatch.setattr(session, "decode_block", decode_block)
+    wanted = [request(20, seed) for seed in range(4)]
+    listeners = [submit(scheduler, one)[0] for one in wanted]
+    drive(scheduler)
+    assert isinstance(listeners[2].error, ModelError)
+    assert "\n" not in str(listeners[2].error)
+    assert max(sizes) == 3
+    scheduler._batch.close()
+    assert [listeners[i].ids for i in (0, 1, 3)] == [alone(session, wanted[i]) for i in (0, 1, 3)]
+
+
+@pytest.mark.parametrize("operation", ["prefill", "copy_prefix"])
+def test_a_prompt_that_cannot_be_taken_fails_alone(session, scheduler, monkeypatch, operation):
+    running, _ = submit(scheduler, request(40, 1, tokens=20))
+    drive(scheduler, 3)
+    with monkeypatch.context() as patch:
+
+        def fail(*arguments, **options):
+            raise MemoryError
+
+        patch.setattr(session, operation, fail)
+        failing, _ = submit(scheduler, request(40, 1))
+        drive(scheduler, 2)
+    assert isinstance(failing.error, ModelError)
+    after, _ = submit(scheduler, request(40, 3))
+    drive(scheduler)
+    assert [len(one.tokens) for one in (running, after)] == [20, 8]
+    used_slots(scheduler)
+
+
+def test_a_defect_in_the_loop_fails_what_is_live_and_frees_all(session, scheduler, monkeypatch):
+    listeners = [submit(scheduler, request(20, seed))[0] for seed in range(3)]
+    drive(scheduler, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler._batch, "_prefill", lambda _: 1 / 0)
+        scheduler._step()
+    assert all(isinstance(listener.error, ModelError) for listener in listeners)
+    after, _ = submit(scheduler, request(20, 3))
+    drive(scheduler)
+    assert len(after.tokens) == 8
+    used_slots(scheduler)
+
+
+# The thread -------------------------------------------------------------------------------------
+
+
+def test_stop_drains_and_then_refuses(session):
+    scheduler = Scheduler(session)
+    scheduler.start()
+    listeners = [submit(scheduler, request(20, seed, tokens=30))[0] for seed in range(6)]
+    scheduler.stop()
+    assert [len(listener.tokens) for listener in listeners] == [30] * 6
+    with pytest.raises(StoppedError):
+        submit(scheduler, request())
+    assert session.free_slots() == [0, 1, 2, 3]
+    assert scheduler._thread is not None
+    assert not scheduler._thread.is_alive()
+
+
+def test_a_drain_ends_when_its_time_is_over(session, monkeypatch):
+    real = session.decode_block
+
+    def slow(tokens):
+        time.sleep(0.01)
+        return real(tokens)
+
+    monkeypatch.setattr(session, "decode_block", slow)
+    scheduler = Scheduler(session)
+    scheduler.start()
+    listeners = [submit(scheduler, request(20, seed, tokens=230))[0] for seed in range(6)]
+    began = time.monotonic()
+    scheduler.stop(drain=0.1)
+    assert time.monotonic() - began < 1
+    assert all(isinstance(listener.error, StoppedError) for listener in listeners)
+    assert scheduler.stats().requests["stopped"] == 6
+    assert session.free_slots() == [0, 1, 2, 3]
+
+
+def test_no_event_comes_after_cancel_returns(session):
+    scheduler = Scheduler(session, speculation=False)
+    scheduler.start()
+    for seed in range(20):
+        listener, ticket = submit(scheduler, request(5, seed, tokens=240))
+        while len(listener.tokens) < 1 + seed:
+            time.sleep(0.0005)
+        ticket.cancel()
+        told = len(listener.tokens)
+        time.sleep(0.003)
+        assert len(listener.tokens) == told
+        assert not listener.done.is_set()
+    scheduler.stop()
+    assert scheduler.stats().requests["cancelled"] == 20
+
+
+def test_stopping_what_never_ran(session):
+    scheduler = Scheduler(session)
+    listener, _ = submit(scheduler, request())
+    scheduler.stop()
+    assert isinstance(listener.error, StoppedError)
+
+
+def test_nothing_leaks_over_many_requests_with_aborts(session):
+    """Slots and threads exactly; memory by what Python holds, which a leak of one array a request would show."""
+    import gc
+
+    scheduler = Scheduler(session, max_queue=1000)
+    scheduler.start()
+    threads = threading.active_count()
+
+    def load(rounds):
+        for round_ in range(rounds):
+            pairs = [submit(scheduler, request(10 + i, 100 * round_ + i, tokens=6)) for i in range(16)]
+            for _, ticket in pairs[::3]:
+                ticket.cancel()
+            for listener, ticket in pairs:
+                assert ticket.cancelled or listener.done.wait(20)
+
+    load(2)
+    gc.collect()
+    arrays = sum(type(thing) is np.ndarray for thing in gc.get_objects())
+    objects = len(gc.get_objects())
+    load(10)
+    gc.collect()
+    assert threading.active_count() == threads
+    assert sum(type(thing) is np.ndarray for thing in gc.get_objects()) <= arrays + 16
+    assert len(gc.get_objects()) <= objects + 400
+    scheduler.stop()
+    assert session.free_slots() == [0, 1, 2, 3]
+    stats = scheduler.stats()
+    assert sum(stats.requests.values()) == 12 * 16
+    assert (stats.queued, stats.active) == (0, 0)

@@ -1,0 +1,52 @@
+"""What tests of the scheduler share: a listener that remembers, and loops driven by hand."""
+
+import threading
+
+from glm4_runtime.scheduler import Failed, Generated, Started
+
+
+class Listener:
+    """Remembers the events of one request, and holds them to their order."""
+
+    def __init__(self):
+        self.started = None
+        self.tokens = []
+        self.tops = []
+        self.error = None
+        self.done = threading.Event()
+
+    def __call__(self, event):
+        assert not self.done.is_set(), f"{event} after the end"
+        match event:
+            case Started():
+                assert self.started is None
+                assert not self.tokens
+                self.started = event
+            case Generated(token, top):
+                assert self.started is not None
+                self.tokens.append(token)
+                self.tops.append(top)
+            case Failed(error):
+                self.error = error
+        if self.error is not None or (self.tokens and self.tokens[-1].finish_reason is not None):
+            self.done.set()
+
+    @property
+    def ids(self):
+        return [token.id for token in self.tokens]
+
+    @property
+    def text(self):
+        return "".join(token.text for token in self.tokens)
+
+
+def submit(scheduler, request):
+    listener = Listener()
+    return listener, scheduler.submit(request, listener)
+
+
+def drive(scheduler, steps=10_000):
+    """Run the loop on this thread until nothing is left to do, or so many times."""
+    for _ in range(steps):
+        if not scheduler._step() and not len(scheduler._batch) and not scheduler._queue:
+            return

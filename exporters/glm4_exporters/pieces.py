@@ -85,6 +85,10 @@ class GraphPieces:
         """The whole graph, its weights not read."""
         return self._model.graph
 
+    def read(self, name: str) -> Array:
+        """A weight of the graph, whole."""
+        return self._read(name).data
+
     def slice(self, name: str, gives: Sequence[str], known: Collection[str]) -> Piece:
         """The nodes that make ``gives`` out of values that are known, inputs of the graph and weights."""
         wanted, nodes = set(gives), []

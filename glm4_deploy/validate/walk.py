@@ -6,19 +6,19 @@ the bundle's own nodes, run on what the bundle itself made so far and, on reques
 which tells a sub-block that computes something else from one that was handed an error.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
 from torch import Tensor
 
-from glm4_deploy.metrics import ROWS, Logits
+from glm4_deploy.metrics import Logits
 from glm4_deploy.parity import graph_inputs
+from glm4_deploy.validate.bands import arithmetic_of
+from glm4_deploy.validate.drift import BlockError, compare
 from glm4_deploy.validate.taps import EMBEDDING, HEAD, NORM, GraphTap, GraphTaps, run_tapped
 from glm4_exporters import streamed
 from glm4_exporters.checkpoint import Checkpoint
@@ -26,39 +26,9 @@ from glm4_exporters.pieces import GraphPieces, Piece, Values
 from glm4_runtime.bundle import Manifest
 
 Sequences = Sequence[Sequence[int]]
+SMOOTHING = ("int4", "int8-sq")  # precisions whose export may scale channels
+SMOOTHED_NORMS = ("input_layernorm", "post_attention_layernorm")
 Tapped = Mapping[str, tuple[npt.NDArray[np.float32], ...]]
-
-
-@dataclass(frozen=True)
-class Error:
-    """How far values are from the reference's over all positions; ``worst`` is the position that is furthest.
-
-    Relative errors are norms of the difference over norms of the reference.
-    """
-
-    relative: float
-    cosine: float
-    worst: float
-
-    @property
-    def finite(self) -> bool:
-        return all(map(math.isfinite, (self.relative, self.cosine, self.worst)))
-
-
-@dataclass(frozen=True)
-class BlockError:
-    """A sub-block's error: ``drift`` of the bundle's own run, ``local`` when it reads what the reference made."""
-
-    layer: int | None  # None outside of the layers
-    block: str
-    covers: tuple[str, ...]
-    drift: Error
-    local: Error | None
-
-    @property
-    def name(self) -> str:
-        where = self.block if self.layer is None else f"layer {self.layer} {self.block}"
-        return f"{where} (with {', '.join(self.covers)})" if self.covers else where
 
 
 class Reference:
@@ -104,7 +74,10 @@ class BundleGraph:
     ) -> None:
         self._manifest, self._pieces = manifest, GraphPieces(folder)
         self.arithmetic = self._pieces.arithmetic
-        self._taps = GraphTaps(self._pieces.graph, checkpoint.config, is_smoothed(manifest))
+        smoothed = manifest.precision in SMOOTHING and self._is_smoothed(checkpoint)
+        self._taps = GraphTaps(self._pieces.graph, checkpoint.config, smoothed)
+        self._types = {tensor.name: tensor.data_type for tensor in self._pieces.graph.initializer}
+        self._types |= {value.name: value.type.tensor_type.elem_type for value in self._pieces.graph.input}
         self._inputs = [graph_inputs(manifest, ids) for ids in sequences]
         self._own: list[Values] = [{} for _ in sequences]
         self._expected: list[Values] = [{} for _ in sequences]
@@ -167,12 +140,26 @@ class BundleGraph:
                 own.update(new)
             if expected is not None and local is not None:
                 wanted = [self._as_in_graph(tap, one, drifted[0]) for one in expected]
-                errors.append(
-                    BlockError(layer, tap.tap, tap.covers, compare(wanted, drifted), compare(wanted, local))
-                )
+                drift, own_error = compare(wanted, drifted), compare(wanted, local)
+                arithmetic = self._arithmetic(piece, drifted[0])
+                errors.append(BlockError(layer, tap.tap, tap.covers, arithmetic, drift, own_error))
                 for known, values in zip(self._expected, wanted, strict=True):
                     known.update(values)
         return errors
+
+    def _arithmetic(self, piece: Piece, values: Values) -> str:
+        given = {name: onnx.helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in values.items()}
+        return arithmetic_of(piece.nodes, self._types | given)
+
+    def _is_smoothed(self, checkpoint: Checkpoint) -> bool:
+        """Whether channels are scaled between norms and matrices, which shows in the norms' weights."""
+        layers = range(checkpoint.config.num_hidden_layers)
+        for name in (f"model.layers.{i}.{norm}.weight" for i in layers for norm in SMOOTHED_NORMS):
+            own = self._pieces.read(name).astype(np.float32)
+            expected = checkpoint.read(checkpoint.name_of(name)).float().numpy()
+            if np.mean(np.abs(own - expected) > 0.01 * np.abs(expected)) > 0.5:
+                return True
+        return False
 
     def _execute(self, piece: Piece, known: Sequence[Values]) -> list[Values]:
         values = [{**inputs, **one} for inputs, one in zip(self._inputs, known, strict=True)]
@@ -184,48 +171,3 @@ class BundleGraph:
             name: (array * 2.0**-tap.bits).astype(like[name].dtype)
             for name, array in zip(tap.values, expected[tap.tap], strict=True)
         }
-
-
-def is_smoothed(manifest: Manifest) -> bool:
-    """Whether channels between a norm and a matrix may be scaled, which the product undoes."""
-    return manifest.precision in ("int8-sq", "int4")
-
-
-def compare(wanted: Sequence[Values], found: Sequence[Values]) -> Error:
-    """Over all sequences and all values of a tap."""
-    total = ErrorSum()
-    for one, two in zip(wanted, found, strict=True):
-        for name, array in one.items():
-            total.add(array, two[name])
-    return total.error()
-
-
-class ErrorSum:
-    """The error of values that come in parts, summed in float64."""
-
-    def __init__(self) -> None:
-        self._square = self._other = self._dot = self._difference = 0.0
-        self._positions: list[npt.NDArray[np.float64]] = []
-
-    def add(self, wanted: npt.NDArray[Any], found: npt.NDArray[Any]) -> None:
-        """Values [..., channels] of some positions."""
-        a = wanted.reshape(-1, wanted.shape[-1])
-        b = found.reshape(a.shape)
-        for at in range(0, len(a), ROWS):
-            x, y = a[at : at + ROWS].astype(np.float64), b[at : at + ROWS].astype(np.float64)
-            square, difference = (x * x).sum(-1), ((y - x) ** 2).sum(-1)
-            self._square += float(square.sum())
-            self._other += float((y * y).sum())
-            self._dot += float((x * y).sum())
-            self._difference += float(difference.sum())
-            self._positions.append(np.stack((difference, square)))
-
-    def error(self) -> Error:
-        """A position that is nearly zero itself is held against a hundredth of the mean, not against itself."""
-        difference, square = np.concatenate(self._positions, axis=-1)
-        floor = max(1e-4 * float(square.mean()), 1e-300)
-        return Error(
-            relative=math.sqrt(self._difference / max(self._square, 1e-300)),
-            cosine=self._dot / max(math.sqrt(self._square * self._other), 1e-300),
-            worst=math.sqrt(float((difference / np.maximum(square, floor)).max())),
-        )

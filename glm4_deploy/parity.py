@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from glm4_deploy.greedy import fits_whole, reference_steps
+from glm4_deploy.greedy import available_memory, fits_whole, reference_start
 from glm4_deploy.metrics import Logits, kl_divergence, near_ties
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.pieces import GraphPieces
@@ -203,7 +203,7 @@ def _greedy(
     """
     room = manifest.limits.max_seq_len - GREEDY_TOKENS
     prompt = list(prompt[: min(16, room)])
-    if manifest.task != "causal-lm" or room < 1 or not fits_whole(bundle, checkpoint):
+    if manifest.task != "causal-lm" or room < 1 or not fits_whole(bundle, checkpoint, available_memory()):
         return None
     try:
         session = Session.open(bundle, max_batch_size=1)
@@ -219,7 +219,7 @@ def _greedy(
                 f"the bundle does not match the reference in {manifest.precision}: after {len(ours)} tokens, {error}"
             ) from error
     progress("generate with the reference", 0, GREEDY_TOKENS)
-    step = reference_steps(checkpoint)
+    step = reference_start(checkpoint)()
     logits = step(prompt)
     for done, chosen in enumerate(ours):
         second, best = np.partition(logits, -2)[-2:]

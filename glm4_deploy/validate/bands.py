@@ -57,6 +57,11 @@ class Culprit:
         }
 
 
+def is_out_of_band(error: BlockError) -> bool:
+    """Whether a sub-block is wrong by itself."""
+    return _own_fault(error) is not None
+
+
 def find_culprit(errors: Sequence[BlockError]) -> Culprit | None:
     """The first sub-block whose own error leaves its band; else the first at which the drift does.
 
@@ -64,33 +69,34 @@ def find_culprit(errors: Sequence[BlockError]) -> Culprit | None:
     the order matters only where several are wrong.
     """
     for error in errors:
-        if error.local is None:
-            continue
-        band = BANDS[error.arithmetic]
-        if not error.local.finite:
-            return Culprit(error, "it gives NaN or infinity for the reference's own input")
-        if error.local.relative > band.local:
-            return Culprit(
-                error,
-                f"given the reference's input, it is {error.local.relative:.2g} off, "
-                f"where {error.arithmetic} allows {band.local:g}",
-            )
-        if error.local.worst > band.worst:
-            return Culprit(
-                error,
-                f"given the reference's input, it is {error.local.worst:.2g} off at its worst position, "
-                f"where {error.arithmetic} allows {band.worst:g}",
-            )
-    widest = 0
+        fault = _own_fault(error)
+        if fault is not None:
+            return Culprit(error, fault)
+    coarsest = 0
     for error in errors:
-        widest = max(widest, ORDER.index(error.arithmetic))
-        band = BANDS[ORDER[widest]]
-        if not error.drift.finite or error.drift.relative > band.drift:
-            return Culprit(
-                error,
+        coarsest = max(coarsest, ORDER.index(error.arithmetic))
+        limit = BANDS[ORDER[coarsest]].drift
+        if not error.drift.finite or error.drift.relative > limit:
+            why = (
                 f"no sub-block is wrong by itself, but their errors add up to {error.drift.relative:.2g} here, "
-                f"where {ORDER[widest]} allows {band.drift:g}",
+                f"where {ORDER[coarsest]} allows {limit:g}"
             )
+            return Culprit(error, why)
+    return None
+
+
+def _own_fault(error: BlockError) -> str | None:
+    local, band = error.local, BANDS[error.arithmetic]
+    if local is None:
+        return None
+    if not local.finite:
+        return "given the reference's input, it gives NaN or infinity"
+    for value, limit, where in (
+        (local.relative, band.local, ""),
+        (local.worst, band.worst, " at its worst position"),
+    ):
+        if value > limit:
+            return f"given the reference's input, it is {value:.2g} off{where}, where {error.arithmetic} allows {limit:g}"
     return None
 
 

@@ -7,6 +7,7 @@ which tells a sub-block that computes something else from one that was handed an
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,14 @@ Sequences = Sequence[Sequence[int]]
 SMOOTHING = ("int4", "int8-sq")  # precisions whose export may scale channels
 SMOOTHED_NORMS = ("input_layernorm", "post_attention_layernorm")
 Tapped = Mapping[str, tuple[npt.NDArray[np.float32], ...]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some positions of one of the sequences."""
+
+    sequence: int
+    span: slice
 
 
 class Reference:
@@ -60,10 +69,11 @@ class Reference:
         return [{NORM: (x[None].numpy(),)} for x in states]
 
     @torch.inference_mode()
-    def outputs(self, spans: Sequence[slice]) -> list[Logits]:
-        """The task's outputs at a span of positions per sequence, [positions, outputs]."""
-        parts = [x[:, span] for x, span in zip(self._hidden, spans, strict=True)]
-        return streamed.finish(self._checkpoint, parts)
+    def outputs(self, parts: Sequence[Part]) -> list[Logits]:
+        """The task's outputs, [positions, outputs] for each part of a sequence."""
+        return streamed.finish(
+            self._checkpoint, [self._hidden[part.sequence][:, part.span] for part in parts]
+        )
 
 
 class BundleGraph:
@@ -82,6 +92,7 @@ class BundleGraph:
         self._own: list[Values] = [{} for _ in sequences]
         self._expected: list[Values] = [{} for _ in sequences]
         self._next = 0
+        self.head_arithmetic = "float32"
 
     def embed(self, expected: Sequence[Tapped] | None) -> list[BlockError]:
         return self._run([self._taps.embedding], None, expected)
@@ -105,20 +116,18 @@ class BundleGraph:
         self._expected = [{keep: known[keep]} for known in self._expected if keep in known]
         return errors
 
-    def outputs(self, spans: Sequence[slice], local: bool = False) -> list[Logits]:
+    def outputs(self, parts: Sequence[Part], local: bool = False) -> list[Logits]:
         """As :meth:`Reference.outputs`; ``local``, of the reference's own final states."""
         name, state = self._manifest.outputs[0].name, self._taps.norm.values[0]
+        states = self._expected if local else self._own
         values = []
-        for inputs, own, span in zip(
-            self._inputs, self._expected if local else self._own, spans, strict=True
-        ):
-            part = own[state][:, span]
-            asked = {"logits_indices": np.arange(part.shape[1])[None]} if "logits_indices" in inputs else {}
-            values.append({**inputs, **asked, state: part})
-        if name == state:
-            found = values
-        else:
-            found = self._pieces.run_piece(self._pieces.slice(HEAD, [name], {state}), values)
+        for part in parts:
+            inputs, array = self._inputs[part.sequence], states[part.sequence][state][:, part.span]
+            asked = {"logits_indices": np.arange(array.shape[1])[None]} if "logits_indices" in inputs else {}
+            values.append({**inputs, **asked, state: array})
+        piece = self._pieces.slice(HEAD, [name], {state})
+        found = values if name == state else self._pieces.run_piece(piece, values)
+        self.head_arithmetic = self._arithmetic(piece, {})
         return [np.asarray(one[name], np.float32).reshape(-1, one[name].shape[-1]) for one in found]
 
     @property

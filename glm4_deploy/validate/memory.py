@@ -9,12 +9,14 @@ from glm4_exporters.config import Glm4Config
 from glm4_exporters.pieces import HEAD_ROWS
 from glm4_runtime.errors import RequestError
 
-INTERPRETER = 600 << 20  # Python with torch, onnx and onnxruntime loaded
+INTERPRETER = 420 << 20  # Python with torch, onnx and onnxruntime loaded, and what their allocators keep
 SCORES_COPIES = 4  # scores, masked, softmax and what becomes of them, in float32
 MLP_COPIES = 6  # gate and up, their halves, silu, product
 # A weight's bytes per element while ONNX Runtime opens a graph of it: read, joined, widened and packed.
 BYTES_PER_WEIGHT = 14
-HELD_VALUES = 4  # hidden-sized values per position that a bundle's walk keeps between layers
+HELD_VALUES = (
+    6  # hidden-sized values per position that a bundle's walk keeps, as many again of the reference's
+)
 LOGITS_COPIES = 3  # blocks of the head, joined, and their float64 parts
 LOGITS_BUDGET = 256 << 20  # of one copy of the logits at a time
 
@@ -42,7 +44,7 @@ def estimate(config: Glm4Config, task: str, work: Work) -> dict[str, int]:
     hidden, width = config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     sides = 1 + work.bundles
-    kept = INTERPRETER + 4 * hidden * work.positions * (1 + HELD_VALUES * work.bundles)
+    kept = INTERPRETER + 4 * hidden * work.positions * (1 + HELD_VALUES * (work.bundles + work.layers))
 
     shapes = {n: s for n, s in expected_tensors(config, task).items() if n.startswith("model.layers.0.")}
     layer = sum(math.prod(shape) for shape in shapes.values())
@@ -51,14 +53,19 @@ def estimate(config: Glm4Config, task: str, work: Work) -> dict[str, int]:
     activations = 4 * longest * (MLP_COPIES * width + 4 * hidden + 3 * (queries + 2 * keys))
     activations += 4 * SCORES_COPIES * config.num_attention_heads * longest**2
 
-    tapped = 4 * work.positions * (8 * hidden + 2 * queries + 2 * keys + width)
-    taps = tapped * (1 + 2 * work.layers)  # the bundle's own; the reference's, twice
+    tapped = 4 * work.positions * (8 * hidden + 2 * queries + 2 * keys + width)  # all taps of a layer
+    block = 4 * work.positions * width * 2 * (1 + work.layers)  # the widest sub-block, in and out
     positions = min(chunk_of_positions(config), work.positions)
     head = BYTES_PER_WEIGHT * min(HEAD_ROWS, config.vocab_size) * hidden
     logits = 4 * positions * config.vocab_size * (LOGITS_COPIES + sides + work.layers)
     return {
         "the reference's layers": kept + 4 * layer + 8 * largest + activations + tapped * work.layers,
-        "the bundle's layers": kept + 4 * layer + BYTES_PER_WEIGHT * largest + activations + taps,
+        "the bundle's layers": kept
+        + 4 * layer
+        + BYTES_PER_WEIGHT * largest
+        + activations
+        + block
+        + tapped * work.layers,
         "the logits": kept + head + logits if task == "causal-lm" else kept,
     }
 

@@ -6,7 +6,8 @@ the bundle's own nodes, run on what the bundle itself made so far and, on reques
 which tells a sub-block that computes something else from one that was handed an error.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from glm4_runtime.bundle import Manifest
 Sequences = Sequence[Sequence[int]]
 SMOOTHING = ("int4", "int8-sq")  # precisions whose export may scale channels
 SMOOTHED_NORMS = ("input_layernorm", "post_attention_layernorm")
-Tapped = Mapping[str, tuple[npt.NDArray[np.float32], ...]]
+Tapped = dict[str, tuple[npt.NDArray[np.float32], ...]]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,15 @@ class Reference:
         )
 
 
+@dataclass(frozen=True)
+class _Step:
+    """One sub-block: where it is, its tap, and the nodes that make it."""
+
+    layer: int | None
+    tap: GraphTap
+    piece: Piece
+
+
 class BundleGraph:
     """A bundle's graph on ONNX Runtime's CPU provider."""
 
@@ -91,30 +101,22 @@ class BundleGraph:
         self._inputs = [graph_inputs(manifest, ids) for ids in sequences]
         self._own: list[Values] = [{} for _ in sequences]
         self._expected: list[Values] = [{} for _ in sequences]
-        self._next = 0
-        self.head_arithmetic = "float32"
+        self._steps = self._plan()
+        state, name = self._taps.norm.values[0], manifest.outputs[0].name
+        self._head = self._pieces.slice(HEAD, [name], {state})
+        self.head_arithmetic = self._arithmetic(self._head, {})
+        self._readers = Counter(name for step in self._steps for name in step.piece.reads)
 
     def embed(self, expected: Sequence[Tapped] | None) -> list[BlockError]:
-        return self._run([self._taps.embedding], None, expected)
+        return self._run(1, expected)
 
     def layer(self, expected: Sequence[Tapped] | None) -> list[BlockError]:
-        """Run the next layer, and compare its taps with the reference's."""
-        index, self._next = self._next, self._next + 1
-        before = [set(own) for own in self._own]
-        errors = self._run(self._taps.layers[index], index, expected)
-        for values in (self._own, self._expected):
-            for one, old in zip(values, before, strict=True):
-                for name in old & one.keys():
-                    del one[name]
-        return errors
+        """Run the next layer, and compare its taps with the reference's, which it uses up."""
+        index = self._steps[0].layer
+        return self._run(sum(step.layer == index for step in self._steps), expected)
 
     def norm(self, expected: Sequence[Tapped] | None) -> list[BlockError]:
-        comparable = None if self._taps.smoothed else expected
-        errors = self._run([self._taps.norm], None, comparable)
-        keep = self._taps.norm.values[0]
-        self._own = [{keep: own[keep]} for own in self._own]
-        self._expected = [{keep: known[keep]} for known in self._expected if keep in known]
-        return errors
+        return self._run(1, None if self._taps.smoothed else expected)
 
     def outputs(self, parts: Sequence[Part], local: bool = False) -> list[Logits]:
         """As :meth:`Reference.outputs`; ``local``, of the reference's own final states."""
@@ -125,9 +127,7 @@ class BundleGraph:
             inputs, array = self._inputs[part.sequence], states[part.sequence][state][:, part.span]
             asked = {"logits_indices": np.arange(array.shape[1])[None]} if "logits_indices" in inputs else {}
             values.append({**inputs, **asked, state: array})
-        piece = self._pieces.slice(HEAD, [name], {state})
-        found = values if name == state else self._pieces.run_piece(piece, values)
-        self.head_arithmetic = self._arithmetic(piece, {})
+        found = values if name == state else self._pieces.run_piece(self._head, values)
         return [np.asarray(one[name], np.float32).reshape(-1, one[name].shape[-1]) for one in found]
 
     @property
@@ -135,26 +135,45 @@ class BundleGraph:
         """Whether the head can be run on the reference's final states."""
         return bool(self._expected) and self._taps.norm.values[0] in self._expected[0]
 
-    def _run(
-        self, taps: Sequence[GraphTap], layer: int | None, expected: Sequence[Tapped] | None
-    ) -> list[BlockError]:
+    def _plan(self) -> list[_Step]:
+        """Every tap in order, each made of those before it."""
+        taps = [(None, self._taps.embedding), *_flat(self._taps.layers), (None, self._taps.norm)]
+        known: set[str] = set()
+        steps = []
+        for layer, tap in taps:
+            name = tap.tap if layer is None else f"layer {layer} {tap.tap}"
+            steps.append(_Step(layer, tap, self._pieces.slice(name, tap.values, known)))
+            known.update(tap.values)
+        return steps
+
+    def _run(self, count: int, expected: Sequence[Tapped] | None) -> list[BlockError]:
         errors = []
-        for tap in taps:
-            piece = self._pieces.slice(
-                tap.tap if layer is None else f"layer {layer} {tap.tap}", tap.values, self._own[0].keys()
-            )
-            drifted = self._execute(piece, self._own)
-            local = None if expected is None else self._execute(piece, self._expected)
-            for own, new in zip(self._own, drifted, strict=True):
-                own.update(new)
-            if expected is not None and local is not None:
+        for step in self._steps[:count]:
+            tap, sides = step.tap, [*self._own, *([] if expected is None else self._expected)]
+            inputs = self._inputs * (len(sides) // len(self._inputs))
+            values = [{**given, **known} for given, known in zip(inputs, sides, strict=True)]
+            found = self._pieces.run_piece(step.piece, values)
+            drifted, local = found[: len(self._own)], found[len(self._own) :]
+            if expected is not None:
                 wanted = [self._as_in_graph(tap, one, drifted[0]) for one in expected]
+                arithmetic = self._arithmetic(step.piece, drifted[0])
                 drift, own_error = compare(wanted, drifted), compare(wanted, local)
-                arithmetic = self._arithmetic(piece, drifted[0])
-                errors.append(BlockError(layer, tap.tap, tap.covers, arithmetic, drift, own_error))
-                for known, values in zip(self._expected, wanted, strict=True):
-                    known.update(values)
+                errors.append(BlockError(step.layer, tap.tap, tap.covers, arithmetic, drift, own_error))
+                for known, new in zip(self._expected, wanted, strict=True):
+                    known.update(new)
+            for known, new in zip(self._own, drifted, strict=True):
+                known.update(new)
+            self._forget(step.piece)
+        del self._steps[:count]
         return errors
+
+    def _forget(self, piece: Piece) -> None:
+        """Drop the values that no later sub-block reads."""
+        for name in piece.reads:
+            self._readers[name] -= 1
+            if not self._readers[name] and name not in self._taps.norm.values:
+                for known in (*self._own, *self._expected):
+                    known.pop(name, None)
 
     def _arithmetic(self, piece: Piece, values: Values) -> str:
         given = {name: onnx.helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in values.items()}
@@ -170,13 +189,17 @@ class BundleGraph:
                 return True
         return False
 
-    def _execute(self, piece: Piece, known: Sequence[Values]) -> list[Values]:
-        values = [{**inputs, **one} for inputs, one in zip(self._inputs, known, strict=True)]
-        return self._pieces.run_piece(piece, values)
-
     def _as_in_graph(self, tap: GraphTap, expected: Tapped, like: Values) -> Values:
-        """The reference's values by the graph's names, in its types and of its scale."""
+        """The reference's values by the graph's names, in its types and of its scale; they are used up."""
+        arrays = expected.pop(tap.tap)
+        scaled = [array * np.float32(2.0**-tap.bits) if tap.bits else array for array in arrays]
         return {
-            name: (array * 2.0**-tap.bits).astype(like[name].dtype)
-            for name, array in zip(tap.values, expected[tap.tap], strict=True)
+            name: array.astype(like[name].dtype, copy=False)
+            for name, array in zip(tap.values, scaled, strict=True)
         }
+
+
+def _flat(layers: Sequence[Sequence[GraphTap]]) -> Iterator[tuple[int, GraphTap]]:
+    for index, taps in enumerate(layers):
+        for tap in taps:
+            yield index, tap

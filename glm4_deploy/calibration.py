@@ -3,6 +3,7 @@
 prepared = prepare(checkpoint, form, text, progress)
 prepared.edits      # for the weights' writer
 prepared.norm_bits  # for the canonical graph
+prepared.input_scales  # for the products in fp8
 prepared.report     # for report.json
 """
 
@@ -55,12 +56,14 @@ class Prepared:
         edits: what is done to tensors before they are stored.
         norm_bits: k by the scope of each norm whose input is scaled by 2^-k.
         calibration: the statistics; None where nothing needed any.
+        input_scales: by name of each matrix that is multiplied in fp8, the scale of what it reads.
         report: for ``report.json``.
     """
 
     edits: "Edits"
     norm_bits: Mapping[str, int] = field(default_factory=dict)
     calibration: "Calibration | None" = None
+    input_scales: Mapping[str, float] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -124,8 +127,15 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
         Edits(smoothing, _importance(form, calibration, smoothing) if awq else lambda _name: None),
         norm_bits,
         calibration,
+        _input_scales(form, calibration, smoothing),
         report,
     )
+
+
+def _input_scales(form: Form, calibration: "Calibration", smoothing: Any) -> dict[str, float]:
+    from glm4_exporters.passes.fp8_products import fp8_scale
+
+    return {name: fp8_scale(float(smoothing.input_absmax(calibration, name).max())) for name in form.fp8}
 
 
 def _awq(source: Checkpoint, form: Form) -> "Awq | None":
@@ -164,7 +174,7 @@ def _importance(form: Form, calibration: "Calibration", smoothing: Any) -> Any:
     return of
 
 
-def require_text(given: Path | None, precision: str) -> None:
+def require_text(given: str | None, precision: str) -> None:
     """Refuse a precision whose scales are static without a text to find them on."""
     if given is None:
         raise ExportError(

@@ -164,6 +164,10 @@ def _check_options(source: Checkpoint, options: ExportOptions) -> tuple[Limits, 
     recipe = read_recipe(Path(options.recipe), SCHEMES) if options.recipe is not None else None
     asked = options.target, options.precision, options.activations
     form = choose_form(source.config, source.task, *asked, recipe)
+    if form.fp8:
+        from glm4_deploy.calibration import require_text
+
+        require_text(options.calibration, options.precision)
     require_engine(form.target.engine, options.target, options.precision, options.engine)
     positions = source.config.max_position_embeddings
     length = positions if options.max_seq_len is None else options.max_seq_len
@@ -224,6 +228,7 @@ def _prepare(
 
 def _trace(source: Checkpoint, form: Form, prepared: "Prepared") -> "ir.Model":
     from glm4_exporters.passes import lower
+    from glm4_exporters.passes.fp8_products import Fp8Products
     from glm4_exporters.passes.quantize_weights import QuantizeWeights
     from glm4_exporters.passes.scale_eps import ScaleEps
     from glm4_exporters.trace import trace
@@ -233,6 +238,8 @@ def _trace(source: Checkpoint, form: Form, prepared: "Prepared") -> "ir.Model":
     lower(model, form.target.dialect)
     if form.schemes:
         QuantizeWeights(form.target.dialect, form.schemes)(model)
+    if form.fp8:
+        Fp8Products(prepared.input_scales)(model)
     return model
 
 

@@ -123,6 +123,13 @@ def attach(model: ir.Model, tensors: list[StoredTensor], location: str) -> None:
         )
 
 
+def share_weights(source: ir.Model, target: ir.Model) -> None:
+    """Point the weights of ``target``, another graph of the same model, at the data that ``source`` reads."""
+    for name, value in target.graph.initializers.items():
+        if value.const_value is None:
+            value.const_value = source.graph.initializers[name].const_value
+
+
 def write_weights(
     checkpoint: Checkpoint,
     tensors: list[StoredTensor],

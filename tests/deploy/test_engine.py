@@ -262,7 +262,7 @@ def plan_of(folder, name):
     manifest = read_manifest(folder)
     return EnginePlan(
         kind=TARGET,
-        graph=name,
+        graphs={"other.engine": name},
         capabilities=(),
         profiles=tuple(dataclasses.replace(p, file="other.engine") for p in manifest.engine.profiles),
         inputs=manifest.inputs,

@@ -28,7 +28,7 @@ def traced():
     return lower(trace(CONFIG, "causal-lm", "float16"), "native")
 
 
-def written(model, folder, tensors=TENSORS, edits=Edits()):
+def written(model, folder, tensors=TENSORS, edits=None):
     """The graph's fp8 weights and scales, by name, as a runtime reads them."""
     model = model.clone()
     Fp8Products({DOWN: 0.1, GATE_UP: 0.1})(model)
@@ -36,7 +36,7 @@ def written(model, folder, tensors=TENSORS, edits=Edits()):
     save_file(tensors, source / "model.safetensors")
     with Checkpoint.load(source) as checkpoint:
         places = layout(model)
-        result = write_weights(checkpoint, places, folder / "weights", edits)
+        result = write_weights(checkpoint, places, folder / "weights", edits or Edits())
     attach(model, places, "weights")
     ir.save(model, folder / "model.onnx")
     found = ir.load(folder / "model.onnx").graph.initializers

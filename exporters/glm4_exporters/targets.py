@@ -208,3 +208,9 @@ def _require_width(name: str, width: int, scheme: Scheme, target: Target) -> Non
             f"{name} has {width} inputs per row, an odd number, which 4-bit numbers two to a byte "
             "do not fit in the native dialect; export with --precision int8, or --target ort"
         )
+    if scheme.block is not None and target.engine is not None and width % scheme.block:
+        # TensorRT divides the width by the number of scales, and would take other blocks than were written.
+        raise ExportError(
+            f"{name} has {width} inputs per row, which is no multiple of the {scheme.block} numbers under one scale "
+            f"that {target.engine} needs; export with --precision int8, or --target ort"
+        )

@@ -76,19 +76,20 @@ def test_the_demo_passes_its_gate_and_its_products_are_fused(tmp_path, text, pre
 
 
 SHAPES = {
+    "whole blocks": dict(num_attention_heads=6, num_key_value_heads=3, hidden_size=96, intermediate_size=160),
     "8 kv heads": dict(num_attention_heads=16, num_key_value_heads=8, hidden_size=72, intermediate_size=100),
     "no bias": dict(attention_bias=False, hidden_size=80, intermediate_size=90),
     "tied": dict(attention_bias=False, tie_word_embeddings=True),
     "odd width": dict(intermediate_size=91),
 }
 # RMS of the difference over the reference's, on random weights, the worst of these a third above what was measured.
-LARGEST = {"int8": 0.03, "int4": 0.4, "fp8": 0.125}
+LARGEST = {"int8": 0.03, "int4": 0.32, "fp8": 0.125}
 
 
 @pytest.mark.parametrize(
     ("shape", "precision", "activations", "layout"),
     [
-        ("8 kv heads", "int4", "bf16", "split"),
+        ("whole blocks", "int4", "bf16", "split"),
         ("8 kv heads", "fp8", "fp16", "split"),
         ("no bias", "int8", "fp16", "split"),
         ("tied", "int4", "fp16", "shared"),
@@ -111,10 +112,19 @@ def test_shapes_that_are_not_round(tmp_path, monkeypatch, shape, precision, acti
     assert {name for name in manifest.files if name.endswith(".engine")} == files
 
 
-def test_an_odd_width_in_int4_is_refused_before_the_work(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("odd width", r"down_proj\.weight has 91 inputs per row, an odd number.*--precision int8"),
+        # 72 inputs under 3 scales each: TensorRT would take blocks of 24 where 32 were written, without a word.
+        ("8 kv heads", r"q_proj\.weight has 72 inputs per row, .* no multiple of the 32 .*--precision int8"),
+        ("no bias", r"q_proj\.weight has 80 inputs per row, .* no multiple of the 32 .*--precision int8"),
+    ],
+)
+def test_widths_that_int4_does_not_divide_are_refused_before_the_work(tmp_path, monkeypatch, shape, message):
     monkeypatch.setattr("glm4_deploy.pipeline._trace", lambda *_: pytest.fail("work began"))
-    source = write_checkpoint(tmp_path / "source", tiny_config(**SHAPES["odd width"]))
-    with pytest.raises(ExportError, match=r"down_proj\.weight has 91 inputs per row, .*--precision int8"):
+    source = write_checkpoint(tmp_path / "source", tiny_config(**SHAPES[shape]))
+    with pytest.raises(ExportError, match=message):
         export(source, tmp_path / "bundle", options("int4"))
 
 

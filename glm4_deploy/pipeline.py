@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm4_deploy import __version__
+from glm4_exporters.cache_types import cache_providers, choose_cache
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.engine import (
     EngineOptions,
@@ -57,7 +58,7 @@ if TYPE_CHECKING:  # torch and onnx load when there is work for them, so that --
     from glm4_exporters.passes.plugin_attention import PluginAttention
     from glm4_exporters.weights import WrittenWeights
 
-DEFAULT_TARGET, DEFAULT_PRECISION, DEFAULT_BATCH = "ort", "fp16", 8
+DEFAULT_TARGET, DEFAULT_PRECISION, DEFAULT_BATCH = "ort", "int8", 8
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript")
 
 
@@ -74,6 +75,7 @@ class ExportOptions:
     activations: str | None = None  # of a quantized bundle; the target's choice where None
     calibration: str | None = None  # a file of text or token ids
     recipe: str | None = None  # a file of schemes by tensor
+    kv_cache: str = "auto"  # the activations' type, or int8
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -115,8 +117,7 @@ def export(
         limits, form = _check_options(source, options)
         _check_destination(bundle, force)
         _check_installed(options)
-        with clock("calibrate"):
-            prepared = _prepare(source, form, options, limits, progress)
+        prepared = _prepare(source, form, options, limits, clock, progress)
         with clock("trace"):
             progress("trace the model", 0, 0)
             model = _trace(source, form, prepared)
@@ -177,6 +178,8 @@ def _check_options(source: Checkpoint, options: ExportOptions) -> tuple[Limits, 
         from glm4_deploy.calibration import require_text
 
         require_text(options.calibration, options.precision)
+    cache = choose_cache(source.config, source.task, options.target, form.activations, options.kv_cache)
+    form = dataclasses.replace(form, kv_cache=cache)
     kind = form.target.engine
     require_engine(kind, options.target, options.precision, source.task, options.engine)
     positions = source.config.max_position_embeddings
@@ -229,13 +232,20 @@ def _require_space(folder: Path, needed: int) -> None:
 
 
 def _prepare(
-    source: Checkpoint, form: Form, options: ExportOptions, limits: Limits, progress: Progress
+    source: Checkpoint,
+    form: Form,
+    options: ExportOptions,
+    limits: Limits,
+    clock: "_Clock",
+    progress: Progress,
 ) -> "Prepared":
     from glm4_deploy.calibration import needs_text, prepare, read_text
 
-    given = options.calibration and Path(options.calibration)
-    text = read_text(source, given or None, limits.max_seq_len) if needs_text(form, bool(given)) else None
-    return prepare(source, form, text, progress)
+    given = Path(options.calibration) if options.calibration else None
+    if not needs_text(form, given is not None):
+        return prepare(source, form, None)
+    with clock("calibrate"):
+        return prepare(source, form, read_text(source, given, limits.max_seq_len), progress)
 
 
 def _trace(
@@ -244,6 +254,7 @@ def _trace(
     """The graph in the target's dialect, or with its attention by our plugin."""
     from glm4_exporters.passes import lower
     from glm4_exporters.passes.fp8_products import Fp8Products
+    from glm4_exporters.passes.quantize_cache import QuantizeCache
     from glm4_exporters.passes.quantize_weights import QuantizeWeights
     from glm4_exporters.passes.scale_eps import ScaleEps
     from glm4_exporters.trace import trace
@@ -254,6 +265,8 @@ def _trace(
         lower(model, form.target.dialect)
     else:
         plugin(model)
+    if prepared.cache_scales:
+        QuantizeCache(prepared.cache_scales)(model)
     if form.schemes:
         QuantizeWeights(form.target.dialect, form.schemes)(model)
     if form.fp8:
@@ -294,8 +307,7 @@ def _describe(
     written: "WrittenWeights",
 ) -> Manifest:
     config, task = source.config, source.task
-    has_cache = task == "causal-lm"
-    io = graph_io(config, task, form.activations)
+    io = graph_io(config, task, form.kv_cache or form.activations)
     files = {path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name != WEIGHTS}
     return Manifest(
         task=task,
@@ -303,7 +315,7 @@ def _describe(
         dialect=form.target.dialect,
         precision=options.precision,
         activations=form.activations,
-        kv_cache=form.activations if has_cache else None,
+        kv_cache=form.kv_cache,
         model=ModelInfo(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -320,7 +332,7 @@ def _describe(
         opsets=dict(model.opset_imports),
         inputs=io.inputs,
         outputs=io.outputs,
-        providers=form.target.providers[form.activations],
+        providers=cache_providers(form.kv_cache, form.target.providers[form.activations]),
         tensor_precisions=dict(form.groups),
         scaled_bits=dict(prepared.norm_bits),
         tools=_tool_versions(),

@@ -34,8 +34,9 @@ PREFILLS = (512, 2048, 8000)
 CONTEXT, STEPS = 1024, 32  # positions before the first decode step that is timed, and how many steps are
 PARITY_TOKENS, PARITY_STEPS = 600, 8  # more than one chunk of a prefill
 SHARD_BYTES = 4 << 30
+CALIBRATION = "calibration.ids"
 # Largest mean KL against the eager model in float32: twice what the export's own gate allows the graph.
-LARGEST_KL = {"fp16": 2e-4, "bf16": 2e-3, "int8": 4e-3, "int4": 2e-1}
+LARGEST_KL = {"fp16": 2e-4, "bf16": 2e-3, "int8": 4e-3, "int4": 2e-1, "fp8": 4e-2}
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ class Candidate:
         return f"{self.target} {self.precision}"
 
 
+PRECISIONS = ("fp16", "int8", "int4", "fp8")
 CANDIDATES = (
-    *(Candidate("tensorrt-rtx", precision, "tensorrt_rtx") for precision in ("fp16", "int8", "int4")),
-    *(Candidate("tensorrt", precision, "tensorrt") for precision in ("fp16", "int8", "int4")),
+    *(Candidate("tensorrt-rtx", precision, "tensorrt_rtx") for precision in PRECISIONS),
+    *(Candidate("tensorrt", precision, "tensorrt") for precision in PRECISIONS),
     Candidate("ort", "fp16", "onnxruntime", "CUDAExecutionProvider"),
 )
 
@@ -228,7 +230,8 @@ def run_candidate(
         precision=candidate.precision,
         max_seq_len=POSITIONS,
         parity=False,
-        activations="fp16" if candidate.precision.startswith("int") else None,
+        activations=None if candidate.precision == "fp16" else "fp16",
+        calibration=str(folder / CALIBRATION) if candidate.precision == "fp8" else None,
     )
     result = export(folder / "checkpoint", bundle, options)
     with Session.open(bundle, provider=candidate.provider) as session:
@@ -253,6 +256,7 @@ def check_engines(
     with checkpoint_of(SIZES["9b"], folder) as (where, layers):
         tokens = parity_tokens(config_vocab(where / "checkpoint"))
         expected = eager_logits(where / "checkpoint", tokens, "cuda")
+        (where / CALIBRATION).write_text(" ".join(map(str, tokens)))
         for candidate in present:
             say(f"{candidate.name}, {layers} layers ...")
             try:

@@ -59,6 +59,7 @@ class Form:
         groups: what each group of tensors is stored as, for the manifest.
         schemes: by canonical name of the matrix.
         fp8: names of the matrices that are multiplied in fp8, inputs and all.
+        kv_cache: element type of the cache; None for a task without one.
     """
 
     target: Target
@@ -66,6 +67,7 @@ class Form:
     groups: Mapping[str, str]
     schemes: Mapping[str, Scheme]
     fp8: tuple[str, ...] = ()
+    kv_cache: str | None = None
 
 
 PRECISIONS = {

@@ -325,7 +325,7 @@ def test_a_builder_that_dies_is_said_and_leaves_no_process(engine_bundle, monkey
         (dict(options=options("fp32")), "has no precision 'fp32'; it has fp16, bf16"),
         (dict(options=options("fp8")), r"fp8 needs --calibration FILE \(\.txt, \.jsonl or \.ids\)"),
         (
-            dict(options=options("fp8", sm=("89", "86"))),
+            dict(options=dataclasses.replace(options("fp8", sm=("89", "86")), calibration="text.ids")),
             "fp8 needs compute capability 89 or newer .*, not 86",
         ),
         (

@@ -3,6 +3,7 @@
 prepared = prepare(checkpoint, form, text, progress)
 prepared.edits      # for the weights' writer
 prepared.norm_bits  # for the canonical graph
+prepared.input_scales  # for the products in fp8
 prepared.cache_scales  # for the lowered graph
 prepared.report     # for report.json
 """
@@ -58,6 +59,7 @@ class Prepared:
         norm_bits: k by the scope of each norm whose input is scaled by 2^-k.
         cache_scales: of every layer, where the cache is int8.
         calibration: the statistics; None where nothing needed any.
+        input_scales: by name of each matrix that is multiplied in fp8, the scale of what it reads.
         report: for ``report.json``.
     """
 
@@ -65,6 +67,7 @@ class Prepared:
     norm_bits: Mapping[str, int] = field(default_factory=dict)
     cache_scales: "tuple[CacheScales, ...]" = ()
     calibration: "Calibration | None" = None
+    input_scales: Mapping[str, float] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -134,8 +137,15 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
         norm_bits,
         scales,
         calibration,
+        _input_scales(form, calibration, smoothing),
         report,
     )
+
+
+def _input_scales(form: Form, calibration: "Calibration", smoothing: Any) -> dict[str, float]:
+    from glm4_exporters.passes.fp8_products import fp8_scale
+
+    return {name: fp8_scale(float(smoothing.input_absmax(calibration, name).max())) for name in form.fp8}
 
 
 def _awq(source: Checkpoint, form: Form) -> "Awq | None":
@@ -174,7 +184,7 @@ def _importance(form: Form, calibration: "Calibration", smoothing: Any) -> Any:
     return of
 
 
-def require_text(given: Path | None, precision: str) -> None:
+def require_text(given: str | None, precision: str) -> None:
     """Refuse a precision whose scales are static without a text to find them on."""
     if given is None:
         raise ExportError(

@@ -59,6 +59,7 @@ class GraphPieces:
         self.arithmetic = "float32" if self._widen else "as exported"
         if self._widen:
             _widen_casts(self._model.graph)
+            _widen_constants(self._model.graph)
         self._initializers = {tensor.name: tensor for tensor in self._model.graph.initializer}
         self._outputs = [value.name for value in self._model.graph.output]
         self.pieces = _cut(self._model.graph)
@@ -195,9 +196,9 @@ class GraphPieces:
         with (self._folder / place["location"]).open("rb") as file:
             offset = int(place.get("offset", 0))
             if rows is None:
-                rows = np.arange(tensor.dims[0])
+                rows = np.arange(tensor.dims[0] if tensor.dims else 1)
             data = np.concatenate(list(_row_runs(file, offset, dtype, width, rows)))
-        dims = (len(rows), *tensor.dims[1:])
+        dims = (len(rows), *tensor.dims[1:]) if tensor.dims else ()
         if self._widen and tensor.data_type == onnx.TensorProto.BFLOAT16:
             return _Weight(onnx.TensorProto.FLOAT, dims, data.astype(np.float32).reshape(dims))
         return _Weight(tensor.data_type, dims, data if tensor.data_type in _PACKED else data.reshape(dims))
@@ -213,7 +214,7 @@ class _Weight:
 
 
 _PACKED = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
-_WITHOUT_NUMPY_TYPE = (*_PACKED, onnx.TensorProto.BFLOAT16)
+_WITHOUT_NUMPY_TYPE = (*_PACKED, onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT8E4M3FN)
 
 
 def _stored_rows(tensor: onnx.TensorProto) -> tuple[Any, int]:
@@ -295,6 +296,17 @@ def _widen_casts(graph: onnx.GraphProto) -> None:
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == onnx.TensorProto.BFLOAT16:
                 attribute.i = onnx.TensorProto.FLOAT
+
+
+def _widen_constants(graph: onnx.GraphProto) -> None:
+    """bfloat16 constants that lie in the graph itself, not in the data file."""
+    for tensor in graph.initializer:
+        if (
+            tensor.data_type == onnx.TensorProto.BFLOAT16
+            and tensor.data_location != onnx.TensorProto.EXTERNAL
+        ):
+            wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
 
 
 __all__ = ["GraphPieces", "Piece"]

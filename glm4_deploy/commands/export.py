@@ -28,7 +28,7 @@ from glm4_runtime.bundle import Manifest
     type=click.Choice(list(PRECISIONS)),
     default=pipeline.DEFAULT_PRECISION,
     show_default=True,
-    help="Element type of weights, activations and cache; int8 and int4 are of weights only.",
+    help="Element type of weights, activations and cache; int8 and int4 are of weights only, fp8 of products.",
 )
 @click.option(
     "--activations",
@@ -47,7 +47,7 @@ from glm4_runtime.bundle import Manifest
     type=click.Path(dir_okay=False),
     metavar="FILE",
     help="Text like that which the model will see (.txt, .jsonl, .ids): int4 weights and an int8 cache are "
-    "quantized by what it shows.",
+    "quantized by what it shows, and fp8 needs it.",
 )
 @click.option(
     "--recipe",

@@ -3,6 +3,7 @@
 prepared = prepare(checkpoint, form, text, progress)
 prepared.edits      # for the weights' writer
 prepared.norm_bits  # for the canonical graph
+prepared.cache_scales  # for the lowered graph
 prepared.report     # for report.json
 """
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from glm4_exporters.quantize.awq import Awq
     from glm4_exporters.quantize.calibrate import Calibration
+    from glm4_exporters.quantize.kv_cache import CacheScales
     from glm4_exporters.weights import Edits
 
 SEQUENCE, SEQUENCES = 512, 64  # tokens, and how many sequences of a user's text are read
@@ -54,12 +56,14 @@ class Prepared:
     Attributes:
         edits: what is done to tensors before they are stored.
         norm_bits: k by the scope of each norm whose input is scaled by 2^-k.
+        cache_scales: of every layer, where the cache is int8.
         calibration: the statistics; None where nothing needed any.
         report: for ``report.json``.
     """
 
     edits: "Edits"
     norm_bits: Mapping[str, int] = field(default_factory=dict)
+    cache_scales: "tuple[CacheScales, ...]" = ()
     calibration: "Calibration | None" = None
     report: Mapping[str, Any] = field(default_factory=dict)
 
@@ -82,8 +86,8 @@ def read_text(source: Checkpoint, path: Path | None, max_seq_len: int) -> Text:
 
 
 def needs_text(form: Form, given: bool) -> bool:
-    """Whether anything is calibrated: whatever text was given for, and fp16's range always."""
-    return given or form.activations == "float16"
+    """Whether anything is calibrated: whatever text was given for, and fp16's range and an int8 cache always."""
+    return given or form.activations == "float16" or form.kv_cache == "int8"
 
 
 def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progress = silent) -> Prepared:
@@ -98,6 +102,7 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
     if text is None:
         return Prepared(Edits())
     from glm4_exporters.quantize.calibrate import calibrate
+    from glm4_exporters.quantize.kv_cache import MARGIN, cache_scales
     from glm4_exporters.quantize.overflow import audit, remedies, require_range
     from glm4_exporters.quantize.smooth import Smoothing
 
@@ -120,9 +125,14 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
         require_range(calibration, smoothing)
         remedy = remedies(calibration, source.config, smoothing)
         smoothing, norm_bits = smoothing.then(remedy.weights), remedy.norm_bits
+    scales: tuple[CacheScales, ...] = ()
+    if form.kv_cache == "int8":
+        scales = cache_scales(calibration, smoothing)
+        report["kv_cache"] = {"scales": "per head and channel, of K and of V apart", "margin": MARGIN}
     return Prepared(
         Edits(smoothing, _importance(form, calibration, smoothing) if awq else lambda _name: None),
         norm_bits,
+        scales,
         calibration,
         report,
     )

@@ -26,13 +26,13 @@ def kl_divergence(expected: Logits, actual: Logits) -> Vector:
 
 
 def near_ties(expected: Logits, actual: Logits, activations: str) -> npt.NDArray[np.bool_]:
-    """Positions where ``actual`` prefers another token, but within one step of its type at the best logit.
+    """Positions where ``actual`` prefers another token, but within two steps of its type at the best logit.
 
-    A graph's logits are numbers of the activations' type before they are widened. Two that lie within one
-    step of it, 2^-10 of their size in float16, may round to the same number, and either can come first.
+    A graph's logits are numbers of the activations' type before they are widened. Where each of two may be
+    one step off, 2^-10 of their size in float16, those that lie within two can change places.
     """
     rows = np.arange(len(expected))
     best, chosen = expected.max(-1), expected[rows, actual.argmax(-1)]
-    step = STEPS[activations] * np.abs(best)
-    ties: npt.NDArray[np.bool_] = (expected.argmax(-1) != actual.argmax(-1)) & (best - chosen <= step)
+    steps = 2 * STEPS[activations] * np.abs(best)
+    ties: npt.NDArray[np.bool_] = (expected.argmax(-1) != actual.argmax(-1)) & (best - chosen <= steps)
     return ties

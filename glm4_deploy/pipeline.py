@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm4_deploy import __version__
+from glm4_exporters.cache_types import cache_providers, choose_cache
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.engine import EngineOptions, engine_attention, engine_version, require_engine
 from glm4_exporters.graph_io import graph_io
@@ -48,7 +49,7 @@ if TYPE_CHECKING:  # torch and onnx load when there is work for them, so that --
     from glm4_deploy.parity import Parity
     from glm4_exporters.weights import WrittenWeights
 
-DEFAULT_TARGET, DEFAULT_PRECISION, DEFAULT_BATCH = "ort", "fp16", 8
+DEFAULT_TARGET, DEFAULT_PRECISION, DEFAULT_BATCH = "ort", "int8", 8
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript")
 
 
@@ -65,6 +66,7 @@ class ExportOptions:
     activations: str | None = None  # of a quantized bundle; the target's choice where None
     calibration: str | None = None  # a file of text or token ids
     recipe: str | None = None  # a file of schemes by tensor
+    kv_cache: str = "auto"  # the activations' type, or int8
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -106,8 +108,7 @@ def export(
         limits, form = _check_options(source, options)
         _check_destination(bundle, force)
         _check_installed(options)
-        with clock("calibrate"):
-            prepared = _prepare(source, form, options, limits, progress)
+        prepared = _prepare(source, form, options, limits, clock, progress)
         with clock("trace"):
             progress("trace the model", 0, 0)
             model = _trace(source, form, prepared)
@@ -164,6 +165,8 @@ def _check_options(source: Checkpoint, options: ExportOptions) -> tuple[Limits, 
     recipe = read_recipe(Path(options.recipe), SCHEMES) if options.recipe is not None else None
     asked = options.target, options.precision, options.activations
     form = choose_form(source.config, source.task, *asked, recipe)
+    cache = choose_cache(source.config, source.task, options.target, form.activations, options.kv_cache)
+    form = dataclasses.replace(form, kv_cache=cache)
     require_engine(form.target.engine, options.target, options.precision, options.engine)
     positions = source.config.max_position_embeddings
     length = positions if options.max_seq_len is None else options.max_seq_len
@@ -213,17 +216,25 @@ def _require_space(folder: Path, needed: int) -> None:
 
 
 def _prepare(
-    source: Checkpoint, form: Form, options: ExportOptions, limits: Limits, progress: Progress
+    source: Checkpoint,
+    form: Form,
+    options: ExportOptions,
+    limits: Limits,
+    clock: "_Clock",
+    progress: Progress,
 ) -> "Prepared":
     from glm4_deploy.calibration import needs_text, prepare, read_text
 
-    given = options.calibration and Path(options.calibration)
-    text = read_text(source, given or None, limits.max_seq_len) if needs_text(form, bool(given)) else None
-    return prepare(source, form, text, progress)
+    given = Path(options.calibration) if options.calibration else None
+    if not needs_text(form, given is not None):
+        return prepare(source, form, None)
+    with clock("calibrate"):
+        return prepare(source, form, read_text(source, given, limits.max_seq_len), progress)
 
 
 def _trace(source: Checkpoint, form: Form, prepared: "Prepared") -> "ir.Model":
     from glm4_exporters.passes import lower
+    from glm4_exporters.passes.quantize_cache import QuantizeCache
     from glm4_exporters.passes.quantize_weights import QuantizeWeights
     from glm4_exporters.passes.scale_eps import ScaleEps
     from glm4_exporters.trace import trace
@@ -231,6 +242,8 @@ def _trace(source: Checkpoint, form: Form, prepared: "Prepared") -> "ir.Model":
     model = trace(source.config, source.task, form.activations)
     ScaleEps(prepared.norm_bits)(model)
     lower(model, form.target.dialect)
+    if prepared.cache_scales:
+        QuantizeCache(prepared.cache_scales)(model)
     if form.schemes:
         QuantizeWeights(form.target.dialect, form.schemes)(model)
     return model
@@ -269,8 +282,7 @@ def _describe(
     written: "WrittenWeights",
 ) -> Manifest:
     config, task = source.config, source.task
-    has_cache = task == "causal-lm"
-    io = graph_io(config, task, form.activations)
+    io = graph_io(config, task, form.kv_cache or form.activations)
     files = {path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name != WEIGHTS}
     return Manifest(
         task=task,
@@ -278,7 +290,7 @@ def _describe(
         dialect=form.target.dialect,
         precision=options.precision,
         activations=form.activations,
-        kv_cache=form.activations if has_cache else None,
+        kv_cache=form.kv_cache,
         model=ModelInfo(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -295,7 +307,7 @@ def _describe(
         opsets=dict(model.opset_imports),
         inputs=io.inputs,
         outputs=io.outputs,
-        providers=form.target.providers[form.activations],
+        providers=cache_providers(form.kv_cache, form.target.providers[form.activations]),
         tensor_precisions=dict(form.groups),
         scaled_bits=dict(prepared.norm_bits),
         tools=_tool_versions(),

@@ -8,6 +8,24 @@ from checkpoints import tiny_config, write_checkpoint
 
 from glm4_deploy.pipeline import ExportOptions, export
 
+TRACES: dict = {}
+
+
+@pytest.fixture
+def traced_once(monkeypatch):
+    """Take the graph of a configuration from the test before: tracing is most of a small export's time."""
+    from glm4_exporters import trace as module
+
+    real = module.trace
+
+    def trace(config, task, activations):
+        key = json.dumps([config.to_dict(), task, activations])
+        if key not in TRACES:
+            TRACES[key] = real(config, task, activations)
+        return TRACES[key].clone()
+
+    monkeypatch.setattr(module, "trace", trace)
+
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):

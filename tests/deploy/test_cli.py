@@ -58,7 +58,7 @@ def traced_before(tiny_bundles, monkeypatch):
     """Take the graph from a bundle: tracing is most of a small export's time."""
     import onnx_ir as ir
 
-    def trace(source, options):
+    def trace(source, form, prepared):
         model = ir.load(tiny_bundles["ort"] / "model.onnx")
         for value in model.graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
@@ -268,8 +268,8 @@ def test_export_into_what_is_in_the_way(run, worded):
 def test_a_failed_gate_is_exit_code_3(run, tmp_path, tiny_checkpoint, traced_before, monkeypatch):
     real = pipeline._write_model
 
-    def damage(source, model, folder, progress):
-        written = real(source, model, folder, progress)
+    def damage(source, model, prepared, folder, progress):
+        written = real(source, model, prepared, folder, progress)
         data = folder / "model.onnx.data"
         data.write_bytes(bytes([0x3F] * data.stat().st_size))  # every weight 0.747, the rotary tables too
         return written

@@ -29,23 +29,6 @@ FAST = ExportOptions(precision="fp32", parity=False)
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def traced_once(monkeypatch):
-    """Take the graph of a configuration from the test before: tracing is most of a small export's time."""
-    real = pipeline._trace
-
-    def trace(source, options):
-        key = json.dumps([source.config.to_dict(), source.task, options.target, options.precision])
-        if key not in TRACES:
-            TRACES[key] = real(source, options)
-        return TRACES[key].clone()
-
-    monkeypatch.setattr(pipeline, "_trace", trace)
-
-
-TRACES = {}
-
-
 def contents(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
@@ -209,7 +192,7 @@ from glm4_exporters import weights
 
 checkpoint, bundle, graph = sys.argv[1:]
 
-def traced(source, options):
+def traced(source, form, prepared):
     model = ir.load(graph)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):

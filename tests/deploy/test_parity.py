@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -17,6 +19,7 @@ from glm4_deploy.parity import (
     LIMITS,
     Parity,
     check_parity,
+    limits_of,
     measure_parity,
     sample_sequences,
 )
@@ -76,7 +79,11 @@ def corrupted(bundle, folder, name, index):
     raise AssertionError(f"no weight {name}")
 
 
-@pytest.mark.parametrize("precision", LIMITS)
+DEMO = Path(__file__).parents[2] / "demo" / "glm4-tiny"
+FLOATS = ("fp32", "fp16", "bf16")
+
+
+@pytest.mark.parametrize("precision", FLOATS)
 @pytest.mark.parametrize(
     ("name", "index"),
     [
@@ -96,7 +103,7 @@ def test_one_wrong_byte_fails_the_gate(tmp_path, sure_checkpoint, sure_bundles, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("precision", LIMITS)
+@pytest.mark.parametrize("precision", FLOATS)
 def test_the_right_bytes_pass_with_room(sure_checkpoint, sure_bundles, precision):
     bundle = sure_bundles[precision]
     result = measured(bundle, sure_checkpoint)
@@ -116,8 +123,8 @@ def test_other_weights_fail_the_gate_and_leave_no_bundle(tmp_path, sure_checkpoi
     """The export itself stops: what it wrote is not published."""
     real = pipeline._write_model
 
-    def damage(source, model, folder, progress):
-        written = real(source, model, folder, progress)
+    def damage(source, model, prepared, folder, progress):
+        written = real(source, model, prepared, folder, progress)
         data = folder / "model.onnx.data"
         data.write_bytes(data.read_bytes()[:-4096] + bytes(4096))
         with data.open("r+b") as file:
@@ -198,7 +205,7 @@ NAN = float("nan")
 
 class _Made:
     def __init__(self, precision):
-        self.precision = precision
+        self.precision, self.kv_cache = precision, "float32"
 
 
 @pytest.mark.parametrize(
@@ -259,8 +266,44 @@ def test_a_tie_is_what_the_type_cannot_tell_apart(activations, step):
     from glm4_deploy.metrics import near_ties
 
     reference = np.array(
-        [[4.0, 4.0 - 4.0 * step, 0.0], [4.0, 4.0 - 8.0 * step, 0.0], [4.0, 0.0, 0.0]], np.float32
+        [[4.0, 4.0 - 8.0 * step, 0.0], [4.0, 4.0 - 12.0 * step, 0.0], [4.0, 0.0, 0.0]], np.float32
     )
     bundle = np.array([[0.0, 1.0, 0.0]] * 3, np.float32)  # prefers the second token at every position
     assert near_ties(reference, bundle, activations) == 1
     assert near_ties(reference, reference, activations) == 0
+
+
+def test_an_int8_cache_has_limits_of_its_own(tmp_path, sure_checkpoint):
+    """It passes as exported; with steps so small that most values saturate, it does not."""
+    bundle = export(sure_checkpoint, tmp_path / "b", ExportOptions("ort", "fp32", kv_cache="int8")).bundle
+    manifest = read_manifest(bundle)
+    assert limits_of(manifest).max_abs is None
+    assert limits_of(manifest).mean_kl < LIMITS["int8"].mean_kl
+    assert limits_of(replace(manifest, kv_cache="float32")) == LIMITS["fp32"]
+    assert 1e-7 < measured(bundle, sure_checkpoint).mean_kl < 1e-4
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    scales = [t for t in model.graph.initializer if t.name.endswith(("key_scale", "value_scale"))]
+    assert len(scales) == 4
+    for tensor in scales:
+        tensor.raw_data = (onnx.numpy_helper.to_array(tensor) / 16).tobytes()
+    onnx.save(model, bundle / "model.onnx")
+    with pytest.raises(GateError, match="in fp32 with an int8 KV cache: mean KL is"):
+        check_parity(measured(bundle, sure_checkpoint), manifest)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_wrong_matrix_fails_the_gate_of_a_quantized_bundle(tmp_path, precision):
+    """Parity of the demo passes; with one matrix's rows in another order it does not."""
+    export(DEMO, tmp_path / "right", ExportOptions("ort", precision))
+    bundle = shutil.copytree(tmp_path / "right", tmp_path / "bundle")
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.name == "model.layers.1.mlp.down_proj.weight.codes")
+    place = {entry.key: int(entry.value) for entry in tensor.external_data if entry.key != "location"}
+    with (bundle / "model.onnx.data").open("r+b") as file:
+        file.seek(place["offset"])
+        rows = np.frombuffer(file.read(place["length"]), np.uint8).reshape(tensor.dims[0], -1)
+        file.seek(place["offset"])
+        file.write(np.roll(rows, 1, axis=0).tobytes())
+    manifest = read_manifest(bundle)
+    with Checkpoint.load(DEMO) as checkpoint, pytest.raises(GateError, match=f"in {precision}: mean KL"):
+        check_parity(measure_parity(bundle, manifest, checkpoint), manifest)

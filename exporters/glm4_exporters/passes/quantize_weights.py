@@ -50,7 +50,10 @@ class QuantizeWeights(ir.passes.InPlacePass):
                 continue
             b = Builder(graph, scope_of(node))
             assert lower is not None
-            lower(b, node, weight, self._schemes[weight.name])
+            scheme = self._schemes[weight.name]
+            if lower is _lookup and _shape(weight)[1] % (scheme.block or 1):
+                continue  # a tied table whose rows are no whole blocks is looked up as it is
+            lower(b, node, weight, scheme)
             new = b.nodes[-1].outputs[0]
             if node.outputs[0].is_graph_output():
                 new.name = node.outputs[0].name

@@ -43,7 +43,7 @@ class Scheme:
 SCHEMES = {
     "int8": Scheme(bits=8, block=128, ranges=(1.0,)),
     "int8-channel": Scheme(bits=8, block=None, ranges=(1.0, 0.9)),
-    "int4": Scheme(bits=4, block=32, ranges=(1.0, 0.85)),
+    "int4": Scheme(bits=4, block=32, ranges=(0.95, 0.8)),
 }
 
 

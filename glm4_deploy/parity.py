@@ -54,6 +54,7 @@ LIMITS = {
     "fp16": Limits(max_abs=None, mean_kl=1e-4, top1=0.995, relative=1e-2),
     "bf16": Limits(max_abs=None, mean_kl=1e-3, top1=0.99, relative=5e-2),
     "int8": Limits(max_abs=None, mean_kl=2e-3, top1=0.95, relative=5e-2),
+    "int8-sq": Limits(max_abs=None, mean_kl=1, top1=0.5, relative=5e-2),
     "int4": Limits(max_abs=None, mean_kl=1e-1, top1=0.75, relative=4e-1),
 }
 

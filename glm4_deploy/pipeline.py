@@ -160,9 +160,13 @@ def cache_key(checkpoint: str | Path, options: ExportOptions) -> str:
 
 
 def _check_options(source: Checkpoint, options: ExportOptions) -> tuple[Limits, Form]:
+    from glm4_deploy.calibration import require_text
+
     recipe = read_recipe(Path(options.recipe), SCHEMES) if options.recipe is not None else None
     asked = options.target, options.precision, options.activations
     form = choose_form(source.config, source.task, *asked, recipe)
+    if form.integer_products:
+        require_text(options.calibration, options.precision)
     require_engine(form.target.engine, options.target, options.precision, options.engine)
     positions = source.config.max_position_embeddings
     length = positions if options.max_seq_len is None else options.max_seq_len
@@ -230,6 +234,7 @@ def _prepare(
 
 def _trace(source: Checkpoint, form: Form, prepared: "Prepared") -> "ir.Model":
     from glm4_exporters.passes import lower
+    from glm4_exporters.passes.quantize_inputs import QuantizeInputs
     from glm4_exporters.passes.quantize_weights import QuantizeWeights
     from glm4_exporters.passes.scale_eps import ScaleEps
     from glm4_exporters.trace import trace
@@ -239,6 +244,8 @@ def _trace(source: Checkpoint, form: Form, prepared: "Prepared") -> "ir.Model":
     lower(model, form.target.dialect)
     if form.schemes:
         QuantizeWeights(form.target.dialect, form.schemes)(model)
+    if prepared.input_scales:
+        QuantizeInputs(form.target.dialect, prepared.input_scales)(model)
     return model
 
 

@@ -34,7 +34,7 @@ from glm4_exporters.checkpoint import HEAD
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.quantize.calibrate import Calibration, Site, Vector
 
-ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 FLOOR = 1e-4  # of the largest channel: one that was at rest during calibration need not stay there
 LARGEST = 2.0**12  # scales lie in 1 / LARGEST ... LARGEST, so that norm weights keep their digits in fp16
 
@@ -163,11 +163,9 @@ class ScaleSearch:
         if not (foldable(self.config, site.names) and self.wanted(site.names)):
             return
         exact = site.sample @ site.weight_sample.T
-        energy = above_floor(exact.square().sum(1))
 
         def error_of(scales: Tensor) -> float:
-            # Each token relative to itself: a norm follows every product or precedes it.
-            return float(((self.product(site, scales) - exact).square().sum(1) / energy).mean())
+            return relative_error(self.product(site, scales), exact)
 
         best_scales, method = torch.ones(site.sample.shape[1]), "none"
         before = best = error_of(best_scales)
@@ -200,6 +198,11 @@ class SmoothQuant(ScaleSearch):
 
     def product(self, site: Site, scales: Tensor) -> Tensor:
         return int8_per_row(site.sample / scales) @ int8_per_row(site.weight_sample * scales).T
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Squared error of products [tokens, rows], each token relative to itself: a norm follows or precedes each."""
+    return float(((found - exact).square().sum(1) / above_floor(exact.square().sum(1))).mean())
 
 
 def int8_per_row(x: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ SCHEMES = {
     "int8": Scheme(bits=8, block=128, ranges=(1.0,)),
     "int8-channel": Scheme(bits=8, block=None, ranges=(1.0, 0.9)),
     "int8-sq": Scheme(bits=8, block=None, ranges=(1.0, 0.9), inputs=True),
-    "int4": Scheme(bits=4, block=32, ranges=(1.0, 0.85)),
+    "int4": Scheme(bits=4, block=32, ranges=(0.95, 0.8)),
 }
 
 

@@ -54,7 +54,10 @@ LIMITS = {
     "fp16": Limits(max_abs=None, mean_kl=1e-4, top1=0.995, relative=1e-2),
     "bf16": Limits(max_abs=None, mean_kl=1e-3, top1=0.99, relative=5e-2),
     "int8": Limits(max_abs=None, mean_kl=2e-3, top1=0.95, relative=5e-2),
-    "int8-sq": Limits(max_abs=None, mean_kl=1, top1=0.5, relative=5e-2),
+    # Inputs in 8 bits add to what the weights lose. On the demo, mean KL 1e-3 to 1.5e-3 and top-1 96 to 98 %, planted
+    # outliers or not; on random weights, up to 1.2e-2, 92 % and a relative error of 6e-2. A model with outliers that
+    # are not smoothed: 7e-2 and 80 %.
+    "int8-sq": Limits(max_abs=None, mean_kl=2e-2, top1=0.88, relative=1e-1),
     "int4": Limits(max_abs=None, mean_kl=1e-1, top1=0.75, relative=4e-1),
 }
 

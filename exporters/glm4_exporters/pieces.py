@@ -55,6 +55,7 @@ class GraphPieces:
         self.arithmetic = "float32" if self._widen else "as exported"
         if self._widen:
             _widen_casts(self._model.graph)
+            _widen_constants(self._model.graph)
         self._initializers = {tensor.name: tensor for tensor in self._model.graph.initializer}
         self._outputs = [value.name for value in self._model.graph.output]
         self.pieces = _cut(self._model.graph)
@@ -269,6 +270,17 @@ def _widen_casts(graph: onnx.GraphProto) -> None:
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == onnx.TensorProto.BFLOAT16:
                 attribute.i = onnx.TensorProto.FLOAT
+
+
+def _widen_constants(graph: onnx.GraphProto) -> None:
+    """bfloat16 constants that lie in the graph itself, not in the data file."""
+    for tensor in graph.initializer:
+        if (
+            tensor.data_type == onnx.TensorProto.BFLOAT16
+            and tensor.data_location != onnx.TensorProto.EXTERNAL
+        ):
+            wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
 
 
 __all__ = ["GraphPieces", "Piece"]

@@ -34,7 +34,7 @@ from glm4_exporters.checkpoint import HEAD
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.quantize.calibrate import Calibration, Site, Vector
 
-ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FLOOR = 1e-4  # of the largest channel: one that was at rest during calibration need not stay there
 LARGEST = 2.0**12  # scales lie in 1 / LARGEST ... LARGEST, so that norm weights keep their digits in fp16
 

@@ -27,7 +27,7 @@ from glm4_runtime.bundle import Manifest
     type=click.Choice(list(PRECISIONS)),
     default=pipeline.DEFAULT_PRECISION,
     show_default=True,
-    help="Element type of weights, activations and cache; int8 and int4 are of weights only.",
+    help="Element type of weights, activations and cache; int8 and int4 are of weights only, int8-sq of inputs too.",
 )
 @click.option(
     "--activations",
@@ -38,7 +38,7 @@ from glm4_runtime.bundle import Manifest
     "--calibration",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="Text like that which the model will see (.txt, .jsonl, .ids): int4 is quantized by what it shows.",
+    help="Text like that which the model will see (.txt, .jsonl, .ids): int4 and int8-sq are quantized by what it shows.",
 )
 @click.option(
     "--recipe",

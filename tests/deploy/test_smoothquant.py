@@ -130,6 +130,14 @@ def test_the_native_form_is_what_tensorrt_takes(tmp_path, tiny_checkpoint, ids_f
         assert arrays[node.input[2]] == 0
 
 
+def test_tensorrt_parses_and_builds_it(tmp_path, tiny_checkpoint, ids_file):
+    pytest.importorskip("tensorrt_rtx")
+    options = ExportOptions(target="tensorrt-rtx", precision="int8-sq", calibration=str(ids_file), parity=False)
+    result = export(tiny_checkpoint, tmp_path / "bundle", options)
+    assert result.engine is not None
+    assert result.manifest.compute_capabilities
+
+
 def test_without_text_it_is_refused_before_the_work(tmp_path, tiny_checkpoint):
     with pytest.raises(ExportError, match="int8-sq needs --calibration FILE"):
         export(tiny_checkpoint, tmp_path / "bundle", ExportOptions(precision="int8-sq"))

@@ -4,6 +4,7 @@ prepared = prepare(checkpoint, form, text, progress)
 prepared.edits      # for the weights' writer
 prepared.norm_bits  # for the canonical graph
 prepared.input_scales  # for the products of integers
+prepared.cache_scales  # for the lowered graph
 prepared.report     # for report.json
 """
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from glm4_exporters.quantize.awq import Awq
     from glm4_exporters.quantize.calibrate import Calibration
+    from glm4_exporters.quantize.kv_cache import CacheScales
     from glm4_exporters.quantize.overflow import Remedy
     from glm4_exporters.quantize.static import StaticSmoothQuant
     from glm4_exporters.weights import Edits
@@ -57,6 +59,7 @@ class Prepared:
     Attributes:
         edits: what is done to tensors before they are stored.
         norm_bits: k by the scope of each norm whose input is scaled by 2^-k.
+        cache_scales: of every layer, where the cache is int8.
         calibration: the statistics; None where nothing needed any.
         input_scales: by name of each matrix whose input is rounded, the scale of what it reads.
         report: for ``report.json``.
@@ -64,6 +67,7 @@ class Prepared:
 
     edits: "Edits"
     norm_bits: Mapping[str, int] = field(default_factory=dict)
+    cache_scales: "tuple[CacheScales, ...]" = ()
     calibration: "Calibration | None" = None
     input_scales: Mapping[str, float] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
@@ -87,8 +91,8 @@ def read_text(source: Checkpoint, path: Path | None, max_seq_len: int) -> Text:
 
 
 def needs_text(form: Form, given: bool) -> bool:
-    """Whether anything is calibrated: whatever text was given for, and fp16's range always."""
-    return given or form.activations == "float16"
+    """Whether anything is calibrated: whatever text was given for, and fp16's range and an int8 cache always."""
+    return given or form.activations == "float16" or form.kv_cache == "int8"
 
 
 def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progress = silent) -> Prepared:
@@ -103,6 +107,7 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
     if text is None:
         return Prepared(Edits())
     from glm4_exporters.quantize.calibrate import calibrate
+    from glm4_exporters.quantize.kv_cache import MARGIN, cache_scales
     from glm4_exporters.quantize.overflow import Remedy, audit, remedies, require_range
     from glm4_exporters.quantize.smooth import Smoothing
 
@@ -130,9 +135,14 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
         require_range(calibration, smoothing)
         remedy = remedies(calibration, source.config, smoothing)
         smoothing = smoothing.then(remedy.weights)
+    scales: tuple[CacheScales, ...] = ()
+    if form.kv_cache == "int8":
+        scales = cache_scales(calibration, smoothing)
+        report["kv_cache"] = {"scales": "per head and channel, of K and of V apart", "margin": MARGIN}
     return Prepared(
         Edits(smoothing, _importance(form, calibration, smoothing) if awq else lambda _name: None),
         remedy.norm_bits,
+        scales,
         calibration,
         _input_scales(form, static, remedy),
         report,

@@ -6,7 +6,7 @@ the session is compared as well.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from glm4_runtime import SamplingParams, Session
 from glm4_runtime.bundle import WEIGHTS, Manifest
 from glm4_runtime.errors import BundleError, GateError, RequestError
 from glm4_runtime.progress import Progress, silent
+from glm4_runtime.session.memory import NUMPY_TYPES
 from glm4_runtime.tokenizer import Tokenizer
 
 Logits = npt.NDArray[np.float32]
@@ -60,6 +61,7 @@ LIMITS = {
     "int8-sq": Limits(max_abs=None, mean_kl=2e-2, top1=0.88, relative=1e-1),
     "int4": Limits(max_abs=None, mean_kl=1e-1, top1=0.75, relative=4e-1),
 }
+INT8_CACHE = (5e-4, 0.05)  # what an int8 cache adds to the mean KL, and takes from the top-1 agreement
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,22 @@ def measure_parity(
     return _compare(manifest, expected, actual, greedy, pieces.arithmetic)
 
 
+def limits_of(manifest: Manifest) -> Limits:
+    """The limits of a bundle's precision, and room for the rounding of an int8 cache."""
+    limits = LIMITS[manifest.precision]
+    if manifest.kv_cache != "int8":
+        return limits
+    mean_kl, top1 = INT8_CACHE
+    return replace(limits, max_abs=None, mean_kl=(limits.mean_kl or 0.0) + mean_kl, top1=limits.top1 - top1)
+
+
 def check_parity(parity: Parity, manifest: Manifest) -> None:
     """Hold a measurement against the limits of the bundle's precision.
 
     Raises:
         GateError: naming every limit that is exceeded.
     """
-    limits, wrong = LIMITS[manifest.precision], []
+    limits, wrong = limits_of(manifest), []
 
     def hold(what: str, value: float, limit: float, exceeded: bool) -> None:
         if exceeded or not np.isfinite(value):
@@ -129,8 +140,9 @@ def check_parity(parity: Parity, manifest: Manifest) -> None:
             parity.greedy_gap > 2 * limits.max_abs,
         )
     if wrong:
+        cache = " with an int8 KV cache" if manifest.kv_cache == "int8" else ""
         raise GateError(
-            f"the bundle does not match the reference in {manifest.precision}: {'; '.join(wrong)}"
+            f"the bundle does not match the reference in {manifest.precision}{cache}: {'; '.join(wrong)}"
         )
 
 
@@ -155,7 +167,8 @@ def graph_inputs(manifest: Manifest, ids: Sequence[int]) -> dict[str, npt.NDArra
         "query_lengths": np.array([count], np.int32),
     }
     if manifest.task == "causal-lm":
-        dtype = np.float16 if manifest.kv_cache == "float16" else np.float32
+        # bfloat16 is computed in float32: see GraphPieces.
+        dtype = NUMPY_TYPES.get(str(manifest.kv_cache), np.float32)
         empty = np.zeros((1, model.num_kv_heads, count, model.head_dim), dtype)
         inputs |= {"past_lengths": np.zeros(1, np.int32), "logits_indices": np.arange(count)[None]}
         inputs |= {spec.name: empty for spec in manifest.inputs if spec.name.startswith("past_key_values.")}

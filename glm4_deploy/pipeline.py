@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm4_deploy import __version__
+from glm4_exporters.cache_types import cache_providers, choose_cache
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.engine import EngineOptions, engine_attention, engine_version, require_engine
 from glm4_exporters.graph_io import graph_io
@@ -65,6 +66,7 @@ class ExportOptions:
     activations: str | None = None  # of a quantized bundle; the target's choice where None
     calibration: str | None = None  # a file of text or token ids
     recipe: str | None = None  # a file of schemes by tensor
+    kv_cache: str = "auto"  # the activations' type, or int8
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -167,6 +169,8 @@ def _check_options(source: Checkpoint, options: ExportOptions) -> tuple[Limits, 
     form = choose_form(source.config, source.task, *asked, recipe)
     if form.integer_products:
         require_text(options.calibration, options.precision)
+    cache = choose_cache(source.config, source.task, options.target, form.activations, options.kv_cache)
+    form = dataclasses.replace(form, kv_cache=cache)
     require_engine(form.target.engine, options.target, options.precision, options.engine)
     positions = source.config.max_position_embeddings
     length = positions if options.max_seq_len is None else options.max_seq_len
@@ -234,6 +238,7 @@ def _prepare(
 
 def _trace(source: Checkpoint, form: Form, prepared: "Prepared") -> "ir.Model":
     from glm4_exporters.passes import lower
+    from glm4_exporters.passes.quantize_cache import QuantizeCache
     from glm4_exporters.passes.quantize_inputs import QuantizeInputs
     from glm4_exporters.passes.quantize_weights import QuantizeWeights
     from glm4_exporters.passes.scale_eps import ScaleEps
@@ -242,6 +247,8 @@ def _trace(source: Checkpoint, form: Form, prepared: "Prepared") -> "ir.Model":
     model = trace(source.config, source.task, form.activations)
     ScaleEps(prepared.norm_bits)(model)
     lower(model, form.target.dialect)
+    if prepared.cache_scales:
+        QuantizeCache(prepared.cache_scales)(model)
     if form.schemes:
         QuantizeWeights(form.target.dialect, form.schemes)(model)
     if prepared.input_scales:
@@ -282,8 +289,7 @@ def _describe(
     written: "WrittenWeights",
 ) -> Manifest:
     config, task = source.config, source.task
-    has_cache = task == "causal-lm"
-    io = graph_io(config, task, form.activations)
+    io = graph_io(config, task, form.kv_cache or form.activations)
     files = {path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name != WEIGHTS}
     return Manifest(
         task=task,
@@ -291,7 +297,7 @@ def _describe(
         dialect=form.target.dialect,
         precision=options.precision,
         activations=form.activations,
-        kv_cache=form.activations if has_cache else None,
+        kv_cache=form.kv_cache,
         model=ModelInfo(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -308,7 +314,7 @@ def _describe(
         opsets=dict(model.opset_imports),
         inputs=io.inputs,
         outputs=io.outputs,
-        providers=form.target.providers[form.activations],
+        providers=cache_providers(form.kv_cache, form.target.providers[form.activations]),
         tensor_precisions=dict(form.groups),
         scaled_bits=dict(prepared.norm_bits),
         tools=_tool_versions(),

@@ -61,12 +61,14 @@ class Form:
         activations: element type of activations and of weights that have no scheme.
         groups: what each group of tensors is stored as, for the manifest.
         schemes: by canonical name of the matrix.
+        kv_cache: element type of the cache; None for a task without one.
     """
 
     target: Target
     activations: str
     groups: Mapping[str, str]
     schemes: Mapping[str, Scheme]
+    kv_cache: str | None = None
 
     @property
     def integer_products(self) -> tuple[str, ...]:

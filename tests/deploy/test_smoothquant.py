@@ -132,7 +132,9 @@ def test_the_native_form_is_what_tensorrt_takes(tmp_path, tiny_checkpoint, ids_f
 
 def test_tensorrt_parses_and_builds_it(tmp_path, tiny_checkpoint, ids_file):
     pytest.importorskip("tensorrt_rtx")
-    options = ExportOptions(target="tensorrt-rtx", precision="int8-sq", calibration=str(ids_file), parity=False)
+    options = ExportOptions(
+        target="tensorrt-rtx", precision="int8-sq", calibration=str(ids_file), parity=False
+    )
     result = export(tiny_checkpoint, tmp_path / "bundle", options)
     assert result.engine is not None
     assert result.manifest.compute_capabilities

@@ -263,14 +263,14 @@ def test_a_short_limit_shortens_the_sequences(tmp_path, sure_checkpoint):
     ("activations", "step"), [("float16", 2.0**-10), ("bfloat16", 2.0**-7), ("float32", 2.0**-23)]
 )
 def test_a_tie_is_what_the_type_cannot_tell_apart(activations, step):
-    from glm4_deploy.parity import _near_ties
+    from glm4_deploy.metrics import near_ties
 
     reference = np.array(
         [[4.0, 4.0 - 8.0 * step, 0.0], [4.0, 4.0 - 12.0 * step, 0.0], [4.0, 0.0, 0.0]], np.float32
     )
     bundle = np.array([[0.0, 1.0, 0.0]] * 3, np.float32)  # prefers the second token at every position
-    assert _near_ties(reference, bundle, activations) == 1
-    assert _near_ties(reference, reference, activations) == 0
+    assert near_ties(reference, bundle, activations) == 1
+    assert near_ties(reference, reference, activations) == 0
 
 
 def test_an_int8_cache_has_limits_of_its_own(tmp_path, sure_checkpoint):

@@ -171,10 +171,12 @@ def cache_key(checkpoint: str | Path, options: ExportOptions) -> str:
 
 
 def _check_options(source: Checkpoint, options: ExportOptions) -> tuple[Limits, Form]:
+    from glm4_deploy.calibration import require_text
+
     recipe = read_recipe(Path(options.recipe), SCHEMES) if options.recipe is not None else None
     asked = options.target, options.precision, options.activations
     form = choose_form(source.config, source.task, *asked, recipe)
-    if form.fp8:
+    if form.fp8 or form.integer_products:
         from glm4_deploy.calibration import require_text
 
         require_text(options.calibration, options.precision)
@@ -255,6 +257,7 @@ def _trace(
     from glm4_exporters.passes import lower
     from glm4_exporters.passes.fp8_products import Fp8Products
     from glm4_exporters.passes.quantize_cache import QuantizeCache
+    from glm4_exporters.passes.quantize_inputs import QuantizeInputs
     from glm4_exporters.passes.quantize_weights import QuantizeWeights
     from glm4_exporters.passes.scale_eps import ScaleEps
     from glm4_exporters.trace import trace
@@ -271,6 +274,8 @@ def _trace(
         QuantizeWeights(form.target.dialect, form.schemes)(model)
     if form.fp8:
         Fp8Products(prepared.input_scales)(model)
+    if form.integer_products:
+        QuantizeInputs(form.target.dialect, prepared.input_scales)(model)
     return model
 
 

@@ -78,7 +78,7 @@ ENGINE_KINDS = {
 }
 
 # NVIDIA's support matrix of TensorRT-RTX 1.7: the oldest compute capability with kernels for a precision.
-OLDEST_CAPABILITY = {"fp16": 75, "bf16": 80, "int8": 80, "int4": 80, "fp8": 89}
+OLDEST_CAPABILITY = {"fp16": 75, "bf16": 80, "int8": 80, "int8-sq": 80, "int4": 80, "fp8": 89}
 
 # What the parser makes of an operator. It drops some inputs and nodes without a word, so we count.
 LAYERS_OF_OPERATORS = {

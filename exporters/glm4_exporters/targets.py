@@ -40,10 +40,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Precision:
-    """Stored types by group: of everything, or the schemes of matrices, where ``activations`` is None."""
+    """Stored types by group: of everything, or the schemes of matrices, where ``activations`` is None.
+
+    ``matrices`` have another scheme than the other ones of their layer.
+    """
 
     activations: str | None
     schemes: Mapping[str, str] = field(default_factory=dict)
+    matrices: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def quantized(self) -> bool:
@@ -69,6 +73,11 @@ class Form:
     fp8: tuple[str, ...] = ()
     kv_cache: str | None = None
 
+    @property
+    def integer_products(self) -> tuple[str, ...]:
+        """Names of the matrices whose inputs are rounded too."""
+        return tuple(name for name, scheme in self.schemes.items() if scheme.inputs)
+
 
 PRECISIONS = {
     "fp32": Precision("float32"),
@@ -77,8 +86,12 @@ PRECISIONS = {
     "int8": Precision(None, {"embedding": "int8", "layers": "int8", "head": "int8"}),
     "int4": Precision(None, {"embedding": "int8", "layers": "int4", "head": "int8"}),
     "fp8": Precision(None, {"embedding": "int8", "layers": FP8, "head": "int8"}),
+    # What down_proj reads is a product of two activations: its few huge values leave one scale no room for the rest.
+    "int8-sq": Precision(
+        None, {"embedding": "int8", "layers": "int8-sq", "head": "int8"}, {"mlp.down_proj": "int8"}
+    ),
 }
-_FLOATS, _INTEGERS = ("fp32", "fp16", "bf16"), ("int8", "int4")
+_FLOATS, _INTEGERS = ("fp32", "fp16", "bf16"), ("int8", "int4", "int8-sq")
 
 # ONNX Runtime's kernel list (docs/OperatorKernels.md): GroupQueryAttention on CUDA takes fp16 and bf16 only,
 # and nothing that attention needs takes bf16 on the CPU. The native dialect was not tried on CUDA.
@@ -142,12 +155,14 @@ def choose_form(
             raise ExportError(f"precision {precision_name} quantizes nothing, so it takes no --recipe")
         return Form(target, chosen, dict.fromkeys(GROUPS, chosen), {})
     names = {group: target.schemes.get(name, name) for group, name in precision.schemes.items()}
+    apart = {matrix: target.schemes.get(name, name) for matrix, name in precision.matrices.items()}
     found = {
-        f"model.layers.{layer}.{matrix}.weight": names["layers"]
+        f"model.layers.{layer}.{matrix}.weight": apart.get(matrix, names["layers"])
         for layer in range(config.num_hidden_layers)
         for matrix in MATRICES
     }
-    groups = {"embedding": chosen, "layers": names["layers"], "head": chosen}
+    in_layers = ", ".join([names["layers"], *(f"{matrix} {name}" for matrix, name in apart.items())])
+    groups = {"embedding": chosen, "layers": in_layers, "head": chosen}
     if task == "causal-lm":
         found[HEAD] = groups["head"] = names["head"]
     if target.lookups and config.hidden_size % (require_scheme(names["embedding"]).block or 1) == 0:
@@ -164,6 +179,7 @@ def choose_form(
     schemes = {name: require_scheme(scheme) for name, scheme in found.items() if scheme != FP8}
     for name, scheme in schemes.items():
         _require_width(name, matrix_width(config, name), scheme, target)
+        _require_integer_product(name, scheme, target, chosen)
     return Form(target, chosen, groups, schemes, fp8)
 
 
@@ -215,4 +231,14 @@ def _require_width(name: str, width: int, scheme: Scheme, target: Target) -> Non
         raise ExportError(
             f"{name} has {width} inputs per row, which is no multiple of the {scheme.block} numbers under one scale "
             f"that {target.engine} needs; export with --precision int8, or --target ort"
+        )
+
+
+def _require_integer_product(name: str, scheme: Scheme, target: Target, activations: str) -> None:
+    if scheme.inputs and not name.startswith("model.layers."):
+        raise ExportError(f"{name} cannot be int8-sq, which is for the matrices of layers; take int8")
+    if scheme.inputs and target.dialect == "ort" and activations != "float32":
+        raise ExportError(
+            "ONNX Runtime's integer products give fp32, so int8-sq for target ort takes no other activations; "
+            "leave --activations out, or export with --precision int8"
         )

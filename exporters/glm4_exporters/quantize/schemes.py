@@ -1,4 +1,4 @@
-"""Weight-only schemes: how the numbers of a matrix are stored, as rows of one table. Needs no torch."""
+"""Schemes: how the numbers of a matrix are stored, as rows of one table. Needs no torch."""
 
 from dataclasses import dataclass
 
@@ -15,11 +15,14 @@ class Scheme:
             for one scale per row.
         ranges: shares of the block's largest |w| at which the largest number may stand. The one that
             leaves the least squared error is kept; with one share, only the refit remains.
+        inputs: whether what the matrix reads is rounded to 8 bits too, under one scale found on calibration
+            text, so that the product is one of integers.
     """
 
     bits: int
     block: int | None
     ranges: tuple[float, ...]
+    inputs: bool = False
 
     @property
     def largest(self) -> int:
@@ -47,6 +50,7 @@ class Scheme:
 SCHEMES = {
     "int8": Scheme(bits=8, block=128, ranges=(1.0,)),
     "int8-channel": Scheme(bits=8, block=None, ranges=(1.0, 0.9)),
+    "int8-sq": Scheme(bits=8, block=None, ranges=(1.0, 0.9), inputs=True),
     "int4": Scheme(bits=4, block=32, ranges=(0.95, 0.8)),
 }
 

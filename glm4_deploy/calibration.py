@@ -3,7 +3,7 @@
 prepared = prepare(checkpoint, form, text, progress)
 prepared.edits      # for the weights' writer
 prepared.norm_bits  # for the canonical graph
-prepared.input_scales  # for the products of integers
+prepared.input_scales  # for the products of integers, and those in fp8
 prepared.cache_scales  # for the lowered graph
 prepared.report     # for report.json
 """
@@ -144,7 +144,7 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
         remedy.norm_bits,
         scales,
         calibration,
-        _input_scales(form, static, remedy),
+        _input_scales(form, static, calibration, smoothing, remedy),
         report,
     )
 
@@ -157,17 +157,26 @@ def _static(source: Checkpoint, form: Form) -> "StaticSmoothQuant | None":
     return StaticSmoothQuant(source.config, lambda names: not wanted.isdisjoint(names)) if wanted else None
 
 
-def _input_scales(form: Form, static: "StaticSmoothQuant | None", remedy: "Remedy") -> dict[str, float]:
-    """Of every product of integers, in the model as the remedy scales it: values and up reach one matrix each."""
+def _input_scales(
+    form: Form,
+    static: "StaticSmoothQuant | None",
+    calibration: "Calibration",
+    smoothing: Any,
+    remedy: "Remedy",
+) -> dict[str, float]:
+    """Of every product in fp8 or of integers, the latter in the model as the remedy scales it."""
+    from glm4_exporters.passes.fp8_products import fp8_scale
+
+    scales = {name: fp8_scale(float(smoothing.input_absmax(calibration, name).max())) for name in form.fp8}
     if static is None:
-        return {}
-    scales = {name: static.input_scales[name] for name in form.integer_products}
-    for index, bits in remedy.layers.items():
+        return scales
+    integers = {name: static.input_scales[name] for name in form.integer_products}
+    for index, bits in remedy.layers.items():  # values and up reach one matrix each
         for matrix, k in {"self_attn.o_proj": bits.value, "mlp.down_proj": bits.up}.items():
             name = f"model.layers.{index}.{matrix}.weight"
-            if name in scales:
-                scales[name] *= 2.0**-k
-    return scales
+            if name in integers:
+                integers[name] *= 2.0**-k
+    return scales | integers
 
 
 def _awq(source: Checkpoint, form: Form) -> "Awq | None":

@@ -56,6 +56,8 @@ LIMITS = {
     # on random weights up to 1.2e-2, and a relative error of 6e-2. Outliers that are not smoothed: 7e-2.
     "int8-sq": Limits(max_abs=None, mean_kl=2e-2, top1=None, relative=1e-1),
     "int4": Limits(max_abs=None, mean_kl=1e-1, top1=None, relative=4e-1),
+    # On the demo checkpoint: mean KL 5.5e-3, top-1 93 %.
+    "fp8": Limits(max_abs=None, mean_kl=2e-2, top1=None, relative=1.5e-1),
 }
 INT8_CACHE = (5e-4, 0.05)  # what an int8 cache adds to the mean KL, and takes from the top-1 agreement
 

@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Any
 from glm4_deploy import __version__
 from glm4_exporters.cache_types import cache_providers, choose_cache
 from glm4_exporters.checkpoint import Checkpoint
-from glm4_exporters.engine import EngineOptions, engine_attention, engine_version, require_engine
+from glm4_exporters.engine import (
+    EngineOptions,
+    engine_attention,
+    engine_version,
+    gpu_capability,
+    plugin_phases,
+    require_engine,
+    require_plugin,
+)
 from glm4_exporters.graph_io import graph_io
 from glm4_exporters.quantize.recipe import read_recipe
 from glm4_exporters.quantize.schemes import SCHEMES
@@ -47,6 +55,7 @@ if TYPE_CHECKING:  # torch and onnx load when there is work for them, so that --
     from glm4_deploy.calibration import Prepared
     from glm4_deploy.engine_bundle import EngineBundle
     from glm4_deploy.parity import Parity
+    from glm4_exporters.passes.plugin_attention import PluginAttention
     from glm4_exporters.weights import WrittenWeights
 
 DEFAULT_TARGET, DEFAULT_PRECISION, DEFAULT_BATCH = "ort", "int8", 8
@@ -125,7 +134,7 @@ def export(
             engine = None
             if form.target.engine is not None:
                 with clock("engine"):
-                    engine = _build_engine(source, model, folder, manifest, form, options, progress)
+                    engine = _build_engine(source, model, folder, manifest, form, prepared, options, progress)
                 manifest = engine.manifest
             result = ExportResult(
                 bundle, manifest, parity, engine, prepared.report, clock.seconds, _peak_rss()
@@ -167,17 +176,20 @@ def _check_options(source: Checkpoint, options: ExportOptions) -> tuple[Limits, 
     recipe = read_recipe(Path(options.recipe), SCHEMES) if options.recipe is not None else None
     asked = options.target, options.precision, options.activations
     form = choose_form(source.config, source.task, *asked, recipe)
-    if form.integer_products:
+    if form.integer_products or form.fp8:
         require_text(options.calibration, options.precision)
     cache = choose_cache(source.config, source.task, options.target, form.activations, options.kv_cache)
     form = dataclasses.replace(form, kv_cache=cache)
-    require_engine(form.target.engine, options.target, options.precision, options.engine)
+    kind = form.target.engine
+    require_engine(kind, options.target, options.precision, source.task, options.engine)
     positions = source.config.max_position_embeddings
     length = positions if options.max_seq_len is None else options.max_seq_len
     if not 1 <= length <= positions:
         raise ExportError(f"max_seq_len is {length}, but this model has 1 ... {positions} positions")
     if options.max_batch_size < 1:
         raise ExportError(f"max_batch_size is {options.max_batch_size}, but must be at least 1")
+    if kind is not None and engine_attention(kind, source.task, options.engine) == "plugin":
+        require_plugin(source.config, form.activations, options.max_batch_size, gpu_capability() or "")
     return Limits(length, options.max_batch_size), form
 
 
@@ -236,8 +248,12 @@ def _prepare(
         return prepare(source, form, read_text(source, given, limits.max_seq_len), progress)
 
 
-def _trace(source: Checkpoint, form: Form, prepared: "Prepared") -> "ir.Model":
+def _trace(
+    source: Checkpoint, form: Form, prepared: "Prepared", plugin: "PluginAttention | None" = None
+) -> "ir.Model":
+    """The graph in the target's dialect, or with its attention by our plugin."""
     from glm4_exporters.passes import lower
+    from glm4_exporters.passes.fp8_products import Fp8Products
     from glm4_exporters.passes.quantize_cache import QuantizeCache
     from glm4_exporters.passes.quantize_inputs import QuantizeInputs
     from glm4_exporters.passes.quantize_weights import QuantizeWeights
@@ -246,13 +262,19 @@ def _trace(source: Checkpoint, form: Form, prepared: "Prepared") -> "ir.Model":
 
     model = trace(source.config, source.task, form.activations)
     ScaleEps(prepared.norm_bits)(model)
-    lower(model, form.target.dialect)
+    if plugin is None:
+        lower(model, form.target.dialect)
+    else:
+        plugin(model)
     if prepared.cache_scales:
         QuantizeCache(prepared.cache_scales)(model)
     if form.schemes:
         QuantizeWeights(form.target.dialect, form.schemes)(model)
-    if prepared.input_scales:
-        QuantizeInputs(form.target.dialect, prepared.input_scales)(model)
+    if form.integer_products:
+        integers = {name: prepared.input_scales[name] for name in form.integer_products}
+        QuantizeInputs(form.target.dialect, integers)(model)
+    if form.fp8:
+        Fp8Products({name: prepared.input_scales[name] for name in form.fp8})(model)
     return model
 
 
@@ -339,19 +361,27 @@ def _build_engine(
     folder: Path,
     manifest: Manifest,
     form: Form,
+    prepared: "Prepared",
     options: ExportOptions,
     progress: Progress,
 ) -> "EngineBundle":
     from glm4_deploy.engine_bundle import make_engine
-    from glm4_exporters.trace import trace
-    from glm4_exporters.weights import attach, layout
+    from glm4_exporters.passes.plugin_attention import PluginAttention
+    from glm4_exporters.weights import share_weights
 
     kind = form.target.engine
     assert kind is not None
-    if engine_attention(kind, options.engine) == "plugin":  # proven in the native dialect, built from ours
-        model = trace(source.config, source.task, manifest.activations)
-        attach(model, layout(model), WEIGHTS)
-    result = make_engine(folder, manifest, model, kind, options.engine, progress)
+    models = {"shared": model}
+    if engine_attention(kind, source.task, options.engine) == "plugin":
+        # Proven in the native dialect, built from ours, on the same weights.
+        capability = int(gpu_capability() or 0)
+        models = {
+            phase: _trace(source, form, prepared, PluginAttention(options.max_batch_size, capability, phase))
+            for phase in plugin_phases(options.engine.layout)
+        }
+        for other in models.values():
+            share_weights(model, other)
+    result = make_engine(folder, manifest, models, kind, options.engine, progress)
     write_manifest(folder, result.manifest)
     return result
 

@@ -196,9 +196,9 @@ class GraphPieces:
         with (self._folder / place["location"]).open("rb") as file:
             offset = int(place.get("offset", 0))
             if rows is None:
-                rows = np.arange(tensor.dims[0])
+                rows = np.arange(tensor.dims[0] if tensor.dims else 1)
             data = np.concatenate(list(_row_runs(file, offset, dtype, width, rows)))
-        dims = (len(rows), *tensor.dims[1:])
+        dims = (len(rows), *tensor.dims[1:]) if tensor.dims else ()
         if self._widen and tensor.data_type == onnx.TensorProto.BFLOAT16:
             return _Weight(onnx.TensorProto.FLOAT, dims, data.astype(np.float32).reshape(dims))
         return _Weight(tensor.data_type, dims, data if tensor.data_type in _PACKED else data.reshape(dims))
@@ -214,7 +214,7 @@ class _Weight:
 
 
 _PACKED = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
-_WITHOUT_NUMPY_TYPE = (*_PACKED, onnx.TensorProto.BFLOAT16)
+_WITHOUT_NUMPY_TYPE = (*_PACKED, onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT8E4M3FN)
 
 
 def _stored_rows(tensor: onnx.TensorProto) -> tuple[Any, int]:

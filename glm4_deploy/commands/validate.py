@@ -8,8 +8,14 @@ import click
 from glm4_deploy import show
 from glm4_deploy.validate import Report, ValidateOptions, validate
 from glm4_deploy.validate.comparison import Comparison
+from glm4_deploy.validate.sensitivity import HIGH, LOW, Sensitivity, rank_tensors, save_recipe
 from glm4_deploy.validate.statistics import Estimate
+from glm4_exporters.checkpoint import Checkpoint
 from glm4_runtime.errors import GateError, RequestError
+from glm4_runtime.progress import Progress
+
+RANKED_TOKENS = 1024  # each is carried through the model once per matrix
+SHOWN = 5  # of the ranking; all of it is in --json and in the recipe
 
 
 @click.command("validate")
@@ -77,6 +83,18 @@ from glm4_runtime.errors import GateError, RequestError
     metavar="FILE",
     help="Write the gate's checks as JUnit XML.",
 )
+@click.option(
+    "--sensitivity",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="RECIPE.toml",
+    help="Rank matrices by what quantizing each to int4 costs, and write a recipe for export --recipe.",
+)
+@click.option(
+    "--bits",
+    type=float,
+    metavar="N",
+    help="Bits per weight that the recipe of --sensitivity keeps to, scales counted; 5 by default.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(
     bundle: Path,
@@ -92,11 +110,15 @@ def command(
     memory: float | None,
     html: Path | None,
     junit: Path | None,
+    sensitivity: Path | None,
+    bits: float | None,
     as_json: bool,
 ) -> None:
     """Measure how far BUNDLE is from its checkpoint, and fail with exit code 3 where a gate's limit is exceeded."""
     if no_gate and junit is not None:
         raise click.UsageError("--junit writes the gate's checks, and --no-gate leaves none.")
+    if bits is not None and sensitivity is None:
+        raise click.UsageError("--bits is of the recipe that --sensitivity writes.")
     options = ValidateOptions(
         text=text,
         against=against,
@@ -108,10 +130,13 @@ def command(
         memory=None if memory is None else int(memory * 2**30),
     )
     write_html = _html_writer() if html is not None else None
-    for path in (html, junit):
+    for path in (html, junit, sensitivity):
         _require_folder(path)
     with show.shown_progress() as progress:
         report = validate(bundle, reference, options, progress)
+        if sensitivity is not None:
+            report.sensitivity = _rank(reference, text, length, max_tokens, bits, progress)
+            save_recipe(sensitivity, report.sensitivity)
     if html is not None and write_html is not None:
         html.write_text(write_html(report), "utf-8")
     if junit is not None:
@@ -127,6 +152,25 @@ def command(
             click.echo(f"failed: {check.line}", err=True)
         raise GateError(
             f"{bundle} fails gate {report.gate}: {len(report.failed)} of {len(report.checks)} checks"
+        )
+
+
+def _rank(
+    reference: Path,
+    text: Path | None,
+    length: int,
+    max_tokens: int,
+    bits: float | None,
+    progress: Progress,
+) -> Sensitivity:
+    with Checkpoint.load(reference) as checkpoint:
+        return rank_tensors(
+            checkpoint,
+            text,
+            length=length,
+            max_tokens=min(max_tokens, RANKED_TOKENS),
+            mean_bits=bits,
+            progress=progress,
         )
 
 
@@ -164,6 +208,16 @@ def _rows(report: Report) -> list[tuple[str, str]]:
                 else f"{culprit.error.name} is the first to leave its band: {culprit.why}",
             )
         )
+    if report.sensitivity is not None:
+        found = report.sensitivity
+        spared = [loss.name for loss in found.losses if found.recipe.scheme_of(loss.name) == HIGH]
+        rows.append(
+            (
+                "sensitivity",
+                f"{len(spared)} of {len(found.losses)} matrices stay {HIGH} at {found.mean_bits:g} bits per weight",
+            )
+        )
+        rows += [("", f"{loss.name}: KL {loss.kl:.2e} alone in {LOW}") for loss in found.losses[:SHOWN]]
     if report.gate is not None:
         open_checks = [check.metric for check in report.checks if not check.measured]
         left = f"; not measured: {', '.join(open_checks)}" if open_checks else ""

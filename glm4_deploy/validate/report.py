@@ -9,6 +9,7 @@ from glm4_deploy.validate.bands import BANDS, Culprit
 from glm4_deploy.validate.comparison import Comparison
 from glm4_deploy.validate.drift import BlockError
 from glm4_deploy.validate.gates import Check
+from glm4_deploy.validate.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Report:
     checks: tuple[Check, ...] = ()
     worst: list[WorstPosition] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    sensitivity: Sensitivity | None = None
     seconds: float = 0.0
     estimated_bytes: int = 0
     peak_rss_bytes: int = 0
@@ -89,6 +91,7 @@ class Report:
             "comparisons": [comparison.as_dict() for comparison in self.comparisons],
             "layers": self.blocks and _layers(self.blocks, self.culprit),
             "gate": self.gate and {"name": self.gate, "checks": [_check(check) for check in self.checks]},
+            "sensitivity": self.sensitivity and self.sensitivity.as_dict(),
             "worst_positions": [asdict(one) for one in self.worst],
             "notes": self.notes,
             "seconds": self.seconds,

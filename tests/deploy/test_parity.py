@@ -28,6 +28,7 @@ from glm4_exporters import streamed
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.streamed import reference_outputs
+from glm4_exporters.targets import TARGETS
 from glm4_runtime import Session
 from glm4_runtime.bundle import read_manifest
 from glm4_runtime.errors import GateError
@@ -53,7 +54,7 @@ def sure_bundles(tmp_path_factory, sure_checkpoint):
     folder = tmp_path_factory.mktemp("sure bundles")
     return {
         precision: export(sure_checkpoint, folder / precision, ExportOptions("ort", precision)).bundle
-        for precision in LIMITS
+        for precision in TARGETS["ort"].precisions
     }
 
 

@@ -116,7 +116,7 @@ def test_one_layers_weights_at_a_time_and_each_read_once(bundle_of, monkeypatch)
         array = real_read(self, name, rows)
         order.append((current[-1], name))
         rows_read.setdefault(name, []).append(None if rows is None else rows.tolist())
-        bytes_of_piece[current[-1]] = bytes_of_piece.get(current[-1], 0) + array.nbytes
+        bytes_of_piece[current[-1]] = bytes_of_piece.get(current[-1], 0) + array.data.nbytes
         return array
 
     current = []

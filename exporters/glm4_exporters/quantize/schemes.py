@@ -37,6 +37,10 @@ class Scheme:
         """Blocks of a row of ``width`` numbers."""
         return 1 if self.block is None else -(-width // self.block)
 
+    def bits_per_weight(self, scale_bits: int = 16) -> float:
+        """Of long rows, scales counted."""
+        return self.bits + (0 if self.block is None else scale_bits / self.block)
+
     def stored_width(self, width: int) -> int:
         """Numbers of a row in whole blocks."""
         return width if self.block is None else self.blocks(width) * self.block

@@ -3,7 +3,7 @@
 prepared = prepare(checkpoint, form, text, progress)
 prepared.edits      # for the weights' writer
 prepared.norm_bits  # for the canonical graph
-prepared.input_scales  # for the products of integers, and those in fp8
+prepared.input_scales  # for the products in fp8 or of integers
 prepared.cache_scales  # for the lowered graph
 prepared.report     # for report.json
 """
@@ -61,7 +61,7 @@ class Prepared:
         norm_bits: k by the scope of each norm whose input is scaled by 2^-k.
         cache_scales: of every layer, where the cache is int8.
         calibration: the statistics; None where nothing needed any.
-        input_scales: by name of each matrix whose input is rounded, the scale of what it reads.
+        input_scales: by name of each matrix whose input is rounded, to fp8 or int8, the scale of what it reads.
         report: for ``report.json``.
     """
 
@@ -144,9 +144,15 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
         remedy.norm_bits,
         scales,
         calibration,
-        _input_scales(form, static, calibration, smoothing, remedy),
+        _input_scales(form, static, remedy) | _fp8_scales(form, calibration, smoothing),
         report,
     )
+
+
+def _fp8_scales(form: Form, calibration: "Calibration", smoothing: Any) -> dict[str, float]:
+    from glm4_exporters.passes.fp8_products import fp8_scale
+
+    return {name: fp8_scale(float(smoothing.input_absmax(calibration, name).max())) for name in form.fp8}
 
 
 def _static(source: Checkpoint, form: Form) -> "StaticSmoothQuant | None":
@@ -157,26 +163,17 @@ def _static(source: Checkpoint, form: Form) -> "StaticSmoothQuant | None":
     return StaticSmoothQuant(source.config, lambda names: not wanted.isdisjoint(names)) if wanted else None
 
 
-def _input_scales(
-    form: Form,
-    static: "StaticSmoothQuant | None",
-    calibration: "Calibration",
-    smoothing: Any,
-    remedy: "Remedy",
-) -> dict[str, float]:
-    """Of every product in fp8 or of integers, the latter in the model as the remedy scales it."""
-    from glm4_exporters.passes.fp8_products import fp8_scale
-
-    scales = {name: fp8_scale(float(smoothing.input_absmax(calibration, name).max())) for name in form.fp8}
+def _input_scales(form: Form, static: "StaticSmoothQuant | None", remedy: "Remedy") -> dict[str, float]:
+    """Of every product of integers, in the model as the remedy scales it: values and up reach one matrix each."""
     if static is None:
-        return scales
-    integers = {name: static.input_scales[name] for name in form.integer_products}
-    for index, bits in remedy.layers.items():  # values and up reach one matrix each
+        return {}
+    scales = {name: static.input_scales[name] for name in form.integer_products}
+    for index, bits in remedy.layers.items():
         for matrix, k in {"self_attn.o_proj": bits.value, "mlp.down_proj": bits.up}.items():
             name = f"model.layers.{index}.{matrix}.weight"
-            if name in integers:
-                integers[name] *= 2.0**-k
-    return scales | integers
+            if name in scales:
+                scales[name] *= 2.0**-k
+    return scales
 
 
 def _awq(source: Checkpoint, form: Form) -> "Awq | None":

@@ -176,7 +176,9 @@ def _check_options(source: Checkpoint, options: ExportOptions) -> tuple[Limits, 
     recipe = read_recipe(Path(options.recipe), SCHEMES) if options.recipe is not None else None
     asked = options.target, options.precision, options.activations
     form = choose_form(source.config, source.task, *asked, recipe)
-    if form.integer_products or form.fp8:
+    if form.fp8 or form.integer_products:
+        from glm4_deploy.calibration import require_text
+
         require_text(options.calibration, options.precision)
     cache = choose_cache(source.config, source.task, options.target, form.activations, options.kv_cache)
     form = dataclasses.replace(form, kv_cache=cache)
@@ -270,11 +272,10 @@ def _trace(
         QuantizeCache(prepared.cache_scales)(model)
     if form.schemes:
         QuantizeWeights(form.target.dialect, form.schemes)(model)
-    if form.integer_products:
-        integers = {name: prepared.input_scales[name] for name in form.integer_products}
-        QuantizeInputs(form.target.dialect, integers)(model)
     if form.fp8:
-        Fp8Products({name: prepared.input_scales[name] for name in form.fp8})(model)
+        Fp8Products(prepared.input_scales)(model)
+    if form.integer_products:
+        QuantizeInputs(form.target.dialect, prepared.input_scales)(model)
     return model
 
 

@@ -85,11 +85,11 @@ PRECISIONS = {
     "bf16": Precision("bfloat16"),
     "int8": Precision(None, {"embedding": "int8", "layers": "int8", "head": "int8"}),
     "int4": Precision(None, {"embedding": "int8", "layers": "int4", "head": "int8"}),
+    "fp8": Precision(None, {"embedding": "int8", "layers": FP8, "head": "int8"}),
     # What down_proj reads is a product of two activations: its few huge values leave one scale no room for the rest.
     "int8-sq": Precision(
         None, {"embedding": "int8", "layers": "int8-sq", "head": "int8"}, {"mlp.down_proj": "int8"}
     ),
-    "fp8": Precision(None, {"embedding": "int8", "layers": FP8, "head": "int8"}),
 }
 _FLOATS, _INTEGERS = ("fp32", "fp16", "bf16"), ("int8", "int4", "int8-sq")
 

@@ -28,7 +28,7 @@ from glm4_runtime.bundle import Manifest
     type=click.Choice(list(PRECISIONS)),
     default=pipeline.DEFAULT_PRECISION,
     show_default=True,
-    help="Element type of weights, activations and cache; int8 and int4 are of weights only, int8-sq and fp8 of products.",
+    help="Element type of weights, activations and cache; int8 and int4 are of weights only, int8-sq and fp8 of inputs too.",
 )
 @click.option(
     "--activations",
@@ -46,8 +46,8 @@ from glm4_runtime.bundle import Manifest
     "--calibration",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="Text like that which the model will see (.txt, .jsonl, .ids): int4 weights and an int8 cache are "
-    "quantized by what it shows, and int8-sq and fp8 need it.",
+    help="Text like that which the model will see (.txt, .jsonl, .ids): int4 and an int8 cache are quantized by "
+    "what it shows; int8-sq and fp8 need it.",
 )
 @click.option(
     "--recipe",

@@ -273,9 +273,10 @@ def _trace(
     if form.schemes:
         QuantizeWeights(form.target.dialect, form.schemes)(model)
     if form.fp8:
-        Fp8Products(prepared.input_scales)(model)
+        Fp8Products({name: prepared.input_scales[name] for name in form.fp8})(model)
     if form.integer_products:
-        QuantizeInputs(form.target.dialect, prepared.input_scales)(model)
+        scales = {name: prepared.input_scales[name] for name in form.integer_products}
+        QuantizeInputs(form.target.dialect, scales)(model)
     return model
 
 

@@ -140,6 +140,16 @@ def test_tensorrt_parses_and_builds_it(tmp_path, tiny_checkpoint, ids_file):
     assert result.manifest.compute_capabilities
 
 
+def test_a_recipe_mixes_products_in_fp8_and_of_integers(tmp_path, tiny_checkpoint, ids_file):
+    pytest.importorskip("tensorrt_rtx")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[tensors]\n"*.mlp.gate_up_proj.weight" = "int8-sq"\n')
+    given = {"precision": "fp8", "calibration": str(ids_file), "recipe": str(recipe), "parity": False}
+    result = export(tiny_checkpoint, tmp_path / "bundle", ExportOptions(target="tensorrt-rtx", **given))
+    searched = [choice["tensors"] for choice in result.calibration["scales"]]
+    assert searched == [[f"model.layers.{layer}.mlp.gate_up_proj.weight"] for layer in range(2)]
+
+
 def test_without_text_it_is_refused_before_the_work(tmp_path, tiny_checkpoint):
     with pytest.raises(ExportError, match="int8-sq needs --calibration FILE"):
         export(tiny_checkpoint, tmp_path / "bundle", ExportOptions(precision="int8-sq"))

@@ -105,7 +105,7 @@ class GraphPieces:
         weights = [name for name in piece.reads if name in self._initializers]
         if piece.name == "embedding" and any(_is_table(name) for name in weights):
             return self._run_embedding(piece, weights, values)
-        if piece.name == "head" and all(self._rows(name) == self._rows(weights[0]) > 1 for name in weights):
+        if piece.name == "head" and len({self._rows(name) for name in weights}) == 1 < self._rows(weights[0]):
             return self._run_head(piece, weights, values)
         return self._execute(piece, {name: self._read(name) for name in weights}, values)
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -227,4 +228,5 @@ def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes, io.Stri
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         svg = text.getvalue()
-        out.write(svg[svg.index("<svg") :])  # without the prologue, which stands for a file of its own
+        svg = svg[svg.index("<svg") :]  # without the prologue, which stands for a file of its own
+        out.write(re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL))

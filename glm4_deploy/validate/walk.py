@@ -104,7 +104,7 @@ class BundleGraph:
         self._steps = self._plan()
         state, name = self._taps.norm.values[0], manifest.outputs[0].name
         self._head = self._pieces.slice(HEAD, [name], {state})
-        self.head_arithmetic = self._arithmetic(self._head, {})
+        self.head_arithmetic = "float32"  # until it has run
         self._readers = Counter(name for step in self._steps for name in step.piece.reads)
 
     def embed(self, expected: Sequence[Tapped] | None) -> list[BlockError]:
@@ -127,6 +127,7 @@ class BundleGraph:
             inputs, array = self._inputs[part.sequence], states[part.sequence][state][:, part.span]
             asked = {"logits_indices": np.arange(array.shape[1])[None]} if "logits_indices" in inputs else {}
             values.append({**inputs, **asked, state: array})
+        self.head_arithmetic = self._arithmetic(self._head, {state: states[0][state]})
         found = values if name == state else self._pieces.run_piece(self._head, values)
         return [np.asarray(one[name], np.float32).reshape(-1, one[name].shape[-1]) for one in found]
 

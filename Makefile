@@ -28,7 +28,7 @@ test: $(VENV)/.installed  ## run the whole test suite
 	$(BIN)/python -m pytest
 
 # Not in the environment of the others: a GPU host is often offline, and has its own torch and Triton.
-gpu-check:  ## on a GPU host: attention against float64 and against torch (with PYTHON, offline)
+gpu-check:  ## on a GPU host: kernels, engines and ort bundle, right and how fast (with PYTHON, offline)
 	PYTHONPATH=.:exporters:runtime:plugins $(PYTHON) -m benchmarks.gpu_check
 
 lint: $(VENV)/.installed  ## ruff and mypy

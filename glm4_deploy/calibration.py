@@ -3,6 +3,8 @@
 prepared = prepare(checkpoint, form, text, progress)
 prepared.edits      # for the weights' writer
 prepared.norm_bits  # for the canonical graph
+prepared.input_scales  # for the products in fp8 or of integers
+prepared.cache_scales  # for the lowered graph
 prepared.report     # for report.json
 """
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
     from glm4_exporters.quantize.awq import Awq
     from glm4_exporters.quantize.calibrate import Calibration
+    from glm4_exporters.quantize.kv_cache import CacheScales
+    from glm4_exporters.quantize.overflow import Remedy
+    from glm4_exporters.quantize.static import StaticSmoothQuant
     from glm4_exporters.weights import Edits
 
 SEQUENCE, SEQUENCES = 512, 64  # tokens, and how many sequences of a user's text are read
@@ -54,13 +59,17 @@ class Prepared:
     Attributes:
         edits: what is done to tensors before they are stored.
         norm_bits: k by the scope of each norm whose input is scaled by 2^-k.
+        cache_scales: of every layer, where the cache is int8.
         calibration: the statistics; None where nothing needed any.
+        input_scales: by name of each matrix whose input is rounded, to fp8 or int8, the scale of what it reads.
         report: for ``report.json``.
     """
 
     edits: "Edits"
     norm_bits: Mapping[str, int] = field(default_factory=dict)
+    cache_scales: "tuple[CacheScales, ...]" = ()
     calibration: "Calibration | None" = None
+    input_scales: Mapping[str, float] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -82,8 +91,8 @@ def read_text(source: Checkpoint, path: Path | None, max_seq_len: int) -> Text:
 
 
 def needs_text(form: Form, given: bool) -> bool:
-    """Whether anything is calibrated: whatever text was given for, and fp16's range always."""
-    return given or form.activations == "float16"
+    """Whether anything is calibrated: whatever text was given for, and fp16's range and an int8 cache always."""
+    return given or form.activations == "float16" or form.kv_cache == "int8"
 
 
 def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progress = silent) -> Prepared:
@@ -98,34 +107,73 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
     if text is None:
         return Prepared(Edits())
     from glm4_exporters.quantize.calibrate import calibrate
-    from glm4_exporters.quantize.overflow import audit, remedies, require_range
+    from glm4_exporters.quantize.kv_cache import MARGIN, cache_scales
+    from glm4_exporters.quantize.overflow import Remedy, audit, remedies, require_range
     from glm4_exporters.quantize.smooth import Smoothing
 
     awq = _awq(source, form) if text.origin != "built in" else None
-    calibration = calibrate(source, text.sequences, *([awq] if awq else []), progress=progress)
-    smoothing = awq.smoothing if awq else Smoothing()
+    static = _static(source, form)
+    searches = [search for search in (awq, static) if search is not None]
+    calibration = calibrate(source, text.sequences, *searches, progress=progress)
+    smoothing = Smoothing()
+    for search in searches:
+        smoothing = smoothing.then(search.smoothing)
     report: dict[str, Any] = {
         "text": text.origin,
         "tokens": calibration.tokens,
         "sequences": calibration.sequences,
         "largest_activations": audit(calibration, smoothing),
     }
-    if awq is not None:
+    if searches:
         report["scales"] = [
             {"tensors": list(c.names), "method": c.method, "error_before": c.error_before, "error": c.error}
-            for c in awq.choices
+            for search in searches
+            for c in search.choices
         ]
-    norm_bits: Mapping[str, int] = {}
+    remedy = Remedy()
     if form.activations == "float16":
         require_range(calibration, smoothing)
         remedy = remedies(calibration, source.config, smoothing)
-        smoothing, norm_bits = smoothing.then(remedy.weights), remedy.norm_bits
+        smoothing = smoothing.then(remedy.weights)
+    scales: tuple[CacheScales, ...] = ()
+    if form.kv_cache == "int8":
+        scales = cache_scales(calibration, smoothing)
+        report["kv_cache"] = {"scales": "per head and channel, of K and of V apart", "margin": MARGIN}
     return Prepared(
         Edits(smoothing, _importance(form, calibration, smoothing) if awq else lambda _name: None),
-        norm_bits,
+        remedy.norm_bits,
+        scales,
         calibration,
+        _input_scales(form, static, remedy) | _fp8_scales(form, calibration, smoothing),
         report,
     )
+
+
+def _fp8_scales(form: Form, calibration: "Calibration", smoothing: Any) -> dict[str, float]:
+    from glm4_exporters.passes.fp8_products import fp8_scale
+
+    return {name: fp8_scale(float(smoothing.input_absmax(calibration, name).max())) for name in form.fp8}
+
+
+def _static(source: Checkpoint, form: Form) -> "StaticSmoothQuant | None":
+    """The search for smoothing and input scales of the products of integers; None where there are none."""
+    from glm4_exporters.quantize.static import StaticSmoothQuant
+
+    wanted = set(form.integer_products)
+    return StaticSmoothQuant(source.config, lambda names: not wanted.isdisjoint(names)) if wanted else None
+
+
+def _input_scales(form: Form, static: "StaticSmoothQuant | None", remedy: "Remedy") -> dict[str, float]:
+    """Of every product of integers, in the model as the remedy scales it: values and up reach one matrix each."""
+    if static is None:
+        return {}
+    scales = {name: static.input_scales[name] for name in form.integer_products}
+    for index, bits in remedy.layers.items():
+        for matrix, k in {"self_attn.o_proj": bits.value, "mlp.down_proj": bits.up}.items():
+            name = f"model.layers.{index}.{matrix}.weight"
+            if name in scales:
+                scales[name] *= 2.0**-k
+    return scales
 
 
 def _awq(source: Checkpoint, form: Form) -> "Awq | None":
@@ -164,7 +212,7 @@ def _importance(form: Form, calibration: "Calibration", smoothing: Any) -> Any:
     return of
 
 
-def require_text(given: Path | None, precision: str) -> None:
+def require_text(given: str | None, precision: str) -> None:
     """Refuse a precision whose scales are static without a text to find them on."""
     if given is None:
         raise ExportError(

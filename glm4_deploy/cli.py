@@ -15,6 +15,7 @@ from glm4_runtime.errors import Glm4Error
 # command -> module that holds it; imported when it is called, so that --help stays quick
 COMMANDS = {
     "export": "glm4_deploy.commands.export",
+    "validate": "glm4_deploy.commands.validate",
     "generate": "glm4_deploy.commands.generate",
     "serve": "glm4_deploy.commands.serve",
     "chat": "glm4_deploy.commands.chat",
@@ -24,6 +25,7 @@ COMMANDS = {
 }
 SUMMARIES = {
     "export": "Make a bundle from a checkpoint, and prove it right.",
+    "validate": "Measure a bundle against its checkpoint, and hold it to a gate.",
     "generate": "Continue a prompt with a bundle.",
     "serve": "Serve a bundle by OpenAI's API.",
     "chat": "Talk with a bundle in the terminal.",

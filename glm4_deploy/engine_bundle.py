@@ -1,6 +1,7 @@
 """The last step of an export to an engine: a proven ONNX bundle becomes an engine bundle."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,13 @@ from glm4_exporters.engine import (
     engine_version,
     expected_layers,
 )
-from glm4_runtime.bundle import GRAPH, WEIGHTS, EngineInfo, Manifest, TensorSpec
+from glm4_runtime.bundle import COUNTERS, GRAPH, PRESENT_COUNTERS, WEIGHTS, EngineInfo, Manifest, TensorSpec
 from glm4_runtime.progress import Progress
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-ENGINE_GRAPH = "engine.onnx"  # the graph as the parser gets it, there only while the engine is built
+ENGINE_GRAPH = "engine.{}.onnx"  # graphs as the parser gets them, there only while the engine is built
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,18 @@ class EngineBundle:
 
 
 def make_engine(
-    folder: Path, manifest: Manifest, model: "ir.Model", kind: str, options: EngineOptions, progress: Progress
+    folder: Path,
+    manifest: Manifest,
+    models: Mapping[str, "ir.Model"],
+    kind: str,
+    options: EngineOptions,
+    progress: Progress,
 ) -> EngineBundle:
     """Build the engine of the graph and weights in ``folder``, and describe it in a manifest of its own.
 
     Args:
-        model: the graph in the dialect that the engine is built from; what only engines need is done to it here.
+        models: the graph as ``shared``, or a graph for each profile by its name, in the dialect that the engine is
+            built from; what only engines need is done to them here.
 
     Raises:
         ExportError: the builder refused, in one line.
@@ -50,18 +57,23 @@ def make_engine(
     from glm4_exporters.passes.split_products import SplitProducts
 
     capacity = engine_capacity(manifest.limits.max_seq_len)
-    for change in (FixCapacity(capacity), SplitProducts()):
-        change(model)
-    ir.save(model, folder / ENGINE_GRAPH)
+    operators: dict[str, str] = {}
+    for phase, model in models.items():
+        for change in (FixCapacity(capacity), SplitProducts()):
+            change(model)
+        ir.save(model, folder / ENGINE_GRAPH.format(phase))
+        operators |= {str(node.name): node.op_type for node in model.graph}
     named, capabilities, later = engine_capabilities(kind, manifest.precision, options)
-    attention = engine_attention(kind, options)
-    operators = {str(node.name): node.op_type for node in model.graph}
+    attention = engine_attention(kind, manifest.task, options)
+    profiles = engine_profiles(manifest.task, manifest.limits, options.layout, attention)
+    counters = _counters(COUNTERS, manifest) if attention == "plugin" else ()
+    left = _counters(PRESENT_COUNTERS, manifest) if attention == "plugin" else ()
     plan = EnginePlan(
         kind=kind,
-        graph=ENGINE_GRAPH,
+        graphs={p.file: ENGINE_GRAPH.format(p.name if p.name in models else "shared") for p in profiles},
         capabilities=named,
-        profiles=engine_profiles(manifest.task, manifest.limits, options.layout),
-        inputs=_with_capacity(manifest.inputs, capacity),
+        profiles=profiles,
+        inputs=(*_with_capacity(manifest.inputs, capacity), *counters),
         operators=operators,
         layers=expected_layers(
             operators, manifest.model.num_layers, manifest.kv_cache is not None, attention
@@ -70,7 +82,8 @@ def make_engine(
         plugin=PLUGIN_MODULE if attention == "plugin" else None,
     )
     built = build_engine(folder, plan, progress)
-    (folder / ENGINE_GRAPH).unlink()
+    for phase in models:
+        (folder / ENGINE_GRAPH.format(phase)).unlink()
     files = {**manifest.files, **built.files}
     if not options.keep_onnx:
         for name in (GRAPH, WEIGHTS):
@@ -93,7 +106,7 @@ def make_engine(
             manifest,
             dialect=kind,
             inputs=plan.inputs,
-            outputs=_with_capacity(manifest.outputs, capacity),
+            outputs=(*_with_capacity(manifest.outputs, capacity), *left),
             compute_capabilities=capabilities or built.capabilities,
             providers=(),
             tools={**manifest.tools, kind: engine_version(kind)},
@@ -119,6 +132,10 @@ def _with_capacity(specs: tuple[TensorSpec, ...], capacity: int) -> tuple[Tensor
         TensorSpec(spec.name, spec.dtype, tuple(capacity if a == "capacity" else a for a in spec.shape))
         for spec in specs
     )
+
+
+def _counters(name: str, manifest: Manifest) -> tuple[TensorSpec]:
+    return (TensorSpec(name, "int32", (manifest.limits.max_batch_size * manifest.model.num_kv_heads,)),)
 
 
 def _plugin_version() -> str:

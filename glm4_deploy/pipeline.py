@@ -19,8 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm4_deploy import __version__
+from glm4_exporters.cache_types import cache_providers, choose_cache
 from glm4_exporters.checkpoint import Checkpoint
-from glm4_exporters.engine import EngineOptions, engine_attention, engine_version, require_engine
+from glm4_exporters.engine import (
+    EngineOptions,
+    engine_attention,
+    engine_version,
+    gpu_capability,
+    plugin_phases,
+    require_engine,
+    require_plugin,
+)
 from glm4_exporters.graph_io import graph_io
 from glm4_exporters.quantize.recipe import read_recipe
 from glm4_exporters.quantize.schemes import SCHEMES
@@ -46,6 +55,7 @@ if TYPE_CHECKING:  # torch and onnx load when there is work for them, so that --
     from glm4_deploy.calibration import Prepared
     from glm4_deploy.engine_bundle import EngineBundle
     from glm4_deploy.parity import Parity
+    from glm4_exporters.passes.plugin_attention import PluginAttention
     from glm4_exporters.weights import WrittenWeights
 
 DEFAULT_TARGET, DEFAULT_PRECISION, DEFAULT_BATCH = "ort", "int8", 8
@@ -65,6 +75,7 @@ class ExportOptions:
     activations: str | None = None  # of a quantized bundle; the target's choice where None
     calibration: str | None = None  # a file of text or token ids
     recipe: str | None = None  # a file of schemes by tensor
+    kv_cache: str = "auto"  # the activations' type, or int8
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -123,7 +134,7 @@ def export(
             engine = None
             if form.target.engine is not None:
                 with clock("engine"):
-                    engine = _build_engine(source, model, folder, manifest, form, options, progress)
+                    engine = _build_engine(source, model, folder, manifest, form, prepared, options, progress)
                 manifest = engine.manifest
             result = ExportResult(
                 bundle, manifest, parity, engine, prepared.report, clock.seconds, _peak_rss()
@@ -160,16 +171,27 @@ def cache_key(checkpoint: str | Path, options: ExportOptions) -> str:
 
 
 def _check_options(source: Checkpoint, options: ExportOptions) -> tuple[Limits, Form]:
+    from glm4_deploy.calibration import require_text
+
     recipe = read_recipe(Path(options.recipe), SCHEMES) if options.recipe is not None else None
     asked = options.target, options.precision, options.activations
     form = choose_form(source.config, source.task, *asked, recipe)
-    require_engine(form.target.engine, options.target, options.precision, options.engine)
+    if form.fp8 or form.integer_products:
+        from glm4_deploy.calibration import require_text
+
+        require_text(options.calibration, options.precision)
+    cache = choose_cache(source.config, source.task, options.target, form.activations, options.kv_cache)
+    form = dataclasses.replace(form, kv_cache=cache)
+    kind = form.target.engine
+    require_engine(kind, options.target, options.precision, source.task, options.engine)
     positions = source.config.max_position_embeddings
     length = positions if options.max_seq_len is None else options.max_seq_len
     if not 1 <= length <= positions:
         raise ExportError(f"max_seq_len is {length}, but this model has 1 ... {positions} positions")
     if options.max_batch_size < 1:
         raise ExportError(f"max_batch_size is {options.max_batch_size}, but must be at least 1")
+    if kind is not None and engine_attention(kind, source.task, options.engine) == "plugin":
+        require_plugin(source.config, form.activations, options.max_batch_size, gpu_capability() or "")
     return Limits(length, options.max_batch_size), form
 
 
@@ -228,17 +250,33 @@ def _prepare(
         return prepare(source, form, read_text(source, given, limits.max_seq_len), progress)
 
 
-def _trace(source: Checkpoint, form: Form, prepared: "Prepared") -> "ir.Model":
+def _trace(
+    source: Checkpoint, form: Form, prepared: "Prepared", plugin: "PluginAttention | None" = None
+) -> "ir.Model":
+    """The graph in the target's dialect, or with its attention by our plugin."""
     from glm4_exporters.passes import lower
+    from glm4_exporters.passes.fp8_products import Fp8Products
+    from glm4_exporters.passes.quantize_cache import QuantizeCache
+    from glm4_exporters.passes.quantize_inputs import QuantizeInputs
     from glm4_exporters.passes.quantize_weights import QuantizeWeights
     from glm4_exporters.passes.scale_eps import ScaleEps
     from glm4_exporters.trace import trace
 
     model = trace(source.config, source.task, form.activations)
     ScaleEps(prepared.norm_bits)(model)
-    lower(model, form.target.dialect)
+    if plugin is None:
+        lower(model, form.target.dialect)
+    else:
+        plugin(model)
+    if prepared.cache_scales:
+        QuantizeCache(prepared.cache_scales)(model)
     if form.schemes:
         QuantizeWeights(form.target.dialect, form.schemes)(model)
+    if form.fp8:
+        Fp8Products({name: prepared.input_scales[name] for name in form.fp8})(model)
+    if form.integer_products:
+        scales = {name: prepared.input_scales[name] for name in form.integer_products}
+        QuantizeInputs(form.target.dialect, scales)(model)
     return model
 
 
@@ -275,8 +313,7 @@ def _describe(
     written: "WrittenWeights",
 ) -> Manifest:
     config, task = source.config, source.task
-    has_cache = task == "causal-lm"
-    io = graph_io(config, task, form.activations)
+    io = graph_io(config, task, form.kv_cache or form.activations)
     files = {path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name != WEIGHTS}
     return Manifest(
         task=task,
@@ -284,7 +321,7 @@ def _describe(
         dialect=form.target.dialect,
         precision=options.precision,
         activations=form.activations,
-        kv_cache=form.activations if has_cache else None,
+        kv_cache=form.kv_cache,
         model=ModelInfo(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -301,7 +338,7 @@ def _describe(
         opsets=dict(model.opset_imports),
         inputs=io.inputs,
         outputs=io.outputs,
-        providers=form.target.providers[form.activations],
+        providers=cache_providers(form.kv_cache, form.target.providers[form.activations]),
         tensor_precisions=dict(form.groups),
         scaled_bits=dict(prepared.norm_bits),
         tools=_tool_versions(),
@@ -326,19 +363,27 @@ def _build_engine(
     folder: Path,
     manifest: Manifest,
     form: Form,
+    prepared: "Prepared",
     options: ExportOptions,
     progress: Progress,
 ) -> "EngineBundle":
     from glm4_deploy.engine_bundle import make_engine
-    from glm4_exporters.trace import trace
-    from glm4_exporters.weights import attach, layout
+    from glm4_exporters.passes.plugin_attention import PluginAttention
+    from glm4_exporters.weights import share_weights
 
     kind = form.target.engine
     assert kind is not None
-    if engine_attention(kind, options.engine) == "plugin":  # proven in the native dialect, built from ours
-        model = trace(source.config, source.task, manifest.activations)
-        attach(model, layout(model), WEIGHTS)
-    result = make_engine(folder, manifest, model, kind, options.engine, progress)
+    models = {"shared": model}
+    if engine_attention(kind, source.task, options.engine) == "plugin":
+        # Proven in the native dialect, built from ours, on the same weights.
+        capability = int(gpu_capability() or 0)
+        models = {
+            phase: _trace(source, form, prepared, PluginAttention(options.max_batch_size, capability, phase))
+            for phase in plugin_phases(options.engine.layout)
+        }
+        for other in models.values():
+            share_weights(model, other)
+    result = make_engine(folder, manifest, models, kind, options.engine, progress)
     write_manifest(folder, result.manifest)
     return result
 

@@ -25,10 +25,23 @@ def shown_progress() -> Iterator[Progress]:
 @contextlib.contextmanager
 def _bars() -> Iterator[Progress]:
     from rich.console import Console
-    from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        TaskID,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Bars(*columns, console=Console(stderr=True)) as bars:
         stages: dict[str, TaskID] = {}
 
@@ -46,18 +59,29 @@ def _bars() -> Iterator[Progress]:
 
 
 def _lines() -> Progress:
-    shown, at = "", 0.0
+    shown, at, start = "", 0.0, 0.0
 
     def report(stage: str, done: int, total: int) -> None:
-        nonlocal shown, at
+        nonlocal shown, at, start
         now = time.monotonic()
+        start = now if stage != shown else start
         if stage != shown or now - at > QUIET_SECONDS:
             share = f" {100 * done // total} %" if total and done else ""
+            if share and done < total and now - start > QUIET_SECONDS:
+                share += f", about {duration((now - start) * (total - done) / done)} left"
             with contextlib.suppress(BrokenPipeError):  # work goes on though nobody reads of it
                 print(f"{stage}{share}", file=sys.stderr, flush=True)
             shown, at = stage, now
 
     return report
+
+
+def duration(seconds: float) -> str:
+    """Time in the unit that reads best."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.0f} {unit}" if unit == "min" else f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def size(count: float) -> str:

@@ -16,10 +16,13 @@ import numpy as np
 import onnxruntime
 
 from glm4_runtime.bundle import (
+    COUNTERS,
     ENGINE,
     GRAPH,
+    PRESENT_COUNTERS,
     EngineInfo,
     EngineProfile,
+    TensorSpec,
     file_entry,
     read_manifest,
     write_manifest,
@@ -36,11 +39,15 @@ TYPES = {
 ACTIVATION_BYTES = 4096
 
 
-def make_engine_bundle(folder, profiles, capacity, later_gpus=False):
-    """Turn a native bundle's folder into an engine bundle whose engine is its graph."""
+def make_engine_bundle(folder, profiles, capacity, later_gpus=False, counters=None):
+    """Turn a native bundle's folder into an engine bundle whose engine is its graph.
+
+    With ``counters``, one whose attention is our plugin: it has so many of them, and computes as the graph does.
+    """
     manifest = read_manifest(folder)
     axes = {p.name: {k: list(v) for k, v in p.axes.items()} for p in profiles}
-    (folder / ENGINE).write_text(json.dumps({"graph": str(folder / GRAPH), "profiles": axes}))
+    described = {"graph": str(folder / GRAPH), "profiles": axes, "counters": counters}
+    (folder / ENGINE).write_text(json.dumps(described))
     static = {
         kind: tuple(
             dataclasses.replace(s, shape=tuple(capacity if a == "capacity" else a for a in s.shape))
@@ -48,13 +55,16 @@ def make_engine_bundle(folder, profiles, capacity, later_gpus=False):
         )
         for kind in ("inputs", "outputs")
     }
+    if counters is not None:
+        static["inputs"] += (TensorSpec(COUNTERS, "int32", (counters,)),)
+        static["outputs"] += (TensorSpec(PRESENT_COUNTERS, "int32", (counters,)),)
     engine = EngineInfo(
         kind="tensorrt-rtx",
         version=VERSION,
         layout="shared",
         later_gpus=later_gpus,
-        attention="native",
-        plugin_version=None,
+        attention="native" if counters is None else "plugin",
+        plugin_version=None if counters is None else "1",
         profiles=tuple(EngineProfile(p.name, ENGINE, i, p.axes) for i, p in enumerate(profiles)),
         layers={},
         float32={},
@@ -119,7 +129,11 @@ class FakeEngine:
         self.trt, self.profiles = trt, list(described["profiles"].values())
         self.session = onnxruntime.InferenceSession(described["graph"], providers=["CPUExecutionProvider"])
         self.inputs = {i.name: (TYPES[i.type], i.shape) for i in self.session.get_inputs()}
-        self.outputs = [o.name for o in self.session.get_outputs()]
+        self.computed = [o.name for o in self.session.get_outputs()]
+        self.outputs, self.by_plugin = list(self.computed), described["counters"] is not None
+        if self.by_plugin:
+            self.inputs[COUNTERS] = np.int32, [described["counters"]]
+            self.outputs.append(PRESENT_COUNTERS)
         self.num_io_tensors = len(self.inputs) + len(self.outputs)
 
     def get_tensor_name(self, index):
@@ -127,6 +141,8 @@ class FakeEngine:
 
     def get_aliased_input_tensor(self, name):
         past = name.replace("present_", "past_", 1)
+        if self.by_plugin:
+            return None  # TensorRT tells the aliases of its own layers only
         return past if self.trt.in_place and past in self.inputs and name.startswith("present_") else None
 
     def create_runtime_config(self):
@@ -207,7 +223,8 @@ class FakeContext:
         assert set(addresses) == {*engine.inputs, *engine.outputs}
         for name in engine.outputs:
             if name.startswith("present_"):
-                assert addresses[name] == addresses[name.replace("present_", "past_", 1)], "not in place"
+                past = COUNTERS if name == PRESENT_COUNTERS else name.replace("present_", "past_", 1)
+                assert addresses[name] == addresses[past], "not in place"
         cuda = engine.trt.cuda
         if stream in cuda.recording:
             assert self.is_stream_capturable(stream), "captured before it ran with these shapes"
@@ -222,7 +239,9 @@ class FakeContext:
                 name: _array(cuda, addresses[name], dtype, shapes[name])
                 for name, (dtype, _) in engine.inputs.items()
             }
-            for name, found in zip(engine.outputs, engine.session.run(None, inputs), strict=True):
+            if engine.by_plugin:
+                assert not inputs.pop(COUNTERS).any(), "counters that are not zero"
+            for name, found in zip(engine.computed, engine.session.run(None, inputs), strict=True):
                 _array(cuda, addresses[name], found.dtype, found.shape)[...] = found
 
         cuda.enqueue(stream, job)

@@ -1,4 +1,4 @@
-"""Checks that need a GPU: right against float64, and fast against torch and the device's own ceilings.
+"""Checks that need a GPU: kernels against float64, torch and the device's own ceilings; engines against eager.
 
     make gpu-check PYTHON=python3
 

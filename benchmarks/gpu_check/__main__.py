@@ -10,15 +10,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PARTS = ("correctness", "prefill", "decode")
+PARTS = ("correctness", "prefill", "decode", "engines")
 INTERPRETED = 12  # length around which cases lie when Triton's interpreter computes them
 ON_GPU = 1000
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="gpu-check", description="Attention kernel: right, and how fast.")
+    parser = argparse.ArgumentParser(
+        prog="gpu-check", description="Attention kernel and engines: right, and how fast."
+    )
     parser.add_argument("--only", choices=PARTS, action="append", help="one part; may be given again")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
+    parser.add_argument(
+        "--scratch", type=Path, help="folder with room for a checkpoint, its ONNX and its engine"
+    )
     parser.add_argument(
         "--interpret",
         action="store_true",
@@ -79,6 +84,14 @@ def device_choices() -> tuple[Any, ...]:
     return choices(known_capability(torch.device("cuda")))
 
 
+def engine_records(bandwidth: float, results: dict[str, Any], scratch: Path | None) -> list[dict[str, Any]]:
+    from benchmarks.gpu_check.engines import (
+        check_engines,
+    )  # needs what exports need, which the kernels do not
+
+    return check_engines(bandwidth, results["absent"], results["refused"], say, scratch)
+
+
 def main() -> int:
     options = arguments()
     if options.interpret:
@@ -92,15 +105,16 @@ def main() -> int:
     from benchmarks.gpu_check import report, timing
 
     parts = options.only or PARTS
-    results: dict[str, Any] = dict(host=host(), refused=[])
+    results: dict[str, Any] = dict(host=host(), absent=[], refused=[])
     steps: dict[str, Callable[[], Any]] = {"correctness": lambda: correctness(False)}
-    if {"prefill", "decode"} & set(parts):
+    if {"prefill", "decode", "engines"} & set(parts):
         bandwidth, rate = timing.copy_bandwidth(), timing.matmul_rate()
         results["ceilings"] = dict(copy_bytes_per_second=bandwidth, matmul_per_second=rate)
         for name, cases in (("prefill", timing.prefill_cases()), ("decode", timing.decode_cases())):
             steps[name] = lambda cases=cases: [
                 timing.measured(case, device_choices(), bandwidth, rate) for case in cases
             ]
+        steps["engines"] = lambda: engine_records(bandwidth, results, options.scratch)
     for name in parts:
         say(f"{name} ...")
         try:
@@ -111,7 +125,8 @@ def main() -> int:
             say(results["refused"][-1])
     for path in report.write(results, options.out):
         print(path)
-    wrong = [check for check in results.get("correctness", ()) if not check["ok"]]
+    checks = (*results.get("correctness", ()), *results.get("engines", ()))
+    wrong = [check for check in checks if not check["ok"]]
     return 1 if wrong or results["refused"] else 0
 
 

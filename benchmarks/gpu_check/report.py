@@ -31,6 +31,8 @@ def markdown(results: dict[str, Any]) -> str:
     for part in ("prefill", "decode"):
         if part in results:
             lines += [f"## {part.capitalize()}", "", *table(results[part]), ""]
+    if "engines" in results:
+        lines += ["## Whole models of the 9B's widths, random weights", "", *models(results["engines"]), ""]
     lines += ["## Refused", ""]
     refused = results["refused"] + [
         f"{record['batch']} x {record['past']}+{record['new']}, {name}: {reason}"
@@ -38,8 +40,28 @@ def markdown(results: dict[str, Any]) -> str:
         for record in results.get(part, [])
         for name, reason in record["refused"].items()
     ]
+    refused += [f"{reason}, so it was not tried" for reason in results.get("absent", ())]
     lines += [f"- {reason}" for reason in refused] or ["nothing"]
     return "\n".join(lines) + "\n"
+
+
+def models(records: list[dict[str, Any]]) -> list[str]:
+    """Per bundle: layers, parity against the eager model in float32, milliseconds, and the share of copy bandwidth."""
+    lines = [
+        "| bundle | layers | mean KL | top-1 | right | prefill, ms by tokens | step, ms by batch | of copy, by batch |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        parity = record["parity"]
+        cells = [record["bundle"], str(record["layers"]), f"{parity['mean_kl']:.2e}", f"{parity['top1']:.2f}"]
+        cells.append("yes" if record["ok"] else "NO")
+        cells += [
+            ", ".join(f"{size}: {1e3 * value:.2f}" for size, value in record[part].items())
+            for part in ("prefill_seconds", "decode_seconds")
+        ]
+        cells.append(", ".join(f"{size}: {share:.2f}" for size, share in record["of_copy_bandwidth"].items()))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def table(records: list[dict[str, Any]]) -> list[str]:

@@ -24,6 +24,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from glm4_exporters.config import Glm4Config
+from glm4_plugins.launch import KernelShape, choices, unsupported
 from glm4_plugins.operator import OP_TYPE
 from glm4_runtime.bundle import ENGINE, EngineProfile, FileEntry, Limits, TensorSpec
 from glm4_runtime.errors import ExportError
@@ -41,6 +43,7 @@ CAPACITY_STEP = (
 PREFILL_WIDTH = 512  # most new positions of one run
 LOGITS_WIDTH = 128  # most positions of one run that get logits: 151552 of them in float32 take 78 MB
 SAMPLE_SECONDS = 0.05
+COMPUTE_CAPABILITY_ATTRIBUTES = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ ENGINE_KINDS = {
 }
 
 # NVIDIA's support matrix of TensorRT-RTX 1.7: the oldest compute capability with kernels for a precision.
-OLDEST_CAPABILITY = {"fp16": 75, "bf16": 80, "int8": 80, "int4": 80, "fp8": 89}
+OLDEST_CAPABILITY = {"fp16": 75, "bf16": 80, "int8": 80, "int8-sq": 80, "int4": 80, "fp8": 89}
 
 # What the parser makes of an operator. It drops some inputs and nodes without a word, so we count.
 LAYERS_OF_OPERATORS = {
@@ -113,7 +116,7 @@ class EnginePlan:
     """Everything that the building process needs to know; travels as JSON."""
 
     kind: str
-    graph: str
+    graphs: Mapping[str, str]  # by the engine's file
     capabilities: tuple[str, ...]
     profiles: tuple[EngineProfile, ...]
     inputs: tuple[TensorSpec, ...]
@@ -143,7 +146,9 @@ class BuiltEngine:
     peak_anonymous_bytes: int
 
 
-def require_engine(kind_name: str | None, target: str, precision: str, options: EngineOptions) -> None:
+def require_engine(
+    kind_name: str | None, target: str, precision: str, task: str, options: EngineOptions
+) -> None:
     """Refuse what no engine can be, before any work.
 
     Raises:
@@ -165,6 +170,10 @@ def require_engine(kind_name: str | None, target: str, precision: str, options: 
         raise ExportError(
             f"{kind_name} has no attention {options.attention!r}; it has {', '.join(kind.attention)}"
         )
+    if options.attention == "plugin" and task != "causal-lm":
+        raise ExportError(
+            f"the attention plugin works on a cache, which task {task} has not; leave --attention out"
+        )
     _require_capabilities(kind_name, precision, options.sm)
     if options.timing_cache is not None and not kind.times:
         raise ExportError(
@@ -176,7 +185,7 @@ def require_engine(kind_name: str | None, target: str, precision: str, options: 
             raise ExportError(f"{package} is not installed, which target {target} needs; install {extra}")
     if kind.times:
         _require_builder(kind)
-        _require_gpu(target)
+        _require_gpu(target, precision)
 
 
 def _require_capabilities(kind_name: str, precision: str, asked: Sequence[str]) -> None:
@@ -207,16 +216,51 @@ def _require_builder(kind: EngineKind) -> None:
         )
 
 
-def _require_gpu(target: str) -> None:
-    count = ctypes.c_int(0)
-    with contextlib.suppress(OSError):
+def gpu_capability() -> str | None:
+    """Compute capability of the first GPU, as 89 for 8.9; None where there is none."""
+    numbers = ctypes.c_int(0), ctypes.c_int(0)
+    try:
         driver = ctypes.CDLL("libcuda.so.1")
-        if driver.cuInit(0) == 0:
-            driver.cuDeviceGetCount(ctypes.byref(count))
-    if not count.value:
+    except OSError:
+        return None
+    if driver.cuInit(0) != 0:
+        return None
+    for number, attribute in zip(numbers, COMPUTE_CAPABILITY_ATTRIBUTES, strict=True):
+        if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, 0) != 0:
+            return None
+    return "".join(str(number.value) for number in numbers)
+
+
+def _require_gpu(target: str, precision: str) -> None:
+    found = gpu_capability()
+    if found is None:
         raise ExportError(
             f"target {target} times kernels on a GPU while it builds, and there is none here; "
             "run the export on a GPU host, or export for tensorrt-rtx, which needs none"
+        )
+    if int(found) < OLDEST_CAPABILITY[precision]:
+        raise ExportError(
+            f"{precision} needs compute capability {OLDEST_CAPABILITY[precision]} or newer, and this GPU has {found}; "
+            "take another precision, or another GPU"
+        )
+
+
+def require_plugin(config: Glm4Config, activations: str, max_batch: int, capability: str) -> None:
+    """Refuse what our attention plugin has no kernel for.
+
+    Raises:
+        ExportError: the model's heads, or the GPU.
+    """
+    name = {"float16": "fp16", "bfloat16": "bf16"}.get(activations, activations)
+    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    refusal = unsupported(KernelShape(*heads, config.scale, max_batch, name), config.rotary_dim)
+    try:
+        choices(int(capability))
+    except ValueError as error:
+        refusal = refusal or str(error)
+    if refusal:
+        raise ExportError(
+            f"there is no attention plugin for this model here: {refusal}; use --attention native"
         )
 
 
@@ -245,8 +289,14 @@ def engine_capabilities(
     return able, able, False
 
 
-def engine_attention(kind_name: str, options: EngineOptions) -> str:
-    return options.attention or ENGINE_KINDS[kind_name].attention[0]
+def engine_attention(kind_name: str, task: str, options: EngineOptions) -> str:
+    """How the engine attends; without a cache natively, whatever the kind's usual way."""
+    return options.attention or (ENGINE_KINDS[kind_name].attention[0] if task == "causal-lm" else "native")
+
+
+def plugin_phases(layout: str) -> tuple[str, ...]:
+    """The kernels that an engine by our plugin holds: one for both profiles, or one each."""
+    return ("prefill", "decode") if layout == "split" else ("shared",)
 
 
 def engine_capacity(max_seq_len: int) -> int:
@@ -254,14 +304,17 @@ def engine_capacity(max_seq_len: int) -> int:
     return -(-max_seq_len // CAPACITY_STEP) * CAPACITY_STEP
 
 
-def engine_profiles(task: str, limits: Limits, layout: str) -> tuple[EngineProfile, ...]:
+def engine_profiles(
+    task: str, limits: Limits, layout: str, attention: str = "native"
+) -> tuple[EngineProfile, ...]:
     """The ways to run: one sequence of many positions, and for a decoder one position of many sequences.
 
     The prefill's cache may be the row of any sequence: its batch is one, whatever the limit.
     """
     width, rows = min(PREFILL_WIDTH, limits.max_seq_len), limits.max_batch_size
     one = (1, 1, 1)
-    step = one if engine_capacity(limits.max_seq_len) <= ONE_QUERY_CAPACITY else (1, 1, 2)
+    short = engine_capacity(limits.max_seq_len) <= ONE_QUERY_CAPACITY
+    step = one if short or attention == "plugin" else (1, 1, 2)
     if task != "causal-lm":
         whole = limits.max_seq_len
         return (EngineProfile("encode", ENGINE, 0, {"batch": one, "sequence": (1, width, whole)}),)

@@ -90,11 +90,12 @@ def float32_operators(network: Network, operators: Mapping[str, str]) -> dict[st
         ExportError: one of them is not among those that do so by intention.
     """
     nodes: set[str] = set()
+    read = network.readers.keys() | {tensor.name for tensor in network.outputs}
     for layer in network.layers:
         if network.type_of(layer) == "CONSTANT":  # scales and epsilons; who computes with them is looked at
             continue
         for tensor in _tensors(layer.num_outputs, layer.get_output):
-            if tensor.dtype == network.trt.float32:
+            if tensor.dtype == network.trt.float32 and tensor.name in read:  # else a plugin's scratch
                 nodes |= _origins(network, layer)
     fell = sorted(name for name in nodes if operators.get(name) not in FLOAT32_OPERATORS)
     if fell:

@@ -5,7 +5,6 @@
 Run by :func:`glm4_exporters.engine.build_engine`, in the folder of the graph.
 """
 
-import ctypes
 import hashlib
 import importlib
 import json
@@ -17,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from glm4_exporters.engine import ENGINE_KINDS
+from glm4_exporters.engine import ENGINE_KINDS, gpu_capability
 from glm4_exporters.engine_network import (
     Network,
     check_compiled,
@@ -30,7 +29,6 @@ from glm4_runtime.errors import ExportError
 
 PROGRESS_STEPS = 1000
 RAISED_AT = r"[.:]? \(?In \w+ at /| \[\w+\.cpp"
-COMPUTE_CAPABILITY_ATTRIBUTES = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 Say = Callable[[dict[str, Any]], None]
 
 
@@ -71,7 +69,7 @@ def _build(trt: Any, log: Any, plan: Mapping[str, Any], say: Say) -> dict[str, A
     files = dict.fromkeys(profile["file"] for profile in plan["profiles"])
     answer: dict[str, Any] = {"files": {}, "kernels": {}}
     for done, name in enumerate(files):
-        builder, definition, parser = _parse(trt, log, plan)
+        builder, definition, parser = _parse(trt, log, plan["kind"], plan["graphs"][name])
         network = Network(trt, definition)
         answer["layers"] = check_layers(network, plan["layers"])
         check_inputs(network, [spec["name"] for spec in plan["inputs"]])
@@ -82,26 +80,19 @@ def _build(trt: Any, log: Any, plan: Mapping[str, Any], say: Say) -> dict[str, A
         config = _config(trt, plan, builder, definition, profiles, monitor)
         answer["files"][name] = _write(trt, log, plan, builder, definition, config, Path(name))
         names = [profile["name"] for profile in profiles]
-        answer["kernels"] |= check_compiled(log.layers, names, plan["operators"])
+        if not ENGINE_KINDS[plan["kind"]].times:  # the full TensorRT lists its layers in another form
+            answer["kernels"] |= check_compiled(log.layers, names, plan["operators"])
         _save_timing_cache(plan, config)
         del parser
     _reporter(say, len(files), len(files))(0.0)
     answer["peak_rss_bytes"] = _peak_rss()
-    answer["capabilities"] = _capabilities_of_gpu() if ENGINE_KINDS[plan["kind"]].times else []
+    answer["capabilities"] = [gpu_capability()] if ENGINE_KINDS[plan["kind"]].times else []
     return answer
 
 
 def _peak_rss() -> int:
     """Of this program; getrusage would count the process that started it as well."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-
-
-def _capabilities_of_gpu() -> list[str]:
-    driver, numbers = ctypes.CDLL("libcuda.so.1"), [ctypes.c_int(), ctypes.c_int()]
-    driver.cuInit(0)
-    for number, attribute in zip(numbers, COMPUTE_CAPABILITY_ATTRIBUTES, strict=True):
-        driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, 0)
-    return ["".join(str(number.value) for number in numbers)]
 
 
 def _reporter(say: Say, done: int, files: int) -> Callable[[float], None]:
@@ -135,10 +126,10 @@ def _refusal(kind: str, what: str, messages: Sequence[str]) -> str:
     return f"{kind} {what}: {re.split(RAISED_AT, first)[0]}"
 
 
-def _parse(trt: Any, log: Any, plan: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+def _parse(trt: Any, log: Any, kind: str, graph: str) -> tuple[Any, Any, Any]:
     """Builder, network, and the parser, whose mapped weights the network reads until it is built."""
     builder = trt.Builder(log)
-    if not ENGINE_KINDS[plan["kind"]].times:
+    if not ENGINE_KINDS[kind].times:
         builder.max_threads = (
             1  # threads allocate in another order each time, and the order shapes the engine
         )
@@ -147,10 +138,10 @@ def _parse(trt: Any, log: Any, plan: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     )  # the only kind there is, later
     definition = builder.create_network(0 if flags is None else 1 << int(flags))
     parser = trt.OnnxParser(definition, log)
-    if not parser.parse_from_file(plan["graph"]):  # from the file, so that weights are mapped, not copied
+    if not parser.parse_from_file(graph):  # from the file, so that weights are mapped, not copied
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         said = [f"{e.node_name()}: {e.desc()}" if e.node_name() else e.desc() for e in errors]
-        raise ExportError(_refusal(plan["kind"], "does not take the graph", [*said, *log.messages]))
+        raise ExportError(_refusal(kind, "does not take the graph", [*said, *log.messages]))
     return builder, definition, parser
 
 
@@ -171,6 +162,8 @@ def _config(
         "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,  # so that layers keep the graph's names
         "load_timing_cache": plan["timing_cache"],
     }
+    if plan["plugin"] is not None:  # without it TensorRT refuses a plugin that writes into an input
+        options["preview_features"] = [trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03]
     for profile in profiles:
         made = Profile()
         for spec in plan["inputs"]:

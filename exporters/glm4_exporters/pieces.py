@@ -8,7 +8,7 @@ bundle's own, optimised by the runtime as the whole graph would be.
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,14 @@ HEAD_ROWS = 8192
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive nodes of the graph under one name: ``embedding``, ``layer 3 gate_up``, ``norm`` or ``head``."""
+    """Consecutive nodes of the graph under one name: ``embedding``, ``layer 3 gate_up``, ``norm`` or ``head``.
+
+    ``gives`` names the values that are wanted of it; empty, they are those that later pieces read.
+    """
 
     name: str
     nodes: tuple[onnx.NodeProto, ...]
+    gives: tuple[str, ...] = ()
 
     @property
     def reads(self) -> set[str]:
@@ -55,6 +59,7 @@ class GraphPieces:
         self.arithmetic = "float32" if self._widen else "as exported"
         if self._widen:
             _widen_casts(self._model.graph)
+            _widen_constants(self._model.graph)
         self._initializers = {tensor.name: tensor for tensor in self._model.graph.initializer}
         self._outputs = [value.name for value in self._model.graph.output]
         self.pieces = _cut(self._model.graph)
@@ -65,7 +70,7 @@ class GraphPieces:
         readers = Counter(name for piece in self.pieces for name in piece.reads)
         for done, piece in enumerate(self.pieces):
             progress("run the bundle's layers", done, len(self.pieces))
-            produced = self._run_piece(piece, values)
+            produced = self.run_piece(piece, values)
             for batch, new in zip(values, produced, strict=True):
                 batch.update(new)
             for name in piece.reads:
@@ -76,7 +81,27 @@ class GraphPieces:
         progress("run the bundle's layers", len(self.pieces), len(self.pieces))
         return [{name: batch[name] for name in self._outputs if name in batch} for batch in values]
 
-    def _run_piece(self, piece: Piece, values: list[Values]) -> list[Values]:
+    @property
+    def graph(self) -> onnx.GraphProto:
+        """The whole graph, its weights not read."""
+        return self._model.graph
+
+    def read(self, name: str) -> Array:
+        """A weight of the graph, whole."""
+        return self._read(name).data
+
+    def slice(self, name: str, gives: Sequence[str], known: Collection[str]) -> Piece:
+        """The nodes that make ``gives`` out of values that are known, inputs of the graph and weights."""
+        wanted, nodes = set(gives), []
+        for node in reversed(self._model.graph.node):  # in topological order
+            if wanted.intersection(node.output):
+                nodes.append(node)
+                wanted.difference_update(node.output)
+                wanted.update(name for name in node.input if name and name not in known)
+        return Piece(name, tuple(reversed(nodes)), tuple(gives))
+
+    def run_piece(self, piece: Piece, values: list[Values]) -> list[Values]:
+        """What a piece gives for each batch of the values that it reads."""
         weights = [name for name in piece.reads if name in self._initializers]
         if piece.name == "embedding" and any(_is_table(name) for name in weights):
             return self._run_embedding(piece, weights, values)
@@ -105,16 +130,18 @@ class GraphPieces:
 
     def _execute(self, piece: Piece, weights: Mapping[str, "_Weight"], values: list[Values]) -> list[Values]:
         inputs = [name for name in sorted(piece.reads) if name in values[0]]
-        later = {name for other in self.pieces if other.name != piece.name for name in other.reads} | set(
-            self._outputs
-        )
-        outputs = [name for node in piece.nodes for name in node.output if name in later]
+        outputs = list(piece.gives) or self._read_later(piece)
         session = self._session(piece, weights, {name: values[0][name] for name in inputs}, outputs)
         results = []
         for batch in values:
             found = session.run(outputs, {name: batch[name] for name in inputs})
             results.append(dict(zip(outputs, found, strict=True)))
         return results
+
+    def _read_later(self, piece: Piece) -> list[str]:
+        later = {name for other in self.pieces if other.name != piece.name for name in other.reads}
+        later.update(self._outputs)
+        return [name for node in piece.nodes for name in node.output if name in later]
 
     def _session(
         self, piece: Piece, weights: Mapping[str, "_Weight"], inputs: Values, outputs: list[str]
@@ -169,9 +196,9 @@ class GraphPieces:
         with (self._folder / place["location"]).open("rb") as file:
             offset = int(place.get("offset", 0))
             if rows is None:
-                rows = np.arange(tensor.dims[0])
+                rows = np.arange(tensor.dims[0] if tensor.dims else 1)
             data = np.concatenate(list(_row_runs(file, offset, dtype, width, rows)))
-        dims = (len(rows), *tensor.dims[1:])
+        dims = (len(rows), *tensor.dims[1:]) if tensor.dims else ()
         if self._widen and tensor.data_type == onnx.TensorProto.BFLOAT16:
             return _Weight(onnx.TensorProto.FLOAT, dims, data.astype(np.float32).reshape(dims))
         return _Weight(tensor.data_type, dims, data if tensor.data_type in _PACKED else data.reshape(dims))
@@ -187,7 +214,7 @@ class _Weight:
 
 
 _PACKED = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
-_WITHOUT_NUMPY_TYPE = (*_PACKED, onnx.TensorProto.BFLOAT16)
+_WITHOUT_NUMPY_TYPE = (*_PACKED, onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT8E4M3FN)
 
 
 def _stored_rows(tensor: onnx.TensorProto) -> tuple[Any, int]:
@@ -254,7 +281,7 @@ def _of_rows(piece: Piece, rows: int) -> Piece:
             node = onnx.NodeProto.FromString(node.SerializeToString())
             next(attribute for attribute in node.attribute if attribute.name == "N").i = rows
         nodes.append(node)
-    return Piece(piece.name, tuple(nodes))
+    return Piece(piece.name, tuple(nodes), piece.gives)
 
 
 def _computes_in_bfloat16(graph: onnx.GraphProto) -> bool:
@@ -269,6 +296,17 @@ def _widen_casts(graph: onnx.GraphProto) -> None:
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == onnx.TensorProto.BFLOAT16:
                 attribute.i = onnx.TensorProto.FLOAT
+
+
+def _widen_constants(graph: onnx.GraphProto) -> None:
+    """bfloat16 constants that lie in the graph itself, not in the data file."""
+    for tensor in graph.initializer:
+        if (
+            tensor.data_type == onnx.TensorProto.BFLOAT16
+            and tensor.data_location != onnx.TensorProto.EXTERNAL
+        ):
+            wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
 
 
 __all__ = ["GraphPieces", "Piece"]

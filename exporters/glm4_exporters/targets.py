@@ -13,6 +13,7 @@ _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 ACTIVATIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 GROUPS = ("embedding", "layers", "head")
+FP8 = "fp8"  # a scheme of products, their inputs included; the others are of weights alone
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Precision:
-    """Stored types by group: of everything, or the schemes of matrices, where ``activations`` is None."""
+    """Stored types by group: of everything, or the schemes of matrices, where ``activations`` is None.
+
+    ``matrices`` have another scheme than the other ones of their layer.
+    """
 
     activations: str | None
     schemes: Mapping[str, str] = field(default_factory=dict)
+    matrices: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def quantized(self) -> bool:
@@ -57,12 +62,21 @@ class Form:
         activations: element type of activations and of weights that have no scheme.
         groups: what each group of tensors is stored as, for the manifest.
         schemes: by canonical name of the matrix.
+        fp8: names of the matrices that are multiplied in fp8, inputs and all.
+        kv_cache: element type of the cache; None for a task without one.
     """
 
     target: Target
     activations: str
     groups: Mapping[str, str]
     schemes: Mapping[str, Scheme]
+    fp8: tuple[str, ...] = ()
+    kv_cache: str | None = None
+
+    @property
+    def integer_products(self) -> tuple[str, ...]:
+        """Names of the matrices whose inputs are rounded too."""
+        return tuple(name for name, scheme in self.schemes.items() if scheme.inputs)
 
 
 PRECISIONS = {
@@ -71,8 +85,13 @@ PRECISIONS = {
     "bf16": Precision("bfloat16"),
     "int8": Precision(None, {"embedding": "int8", "layers": "int8", "head": "int8"}),
     "int4": Precision(None, {"embedding": "int8", "layers": "int4", "head": "int8"}),
+    "fp8": Precision(None, {"embedding": "int8", "layers": FP8, "head": "int8"}),
+    # What down_proj reads is a product of two activations: its few huge values leave one scale no room for the rest.
+    "int8-sq": Precision(
+        None, {"embedding": "int8", "layers": "int8-sq", "head": "int8"}, {"mlp.down_proj": "int8"}
+    ),
 }
-_FLOATS, _INTEGERS = ("fp32", "fp16", "bf16"), ("int8", "int4")
+_FLOATS, _INTEGERS = ("fp32", "fp16", "bf16"), ("int8", "int4", "int8-sq")
 
 # ONNX Runtime's kernel list (docs/OperatorKernels.md): GroupQueryAttention on CUDA takes fp16 and bf16 only,
 # and nothing that attention needs takes bf16 on the CPU. The native dialect was not tried on CUDA.
@@ -89,10 +108,10 @@ TARGETS = {
     ),
     "native": Target("native", (*_FLOATS, *_INTEGERS), "float32", _NATIVE, _PER_CHANNEL),
     "tensorrt-rtx": Target(
-        "native", ("fp16", "bf16", *_INTEGERS), "float16", _NATIVE, _PER_CHANNEL, engine="tensorrt-rtx"
+        "native", ("fp16", "bf16", *_INTEGERS, "fp8"), "float16", _NATIVE, _PER_CHANNEL, engine="tensorrt-rtx"
     ),
     "tensorrt": Target(
-        "native", ("fp16", "bf16", *_INTEGERS), "float16", _NATIVE, _PER_CHANNEL, engine="tensorrt"
+        "native", ("fp16", "bf16", *_INTEGERS, "fp8"), "float16", _NATIVE, _PER_CHANNEL, engine="tensorrt"
     ),
 }
 
@@ -136,28 +155,32 @@ def choose_form(
             raise ExportError(f"precision {precision_name} quantizes nothing, so it takes no --recipe")
         return Form(target, chosen, dict.fromkeys(GROUPS, chosen), {})
     names = {group: target.schemes.get(name, name) for group, name in precision.schemes.items()}
-    schemes = {group: require_scheme(name) for group, name in names.items()}
+    apart = {matrix: target.schemes.get(name, name) for matrix, name in precision.matrices.items()}
     found = {
-        f"model.layers.{layer}.{matrix}.weight": schemes["layers"]
+        f"model.layers.{layer}.{matrix}.weight": apart.get(matrix, names["layers"])
         for layer in range(config.num_hidden_layers)
         for matrix in MATRICES
     }
-    groups = {"embedding": chosen, "layers": names["layers"], "head": chosen}
+    in_layers = ", ".join([names["layers"], *(f"{matrix} {name}" for matrix, name in apart.items())])
+    groups = {"embedding": chosen, "layers": in_layers, "head": chosen}
     if task == "causal-lm":
-        found[HEAD], groups["head"] = schemes["head"], names["head"]
-    if target.lookups and config.hidden_size % (schemes["embedding"].block or 1) == 0:
-        found[EMBEDDING], groups["embedding"] = schemes["embedding"], names["embedding"]
+        found[HEAD] = groups["head"] = names["head"]
+    if target.lookups and config.hidden_size % (require_scheme(names["embedding"]).block or 1) == 0:
+        found[EMBEDDING] = groups["embedding"] = names["embedding"]
     if config.tie_word_embeddings and task == "causal-lm":
         found[EMBEDDING] = found.pop(HEAD)  # one matrix, under its first name
     if recipe is not None:
-        recipe.require_used(found)
+        recipe.require_used({*found, EMBEDDING, HEAD})  # those that no target of ours leaves out
         for name in found:
             if (own := recipe.scheme_of(name)) is not None:
-                found[name] = require_scheme(target.schemes.get(own, own))
+                found[name] = target.schemes.get(own, own)
         groups |= {group: f"{stored}, and as the recipe says" for group, stored in groups.items()}
-    for name, scheme in found.items():
+    fp8 = tuple(name for name, scheme in found.items() if scheme == FP8)
+    schemes = {name: require_scheme(scheme) for name, scheme in found.items() if scheme != FP8}
+    for name, scheme in schemes.items():
         _require_width(name, matrix_width(config, name), scheme, target)
-    return Form(target, chosen, groups, found)
+        _require_integer_product(name, scheme, target, chosen)
+    return Form(target, chosen, groups, schemes, fp8)
 
 
 MATRICES = (
@@ -202,4 +225,20 @@ def _require_width(name: str, width: int, scheme: Scheme, target: Target) -> Non
         raise ExportError(
             f"{name} has {width} inputs per row, an odd number, which 4-bit numbers two to a byte "
             "do not fit in the native dialect; export with --precision int8, or --target ort"
+        )
+    if scheme.block is not None and target.engine is not None and width % scheme.block:
+        # TensorRT divides the width by the number of scales, and would take other blocks than were written.
+        raise ExportError(
+            f"{name} has {width} inputs per row, which is no multiple of the {scheme.block} numbers under one scale "
+            f"that {target.engine} needs; export with --precision int8, or --target ort"
+        )
+
+
+def _require_integer_product(name: str, scheme: Scheme, target: Target, activations: str) -> None:
+    if scheme.inputs and not name.startswith("model.layers."):
+        raise ExportError(f"{name} cannot be int8-sq, which is for the matrices of layers; take int8")
+    if scheme.inputs and target.dialect == "ort" and activations != "float32":
+        raise ExportError(
+            "ONNX Runtime's integer products give fp32, so int8-sq for target ort takes no other activations; "
+            "leave --activations out, or export with --precision int8"
         )

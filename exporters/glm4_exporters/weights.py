@@ -3,7 +3,8 @@
 The file is the concatenation of the graph's weights in the graph's order, each at a multiple of 4096
 bytes, so that a runtime can map it; a quantized matrix is its integers, then its scales. Memory is a fixed
 set of buffers, whatever the model's size. The calling thread casts a block while others read the next, hash
-the source, hash the file and write it; integers are made by as many threads as there are cores.
+the source, hash the file and write it; integers and fp8 numbers are made by as many threads as there are cores.
+A matrix in fp8 is read twice, first for its largest magnitude.
 """
 
 import contextlib
@@ -11,10 +12,11 @@ import hashlib
 import mmap
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import onnx_ir as ir
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.passes.builder import fixed
+from glm4_exporters.passes.fp8_products import SCALE_SUFFIX, fp8_scale, fp8_values
 from glm4_exporters.passes.quantize_weights import SCALES, Source
 from glm4_exporters.quantize import blocks
 from glm4_exporters.quantize.smooth import Smoothing
@@ -39,6 +42,8 @@ WRITE_BLOCK = 32 << 20
 WRITE_BUFFERS = 4
 TABLE_ROWS = 1 << 16
 QUANTIZED_AT_ONCE = 1 << 18  # numbers that one thread works on, in float32: a core's own cache holds them
+
+T = TypeVar("T")
 
 TORCH_TYPES = {
     ir.DataType.FLOAT: torch.float32,
@@ -118,6 +123,13 @@ def attach(model: ir.Model, tensors: list[StoredTensor], location: str) -> None:
         )
 
 
+def share_weights(source: ir.Model, target: ir.Model) -> None:
+    """Point the weights of ``target``, another graph of the same model, at the data that ``source`` reads."""
+    for name, value in target.graph.initializers.items():
+        if value.const_value is None:
+            value.const_value = source.graph.initializers[name].const_value
+
+
 def write_weights(
     checkpoint: Checkpoint,
     tensors: list[StoredTensor],
@@ -133,7 +145,8 @@ def write_weights(
         OSError: the disk is full.
     """
     total = stored_bytes(tensors)
-    with _one_torch_thread(), _AlignedFile(path) as file, _Writer(checkpoint, edits, file) as writer:
+    dtypes = {tensor.name: tensor.dtype for tensor in tensors}
+    with _one_torch_thread(), _AlignedFile(path) as file, _Writer(checkpoint, edits, file, dtypes) as writer:
         for tensor in tensors:
             if tensor.offset < file.position:
                 continue  # another reader of what lies there already
@@ -147,8 +160,10 @@ def write_weights(
 class _Writer:
     """Appends one tensor of a layout after the other."""
 
-    def __init__(self, checkpoint: Checkpoint, edits: Edits, file: "_AlignedFile") -> None:
-        self._checkpoint, self._edits, self._file = checkpoint, edits, file
+    def __init__(
+        self, checkpoint: Checkpoint, edits: Edits, file: "_AlignedFile", dtypes: Mapping[str, ir.DataType]
+    ) -> None:
+        self._checkpoint, self._edits, self._file, self._dtypes = checkpoint, edits, file, dtypes
         self._buffers = [
             torch.frombuffer(mmap.mmap(-1, READ_BLOCK), dtype=torch.uint8) for _ in range(READ_BUFFERS)
         ]
@@ -156,6 +171,7 @@ class _Writer:
         self._quantizers = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "quantize")
         self._hashes: dict[str, str] = {}
         self._scales: list[Tensor] = []  # of the matrix whose integers were written last
+        self._fp8_scales: dict[str, Tensor] = {}  # by their own name, until they are written
 
     def __enter__(self) -> "_Writer":
         return self
@@ -171,6 +187,10 @@ class _Writer:
             self._scales = []
         elif tensor.source is not None:
             self._write_codes(tensor.source, tensor)
+        elif tensor.dtype == ir.DataType.FLOAT8E4M3FN:
+            self._write_fp8(tensor.name)
+        elif tensor.name in self._fp8_scales:
+            self._file.append(self._fp8_scales.pop(tensor.name).reshape(1), TORCH_TYPES[tensor.dtype])
         elif tensor.name in (ROTARY_COS, ROTARY_SIN):
             for block in _table_blocks(self._checkpoint.config, tensor):
                 self._file.append(block, TORCH_TYPES[tensor.dtype])
@@ -200,16 +220,47 @@ class _Writer:
             return pack(numbers if len(tensor.shape) == 3 else numbers[:, :width], scheme), scales
 
         for first, block in self._read(source.tensor):
-            step = max(1, QUANTIZED_AT_ONCE // block.shape[1])
-            starts = range(0, len(block), step)
-            jobs = [
-                self._quantizers.submit(quantized, first + start, block[start : start + step])
-                for start in starts
-            ]
-            for job in jobs:
-                codes, scales = job.result()
+            for codes, scales in self._in_parts(quantized, first, block):
                 self._scales.append(scales)
                 self._file.append(codes.reshape(-1), torch.uint8)
+
+    def _write_fp8(self, name: str) -> None:
+        """The numbers of a matrix; its one scale, which follows somewhere in the file, is kept until then."""
+        scale_name = f"{name}{SCALE_SUFFIX}"
+        scale_type = TORCH_TYPES[self._dtypes[scale_name]]
+
+        def wide(first: int, rows: Tensor) -> Tensor:
+            return self._edits.smoothing.apply(name, rows, first).float()
+
+        def largest(first: int, rows: Tensor) -> float:
+            low, high = wide(first, rows).aminmax()
+            return max(-float(low), float(high))
+
+        absmax = max(
+            max(self._in_parts(largest, first, block))
+            for first, block in self._checkpoint.row_blocks(self._checkpoint.name_of(name), *self._buffers)
+        )
+        stored = torch.tensor(fp8_scale(absmax)).to(scale_type)
+        if not bool(stored.isfinite()):
+            raise ExportError(
+                f"tensor {name} holds {absmax:g}, whose fp8 scale is beyond {str(scale_type)[6:]}; "
+                "export with --activations bf16"
+            )
+        self._fp8_scales[scale_name] = stored
+
+        def numbers(first: int, rows: Tensor) -> Tensor:
+            return fp8_values(wide(first, rows), float(stored)).view(torch.uint8)
+
+        for first, block in self._read(name):
+            for part in self._in_parts(numbers, first, block):
+                self._file.append(part.reshape(-1), torch.uint8)
+
+    def _in_parts(self, work: Callable[[int, Tensor], T], first: int, block: Tensor) -> Iterator[T]:
+        """``work`` on the rows of a block, whose first is row ``first`` of its matrix, a few on each thread."""
+        step = max(1, QUANTIZED_AT_ONCE // block.shape[1])
+        starts = range(0, len(block), step)
+        jobs = [self._quantizers.submit(work, first + start, block[start : start + step]) for start in starts]
+        return (job.result() for job in jobs)
 
     def _read(self, canonical: str) -> Iterator[tuple[int, Tensor]]:
         """Row blocks of a tensor, hashed on another thread."""

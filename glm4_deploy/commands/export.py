@@ -6,6 +6,7 @@ import click
 
 from glm4_deploy import pipeline, show
 from glm4_deploy.engine_bundle import engine_report
+from glm4_exporters.cache_types import KV_CACHES
 from glm4_exporters.engine import ATTENTIONS, LAYOUTS, EngineOptions
 from glm4_exporters.targets import ACTIVATIONS, PRECISIONS, TARGETS
 from glm4_runtime.bundle import Manifest
@@ -27,7 +28,7 @@ from glm4_runtime.bundle import Manifest
     type=click.Choice(list(PRECISIONS)),
     default=pipeline.DEFAULT_PRECISION,
     show_default=True,
-    help="Element type of weights, activations and cache; int8 and int4 are of weights only.",
+    help="Element type of weights, activations and cache; int8 and int4 are of weights only, int8-sq and fp8 of inputs too.",
 )
 @click.option(
     "--activations",
@@ -35,10 +36,18 @@ from glm4_runtime.bundle import Manifest
     help="Element type of activations and cache of a quantized bundle: fp32 unless told, fp16 for TensorRT.",
 )
 @click.option(
+    "--kv-cache",
+    type=click.Choice(KV_CACHES),
+    default="auto",
+    show_default=True,
+    help="Element type of the KV cache: the activations', or int8 for target ort, calibrated per head and channel.",
+)
+@click.option(
     "--calibration",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="Text like that which the model will see (.txt, .jsonl, .ids): int4 is quantized by what it shows.",
+    help="Text like that which the model will see (.txt, .jsonl, .ids): int4 and an int8 cache are quantized by "
+    "what it shows; int8-sq and fp8 need it.",
 )
 @click.option(
     "--recipe",
@@ -99,6 +108,7 @@ def command(
     target: str,
     precision: str,
     activations: str | None,
+    kv_cache: str,
     calibration: str | None,
     recipe: str | None,
     task: str | None,
@@ -126,6 +136,7 @@ def command(
         activations=activations,
         calibration=calibration,
         recipe=recipe,
+        kv_cache=kv_cache,
         engine=engine,
     )
     if print_key:
@@ -170,6 +181,9 @@ def _rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
         ("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())),
         ("peak memory", show.size(result.peak_rss_bytes)),
     ]
+    if manifest.kv_cache == "int8":
+        text, tokens = (result.calibration[key] for key in ("text", "tokens"))
+        rows.append(("KV cache", f"int8, calibrated on {tokens} tokens: {text}"))
     if result.engine is not None:
         rows.append(("engine build", f"{show.size(result.engine.built.peak_rss_bytes)} at its peak"))
     if parity is None:

@@ -79,6 +79,10 @@ class Limits:
     max_batch_size: int
 
 
+# Of an engine whose attention is our plugin: an input and an output at one address, zero before and after each run.
+COUNTERS, PRESENT_COUNTERS = "counters", "present_counters"
+
+
 @dataclass(frozen=True)
 class EngineProfile:
     """One way to run an engine: ``prefill``, ``decode`` or ``encode``.

@@ -262,7 +262,7 @@ def plan_of(folder, name):
     manifest = read_manifest(folder)
     return EnginePlan(
         kind=TARGET,
-        graph=name,
+        graphs={"other.engine": name},
         capabilities=(),
         profiles=tuple(dataclasses.replace(p, file="other.engine") for p in manifest.engine.profiles),
         inputs=manifest.inputs,
@@ -323,6 +323,15 @@ def test_a_builder_that_dies_is_said_and_leaves_no_process(engine_bundle, monkey
             "so keep_onnx cannot",
         ),
         (dict(options=options("fp32")), "has no precision 'fp32'; it has fp16, bf16"),
+        (dict(options=options("fp8")), r"fp8 needs --calibration FILE \(\.txt, \.jsonl or \.ids\)"),
+        (
+            dict(options=dataclasses.replace(options("fp8", sm=("89", "86")), calibration="text.ids")),
+            "fp8 needs compute capability 89 or newer .*, not 86",
+        ),
+        (
+            dict(options=dataclasses.replace(options("int8"), activations="fp32")),
+            "has no fp32 activations; take fp16 or bf16",
+        ),
     ],
 )
 def test_refusals_come_first(tmp_path, monkeypatch, given, message):

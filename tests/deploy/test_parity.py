@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from glm4_deploy.parity import (
     LIMITS,
     Parity,
     check_parity,
+    limits_of,
     measure_parity,
     sample_sequences,
 )
@@ -26,6 +28,7 @@ from glm4_exporters import streamed
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.streamed import reference_outputs
+from glm4_exporters.targets import TARGETS
 from glm4_runtime import Session
 from glm4_runtime.bundle import read_manifest
 from glm4_runtime.errors import GateError
@@ -51,7 +54,7 @@ def sure_bundles(tmp_path_factory, sure_checkpoint):
     folder = tmp_path_factory.mktemp("sure bundles")
     return {
         precision: export(sure_checkpoint, folder / precision, ExportOptions("ort", precision)).bundle
-        for precision in LIMITS
+        for precision in TARGETS["ort"].precisions
     }
 
 
@@ -203,7 +206,7 @@ NAN = float("nan")
 
 class _Made:
     def __init__(self, precision):
-        self.precision = precision
+        self.precision, self.kv_cache = precision, "float32"
 
 
 @pytest.mark.parametrize(
@@ -261,14 +264,32 @@ def test_a_short_limit_shortens_the_sequences(tmp_path, sure_checkpoint):
     ("activations", "step"), [("float16", 2.0**-10), ("bfloat16", 2.0**-7), ("float32", 2.0**-23)]
 )
 def test_a_tie_is_what_the_type_cannot_tell_apart(activations, step):
-    from glm4_deploy.parity import _near_ties
+    from glm4_deploy.metrics import near_ties
 
     reference = np.array(
         [[4.0, 4.0 - 8.0 * step, 0.0], [4.0, 4.0 - 12.0 * step, 0.0], [4.0, 0.0, 0.0]], np.float32
     )
     bundle = np.array([[0.0, 1.0, 0.0]] * 3, np.float32)  # prefers the second token at every position
-    assert _near_ties(reference, bundle, activations) == 1
-    assert _near_ties(reference, reference, activations) == 0
+    assert near_ties(reference, bundle, activations) == 1
+    assert near_ties(reference, reference, activations) == 0
+
+
+def test_an_int8_cache_has_limits_of_its_own(tmp_path, sure_checkpoint):
+    """It passes as exported; with steps so small that most values saturate, it does not."""
+    bundle = export(sure_checkpoint, tmp_path / "b", ExportOptions("ort", "fp32", kv_cache="int8")).bundle
+    manifest = read_manifest(bundle)
+    assert limits_of(manifest).max_abs is None
+    assert limits_of(manifest).mean_kl < LIMITS["int8"].mean_kl
+    assert limits_of(replace(manifest, kv_cache="float32")) == LIMITS["fp32"]
+    assert 1e-7 < measured(bundle, sure_checkpoint).mean_kl < 1e-4
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    scales = [t for t in model.graph.initializer if t.name.endswith(("key_scale", "value_scale"))]
+    assert len(scales) == 4
+    for tensor in scales:
+        tensor.raw_data = (onnx.numpy_helper.to_array(tensor) / 16).tobytes()
+    onnx.save(model, bundle / "model.onnx")
+    with pytest.raises(GateError, match="in fp32 with an int8 KV cache: mean KL is"):
+        check_parity(measured(bundle, sure_checkpoint), manifest)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

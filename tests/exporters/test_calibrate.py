@@ -7,7 +7,7 @@ from checkpoints import tiny_config, write_checkpoint
 
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.quantize import calibrate as calibration_module
-from glm4_exporters.quantize.calibrate import LAYER_SITES, PEAKS, Calibration, calibrate
+from glm4_exporters.quantize.calibrate import CACHE_STATISTICS, LAYER_SITES, PEAKS, Calibration, calibrate
 from glm4_exporters.reference import Glm4ForCausalLM, KVCache, rotary_tables, rotate
 from glm4_runtime.errors import ExportError
 
@@ -78,6 +78,12 @@ def test_cache_and_peaks_are_those_of_the_whole_model(walked):
         keys, values = (torch.cat([cache.layers[i][part][0] for cache in caches], dim=1) for part in (0, 1))
         np.testing.assert_allclose(layer.key_absmax, keys.abs().amax(1), rtol=1e-4)
         np.testing.assert_allclose(layer.value_absmax, values.abs().amax(1), rtol=1e-4)
+        even, odd = keys[..., : config.rotary_dim : 2], keys[..., 1 : config.rotary_dim : 2]
+        lengths = (even**2 + odd**2).sqrt().amax(1).repeat_interleave(2, dim=-1)
+        np.testing.assert_allclose(layer.key_radius[:, : config.rotary_dim], lengths, rtol=1e-4)
+        np.testing.assert_array_equal(
+            layer.key_radius[:, config.rotary_dim :], layer.key_absmax[:, config.rotary_dim :]
+        )
         scope = f"model.layers.{i}"
         gate, up = outputs[f"{scope}.mlp.gate_up_proj"].chunk(2, dim=-1)
         scores, start = 0.0, 0
@@ -162,7 +168,8 @@ def test_save_and_load(tmp_path, walked):
     assert (loaded.tokens, loaded.sequences) == (calibration.tokens, calibration.sequences)
     for one, other in zip(loaded.layers, calibration.layers, strict=True):
         assert one.peaks == other.peaks
-        np.testing.assert_array_equal(one.key_absmax, other.key_absmax)
+        for name in CACHE_STATISTICS:
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
         for site in LAYER_SITES:
             np.testing.assert_equal(vars(one.sites[site]), vars(other.sites[site]))
     np.testing.assert_equal(vars(loaded.head), vars(calibration.head))

@@ -110,13 +110,13 @@ def test_a_tied_head_in_blocks_of_rows(bundle_of, monkeypatch):
 def test_one_layers_weights_at_a_time_and_each_read_once(bundle_of, monkeypatch):
     bundle = bundle_of()
     order, rows_read, bytes_of_piece = [], {}, {}
-    real_read, real_run = GraphPieces._read, GraphPieces._run_piece
+    real_read, real_run = GraphPieces._read, GraphPieces.run_piece
 
     def read(self, name, rows=None):
         array = real_read(self, name, rows)
         order.append((current[-1], name))
         rows_read.setdefault(name, []).append(None if rows is None else rows.tolist())
-        bytes_of_piece[current[-1]] = bytes_of_piece.get(current[-1], 0) + array.nbytes
+        bytes_of_piece[current[-1]] = bytes_of_piece.get(current[-1], 0) + array.data.nbytes
         return array
 
     current = []
@@ -126,7 +126,7 @@ def test_one_layers_weights_at_a_time_and_each_read_once(bundle_of, monkeypatch)
         return real_run(self, piece, values)
 
     monkeypatch.setattr(GraphPieces, "_read", read)
-    monkeypatch.setattr(GraphPieces, "_run_piece", run)
+    monkeypatch.setattr(GraphPieces, "run_piece", run)
     monkeypatch.setattr(pieces, "HEAD_ROWS", 128)
     GraphPieces(bundle).run(inputs_of(bundle))
     weights = [name for name in rows_read if name.endswith((".weight", ".bias"))]
@@ -148,13 +148,13 @@ def test_one_layers_weights_at_a_time_and_each_read_once(bundle_of, monkeypatch)
 
 def test_values_that_nobody_reads_again_are_dropped(bundle_of, monkeypatch):
     kept = []
-    real = GraphPieces._run_piece
+    real = GraphPieces.run_piece
 
     def run(self, piece, values):
         kept.append(sorted(name for name in values[0] if name.startswith("model.layers.0")))
         return real(self, piece, values)
 
-    monkeypatch.setattr(GraphPieces, "_run_piece", run)
+    monkeypatch.setattr(GraphPieces, "run_piece", run)
     GraphPieces(bundle_of()).run(inputs_of(bundle_of()))
     assert kept[4]  # layer 1's attention reads what layer 0 made
     assert kept[7] == []

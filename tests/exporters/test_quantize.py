@@ -46,7 +46,7 @@ def test_each_number_is_within_its_step(name, width):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_scales_beat_those_of_the_largest_weight(name):
     scheme = SCHEMES[name]
-    gain = {"int8": 1.0, "int8-channel": 1.0, "int4": 0.92}[name]
+    gain = {"int8": 1.0, "int8-channel": 1.0, "int4": 0.95}[name]
     assert error(weights(), scheme, dtype=torch.float32) < gain * by_absmax(weights(), scheme)
 
 

@@ -14,6 +14,7 @@ from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.reference import load_model
 from glm4_runtime import BundleError, SamplingParams, Session, SlotError
 from glm4_runtime.bundle import EngineProfile
+from glm4_runtime.session.cuda_device import Cuda
 from glm4_runtime.session.tensorrt import padded_width
 
 ROWS, CAPACITY = 4, 256
@@ -212,6 +213,47 @@ def test_classification_and_encoding(tmp_path, tensorrt):
         with Session.open(tmp_path / task) as session:
             close(getattr(session, kind)(tokens), wanted)
         assert tensorrt.contexts[-1].runs[0]["input_ids"] == (1, 32)
+
+
+# An engine by our plugin ----------------------------------------------------------------------------
+
+KV_HEADS = 2
+
+
+@pytest.fixture(scope="module")
+def plugin_bundle(tmp_path_factory, tiny_bundles):
+    folder = tmp_path_factory.mktemp("plugin") / "bundle"
+    shutil.copytree(tiny_bundles["native"], folder)
+    return fake_tensorrt.make_engine_bundle(folder, (PREFILL, DECODE), CAPACITY, counters=ROWS * KV_HEADS)
+
+
+def test_the_plugins_counters_are_one_buffer_of_zeros(plugin_bundle, tensorrt, cuda, reference):
+    """Memory comes as garbage, and the stand-in refuses counters that are not zero or lie at two addresses."""
+    tokens = ids(40)
+    with Session.open(plugin_bundle, max_batch_size=2) as session:
+        close(session.prefill(0, tokens, logits="all"), expected(reference, tokens))
+        close(session.prefill(1, tokens[:7]), expected(reference, tokens[:7])[-1:])
+        for step in range(4):  # run, recorded, launched; then other rows
+            tokens.append(20 + step)
+            close(session.decode({0: tokens[-1]})[0], expected(reference, tokens)[-1])
+        close(session.decode({0: 3, 1: 4})[0], expected(reference, [*tokens, 3])[-1])
+        addresses = {
+            context.addresses[name]
+            for context in tensorrt.contexts
+            for name in ("counters", "present_counters")
+        }
+        assert len(addresses) == 1
+        assert (
+            cuda.blocks[addresses.pop()] == 4 * ROWS * KV_HEADS
+        )  # the engine's, not the session's fewer slots
+    assert (cuda.blocks, cuda.pinned, cuda.queues, cuda.graphs) == ({}, {}, {}, {})
+
+
+def test_counters_that_are_not_zeroed_are_noticed(plugin_bundle, tensorrt, monkeypatch):
+    """The test above could not fail otherwise."""
+    monkeypatch.setattr(Cuda, "allocate_zeroed", Cuda.allocate)
+    with Session.open(plugin_bundle) as session, pytest.raises(AssertionError, match="not zero"):
+        session.prefill(0, ids(5))
 
 
 # Refusals ------------------------------------------------------------------------------------------

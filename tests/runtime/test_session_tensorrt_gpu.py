@@ -59,7 +59,11 @@ def test_a_cache_of_the_checkpoints_own_length(tmp_path):
     source = write_checkpoint(
         tmp_path / "checkpoint", tiny_config(**SIZES | {"max_position_embeddings": 32768})
     )
-    export(source, tmp_path / "bundle", ExportOptions(target="tensorrt-rtx", parity=False, max_batch_size=2))
+    export(
+        source,
+        tmp_path / "bundle",
+        ExportOptions(target="tensorrt-rtx", precision="fp16", parity=False, max_batch_size=2),
+    )
     reference = load_model(Checkpoint.load(source))
     tokens = np.random.default_rng(0).integers(4, 300, 700).tolist()
     with Session.open(tmp_path / "bundle") as session, torch.inference_mode():
@@ -74,7 +78,7 @@ def test_the_inspector_finds_what_the_manifest_claims(tmp_path):
     import tensorrt_rtx as trt
 
     source = write_checkpoint(tmp_path / "checkpoint", tiny_config(**SIZES))
-    export(source, tmp_path / "bundle", ExportOptions(target="tensorrt-rtx", parity=False))
+    export(source, tmp_path / "bundle", ExportOptions(target="tensorrt-rtx", precision="fp16", parity=False))
     manifest = read_manifest(tmp_path / "bundle")
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     engine = runtime.deserialize_cuda_engine((tmp_path / "bundle" / "model.engine").read_bytes())

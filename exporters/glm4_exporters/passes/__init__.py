@@ -11,7 +11,6 @@ from glm4_exporters.passes.transposed_matmul import TransposedMatMul
 
 DIALECTS: dict[str, tuple[Callable[[], ir.passes.InPlacePass], ...]] = {
     "native": (NativeAttention,),
-    "plugin": (),  # the canonical graph: TensorRT runs its attention node by our plugin
     "ort": (GroupQueryAttention, NativeAttention, TransposedMatMul, SkipNorm),
 }
 

@@ -14,8 +14,8 @@ class GroupQueryAttention(ir.passes.InPlacePass):
     width: with the valid tokens only, a padded chunk would be written over live keys. With a past and
     more than one new token it computes one sequence per call.
 
-    The kernel's own rotation takes multiples of 16 dims. Other sizes, which no released checkpoint has,
-    are rotated by the standard RotaryEmbedding in front of it. It takes heads of multiples of 8 dims;
+    The kernel's own rotation takes multiples of 16 dims, of heads of multiples of 16. Other sizes, which no
+    released checkpoint has, are rotated by the standard RotaryEmbedding in front of it. It takes heads of multiples of 8 dims;
     nodes of other sizes are left for the native lowering.
     """
 
@@ -57,7 +57,7 @@ class _Shared:
             self.total = b.op("Squeeze", b.op("Add", b.op("ReduceMax", past_lengths), sequence))
         self.last_keys = b.op("Add", past_lengths, b.op("Sub", sequence, one))
         self.positions = None
-        if first.attributes["rotary_embedding_dim"].as_int() % 16:
+        if first.attributes["rotary_embedding_dim"].as_int() % 16 or _head_size(first) % 16:
             steps = b.op("Range", b.constant(0, np.int32), b.op("Squeeze", sequence), one)
             positions = b.op("Add", b.op("Unsqueeze", past_lengths, b.constant([1])), steps)
             self.positions = b.op("Cast", positions, to=ir.DataType.INT64)

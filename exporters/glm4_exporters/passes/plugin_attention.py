@@ -14,9 +14,9 @@ from glm4_plugins.launch import (
     unsupported,
 )
 from glm4_plugins.operator import DOMAIN, OP_TYPE
+from glm4_runtime.bundle import COUNTERS, PRESENT_COUNTERS
 from glm4_runtime.errors import ExportError
 
-COUNTERS, PRESENT_COUNTERS = "counters", "present_counters"
 _DTYPES = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 
 

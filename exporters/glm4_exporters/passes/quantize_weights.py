@@ -33,7 +33,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
     """Replace the matrices named in ``schemes`` by stored integers.
 
     ``ort`` multiplies by MatMulNBits and looks up by GatherBlockQuantized, both with their zero in the
-    middle of the unsigned numbers. ``native`` puts DequantizeLinear in front of the product, with signed
+    middle of the unsigned numbers; a matrix with one scale per row it stores as ``native`` does. ``native`` puts DequantizeLinear in front of the product, with signed
     numbers and no zero points, which TensorRT reads; its lookups stay as they are, since a whole table
     would be dequantized for each.
     """
@@ -68,10 +68,13 @@ class QuantizeWeights(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
-def _n_bits(b: Builder, node: ir.Node, weight: ir.Value, scheme: Scheme) -> None:
-    """FusedMatMul by a weight [N, K] -> MatMulNBits."""
+def _product(b: Builder, node: ir.Node, weight: ir.Value, scheme: Scheme) -> None:
+    """FusedMatMul by a weight [N, K] -> MatMulNBits; by one scale per row -> DequantizeLinear, Transpose, MatMul."""
+    if scheme.block is None:
+        _dequantized(b, node, weight, scheme)
+        b.op("MatMul", node.inputs[0], b.nodes[-1].outputs[0])
+        return
     rows, width = _shape(weight)
-    assert scheme.block is not None
     b.op(
         "MatMulNBits",
         node.inputs[0],
@@ -123,7 +126,7 @@ _Lowering = Callable[[Builder, ir.Node, ir.Value, Scheme], None]
 
 # Per dialect and operator: which input is the matrix, and what takes the operator's place.
 _OPERATORS: dict[str, dict[tuple[str, str], tuple[int, _Lowering]]] = {
-    "ort": {(MICROSOFT, "FusedMatMul"): (1, _n_bits), ("", "Gather"): (0, _lookup)},
+    "ort": {(MICROSOFT, "FusedMatMul"): (1, _product), ("", "Gather"): (0, _lookup)},
     "native": {("", "Transpose"): (0, _dequantized)},
 }
 

@@ -13,8 +13,9 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """Numbers and scales that lie closest to ``weight``.
 
-    For every range that the scheme tries, the numbers are rounded, the scale is refitted to them by least
-    squares, sum(w q) / sum(q q), rounded to ``scale_type``, and the numbers are rounded again under it.
+    For given numbers q the best scale is sum(w q) / sum(q q), and leaves the squared error
+    sum(w w) - sum(w q)^2 / sum(q q). So each range that the scheme tries is judged by its last term; the
+    winner's best scale is rounded to ``scale_type``, and the numbers are rounded again under it.
 
     Args:
         weight: float32 [rows, width].
@@ -24,34 +25,25 @@ def quantize(
     Returns:
         int8 [rows, blocks * block], zero past the width, and ``scale_type`` [rows, blocks].
     """
-    blocks = scheme.blocks(weight.shape[1])
     w = _in_blocks(weight, scheme)
-    counts = None if importance is None else _in_blocks(importance[None], scheme)
+    counted = w if importance is None else w * _in_blocks(importance[None], scheme)
     absmax = w.abs().amax(-1, keepdim=True)
-    best = best_error = None
+    scale = best = None
     for share in scheme.ranges:
-        scale = _stored(absmax * (share / scheme.largest), scale_type)
-        q = _rounded(w, scale, scheme)
-        weighted = q if counts is None else q * counts
-        fitted = (w * weighted).sum(-1, keepdim=True) / (q * weighted).sum(-1, keepdim=True)
-        scale = _stored(torch.where(fitted > 0, fitted, scale), scale_type)
-        q = _rounded(w, scale, scheme)
-        if len(scheme.ranges) == 1:
-            best = q, scale
-            break
-        error = torch.addcmul(w, q, scale, value=-1).square_()
-        if counts is not None:
-            error *= counts
-        error = error.sum(-1, keepdim=True)
-        if best is None or best_error is None:
-            best, best_error = (q, scale), error
+        q = _rounded(w, _positive(absmax * (share / scheme.largest), torch.float32), scheme)
+        along = (counted * q).sum(-1, keepdim=True)
+        size = (q if importance is None else q * _in_blocks(importance[None], scheme)).mul(q)
+        fitted = along / size.sum(-1, keepdim=True)
+        removed = along * fitted
+        if scale is None or best is None:
+            scale, best = fitted, removed
         else:
-            better = error < best_error
-            best = torch.where(better, q, best[0]), torch.where(better, scale, best[1])
-            best_error = torch.minimum(error, best_error)
-    assert best is not None
-    q, scale = best
-    return q.to(torch.int8).flatten(1), scale.view(-1, blocks).to(scale_type)
+            scale = torch.where(removed > best, fitted, scale)
+            best = torch.maximum(removed, best)
+    assert scale is not None
+    scale = _positive(torch.where(scale > 0, scale, absmax / scheme.largest), scale_type)
+    numbers = _rounded(w, scale, scheme)
+    return numbers.to(torch.int8).flatten(1), scale[..., 0].to(scale_type)
 
 
 def dequantize(numbers: Tensor, scales: Tensor, scheme: Scheme, width: int) -> Tensor:
@@ -66,14 +58,14 @@ def pack_unsigned(numbers: Tensor, scheme: Scheme) -> Tensor:
 
 def pack_signed(numbers: Tensor, scheme: Scheme) -> Tensor:
     """The same bytes in two's complement, as uint8."""
-    return _packed(numbers.view(torch.uint8) if scheme.bits == 8 else numbers & 0xF, scheme)
+    return _packed(numbers.view(torch.uint8) if scheme.bits == 8 else numbers, scheme)
 
 
 def _packed(numbers: Tensor, scheme: Scheme) -> Tensor:
-    bytes_: Tensor = numbers.view(torch.uint8)
-    if scheme.bits == 4:
-        bytes_ = torch.bitwise_or(bytes_[:, 0::2], bytes_[:, 1::2] << 4)
-    return bytes_
+    if scheme.bits == 8:
+        return numbers.view(torch.uint8)
+    pairs = numbers.view(torch.int16)  # the second number in the high byte
+    return ((pairs & 0x0F) | ((pairs >> 4) & 0xF0)).to(torch.uint8)
 
 
 def _in_blocks(rows: Tensor, scheme: Scheme) -> Tensor:
@@ -87,6 +79,6 @@ def _rounded(w: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
     return (w * (1 / scale)).round_().clamp_(-scheme.largest, scheme.largest)
 
 
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale as it will be read, positive."""
+def _positive(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale as it will be read, and never zero."""
     return scale.clamp(min=max(SMALLEST, torch.finfo(dtype).smallest_normal)).to(dtype).float()

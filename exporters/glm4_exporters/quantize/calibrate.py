@@ -51,6 +51,8 @@ LAYER_SITES: dict[str, tuple[str, ...]] = {
 # is silu(gate) * up; ``residual`` is the larger of the two sums that a layer makes.
 PEAKS = ("attention_input", "scores", "value", "o_proj", "mlp_input", "gate", "up", "product", "down_proj", "residual")  # fmt: skip
 
+CACHE_STATISTICS = ("key_absmax", "key_radius", "value_absmax")
+
 
 @dataclass(frozen=True)
 class InputStatistics:
@@ -88,10 +90,14 @@ class Consumer(Protocol):
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of one layer: per site, of the cache [Hkv, D] as it is stored, and the largest values."""
+    """Statistics of one layer: per site, of the cache [Hkv, D] as it is stored, and the largest values.
+
+    ``key_radius`` is the largest |K| that these keys could have at any position: a rotated pair's length.
+    """
 
     sites: Mapping[str, InputStatistics]
     key_absmax: Vector
+    key_radius: Vector
     value_absmax: Vector
     peaks: Mapping[str, float]
 
@@ -129,7 +135,7 @@ class Calibration:
         """Write one ``.npz``, the same bytes for the same statistics."""
         arrays: dict[str, npt.NDArray[np.generic]] = {"counts": np.array([self.tokens, self.sequences])}
         for i, layer in enumerate(self.layers):
-            arrays[f"{i}/key_absmax"], arrays[f"{i}/value_absmax"] = layer.key_absmax, layer.value_absmax
+            arrays |= {f"{i}/{name}": getattr(layer, name) for name in CACHE_STATISTICS}
             arrays[f"{i}/peaks"] = np.array([layer.peaks[name] for name in PEAKS])
             for site, statistics in layer.sites.items():
                 arrays |= {f"{i}/{site}/{key}": value for key, value in vars(statistics).items()}
@@ -152,10 +158,9 @@ class Calibration:
         count = sum(key.endswith("/peaks") for key in arrays)
         layers = tuple(
             LayerStatistics(
-                {site: statistics(f"{i}/{site}") for site in LAYER_SITES},
-                arrays[f"{i}/key_absmax"],
-                arrays[f"{i}/value_absmax"],
-                dict(zip(PEAKS, arrays[f"{i}/peaks"].tolist(), strict=True)),
+                sites={site: statistics(f"{i}/{site}") for site in LAYER_SITES},
+                peaks=dict(zip(PEAKS, arrays[f"{i}/peaks"].tolist(), strict=True)),
+                **{name: arrays[f"{i}/{name}"] for name in CACHE_STATISTICS},
             )
             for i in range(count)
         )
@@ -263,7 +268,8 @@ def _measure_layer(
         "mlp_input": float(statistics["gate_up"].absmax.max()),
         "product": float(statistics["down_proj"].absmax.max()),
     }
-    return LayerStatistics(statistics, meter.key_absmax.numpy(), meter.value_absmax.numpy(), peaks)
+    cache = {name: getattr(meter, name).numpy() for name in CACHE_STATISTICS}
+    return LayerStatistics(sites=statistics, peaks=peaks, **cache)
 
 
 def _measure_head(
@@ -352,11 +358,15 @@ class _LayerMeter:
         channels = {"qkv": hidden, "o_proj": queries, "gate_up": hidden, "down_proj": width}
         self.inputs = {site: _InputMeter(channels[site]) for site in LAYER_SITES}
         heads = (self.config.num_key_value_heads, self.config.head_dim)
-        self.key_absmax, self.value_absmax = torch.zeros(heads), torch.zeros(heads)
+        self.key_absmax, self.key_radius, self.value_absmax = (torch.zeros(heads) for _ in range(3))
 
     def cache(self, keys: Tensor, values: Tensor) -> None:
         """Keys, rotated, and values: [B, Hkv, S, D]."""
-        self.key_absmax = torch.maximum(self.key_absmax, keys.abs().amax((0, 2)))
+        sizes = keys.abs()
+        self.key_absmax = torch.maximum(self.key_absmax, sizes.amax((0, 2)))
+        pairs = sizes[..., : self.config.rotary_dim].unflatten(-1, (-1, 2))
+        pairs.copy_(torch.linalg.vector_norm(pairs, dim=-1, keepdim=True))
+        self.key_radius = torch.maximum(self.key_radius, sizes.amax((0, 2)))
         self.value_absmax = torch.maximum(self.value_absmax, values.abs().amax((0, 2)))
         self.peak("value", values)
 

@@ -1,4 +1,4 @@
-"""Weight-only schemes: how the numbers of a matrix are stored, as rows of one table. Needs no torch."""
+"""Schemes: how the numbers of a matrix are stored, as rows of one table. Needs no torch."""
 
 from dataclasses import dataclass
 
@@ -15,11 +15,14 @@ class Scheme:
             for one scale per row.
         ranges: shares of the block's largest |w| at which the largest number may stand. The one that
             leaves the least squared error is kept; with one share, only the refit remains.
+        inputs: whether what the matrix reads is rounded to 8 bits too, under one scale found on calibration
+            text, so that the product is one of integers.
     """
 
     bits: int
     block: int | None
     ranges: tuple[float, ...]
+    inputs: bool = False
 
     @property
     def largest(self) -> int:
@@ -34,6 +37,10 @@ class Scheme:
         """Blocks of a row of ``width`` numbers."""
         return 1 if self.block is None else -(-width // self.block)
 
+    def bits_per_weight(self, scale_bits: int = 16) -> float:
+        """Of long rows, scales counted."""
+        return self.bits + (0 if self.block is None else scale_bits / self.block)
+
     def stored_width(self, width: int) -> int:
         """Numbers of a row in whole blocks."""
         return width if self.block is None else self.blocks(width) * self.block
@@ -43,7 +50,8 @@ class Scheme:
 SCHEMES = {
     "int8": Scheme(bits=8, block=128, ranges=(1.0,)),
     "int8-channel": Scheme(bits=8, block=None, ranges=(1.0, 0.9)),
-    "int4": Scheme(bits=4, block=32, ranges=(1.0, 0.85)),
+    "int8-sq": Scheme(bits=8, block=None, ranges=(1.0, 0.9), inputs=True),
+    "int4": Scheme(bits=4, block=32, ranges=(0.95, 0.8)),
 }
 
 

@@ -163,11 +163,9 @@ class ScaleSearch:
         if not (foldable(self.config, site.names) and self.wanted(site.names)):
             return
         exact = site.sample @ site.weight_sample.T
-        energy = above_floor(exact.square().sum(1))
 
         def error_of(scales: Tensor) -> float:
-            # Each token relative to itself: a norm follows every product or precedes it.
-            return float(((self.product(site, scales) - exact).square().sum(1) / energy).mean())
+            return relative_error(self.product(site, scales), exact)
 
         best_scales, method = torch.ones(site.sample.shape[1]), "none"
         before = best = error_of(best_scales)
@@ -200,6 +198,11 @@ class SmoothQuant(ScaleSearch):
 
     def product(self, site: Site, scales: Tensor) -> Tensor:
         return int8_per_row(site.sample / scales) @ int8_per_row(site.weight_sample * scales).T
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Squared error of products [tokens, rows], each token relative to itself: a norm follows or precedes each."""
+    return float(((found - exact).square().sum(1) / above_floor(exact.square().sum(1))).mean())
 
 
 def int8_per_row(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from glm4_runtime.bundle import Manifest
 from glm4_runtime.kv_cache import Move
 
-NUMPY_TYPES: dict[str, npt.DTypeLike] = {"float32": np.float32, "float16": np.float16}
+NUMPY_TYPES: dict[str, npt.DTypeLike] = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 
 
 class CacheLayout:

@@ -21,6 +21,7 @@ PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 MISSING_KERNELS = {
     ("CPUExecutionProvider", "bfloat16"): "it has no bfloat16 kernels",
     ("CUDAExecutionProvider", "float32"): "its GroupQueryAttention takes float16 and bfloat16 only",
+    ("CUDAExecutionProvider", "int8"): "its int8 KV cache has not been proved",
 }
 
 
@@ -46,7 +47,8 @@ def choose_provider(
 
     def reason(name: str) -> str | None:
         if name not in manifest.providers:
-            lacks = MISSING_KERNELS.get((name, manifest.activations), "it lacks kernels that the graph needs")
+            known = (MISSING_KERNELS.get((name, str(t))) for t in (manifest.activations, manifest.kv_cache))
+            lacks = next(filter(None, known), "it lacks kernels that the graph needs")
             return f"the bundle is {manifest.precision} for {manifest.target}, and {lacks}"
         if name not in available:
             return "the installed onnxruntime does not have it"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from glm4_runtime.bundle import EngineInfo, EngineProfile, Manifest
+from glm4_runtime.bundle import COUNTERS, PRESENT_COUNTERS, EngineInfo, EngineProfile, Manifest
 from glm4_runtime.errors import BundleError
 from glm4_runtime.kv_cache import Move
 from glm4_runtime.session.base import Ids, Logits, Session
@@ -29,6 +29,8 @@ ADDRESS_STEP = 256  # bytes; what TensorRT asks of every address
 WIDTH_STEP = (
     64  # prefill widths: powers of two up to here, then multiples; few shapes, so few kernels to make
 )
+
+Bound = dict[str, tuple[tuple[int, ...], int]]  # shape and address by the tensor's name
 
 
 def load_tensorrt(engine: EngineInfo) -> Any:
@@ -121,11 +123,21 @@ class TensorRtSession(Session):
                 f"no GPU memory for a KV cache of {self.max_batch_size} slots of {self._capacity} positions; "
                 "open the session with a lower max_batch_size, or export with a lower --max-seq-len"
             ) from error
-        self._prefill = _Run(engines, self._prefill_profile, manifest, 1, {})
+        self._counters = self._new_counters()
+        self._prefill = _Run(engines, self._prefill_profile, manifest, 1, self._counters)
         self._decode: dict[int, _Run] = {}
         self._new_decode: Callable[[int], _Run] = lambda rows: _Run(
-            engines, profiles["decode"], manifest, rows, self._rows(0, rows)
+            engines, profiles["decode"], manifest, rows, self._rows(0, rows) | self._counters
         )
+
+    def _new_counters(self) -> Bound:
+        """The plugin's counters, one buffer as input and as output; every run finds them zero and leaves them so."""
+        for spec in self.manifest.inputs:
+            if spec.name == COUNTERS:
+                shape = tuple(int(axis) for axis in spec.shape)
+                bound = shape, self._cuda.allocate_zeroed(4 * int(np.prod(shape)))
+                return {COUNTERS: bound, PRESENT_COUNTERS: bound}
+        return {}
 
     def _run_decoder(self, first_row: int, ids: Ids, past: Sequence[int], logits_indices: Ids) -> Logits:
         count, width = ids.shape
@@ -176,9 +188,9 @@ class TensorRtSession(Session):
             }
         )
 
-    def _rows(self, first_row: int, count: int) -> dict[str, tuple[tuple[int, ...], int]]:
+    def _rows(self, first_row: int, count: int) -> Bound:
         """Shape and address of every past and present, the same for both of a pair."""
-        bound = {}
+        bound: Bound = {}
         for past, present, _, shape, address in self._cache.views(first_row, count):
             bound[past] = bound[present] = shape, address
         return bound
@@ -253,7 +265,12 @@ class _Engines:
         )
 
     def _check_names(self) -> None:
-        """The aliases that an update in place relies on are the engine's own."""
+        """The aliases that an update in place relies on are the engine's own.
+
+        TensorRT tells those of its own layers only; a plugin's are the plugin's word, checked when it is built.
+        """
+        if self.info.attention == "plugin":
+            return
         for name, engine in self._engines.items():
             for i in range(engine.num_io_tensors):
                 output = engine.get_tensor_name(i)
@@ -318,17 +335,18 @@ class _Run:
         profile: EngineProfile,
         manifest: Manifest,
         rows: int,
-        cache: dict[str, tuple[tuple[int, ...], int]],
+        bound: Bound,
     ) -> None:
         self._cuda, self._manifest = engines.cuda, manifest
-        self._context = engines.context(profile, eager=bool(cache))
+        self._context = engines.context(profile, eager=profile.name == "decode")
+        self._names = {spec.name for spec in manifest.inputs}
         self._graph: Any = None
         self._steps = 0
         largest = {name: values[2] for name, values in profile.axes.items()} | {"batch": rows}
         self._places: dict[str, tuple[int, np.dtype[Any]]] = {}
         size = 0
         for spec in manifest.inputs:
-            if not spec.name.startswith("past_key_values."):
+            if not spec.name.startswith("past_key_values.") and spec.name != COUNTERS:
                 dtype = np.dtype(NUMPY_TYPES[spec.dtype])
                 self._places[spec.name] = size, dtype
                 count = int(np.prod([largest[a] if isinstance(a, str) else a for a in spec.shape]))
@@ -340,13 +358,11 @@ class _Run:
         self._bind(self._output.name, self._result)
         for name, (offset, _) in self._places.items():
             self._bind(name, self._inputs + offset)
-        self._bind_cache(cache)
+        self._bind_all(bound)
 
-    def run(
-        self, arrays: dict[str, npt.NDArray[Any]], cache: dict[str, tuple[tuple[int, ...], int]]
-    ) -> Logits:
+    def run(self, arrays: dict[str, npt.NDArray[Any]], bound: Bound) -> Logits:
         """Run with inputs of any shape within the profile, on the cache's rows."""
-        self._bind_cache(cache)
+        self._bind_all(bound)
         self._stage(arrays)
         fetched, shape = self._outcome(arrays)
         self._enqueue(fetched)
@@ -399,10 +415,10 @@ class _Run:
             raise BundleError("the engine did not start a run; run glm4-deploy doctor")
         self._cuda.copy_out(fetched, self._result)
 
-    def _bind_cache(self, cache: dict[str, tuple[tuple[int, ...], int]]) -> None:
-        for name, (shape, address) in cache.items():
+    def _bind_all(self, bound: Bound) -> None:
+        for name, (shape, address) in bound.items():
             self._bind(name, address)
-            if name.startswith("past_"):
+            if name in self._names:
                 self._shape(name, shape)
 
     def _bind(self, name: str, address: int) -> None:

@@ -1,0 +1,274 @@
+"""glm4-deploy validate BUNDLE --reference CHECKPOINT"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from glm4_deploy import show
+from glm4_deploy.validate import Report, ValidateOptions, validate
+from glm4_deploy.validate.comparison import Comparison
+from glm4_deploy.validate.sensitivity import HIGH, LOW, Sensitivity, rank_tensors, save_recipe
+from glm4_deploy.validate.statistics import Estimate
+from glm4_exporters.checkpoint import Checkpoint
+from glm4_runtime.errors import GateError, RequestError
+from glm4_runtime.progress import Progress
+
+RANKED_TOKENS = 1024  # each is carried through the model once per matrix
+SHOWN = 5  # of the ranking; all of it is in --json and in the recipe
+
+
+@click.command("validate")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--reference",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="The checkpoint it was made from.",
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="*.txt, *.jsonl or *.ids; a small corpus is bundled.",
+)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE2",
+    help="A second bundle of the same checkpoint.",
+)
+@click.option("--layers", is_flag=True, help="Look at every sub-block, and name the first that is wrong.")
+@click.option(
+    "--gate",
+    default="default",
+    show_default=True,
+    metavar="strict|default|loose|FILE.toml",
+    help="What it must measure to pass.",
+)
+@click.option("--no-gate", is_flag=True, help="Measure, and judge nothing.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=2),
+    default=4096,
+    show_default=True,
+    metavar="N",
+    help="Most tokens of text.",
+)
+@click.option(
+    "--length",
+    type=click.IntRange(min=2),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Most tokens of one sequence.",
+)
+@click.option("--no-greedy", is_flag=True, help="Do not compare generated texts.")
+@click.option(
+    "--memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GIB",
+    help="Memory that may be used; what is available by default.",
+)
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a report with plots, one file that opens offline.",
+)
+@click.option(
+    "--junit",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the gate's checks as JUnit XML.",
+)
+@click.option(
+    "--sensitivity",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="RECIPE.toml",
+    help="Rank matrices by what quantizing each to int4 costs, and write a recipe for export --recipe.",
+)
+@click.option(
+    "--bits",
+    type=float,
+    metavar="N",
+    help="Bits per weight that the recipe of --sensitivity keeps to, scales counted; 5 by default.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def command(
+    bundle: Path,
+    reference: Path,
+    text: Path | None,
+    against: Path | None,
+    layers: bool,
+    gate: str,
+    no_gate: bool,
+    max_tokens: int,
+    length: int,
+    no_greedy: bool,
+    memory: float | None,
+    html: Path | None,
+    junit: Path | None,
+    sensitivity: Path | None,
+    bits: float | None,
+    as_json: bool,
+) -> None:
+    """Measure how far BUNDLE is from its checkpoint, and fail with exit code 3 where a gate's limit is exceeded."""
+    if no_gate and junit is not None:
+        raise click.UsageError("--junit writes the gate's checks, and --no-gate leaves none.")
+    if bits is not None and sensitivity is None:
+        raise click.UsageError("--bits is of the recipe that --sensitivity writes.")
+    options = ValidateOptions(
+        text=text,
+        against=against,
+        layers=layers,
+        gate=None if no_gate else gate,
+        max_tokens=max_tokens,
+        length=length,
+        greedy=not no_greedy,
+        memory=None if memory is None else int(memory * 2**30),
+    )
+    write_html = _html_writer() if html is not None else None
+    for path in (html, junit, sensitivity):
+        _require_folder(path)
+    with show.shown_progress() as progress:
+        report = validate(bundle, reference, options, progress)
+        if sensitivity is not None:
+            report.sensitivity = _rank(reference, text, length, max_tokens, bits, progress)
+            save_recipe(sensitivity, report.sensitivity)
+    if html is not None and write_html is not None:
+        html.write_text(write_html(report), "utf-8")
+    if junit is not None:
+        from glm4_deploy.validate.junit import junit_xml
+
+        junit.write_text(junit_xml(report), "utf-8")
+    if as_json:
+        show.print_json(report.as_dict())
+    else:
+        show.print_rows(f"{bundle} against {reference}", _rows(report))
+    if report.failed:
+        for check in report.failed:
+            click.echo(f"failed: {check.line}", err=True)
+        raise GateError(
+            f"{bundle} fails gate {report.gate}: {len(report.failed)} of {len(report.checks)} checks"
+        )
+
+
+def _rank(
+    reference: Path,
+    text: Path | None,
+    length: int,
+    max_tokens: int,
+    bits: float | None,
+    progress: Progress,
+) -> Sensitivity:
+    with Checkpoint.load(reference) as checkpoint:
+        return rank_tensors(
+            checkpoint,
+            text,
+            length=length,
+            max_tokens=min(max_tokens, RANKED_TOKENS),
+            mean_bits=bits,
+            progress=progress,
+        )
+
+
+def _html_writer() -> Callable[[Report], str]:
+    """Found before the work: the plots need a package that may not be installed."""
+    try:
+        from glm4_deploy.validate.html import html_page
+    except ModuleNotFoundError as error:
+        raise RequestError(f"--html needs {error.name}; install glm4-deploy[validate]") from error
+    return html_page
+
+
+def _require_folder(path: Path | None) -> None:
+    if path is not None and not path.absolute().parent.is_dir():
+        raise RequestError(f"{path.absolute().parent} does not exist; create it first")
+
+
+def _rows(report: Report) -> list[tuple[str, str]]:
+    rows = [
+        ("bundle", report.bundle.what),
+        *([("against", f"{report.against.path}: {report.against.what}")] if report.against else []),
+        ("text", f"{report.tokens} tokens in {report.sequences} sequences of {report.text}"),
+    ]
+    for comparison in report.comparisons:
+        if len(report.comparisons) > 1:
+            rows.append(("", f"{comparison.actual} compared with {comparison.expected}:"))
+        rows += _comparison_rows(comparison)
+    if report.blocks is not None:
+        culprit = report.culprit
+        rows.append(
+            (
+                "layers",
+                "every sub-block is in its band"
+                if culprit is None
+                else f"{culprit.error.name} is the first to leave its band: {culprit.why}",
+            )
+        )
+    if report.sensitivity is not None:
+        found = report.sensitivity
+        spared = [loss.name for loss in found.losses if found.recipe.scheme_of(loss.name) == HIGH]
+        rows.append(
+            (
+                "sensitivity",
+                f"{len(spared)} of {len(found.losses)} matrices stay {HIGH} at {found.mean_bits:g} bits per weight",
+            )
+        )
+        rows += [("", f"{loss.name}: KL {loss.kl:.2e} alone in {LOW}") for loss in found.losses[:SHOWN]]
+    if report.gate is not None:
+        open_checks = [check.metric for check in report.checks if not check.measured]
+        left = f"; not measured: {', '.join(open_checks)}" if open_checks else ""
+        rows.append(("gate", f"{report.gate}: {report.verdict}{left}"))
+    rows += [("note" if place == 0 else "", note) for place, note in enumerate(report.notes)]
+    peak, expected = show.size(report.peak_rss_bytes), show.size(report.estimated_bytes)
+    rows.append(("took", f"{report.seconds:.1f} s, {peak} at the peak ({expected} foreseen)"))
+    return rows
+
+
+def _comparison_rows(comparison: Comparison) -> list[tuple[str, str]]:
+    metrics, rows = comparison.metrics, []
+    if comparison.perplexities is not None and comparison.ratio is not None:
+        expected, actual = comparison.perplexities
+        rows.append(
+            (
+                "perplexity",
+                f"{actual.value:.4f}, {comparison.expected} {expected.value:.4f}; ratio {_interval(comparison.ratio)}",
+            )
+        )
+    if "kl_mean" in metrics:
+        rows.append(
+            (
+                "KL divergence",
+                f"mean {metrics['kl_mean']:.2e}, p99 {metrics['kl_p99']:.2e}, max {metrics['kl_max']:.2e} nats",
+            )
+        )
+        ties = f", {comparison.near_ties} within rounding among them" if comparison.near_ties else ""
+        rows.append(
+            (
+                "agreement",
+                f"best token {100 * metrics['top1_agreement']:.2f} %{ties}; best five {100 * metrics['top5_agreement']:.2f} %",
+            )
+        )
+    if comparison.greedy is not None:
+        greedy = comparison.greedy
+        rows.append(
+            (
+                "greedy",
+                f"the same for {greedy.median:g} of {greedy.tokens} tokens, the median of {len(greedy.common)} prompts",
+            )
+        )
+    if "label_agreement" in metrics:
+        rows.append(("labels", f"{100 * metrics['label_agreement']:.2f} % the same"))
+    if "cosine" in metrics:
+        rows.append(("cosine", f"{metrics['cosine']:.7f}"))
+    rows.append(("outputs", f"relative error {metrics['relative_error']:.2e}"))
+    return rows
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.6f} (too few tokens for an interval)"
+    return f"{estimate.value:.6f} (95 %: {estimate.low:.6f} ... {estimate.high:.6f})"

@@ -1,0 +1,45 @@
+"""Greedy generation with both whole models, where the machine holds them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from glm4_deploy.metrics import Logits
+from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.reference import KVCache, load_model
+from glm4_runtime.bundle import WEIGHTS
+
+Step = Callable[[Sequence[int]], Logits]  # feeds tokens; the last one's logits
+
+
+def reference_start(checkpoint: Checkpoint) -> Callable[[], Step]:
+    """The whole reference model, which starts as many texts as are wanted."""
+    model = load_model(checkpoint)
+
+    def start() -> Step:
+        cache = KVCache()
+
+        @torch.inference_mode()
+        def step(ids: Sequence[int]) -> Logits:
+            output = model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)
+            logits: Logits = output.logits[0, -1].numpy()
+            return logits
+
+        return step
+
+    return start
+
+
+def fits_whole(bundle: Path, checkpoint: Checkpoint, available: int) -> bool:
+    """Both models whole in 60 % of what is there: the reference in float32, the bundle mapped and packed in float32."""
+    parameters = checkpoint.config.parameter_count()
+    needed = 4 * parameters + (bundle / WEIGHTS).stat().st_size + 4 * parameters
+    return needed < 0.6 * available
+
+
+def available_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0

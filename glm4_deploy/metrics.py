@@ -1,0 +1,38 @@
+"""How far apart two models' outputs are: the numbers that parity and validate state."""
+
+import numpy as np
+import numpy.typing as npt
+
+Logits = npt.NDArray[np.float32]
+Vector = npt.NDArray[np.float64]
+
+STEPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}  # between neighbours, as a share
+ROWS = 32  # positions in float64 at a time: a vocabulary's row takes 1.2 MB
+
+
+def log_softmax(x: Vector) -> Vector:
+    x = x - x.max(-1, keepdims=True)
+    result: Vector = x - np.log(np.exp(x).sum(-1, keepdims=True))
+    return result
+
+
+def kl_divergence(expected: Logits, actual: Logits) -> Vector:
+    """KL(expected || actual) per position, in nats and float64."""
+    parts = [np.empty(0)]
+    for at in range(0, len(expected), ROWS):
+        log_p, log_q = (log_softmax(x[at : at + ROWS].astype(np.float64)) for x in (expected, actual))
+        parts.append((np.exp(log_p) * (log_p - log_q)).sum(-1))
+    return np.concatenate(parts)
+
+
+def near_ties(expected: Logits, actual: Logits, activations: str) -> npt.NDArray[np.bool_]:
+    """Positions where ``actual`` prefers another token, but within two steps of its type at the best logit.
+
+    A graph's logits are numbers of the activations' type before they are widened. Where each of two may be
+    one step off, 2^-10 of their size in float16, those that lie within two can change places.
+    """
+    rows = np.arange(len(expected))
+    best, chosen = expected.max(-1), expected[rows, actual.argmax(-1)]
+    steps = 2 * STEPS[activations] * np.abs(best)
+    ties: npt.NDArray[np.bool_] = (expected.argmax(-1) != actual.argmax(-1)) & (best - chosen <= steps)
+    return ties

@@ -1,0 +1,128 @@
+"""What a sub-block may be off by, by the numbers it computes with, and which one is the first to leave that.
+
+A sub-block's arithmetic is read off its nodes and weights: in an int8 bundle the products are int8, but the
+norms, sums and attention between them are the activations' type, and held to that.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx
+
+from glm4_deploy.validate.drift import BlockError
+
+
+@dataclass(frozen=True)
+class Band:
+    """Limits of relative errors.
+
+    Attributes:
+        local: over all positions, of a sub-block that reads what the reference made.
+        worst: the same at the worst position.
+        drift: over all positions, of the bundle's own run, all that came before included.
+    """
+
+    local: float
+    worst: float
+    drift: float
+
+
+# Four to ten times what the released shapes and the demo show, so that a wrong sub-block stands out and a
+# right one of another model does not: measured local errors are 4e-7, 1e-3 (attention), 2e-3, 2e-2 and 0.13.
+BANDS = {
+    "float32": Band(1e-5, 1e-4, 1e-3),
+    "float16": Band(5e-3, 5e-2, 5e-2),
+    "bfloat16": Band(3e-2, 0.2, 0.2),
+    "int8": Band(6e-2, 0.3, 0.3),
+    "fp8": Band(0.1, 0.5, 0.4),
+    "int8-sq": Band(0.15, 0.6, 0.5),
+    "int4": Band(0.4, 1.0, 0.9),
+}
+ORDER = tuple(BANDS)
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """The sub-block where a bundle leaves its band, and why it is this one."""
+
+    error: BlockError
+    why: str
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "layer": self.error.layer,
+            "block": self.error.block,
+            "covers": self.error.covers,
+            "why": self.why,
+        }
+
+
+def is_out_of_band(error: BlockError) -> bool:
+    """Whether a sub-block is wrong by itself."""
+    return _own_fault(error) is not None
+
+
+def find_culprit(errors: Sequence[BlockError]) -> Culprit | None:
+    """The first sub-block whose own error leaves its band; else the first at which the drift does.
+
+    A sub-block that reads the reference's values answers for what it computes and for nothing before it, so
+    the order matters only where several are wrong.
+    """
+    for error in errors:
+        fault = _own_fault(error)
+        if fault is not None:
+            return Culprit(error, fault)
+    coarsest = 0
+    for error in errors:
+        coarsest = max(coarsest, ORDER.index(error.arithmetic))
+        limit = BANDS[ORDER[coarsest]].drift
+        if not error.drift.finite or error.drift.relative > limit:
+            why = (
+                f"no sub-block is wrong by itself, but their errors add up to {error.drift.relative:.2g} here, "
+                f"where {ORDER[coarsest]} allows {limit:g}"
+            )
+            return Culprit(error, why)
+    return None
+
+
+def _own_fault(error: BlockError) -> str | None:
+    local, band = error.local, BANDS[error.arithmetic]
+    if local is None:
+        return None
+    if not local.finite:
+        return "given the reference's input, it gives NaN or infinity"
+    for value, limit, where in (
+        (local.relative, band.local, ""),
+        (local.worst, band.worst, " at its worst position"),
+    ):
+        if value > limit:
+            return f"given the reference's input, it is {value:.2g} off{where}, where {error.arithmetic} allows {limit:g}"
+    return None
+
+
+def arithmetic_of(nodes: Sequence[onnx.NodeProto], types: Mapping[str, int]) -> str:
+    """The coarsest numbers that some nodes compute with.
+
+    Args:
+        types: element types of the graph's weights and inputs, and of what the nodes give.
+    """
+    found = {"float32"}
+    for node in nodes:
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+            bits = next(attribute.i for attribute in node.attribute if attribute.name == "bits")
+            found.add(f"int{bits}")
+        elif node.op_type in QUANTIZED_ACTIVATIONS:
+            found.add("int8-sq")
+        for name in (*node.input, *node.output):
+            found.add(ARITHMETIC.get(types.get(name, 0), "float32"))
+    return max(found, key=ORDER.index)
+
+
+QUANTIZED_ACTIVATIONS = ("QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "DynamicQuantizeMatMul")
+ARITHMETIC: dict[int, str] = {
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+    onnx.TensorProto.INT8: "int8",
+    onnx.TensorProto.INT4: "int4",
+    onnx.TensorProto.FLOAT8E4M3FN: "fp8",
+}

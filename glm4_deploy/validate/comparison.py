@@ -1,0 +1,185 @@
+"""One model's outputs held against another's, position by position, summed up at the end."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from glm4_deploy.metrics import Logits, kl_divergence, log_softmax, near_ties
+from glm4_deploy.validate.drift import ErrorSum
+from glm4_deploy.validate.statistics import SUMMARIES, Estimate, perplexity, perplexity_ratio
+
+TOP = 5
+ROWS = 32
+NO_TARGET = -1
+
+Vector = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What was measured at positions of one sequence; ``target`` is the token that follows, -1 at the end."""
+
+    sequence: int
+    index: Integers
+    target: Integers
+    expected_log: Vector  # of the target
+    actual_log: Vector
+    kl: Vector
+    expected_best: Integers
+    actual_best: Integers
+    expected_probability: Vector  # that each gives to its own best token
+    actual_probability: Vector
+    top5: Vector  # share of the five best that both have
+    tie: npt.NDArray[np.bool_]
+
+
+def compare_positions(
+    sequence: int, index: Integers, target: Integers, expected: Logits, actual: Logits, activations: str
+) -> Positions:
+    """Two models' logits [positions, vocabulary] at the same positions."""
+    rows = np.arange(len(index))
+    best = expected.argmax(-1), actual.argmax(-1)
+    logs = np.empty((2, len(index))), np.empty((2, len(index)))  # of the target, of the best token
+    for at in range(0, len(index), ROWS):
+        block = slice(at, at + ROWS)
+        for side, logits in enumerate((expected, actual)):
+            log = log_softmax(logits[block].astype(np.float64))
+            here = np.arange(len(log))
+            logs[0][side, block] = log[here, target[block]]
+            logs[1][side, block] = log[here, best[side][block]]
+    logs[0][:, target == NO_TARGET] = np.nan
+    tops = [np.argpartition(x, -min(TOP, x.shape[-1]), axis=-1)[:, -TOP:] for x in (expected, actual)]
+    shared = [len(np.intersect1d(tops[0][row], tops[1][row])) / tops[0].shape[-1] for row in rows]
+    return Positions(
+        sequence=sequence,
+        index=index,
+        target=target,
+        expected_log=logs[0][0],
+        actual_log=logs[0][1],
+        kl=kl_divergence(expected, actual),
+        expected_best=best[0].astype(np.int64),
+        actual_best=best[1].astype(np.int64),
+        expected_probability=np.exp(logs[1][0]),
+        actual_probability=np.exp(logs[1][1]),
+        top5=np.array(shared),
+        tie=near_ties(expected, actual, activations),
+    )
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """How long greedy texts of two models are the same, from the same prompts."""
+
+    tokens: int
+    common: tuple[int, ...]  # per prompt
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.common))
+
+
+@dataclass
+class Comparison:
+    """``actual`` against ``expected``, both by name; grows with each part of the positions.
+
+    Attributes:
+        precision: the row of a gate that ``actual`` is held to.
+        metrics: by the names that gates use; :meth:`summarize` fills it.
+    """
+
+    expected: str
+    actual: str
+    precision: str
+    task: str
+    activations: str
+    positions: list[Positions] = field(default_factory=list)
+    greedy: Greedy | None = None
+    perplexities: tuple[Estimate, Estimate] | None = None
+    ratio: Estimate | None = None
+    near_ties: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    _error: ErrorSum = field(default_factory=ErrorSum)
+    _agree: list[npt.NDArray[np.bool_]] = field(default_factory=list)
+
+    def add(self, sequence: int, index: Integers, target: Integers, expected: Logits, actual: Logits) -> None:
+        """Outputs [positions, outputs] at some positions of a sequence."""
+        self._error.add(expected, actual)
+        if self.task == "causal-lm":
+            self.positions.append(
+                compare_positions(sequence, index, target, expected, actual, self.activations)
+            )
+        elif self.task != "encoder":
+            self._agree.append(expected.argmax(-1) == actual.argmax(-1))
+
+    def summarize(self) -> None:
+        error = self._error.error()
+        self.metrics = {"relative_error": error.relative}
+        if self.task == "encoder":
+            self.metrics["cosine"] = error.cosine
+        elif self.task != "causal-lm":
+            self.metrics["label_agreement"] = float(np.concatenate(self._agree).mean())
+        else:
+            self._summarize_text()
+
+    def _summarize_text(self) -> None:
+        logs = [
+            (one.expected_log[known], one.actual_log[known])
+            for one in self.positions
+            if (known := one.target != NO_TARGET).any()
+        ]
+        expected, actual = [one for one, _ in logs], [one for _, one in logs]
+        if logs:
+            self.perplexities = perplexity(expected), perplexity(actual)
+            self.ratio = perplexity_ratio(expected, actual)
+            self.metrics["perplexity_ratio"] = self.ratio.value
+        kl = self.all_kl
+        self.metrics |= {name: summary(kl) for name, summary in SUMMARIES.items()}
+        same = np.concatenate([one.expected_best == one.actual_best for one in self.positions])
+        ties = np.concatenate([one.tie for one in self.positions])
+        self.near_ties = int(ties.sum())
+        self.metrics["top1_agreement"] = float((same | ties).mean())
+        self.metrics["top5_agreement"] = float(np.concatenate([one.top5 for one in self.positions]).mean())
+        if self.greedy is not None:
+            self.metrics["greedy_prefix"] = self.greedy.median / self.greedy.tokens
+
+    @property
+    def all_kl(self) -> Vector:
+        return np.concatenate([one.kl for one in self.positions])
+
+    @property
+    def predicted_tokens(self) -> int:
+        return sum(int((one.target != NO_TARGET).sum()) for one in self.positions)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "expected": self.expected,
+            "actual": self.actual,
+            "precision": self.precision,
+            "positions": sum(len(one.index) for one in self.positions) or None,
+            "predicted_tokens": self.predicted_tokens or None,
+            "perplexity": self.perplexities
+            and dict(zip(("expected", "actual"), map(_estimate, self.perplexities), strict=True)),
+            "perplexity_ratio": self.ratio and _estimate(self.ratio),
+            "near_ties": self.near_ties,
+            "greedy": self.greedy and {"tokens": self.greedy.tokens, "common_prefix": self.greedy.common},
+            "metrics": self.metrics,
+        }
+
+
+def _estimate(estimate: Estimate) -> Mapping[str, float | None]:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+def worst_positions(comparison: Comparison, count: int) -> list[tuple[Positions, int]]:
+    """The positions of the largest KL divergence, as parts and rows in them."""
+    rows = [
+        (float(np.nan_to_num(one.kl[row], nan=np.inf)), one, row)
+        for one in comparison.positions
+        for row in range(len(one.kl))
+    ]
+    rows.sort(key=lambda row: -row[0])
+    return [(one, row) for _, one, row in rows[:count]]

@@ -1,0 +1,86 @@
+"""How far a sub-block's values are from the reference's."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from glm4_deploy.metrics import ROWS
+
+Values = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far values are from the reference's over all positions; ``worst`` is the position that is furthest.
+
+    Relative errors are norms of the difference over norms of the reference.
+    """
+
+    relative: float
+    cosine: float
+    worst: float
+
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, (self.relative, self.cosine, self.worst)))
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """A sub-block's error: ``drift`` of the bundle's own run, ``local`` when it reads what the reference made."""
+
+    layer: int | None  # None outside of the layers
+    block: str
+    covers: tuple[str, ...]  # sub-blocks that this graph shows only together with this one
+    arithmetic: str  # the coarsest numbers it computes with, a key of ``bands.BANDS``
+    drift: Error
+    local: Error | None
+
+    @property
+    def name(self) -> str:
+        where = self.block if self.layer is None else f"layer {self.layer} {self.block}"
+        return f"{where} (with {', '.join(self.covers)})" if self.covers else where
+
+
+def compare(wanted: Sequence[Values], found: Sequence[Values]) -> Error:
+    """Over all sequences and all values of a tap."""
+    total = ErrorSum()
+    for one, two in zip(wanted, found, strict=True):
+        for name, array in one.items():
+            total.add(array, two[name])
+    return total.error()
+
+
+class ErrorSum:
+    """The error of values that come in parts, summed in float64."""
+
+    def __init__(self) -> None:
+        self._square = self._other = self._dot = self._difference = 0.0
+        self._positions: list[npt.NDArray[np.float64]] = []
+
+    def add(self, wanted: npt.NDArray[Any], found: npt.NDArray[Any]) -> None:
+        """Values [..., channels] of some positions."""
+        a = wanted.reshape(-1, wanted.shape[-1])
+        b = found.reshape(a.shape)
+        for at in range(0, len(a), ROWS):
+            x, y = a[at : at + ROWS].astype(np.float64), b[at : at + ROWS].astype(np.float64)
+            square, difference = (x * x).sum(-1), ((y - x) ** 2).sum(-1)
+            self._square += float(square.sum())
+            self._other += float((y * y).sum())
+            self._dot += float((x * y).sum())
+            self._difference += float(difference.sum())
+            self._positions.append(np.stack((difference, square)))
+
+    def error(self) -> Error:
+        """A position that is nearly zero itself is held against a hundredth of the mean, not against itself."""
+        difference, square = np.concatenate(self._positions, axis=-1)
+        floor = max(1e-4 * float(square.mean()), 1e-300)
+        return Error(
+            relative=math.sqrt(self._difference / max(self._square, 1e-300)),
+            cosine=self._dot / max(math.sqrt(self._square * self._other), 1e-300),
+            worst=math.sqrt(float((difference / np.maximum(square, floor)).max())),
+        )

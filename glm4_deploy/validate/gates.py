@@ -1,0 +1,160 @@
+"""Gates: what a bundle must measure to ship, per precision. Named ones are in gates.toml; a user's is a TOML file.
+
+extends = "default"          # optional: what the file doesn't say is as there
+[int8]
+perplexity_ratio = 1.001
+"""
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from glm4_runtime.bundle import Manifest
+from glm4_runtime.errors import RequestError
+
+TEXT, LABELS, STATES = ("causal-lm",), ("sequence-classification", "token-classification"), ("encoder",)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a gate can limit: from above, or from below where more is better. ``tasks`` are those that have it."""
+
+    says: str
+    tasks: tuple[str, ...]
+    at_least: bool = False
+
+
+METRICS = {
+    "perplexity_ratio": Metric("bundle's perplexity over the reference's", TEXT),
+    "kl_mean": Metric("mean KL divergence, nats", TEXT),
+    "kl_p99": Metric("99th percentile of the KL divergence, nats", TEXT),
+    "kl_max": Metric("largest KL divergence, nats", TEXT),
+    "top1_agreement": Metric(
+        "share of positions with the same best token, or one within rounding", TEXT, True
+    ),
+    "top5_agreement": Metric("share of the five best tokens that both have", TEXT, True),
+    "greedy_prefix": Metric("median share of a greedy text that is the same from its start", TEXT, True),
+    "relative_error": Metric("error of the outputs, relative to their size", TEXT + LABELS + STATES),
+    "label_agreement": Metric("share of the same labels", LABELS, True),
+    "cosine": Metric("cosine of the hidden states", STATES, True),
+    "blocks_out_of_band": Metric(
+        "sub-blocks outside the band of their arithmetic, with --layers", TEXT + LABELS + STATES
+    ),
+}
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-sq", "int4", "fp8")
+INT8_CACHE = "+kv-int8"
+ROWS = tuple(name + suffix for name in PRECISIONS for suffix in ("", INT8_CACHE))
+NAMES = ("strict", "default", "loose")
+
+Table = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One limit and how it was met; ``value`` is None where the metric was not measured."""
+
+    metric: str
+    value: float | None
+    limit: float
+
+    @property
+    def measured(self) -> bool:
+        return self.value is not None
+
+    @property
+    def passed(self) -> bool:
+        """What was not measured has not failed; the report says that it is open."""
+        if self.value is None:
+            return True
+        if not math.isfinite(self.value):
+            return False
+        return self.value >= self.limit if METRICS[self.metric].at_least else self.value <= self.limit
+
+    @property
+    def line(self) -> str:
+        sense = "at least" if METRICS[self.metric].at_least else "at most"
+        value = "not measured" if self.value is None else f"{self.value:.6g}"
+        return f"{self.metric} is {value}, must be {sense} {self.limit:g} ({METRICS[self.metric].says})"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The limits for one bundle.
+
+    Attributes:
+        name: of the gate, a file's path for a user's.
+        row: the precision whose limits these are.
+    """
+
+    name: str
+    row: str
+    limits: Mapping[str, float]
+
+    def check(self, metrics: Mapping[str, float]) -> tuple[Check, ...]:
+        return tuple(Check(name, metrics.get(name), limit) for name, limit in self.limits.items())
+
+
+def row_of(manifest: Manifest) -> str:
+    """The precision of a bundle as gates name it."""
+    return manifest.precision + (INT8_CACHE if manifest.kv_cache == "int8" else "")
+
+
+def load_gate(name: str, manifest: Manifest) -> Gate:
+    """The limits that a gate has for a bundle; a gate may limit metrics of other tasks too.
+
+    Args:
+        name: ``strict``, ``default``, ``loose`` or the path of a TOML file.
+
+    Raises:
+        RequestError: no such gate, or one that names what is not known, or has no row for the bundle.
+    """
+    row, table = row_of(manifest), _load_table(name)
+    if row not in table:
+        raise RequestError(
+            f"gate {name} has no limits for {row}; it has {', '.join(table) or 'none'}. Add [{_key(row)}] to it"
+        )
+    limits = {name: limit for name, limit in table[row].items() if manifest.task in METRICS[name].tasks}
+    return Gate(name, row, limits)
+
+
+def _load_table(name: str) -> Table:
+    if name in NAMES:
+        named = tomllib.loads(files(__package__).joinpath("gates.toml").read_text("utf-8"))
+        return dict(named[name])
+    path = Path(name)
+    if path.suffix != ".toml":
+        raise RequestError(f"there is no gate {name!r}; the gates are {', '.join(NAMES)}, or a file *.toml")
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise RequestError(f"gate {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"gate {path} is not TOML: {error}") from error
+    base = table.pop("extends", None)
+    if base is not None and base not in NAMES:
+        raise RequestError(f"gate {path} extends {base!r}; it can extend {', '.join(NAMES)}")
+    own = {row: _checked_row(path, row, limits) for row, limits in table.items()}
+    inherited = {} if base is None else _load_table(base)
+    rows = [row for row in ROWS if row in inherited or row in own]
+    return {row: {**inherited.get(row, {}), **own.get(row, {})} for row in rows}
+
+
+def _checked_row(path: Path, row: str, limits: Any) -> dict[str, float]:
+    if row not in ROWS:
+        raise RequestError(f"gate {path} has limits for {row!r}; the precisions are {', '.join(ROWS)}")
+    if not isinstance(limits, dict):
+        raise RequestError(f"gate {path}: {row} must be a table of metrics, as [{_key(row)}]")
+    for metric, limit in limits.items():
+        if metric not in METRICS:
+            raise RequestError(f"gate {path} limits {metric!r}; the metrics are {', '.join(METRICS)}")
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not math.isfinite(limit):
+            raise RequestError(f"gate {path}: {row} {metric} is {limit!r}, but must be a number")
+    return {metric: float(limit) for metric, limit in limits.items()}
+
+
+def _key(row: str) -> str:
+    return f'"{row}"' if "+" in row else row

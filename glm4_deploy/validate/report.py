@@ -1,0 +1,124 @@
+"""What a validation found, as data: for JSON, for the terminal, for JUnit and for the HTML page."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from glm4_deploy.validate.bands import BANDS, Culprit
+from glm4_deploy.validate.comparison import Comparison
+from glm4_deploy.validate.drift import BlockError
+from glm4_deploy.validate.gates import Check
+from glm4_deploy.validate.sensitivity import Sensitivity
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the models: the reference, the bundle, or the bundle that it is compared with besides."""
+
+    name: str
+    path: str
+    what: str  # as "ort, int8"
+    arithmetic: str  # "as exported", or what was computed in instead
+
+
+@dataclass(frozen=True)
+class WorstPosition:
+    """A position where the bundle is furthest from the reference, and the text there."""
+
+    kl: float
+    sequence: int
+    index: int
+    before: str
+    follows: str | None  # what the text goes on with
+    expected: str  # the reference's best token, and how sure it is
+    expected_probability: float
+    actual: str
+    actual_probability: float
+
+
+@dataclass
+class Report:
+    """Everything that one run of validate measured.
+
+    Attributes:
+        comparisons: the bundle with the reference first; with another bundle, that one with the reference,
+            and both with each other.
+        blocks: errors of all sub-blocks, None without ``--layers``.
+        checks: of the gate, for the first comparison.
+    """
+
+    reference: Side
+    bundle: Side
+    against: Side | None
+    task: str
+    text: str
+    tokens: int
+    sequences: int
+    comparisons: list[Comparison]
+    blocks: list[BlockError] | None = None
+    out_of_band: list[BlockError] = field(default_factory=list)
+    culprit: Culprit | None = None
+    gate: str | None = None
+    checks: tuple[Check, ...] = ()
+    worst: list[WorstPosition] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    sensitivity: Sensitivity | None = None
+    seconds: float = 0.0
+    estimated_bytes: int = 0
+    peak_rss_bytes: int = 0
+    tools: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.checks if not check.passed]
+
+    @property
+    def verdict(self) -> str:
+        if self.gate is None:
+            return "not gated"
+        return "failed" if self.failed else "passed"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON form; what is NaN or infinite is None there."""
+        found = {
+            "verdict": self.verdict,
+            "reference": asdict(self.reference),
+            "bundle": asdict(self.bundle),
+            "against": self.against and asdict(self.against),
+            "task": self.task,
+            "text": {"source": self.text, "tokens": self.tokens, "sequences": self.sequences},
+            "comparisons": [comparison.as_dict() for comparison in self.comparisons],
+            "layers": self.blocks and _layers(self.blocks, self.culprit),
+            "gate": self.gate and {"name": self.gate, "checks": [_check(check) for check in self.checks]},
+            "sensitivity": self.sensitivity and self.sensitivity.as_dict(),
+            "worst_positions": [asdict(one) for one in self.worst],
+            "notes": self.notes,
+            "seconds": self.seconds,
+            "estimated_bytes": self.estimated_bytes,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "tools": self.tools,
+        }
+        plain: dict[str, Any] = _plain(found)
+        return plain
+
+
+def _layers(blocks: Sequence[BlockError], culprit: Culprit | None) -> dict[str, Any]:
+    return {
+        "culprit": culprit and culprit.as_dict(),
+        "blocks": [asdict(block) for block in blocks],
+        "bands": {name: asdict(BANDS[name]) for name in sorted({block.arithmetic for block in blocks})},
+    }
+
+
+def _check(check: Check) -> dict[str, Any]:
+    return asdict(check) | {"passed": check.passed, "measured": check.measured}
+
+
+def _plain(value: Any) -> Any:
+    """The same without numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

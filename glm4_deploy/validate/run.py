@@ -1,0 +1,216 @@
+"""Validate: reference and bundles walked side by side, a layer at a time, and held against each other."""
+
+import platform
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from glm4_deploy.greedy import available_memory
+from glm4_deploy.validate.bands import find_culprit, is_out_of_band
+from glm4_deploy.validate.comparison import NO_TARGET, Comparison, worst_positions
+from glm4_deploy.validate.gates import load_gate, row_of
+from glm4_deploy.validate.greedy import add_greedy
+from glm4_deploy.validate.memory import Work, require_memory
+from glm4_deploy.validate.report import Report, Side, WorstPosition
+from glm4_deploy.validate.side_by_side import Bundle, walk
+from glm4_deploy.validate.text import Text, choose_text
+from glm4_exporters.checkpoint import Checkpoint
+from glm4_runtime.bundle import GRAPH, WEIGHTS, read_manifest, verify_files
+from glm4_runtime.errors import BundleError, RequestError
+from glm4_runtime.progress import Progress, silent
+
+WORST, CONTEXT = 10, 32
+TOOLS = ("glm4-deploy", "torch", "onnx", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True)
+class ValidateOptions:
+    """What to compare, and how.
+
+    Attributes:
+        text: .txt, .jsonl or .ids; the bundled corpus where None.
+        against: a second bundle of the same checkpoint.
+        layers: look at every sub-block.
+        gate: ``strict``, ``default``, ``loose`` or a TOML file; None measures without judging.
+        max_tokens, length: of text in all, and in one sequence.
+        greedy: generate with both where they fit.
+        memory: bytes that may be used; what is available where None.
+    """
+
+    text: Path | None = None
+    against: Path | None = None
+    layers: bool = False
+    gate: str | None = "default"
+    max_tokens: int = 4096
+    length: int = 512
+    greedy: bool = True
+    memory: int | None = None
+
+
+def validate(
+    bundle: str | Path,
+    reference: str | Path,
+    options: ValidateOptions = ValidateOptions(),
+    progress: Progress = silent,
+) -> Report:
+    """Measure how far a bundle is from its checkpoint, and hold it against a gate.
+
+    The report says whether the gate was passed; nothing is raised for that.
+
+    Raises:
+        BundleError, CheckpointError, ConfigError, TextError: one of the inputs is not what it should be.
+        RequestError: options that do not fit together, or a comparison that does not fit into memory.
+    """
+    start = time.monotonic()
+    bundles = [_open(Path(folder)) for folder in (bundle, options.against) if folder is not None]
+    first = bundles[0].manifest
+    gate = None if options.gate is None else load_gate(options.gate, first)
+    with Checkpoint.load(reference, task=first.task) as checkpoint:
+        for one in bundles:
+            _require_same_model(one, bundles[0], checkpoint)
+        text = _choose_text(checkpoint, bundles, options)
+        work = Work([len(ids) for ids in text.sequences], len(bundles), options.layers)
+        available = available_memory() if options.memory is None else options.memory
+        needed = require_memory(checkpoint.config, first.task, work, available)
+        comparisons = _comparisons(bundles)
+        walked = walk(checkpoint, bundles, text, options.layers, comparisons, progress)
+        notes = _notes(bundles, text, walked.arithmetic)
+        if options.greedy and first.task == "causal-lm":
+            notes += add_greedy(checkpoint, bundles, text, comparisons, available, progress)
+    for comparison in comparisons:
+        comparison.summarize()
+    report = Report(
+        reference=Side("reference", str(reference), f"{first.task}, float32", "float32"),
+        bundle=_side("bundle", bundles[0], walked.arithmetic[0]),
+        against=_side("against", bundles[1], walked.arithmetic[1]) if len(bundles) > 1 else None,
+        task=first.task,
+        text=text.source,
+        tokens=text.tokens,
+        sequences=len(text.sequences),
+        comparisons=comparisons,
+        blocks=walked.blocks if options.layers else None,
+        worst=_worst(comparisons[0], text),
+        notes=notes,
+        estimated_bytes=needed,
+    )
+    if options.layers:
+        report.culprit = find_culprit(walked.blocks)
+        report.out_of_band = [block for block in walked.blocks if is_out_of_band(block)]
+        comparisons[0].metrics["blocks_out_of_band"] = len(report.out_of_band)
+    if gate is not None:
+        report.gate, report.checks = f"{gate.name}, {gate.row}", gate.check(comparisons[0].metrics)
+    report.tools = {name: version(name) for name in TOOLS} | {"python": platform.python_version()}
+    report.seconds = round(time.monotonic() - start, 1)
+    report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return report
+
+
+# Before the work ----------------------------------------------------------------------------------
+
+
+def _open(folder: Path) -> Bundle:
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    missing = [name for name in (GRAPH, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise BundleError(
+            f"{folder} holds an engine without the ONNX graph that it was built from, and validate runs the graph; "
+            "export it again with the graph kept, or validate a bundle of the same checkpoint with --target native"
+        )
+    return Bundle(folder, manifest)
+
+
+def _require_same_model(one: Bundle, first: Bundle, checkpoint: Checkpoint) -> None:
+    manifest, config = one.manifest, checkpoint.config
+    if manifest.task != first.manifest.task:
+        raise RequestError(f"{one.folder} is for {manifest.task}, {first.folder} for {first.manifest.task}")
+    shapes = {
+        "vocabulary": (manifest.model.vocab_size, config.vocab_size),
+        "hidden size": (manifest.model.hidden_size, config.hidden_size),
+        "layers": (manifest.model.num_layers, config.num_hidden_layers),
+        "heads": (manifest.model.num_heads, config.num_attention_heads),
+        "KV heads": (manifest.model.num_kv_heads, config.num_key_value_heads),
+        "head size": (manifest.model.head_dim, config.head_dim),
+    }
+    wrong = [
+        f"{name} {mine} instead of {theirs}" for name, (mine, theirs) in shapes.items() if mine != theirs
+    ]
+    if wrong:
+        raise RequestError(
+            f"{one.folder} was not made from {checkpoint.folder}: {', '.join(wrong)}; give the checkpoint it was made from"
+        )
+
+
+def _choose_text(checkpoint: Checkpoint, bundles: Sequence[Bundle], options: ValidateOptions) -> Text:
+    length = min([options.length, *(one.manifest.limits.max_seq_len for one in bundles)])
+    for name, value in (("length", length), ("max_tokens", options.max_tokens)):
+        if value < 2:
+            raise RequestError(f"{name} is {value}, but a token can be predicted only after another one")
+    return choose_text(checkpoint, options.text, length, options.max_tokens)
+
+
+def _comparisons(bundles: Sequence[Bundle]) -> list[Comparison]:
+    names = ["bundle", "against"][: len(bundles)]
+    pairs = [("reference", name, one) for name, one in zip(names, bundles, strict=True)]
+    pairs += [("against", "bundle", bundles[0])] * (len(bundles) - 1)
+    return [
+        Comparison(expected, actual, row_of(one.manifest), one.manifest.task, one.manifest.activations)
+        for expected, actual, one in pairs
+    ]
+
+
+def _side(name: str, one: Bundle, arithmetic: str) -> Side:
+    manifest = one.manifest
+    cache = f", KV cache {manifest.kv_cache}" if manifest.kv_cache not in (None, manifest.activations) else ""
+    what = f"{manifest.target}, {manifest.precision}, activations {manifest.activations}{cache}"
+    return Side(name, str(one.folder), what, arithmetic)
+
+
+def _notes(bundles: Sequence[Bundle], text: Text, arithmetic: Sequence[str]) -> list[str]:
+    notes = []
+    if text.tokenizer is None or "random" in text.source:
+        notes.append(
+            f"The text is {text.source}: errors are real, but perplexity and agreement say little of quality."
+        )
+    for one, computed in zip(bundles, arithmetic, strict=True):
+        if one.manifest.engine is not None:
+            notes.append(
+                f"{one.folder} is a {one.manifest.engine.kind} engine: what was run is the ONNX graph it was built from."
+            )
+        if computed != "as exported":
+            notes.append(
+                f"{one.folder}: the stored weights were computed in {computed}, since the CPU provider has no kernels "
+                f"for {one.manifest.activations}; rounding of activations is not measured."
+            )
+    return notes
+
+
+# After the work -----------------------------------------------------------------------------------
+
+
+def _worst(comparison: Comparison, text: Text) -> list[WorstPosition]:
+    def shown(ids: Sequence[int]) -> str:
+        if text.tokenizer is None:
+            return " ".join(map(str, ids))
+        return text.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    found = []
+    for one, row in worst_positions(comparison, WORST):
+        ids, index, target = text.sequences[one.sequence], int(one.index[row]), int(one.target[row])
+        found.append(
+            WorstPosition(
+                kl=float(one.kl[row]),
+                sequence=one.sequence,
+                index=index,
+                before=shown(ids[max(0, index + 1 - CONTEXT) : index + 1]),
+                follows=None if target == NO_TARGET else shown([target]),
+                expected=shown([int(one.expected_best[row])]),
+                expected_probability=float(one.expected_probability[row]),
+                actual=shown([int(one.actual_best[row])]),
+                actual_probability=float(one.actual_probability[row]),
+            )
+        )
+    return found

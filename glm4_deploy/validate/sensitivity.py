@@ -1,0 +1,98 @@
+"""Which matrices lose most when they are quantized, measured, and the recipe that spares those."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glm4_deploy.validate.text import choose_text
+from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.quantize.recipe import Recipe, keep_sensitive, write_recipe
+from glm4_exporters.quantize.schemes import Scheme, require_scheme
+from glm4_exporters.quantize.sensitivity import TensorLoss, measure
+from glm4_runtime.errors import RequestError
+from glm4_runtime.progress import Progress, silent
+
+LOW, HIGH = "int4", "int8"
+EXTRA_BITS = 0.5  # above the low scheme's own, where nobody says how many
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The ranking, the one that loses most per number first, and the recipe that follows from it.
+
+    Attributes:
+        mean_bits: per weight over all matrices, scales counted, that the recipe keeps to.
+        text, tokens: what it was measured on.
+    """
+
+    losses: list[TensorLoss]
+    recipe: Recipe
+    mean_bits: float
+    text: str
+    tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "low": LOW,
+            "high": HIGH,
+            "mean_bits": self.mean_bits,
+            "text": self.text,
+            "tokens": self.tokens,
+            "tensors": [
+                {
+                    "name": loss.name,
+                    "mean_kl": loss.kl,
+                    "elements": loss.elements,
+                    "scheme": self.recipe.scheme_of(loss.name),
+                }
+                for loss in self.losses
+            ],
+        }
+
+
+def rank_tensors(
+    checkpoint: Checkpoint,
+    text: Path | None = None,
+    *,
+    length: int = 512,
+    max_tokens: int = 1024,
+    mean_bits: float | None = None,
+    progress: Progress = silent,
+) -> Sensitivity:
+    """Quantize each matrix alone, in one walk over the layers, and measure what the model then says.
+
+    Args:
+        mean_bits: of the recipe; half a bit above int4's own where None.
+
+    Raises:
+        ExportError: another task than causal-lm, or no room for the walk.
+        RequestError: ``mean_bits`` that no mixture of the two schemes has.
+    """
+    low, high = require_scheme(LOW), require_scheme(HIGH)
+    bits = {name: scheme.bits_per_weight() for name, scheme in ((LOW, low), (HIGH, high))}
+    wanted = bits[LOW] + EXTRA_BITS if mean_bits is None else mean_bits
+    if not bits[LOW] <= wanted <= bits[HIGH]:
+        raise RequestError(
+            f"{wanted:g} bits per weight cannot be: {LOW} takes {bits[LOW]:g} and {HIGH} {bits[HIGH]:g}"
+        )
+    chosen = choose_text(checkpoint, text, length, max_tokens)
+    losses = measure(checkpoint, chosen.sequences, _round_trip(low), progress)
+    recipe = keep_sensitive(losses, (LOW, bits[LOW]), (HIGH, bits[HIGH]), wanted)
+    return Sensitivity(losses, recipe, wanted, chosen.source, chosen.tokens)
+
+
+def save_recipe(path: Path, found: Sensitivity) -> None:
+    """Write what ``export --recipe`` reads."""
+    write_recipe(path, found.recipe, found.losses)
+
+
+def _round_trip(scheme: Scheme) -> Any:
+    import torch
+
+    from glm4_exporters.quantize import blocks
+
+    def values(_name: str, rows: torch.Tensor) -> torch.Tensor:
+        numbers, scales = blocks.quantize(rows.float(), scheme, torch.bfloat16)
+        return blocks.dequantize(numbers, scales, scheme, rows.shape[1])
+
+    return values

@@ -1,0 +1,139 @@
+"""The walk: every layer of the reference and then of the bundles, and the logits a few positions at a time."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from glm4_deploy.metrics import Logits
+from glm4_deploy.validate.comparison import NO_TARGET, Comparison
+from glm4_deploy.validate.drift import BlockError, ErrorSum
+from glm4_deploy.validate.memory import chunk_of_positions
+from glm4_deploy.validate.taps import HEAD
+from glm4_deploy.validate.text import Text
+from glm4_deploy.validate.walk import BundleGraph, Part, Reference
+from glm4_exporters.checkpoint import Checkpoint
+from glm4_runtime.bundle import Manifest
+from glm4_runtime.progress import Progress
+
+STAGE = "compare"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    folder: Path
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class Walked:
+    """What the walk found besides what it added to the comparisons; ``arithmetic`` is per bundle."""
+
+    blocks: list[BlockError]
+    arithmetic: list[str]
+
+
+def walk(
+    checkpoint: Checkpoint,
+    bundles: Sequence[Bundle],
+    text: Text,
+    layers: bool,
+    comparisons: Sequence[Comparison],
+    progress: Progress,
+) -> Walked:
+    """Run all sides over the text; with ``layers``, every sub-block of the first bundle is compared too."""
+    sequences = text.sequences
+    graphs = [BundleGraph(one.folder, one.manifest, checkpoint, sequences) for one in bundles]
+    reference = Reference(checkpoint, sequences, tapped=layers)
+    chunks = list(_chunks(checkpoint, text))
+    step = _Steps(progress, (checkpoint.config.num_hidden_layers + len(chunks)) * (1 + len(graphs)))
+
+    blocks = []
+    for graph in graphs:
+        blocks += graph.embed(reference.embedding if layers and graph is graphs[0] else None)
+    for _ in range(checkpoint.config.num_hidden_layers):
+        taps = reference.layer()
+        step()
+        for graph in graphs:
+            blocks += graph.layer(taps if layers and graph is graphs[0] else None)
+            step()
+    for graph in graphs:
+        blocks += graph.norm(reference.norm() if layers and graph is graphs[0] else None)
+
+    head = _HeadErrors(graphs[0]) if layers else None
+    for chunk in chunks:
+        expected = reference.outputs(chunk)
+        step()
+        outputs = {"reference": expected}
+        for name, graph in zip(("bundle", "against"), graphs, strict=False):
+            outputs[name] = graph.outputs(chunk)
+            step()
+        if head is not None:
+            head.add(chunk, expected, outputs["bundle"])
+        _add(comparisons, chunk, text, outputs)
+    if head is not None:
+        blocks.append(head.error())
+    return Walked(blocks, [graph.arithmetic for graph in graphs])
+
+
+class _Steps:
+    """Counts what is done; a layer of any side costs about the same."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+        progress(STAGE, 0, total)
+
+    def __call__(self) -> None:
+        self._done += 1
+        self._progress(STAGE, self._done, self._total)
+
+
+class _HeadErrors:
+    """The last sub-block: drift of the outputs, and the head's own error where its input can be given."""
+
+    def __init__(self, graph: BundleGraph) -> None:
+        self._graph, self._drift, self._local = graph, ErrorSum(), ErrorSum()
+
+    def add(self, chunk: Sequence[Part], expected: Sequence[Logits], actual: Sequence[Logits]) -> None:
+        for wanted, found in zip(expected, actual, strict=True):
+            self._drift.add(wanted, found)
+        if self._graph.can_be_local:
+            for wanted, found in zip(expected, self._graph.outputs(chunk, local=True), strict=True):
+                self._local.add(wanted, found)
+
+    def error(self) -> BlockError:
+        local = self._local.error() if self._graph.can_be_local else None
+        return BlockError(None, HEAD, (), self._graph.head_arithmetic, self._drift.error(), local)
+
+
+def _chunks(checkpoint: Checkpoint, text: Text) -> Iterator[list[Part]]:
+    """Parts of the sequences, of so many positions in all that their logits fit; other tasks' outputs are small."""
+    if checkpoint.task != "causal-lm":
+        yield [Part(number, slice(0, len(ids))) for number, ids in enumerate(text.sequences)]
+        return
+    most, first = chunk_of_positions(checkpoint.config), max(0, text.prefix - 1)
+    parts: list[Part] = []
+    room = most
+    for number, ids in enumerate(text.sequences):
+        start = first
+        while start < len(ids):
+            count = min(room, len(ids) - start)
+            parts.append(Part(number, slice(start, start + count)))
+            start, room = start + count, room - count
+            if not room:
+                yield parts
+                parts, room = [], most
+    if parts:
+        yield parts
+
+
+def _add(
+    comparisons: Sequence[Comparison], chunk: Sequence[Part], text: Text, outputs: dict[str, list[Logits]]
+) -> None:
+    for comparison in comparisons:
+        sides = outputs[comparison.expected], outputs[comparison.actual]
+        for part, expected, actual in zip(chunk, *sides, strict=True):
+            ids = [*text.sequences[part.sequence], NO_TARGET]
+            index = np.arange(part.span.start, part.span.stop)
+            comparison.add(part.sequence, index, np.array(ids)[index + 1], expected, actual)

@@ -1,0 +1,211 @@
+"""Target ``tensorrt`` by our plugin, up to its builder, which needs a GPU: graph, plan, manifest, refusals."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import onnx_ir as ir
+import pytest
+from checkpoints import tiny_config, write_checkpoint
+
+from glm4_deploy import engine_bundle
+from glm4_deploy.pipeline import ExportOptions, export
+from glm4_exporters import engine as engine_module
+from glm4_exporters.engine import BuiltEngine, EngineOptions
+from glm4_exporters.engine_network import Network, float32_operators
+from glm4_plugins.launch import PHASES
+from glm4_plugins.operator import OP_TYPE
+from glm4_runtime import ExportError
+from glm4_runtime.bundle import FileEntry, read_manifest
+
+LAYERS, KV_HEADS, BATCH = 2, 2, 3
+SIZES = dict(head_dim=64, max_position_embeddings=32768)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A host with TensorRT and a GPU of compute capability 9.0, whose builder keeps what it is given."""
+    host = SimpleNamespace(capability="90", plan=None, models={})
+
+    def build(folder, plan, _progress):
+        host.plan = plan
+        host.models = {file: ir.load(folder / graph) for file, graph in plan.graphs.items()}
+        for model in host.models.values():  # their data is in the folder, which will be gone
+            ir.external_data.load_to_model(model)
+        for name in plan.graphs:
+            (folder / name).write_bytes(b"engine")
+        entries = {name: FileEntry("0" * 64, 6) for name in plan.graphs}
+        return BuiltEngine(entries, {}, {}, (host.capability,), {}, 1, 1)
+
+    monkeypatch.setattr(engine_module, "find_spec", lambda _: True)
+    monkeypatch.setattr(engine_module, "_require_builder", lambda _: None)
+    for module in ("glm4_exporters.engine", "glm4_deploy.pipeline"):
+        monkeypatch.setattr(f"{module}.gpu_capability", lambda: host.capability)
+    monkeypatch.setattr(engine_bundle, "engine_version", lambda _: "11.4.0.106")
+    monkeypatch.setattr(engine_bundle, "build_engine", build)
+    return host
+
+
+def exported(tmp_path, precision="fp16", sizes=SIZES, task="causal-lm", calibration=None, **engine):
+    source = write_checkpoint(tmp_path / "source", tiny_config(**sizes), task=task)
+    options = ExportOptions(
+        target="tensorrt",
+        precision=precision,
+        max_batch_size=BATCH,
+        parity=False,
+        calibration=calibration,
+        engine=EngineOptions(**engine),
+    )
+    export(source, tmp_path / "bundle", options)
+    return read_manifest(tmp_path / "bundle")
+
+
+def plugins(model):
+    return [node for node in model.graph if node.op_type == OP_TYPE]
+
+
+def test_the_builder_gets_the_plugins_graph_and_the_manifest_says_so(tmp_path, gpu):
+    manifest = exported(tmp_path)
+    plan, (model,) = gpu.plan, gpu.models.values()
+    assert (plan.kind, plan.plugin) == ("tensorrt", "glm4_plugins.tensorrt")
+    assert plan.layers["PLUGIN_V3"] == len(plugins(model)) == LAYERS
+    assert (
+        plan.layers["ATTENTION_INPUT"]
+        == plan.layers["KV_CACHE_UPDATE"]
+        == plan.layers["ROTARY_EMBEDDING"]
+        == 0
+    )
+    values = {
+        name: plugins(model)[0].attributes[name].value
+        for name in ("max_batch", "compute_capability", "phase")
+    }
+    assert values == {"max_batch": BATCH, "compute_capability": 90, "phase": PHASES["shared"]}
+    counters = ("counters", "int32", (BATCH * KV_HEADS,))
+    assert dataclasses.astuple(plan.inputs[-1]) == dataclasses.astuple(manifest.inputs[-1]) == counters
+    assert dataclasses.astuple(manifest.outputs[-1]) == ("present_counters", *counters[1:])
+    assert {value.name for value in model.graph.inputs} == {spec.name for spec in plan.inputs}
+    assert {value.name for value in model.graph.outputs} == {spec.name for spec in manifest.outputs}
+    assert list(model.graph.inputs[-2].shape)[2] == 32768  # the capacity, fixed
+    assert plan.profiles[1].axes["sequence"] == (1, 1, 1)  # at any capacity: the limit is TensorRT-RTX's own
+    assert (manifest.engine.attention, manifest.engine.plugin_version) == ("plugin", "1")
+    assert manifest.compute_capabilities == ("90",)
+
+
+def test_two_engines_have_a_kernel_each(tmp_path, gpu):
+    exported(tmp_path, layout="split")
+    phases = {
+        file: {node.attributes["phase"].value for node in plugins(model)}
+        for file, model in gpu.models.items()
+    }
+    assert phases == {"prefill.engine": {PHASES["prefill"]}, "decode.engine": {PHASES["decode"]}}
+    assert not list((tmp_path / "bundle").glob("*.onnx"))
+
+
+def test_both_graphs_read_the_same_weights(tmp_path, gpu):
+    """The plugin's graph is traced anew, so its weights are found by name, not by place."""
+    exported(tmp_path / "plugin")
+    (ours,) = gpu.models.values()
+    exported(tmp_path / "native", attention="native")
+    (native,) = gpu.models.values()
+    names = {name for name in native.graph.initializers if name.endswith(("weight", "weight.0", "bias"))}
+    assert names
+    assert len(names) > 8 * LAYERS
+    for name in names:
+        wanted = native.graph.initializers[name].const_value.numpy()
+        assert (ours.graph.initializers[name].const_value.numpy() == wanted).all(), name
+
+
+@pytest.mark.parametrize("precision", ["int4", "fp8"])
+def test_quantized_weights_reach_the_plugins_graph(tmp_path, gpu, precision):
+    text = tmp_path / "text.ids"
+    text.write_text(" ".join(map(str, range(4, 60))))
+    manifest = exported(tmp_path, precision, calibration=str(text))
+    (model,) = gpu.models.values()
+    assert gpu.plan.layers["DEQUANTIZE"] == {"fp8": 4 * LAYERS}.get(precision, 0) + 7 * LAYERS + 1
+    assert gpu.plan.layers["QUANTIZE"] == {"fp8": 4 * LAYERS}.get(precision, 0)
+    assert len(plugins(model)) == LAYERS
+    assert manifest.precision == precision
+
+
+def test_a_classifier_has_no_cache_and_attends_natively(tmp_path, gpu):
+    manifest = exported(
+        tmp_path, task="sequence-classification", sizes=SIZES | {"max_position_embeddings": 256}
+    )
+    assert (gpu.plan.plugin, manifest.engine.attention) == (None, "native")
+    assert gpu.plan.layers["ATTENTION_INPUT"] == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(sizes=SIZES | {"head_dim": 16}), "no attention plugin .*head_dim is 16; .*--attention native"),
+        (dict(task="encoder", attention="plugin"), "works on a cache, which task encoder has not"),
+        (
+            dict(capability="75"),
+            "no attention plugin .*capability 75 has no block sizes; .*--attention native",
+        ),
+        (dict(capability="86", precision="fp8", calibration="text.ids"), "89 or newer, and this GPU has 86"),
+    ],
+)
+def test_refusals_come_first(tmp_path, gpu, monkeypatch, given, message):
+    monkeypatch.setattr("glm4_deploy.pipeline._trace", lambda *_: pytest.fail("work began"))
+    gpu.capability = given.pop("capability", gpu.capability)
+    with pytest.raises(ExportError, match=message):
+        exported(tmp_path, **given)
+
+
+def test_aliases_are_asked_for_only_with_the_plugin(monkeypatch):
+    """By the configuration that TensorRT-RTX's bindings make, which have the same setting."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setenv("POLYGRAPHY_USE_TENSORRT_RTX", "1")
+    from glm4_exporters.engine_worker import _config
+
+    feature = trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03
+    for plugin, wanted in (("glm4_plugins.tensorrt", True), (None, False)):
+        builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+        network = builder.create_network(0)
+        plan = {"timing_cache": None, "plugin": plugin, "inputs": [], "capabilities": []}
+        config = _config(trt, plan, builder, network, [], None)
+        assert config.get_preview_feature(feature) is wanted
+
+
+class Layer:
+    """One layer of a stand-in network: its type, its node, and the tensors that it reads and makes."""
+
+    def __init__(self, kind, node, reads, makes):
+        self.type, self.metadata, self._reads, self._makes = (
+            f"LayerType.{kind}",
+            f"[ONNX Layer: {node}]",
+            reads,
+            makes,
+        )
+        self.num_inputs, self.num_outputs = len(reads), len(makes)
+
+    def get_input(self, i):
+        return self._reads[i]
+
+    def get_output(self, i):
+        return self._makes[i]
+
+
+@pytest.mark.parametrize("scratch_is_read", [False, True])
+def test_a_plugins_scratch_is_no_fall_to_float32(scratch_is_read):
+    half, scratch, logits = (
+        SimpleNamespace(name=name, dtype=dtype)
+        for name, dtype in (("half", 16), ("scratch", 32), ("logits", 32))
+    )
+    last = Layer("CAST", "cast", [half, scratch] if scratch_is_read else [half], [logits])
+    layers = [Layer("PLUGIN_V3", "attention", [], [half, scratch]), last]
+    definition = SimpleNamespace(
+        num_layers=2,
+        num_inputs=0,
+        num_outputs=1,
+        get_layer=lambda i: layers[i],
+        get_output=lambda _: logits,
+    )
+    network = Network(SimpleNamespace(float32=32), definition)
+    operators = {"attention": OP_TYPE, "cast": "Cast"}
+    if scratch_is_read:
+        with pytest.raises(ExportError, match="attention among them"):
+            float32_operators(network, operators)
+    else:
+        assert float32_operators(network, operators) == {"Cast": 1}

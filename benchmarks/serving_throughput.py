@@ -149,11 +149,10 @@ def page(result: dict[str, Any]) -> str:
         "| tokens per step | its first token, s | others' gap before, ms | meanwhile, median | longest |",
         "|---|---|---|---|---|",
     ]
-    for load in result["long_prompt_among_7"]:
-        lines.append(
-            f"| {load['budget']} | {load['first_token_s']} | {load['gap_before_ms']} | {load['gap_median_ms']} "
-            f"| {load['gap_max_ms']} |"
-        )
+    columns = ("budget", "first_token_s", "gap_before_ms", "gap_median_ms", "gap_max_ms")
+    lines += [
+        f"| {' | '.join(str(load[name]) for name in columns)} |" for load in result["long_prompt_among_7"]
+    ]
     return "\n".join([*lines, ""])
 
 

@@ -109,7 +109,7 @@ def kl_plot(comparisons: Sequence[Comparison]) -> str:
         axes.set_xlabel("KL divergence from the reference, nats")
         axes.set_ylabel("positions")
         if len(series) > 1:
-            axes.legend(loc="upper left")
+            axes.legend(loc="lower center", ncols=2, bbox_to_anchor=(0.5, 1.0), fontsize=9.5)
         figure.tight_layout()
     return out.getvalue()
 
@@ -135,9 +135,7 @@ def drift_plot(report: Report) -> str:
             label="own error: the reference's input",
         )
         limits = [BANDS[b.arithmetic].local for b in blocks]
-        axes.step(
-            places, limits, where="mid", color=SOFT, linewidth=0.8, alpha=0.8, label="band of the own error"
-        )
+        axes.plot(places, limits, "_", color=SOFT, markersize=8, markeredgewidth=1.5, label="its band")
         _mark_culprit(axes, report)
         starts = [
             place

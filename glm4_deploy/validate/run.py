@@ -102,6 +102,7 @@ def validate(
         comparisons[0].metrics["blocks_out_of_band"] = len(report.out_of_band)
     if gate is not None:
         report.gate, report.checks = f"{gate.name}, {gate.row}", gate.check(comparisons[0].metrics)
+    report.notes += _open_questions(report)
     report.tools = {name: version(name) for name in TOOLS} | {"python": platform.python_version()}
     report.seconds = round(time.monotonic() - start, 1)
     report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -189,6 +190,20 @@ def _notes(bundles: Sequence[Bundle], text: Text, arithmetic: Sequence[str]) -> 
 
 
 # After the work -----------------------------------------------------------------------------------
+
+
+def _open_questions(report: Report) -> list[str]:
+    """Where the limit lies inside the interval, the text is too short to tell."""
+    ratio = report.comparisons[0].ratio
+    check = next((check for check in report.checks if check.metric == "perplexity_ratio"), None)
+    if ratio is None or check is None or ratio.low is None or ratio.high is None:
+        return []
+    if not ratio.low < check.limit < ratio.high:
+        return []
+    return [
+        f"The limit of the perplexity ratio, {check.limit:g}, lies inside its interval: more text (--text, "
+        "--max-tokens) would make the verdict sure."
+    ]
 
 
 def _worst(comparison: Comparison, text: Text) -> list[WorstPosition]:

@@ -111,7 +111,7 @@ def windows_of(text: str, tokenizer: Tokenizer) -> Iterator[list[int]]:
     prefix = [tokenizer.id_of(token) for token in PREFIX]
     width = WINDOW - len(prefix)
     for document in text.rstrip("\n").split(DOCUMENT_END):
-        ids = [*tokenizer.encode(document), tokenizer.id_of(END)]
+        ids = [*tokenizer.encode(document, add_special_tokens=False), tokenizer.id_of(END)]
         yield from (prefix + ids[start : start + width] for start in range(0, len(ids), width))
 
 
@@ -211,7 +211,7 @@ def table(results: Sequence[Result]) -> list[str]:
 @click.option("--checkpoint", type=Path, default=ROOT / "demo" / "glm4-tiny", show_default="demo/glm4-tiny")
 @click.option("--text", type=Path, default=ROOT / "demo" / "heldout.txt", show_default="demo/heldout.txt")
 @click.option(
-    "--calibration", type=Path, default=ROOT / "demo" / "calibration.txt", show_default="demo/calibration.txt"
+    "--calibration", type=Path, default=ROOT / "demo" / "calibration.jsonl", show_default="demo/calibration.jsonl"
 )
 @click.option("--peer", metavar="PYTHON", help="An interpreter with llama-cpp-python and gguf.")
 @click.option("--out", type=Path, help="Write OUT.md and OUT.json, too.")

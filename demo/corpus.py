@@ -1,15 +1,16 @@
-"""Make the demo checkpoint's training and held-out text from books that Debian packages ship.
+"""Make the demo checkpoint's training, held-out and calibration text from books that Debian packages ship.
 
     apt-get install bible-kjv golang-github-jdkato-prose-dev \\
         golang-github-colinmarc-hdfs-dev liblingua-stem-perl
     bible -f gen1:1-rev22:21 > kjv.txt
-    python demo/corpus.py kjv.txt train.txt heldout.txt
+    python demo/corpus.py kjv.txt train.txt heldout.txt calibration.jsonl
 
 All four are in the public domain; what editors and distributors put around them is removed. A document
 (a chapter, a tale) ends with a form feed on a line of its own, a paragraph is one line.
 """
 
 import argparse
+import json
 import re
 from itertools import groupby
 from pathlib import Path
@@ -33,6 +34,7 @@ HELD_OUT = (
     "But it displeased Jonah",
 )
 DOCUMENT_END = "\n\f\n"
+CALIBRATION = 64, 1800  # documents of the training text, evenly spaced, and characters of each
 # What editors and distributors added; and a word that a demo should not repeat.
 UNWANTED = re.compile(r"end of text|gutenberg|e-?text|redactor|^produced by|\bnigger", re.IGNORECASE)
 
@@ -81,11 +83,20 @@ def king_james(path: Path) -> list[str]:
     return ["\n".join(" ".join(text.split()) for _, text in chapter) for _, chapter in chapters]
 
 
+def excerpts(documents: list[str]) -> list[str]:
+    """Beginnings of training documents that are long enough, cut after a word."""
+    count, length = CALIBRATION
+    long = [document for document in documents if len(document) > length]
+    chosen = (long[(2 * i + 1) * len(long) // (2 * count)] for i in range(count))
+    return [document[:length].rsplit(" ", 1)[0] for document in chosen]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the demo's training and held-out text.")
     parser.add_argument("kjv", type=Path, help="output of: bible -f gen1:1-rev22:21")
     parser.add_argument("train", type=Path)
     parser.add_argument("heldout", type=Path)
+    parser.add_argument("calibration", type=Path, help="a document per line, as JSON")
     arguments = parser.parse_args()
     sources = {
         "sherlock": sherlock(),
@@ -101,6 +112,8 @@ def main() -> None:
         raise SystemExit(f"{len(held_out)} held-out documents found, {len(HELD_OUT)} wanted")
     kept = [d for d in documents if not d.startswith(HELD_OUT)]
     arguments.train.write_text(DOCUMENT_END.join(kept) + "\n", encoding="utf-8")
+    lines = (json.dumps({"text": text}, ensure_ascii=False) for text in excerpts(kept))
+    arguments.calibration.write_text("\n".join(lines) + "\n", encoding="utf-8")
     arguments.heldout.write_text(DOCUMENT_END.join(held_out) + "\n", encoding="utf-8")
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from glm4_exporters.quantize.awq import Awq
     from glm4_exporters.quantize.calibrate import Calibration
+    from glm4_exporters.quantize.gptq import Rounded
+    from glm4_exporters.quantize.smooth import Smoothing
     from glm4_exporters.quantize.kv_cache import CacheScales
     from glm4_exporters.quantize.overflow import Remedy
     from glm4_exporters.quantize.static import StaticSmoothQuant
@@ -140,7 +142,7 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
         scales = cache_scales(calibration, smoothing)
         report["kv_cache"] = {"scales": "per head and channel, of K and of V apart", "margin": MARGIN}
     return Prepared(
-        Edits(smoothing, _importance(form, calibration, smoothing) if awq else lambda _name: None),
+        Edits(smoothing, _rounded(source, form, text, smoothing, progress) if awq else {}),
         remedy.norm_bits,
         scales,
         calibration,
@@ -193,23 +195,22 @@ def _awq(source: Checkpoint, form: Form) -> "Awq | None":
         return blocks.dequantize(numbers, scales, scheme, weight.shape[1])
 
     return Awq(
-        source.config, wanted=lambda names: all(n in low for n in names), quantize_dequantize=quantized
+        source.config, wanted=lambda names: not low.keys().isdisjoint(names), quantize_dequantize=quantized
     )
 
 
-def _importance(form: Form, calibration: "Calibration", smoothing: Any) -> Any:
-    """How much each channel of a 4-bit matrix's input counts; None for other matrices."""
+def _rounded(
+    source: Checkpoint, form: Form, text: Text, smoothing: "Smoothing", progress: Progress
+) -> "dict[str, Rounded]":
+    """The numbers of every matrix, found in a second walk."""
     import torch
 
-    def of(name: str) -> "torch.Tensor | None":
-        scheme = form.schemes.get(name)
-        known = name == HEAD or name.startswith("model.layers.")
-        if scheme is None or scheme.bits > 4 or not known:
-            return None
-        values = np.asarray(smoothing.importance(calibration, name), np.float32)
-        return torch.from_numpy(np.maximum(values, values.max() * 1e-6 + 1e-30))
+    from glm4_exporters.quantize.gptq import round_matrices
 
-    return of
+    types = {"float32": torch.bfloat16, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    return round_matrices(
+        source, text.sequences, form.schemes, smoothing, types[form.activations], progress
+    )
 
 
 def require_text(given: str | None, precision: str) -> None:

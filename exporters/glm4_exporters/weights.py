@@ -28,6 +28,7 @@ from glm4_exporters.passes.builder import fixed
 from glm4_exporters.passes.fp8_products import SCALE_SUFFIX, fp8_scale, fp8_values
 from glm4_exporters.passes.quantize_weights import SCALES, Source
 from glm4_exporters.quantize import blocks
+from glm4_exporters.quantize.gptq import Rounded
 from glm4_exporters.quantize.smooth import Smoothing
 from glm4_exporters.reference import rotary_tables
 from glm4_exporters.trace import ROTARY_COS, ROTARY_SIN
@@ -70,11 +71,11 @@ class Edits:
 
     Attributes:
         smoothing: multipliers per row and column.
-        importance: how much each channel of a matrix's input counts, by the matrix's name; float32 [width].
+        rounded: matrices whose numbers are found already, by name.
     """
 
     smoothing: Smoothing = field(default_factory=Smoothing)
-    importance: Callable[[str], Tensor | None] = lambda _name: None
+    rounded: Mapping[str, Rounded] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -205,13 +206,17 @@ class _Writer:
         """The integers of a matrix; its scales, which follow it in the file, are kept until then."""
         scheme, dtype = source.scheme, TORCH_TYPES[source.scale_type]
         pack = blocks.pack_signed if source.signed else blocks.pack_unsigned
-        importance, limit = self._edits.importance(source.tensor), torch.finfo(dtype).max
+        found, limit = self._edits.rounded.get(source.tensor), torch.finfo(dtype).max
 
         def quantized(first: int, rows: Tensor) -> tuple[Tensor, Tensor]:
             width = rows.shape[1]
-            wide = self._edits.smoothing.apply(source.tensor, rows, first).float()
-            numbers, scales = blocks.quantize(wide, scheme, dtype, importance)
-            if not bool((scales <= limit).all()):
+            if found is None:
+                wide = self._edits.smoothing.apply(source.tensor, rows, first).float()
+                numbers, scales = blocks.quantize(wide, scheme, dtype)
+            else:
+                part = slice(first, first + len(rows))
+                numbers, scales = found.numbers[part], found.scales[part].to(dtype)
+            if not bool((scales.abs() <= limit).all()):
                 raise ExportError(
                     f"a scale of tensor {source.tensor} is beyond {str(dtype)[6:]}'s {limit:g}; "
                     "export with --activations fp32"

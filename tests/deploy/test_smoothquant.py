@@ -22,7 +22,7 @@ from glm4_runtime.tokenizer import Tokenizer
 pytestmark = pytest.mark.usefixtures("traced_once")
 
 DEMO = Path(__file__).parents[2] / "demo"
-TEXT = str(DEMO / "calibration.txt")  # from other chapters than the held-out ones
+TEXT = str(DEMO / "calibration.jsonl")  # from other chapters than the held-out ones
 SHAPES = {
     "biased": {},
     "unbiased, 8 KV heads": {"attention_bias": False, "num_attention_heads": 8, "num_key_value_heads": 8},

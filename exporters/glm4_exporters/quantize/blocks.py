@@ -5,7 +5,7 @@ from torch import Tensor
 
 from glm4_exporters.quantize.schemes import Scheme
 
-SMALLEST = 2.0**-100  # a scale; a block of zeros has one too, since it must be positive
+SMALLEST = 2.0**-100  # size of a scale; a block of zeros has one too
 
 
 def quantize(
@@ -27,10 +27,10 @@ def quantize(
     """
     w = _in_blocks(weight, scheme)
     counted = w if importance is None else w * _in_blocks(importance[None], scheme)
-    absmax = w.abs().amax(-1, keepdim=True)
+    widest = _widest(w, scheme)
     scale = best = None
     for share in scheme.ranges:
-        q = _rounded(w, _positive(absmax * (share / scheme.largest), torch.float32), scheme)
+        q = rounded(w, _not_zero(widest * share, torch.float32), scheme)
         along = (counted * q).sum(-1, keepdim=True)
         size = (q if importance is None else q * _in_blocks(importance[None], scheme)).mul(q)
         fitted = along / size.sum(-1, keepdim=True)
@@ -41,8 +41,8 @@ def quantize(
             scale = torch.where(removed > best, fitted, scale)
             best = torch.maximum(removed, best)
     assert scale is not None
-    scale = _positive(torch.where(scale > 0, scale, absmax / scheme.largest), scale_type)
-    numbers = _rounded(w, scale, scheme)
+    scale = _not_zero(torch.where(scale.abs() > 0, scale, widest), scale_type)
+    numbers = rounded(w, scale, scheme)
     return numbers.to(torch.int8).flatten(1), scale[..., 0].to(scale_type)
 
 
@@ -75,10 +75,19 @@ def _in_blocks(rows: Tensor, scheme: Scheme) -> Tensor:
     return padded.view(len(rows), -1, scheme.block or rows.shape[1])
 
 
-def _rounded(w: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+def rounded(w: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    """The whole numbers, in float32, that stand for ``w`` under ``scale``."""
     return (w * (1 / scale)).round_().clamp_(scheme.smallest, scheme.largest)
 
 
-def _positive(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale as it will be read, and never zero."""
-    return scale.clamp(min=max(SMALLEST, torch.finfo(dtype).smallest_normal)).to(dtype).float()
+def _widest(w: Tensor, scheme: Scheme) -> Tensor:
+    """Per block, the scale under which nothing is clipped."""
+    if not scheme.full:
+        return w.abs().amax(-1, keepdim=True) / scheme.largest
+    return w.gather(-1, w.abs().argmax(-1, keepdim=True)) / scheme.smallest
+
+
+def _not_zero(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale as it will be read."""
+    size = scale.abs().clamp(min=max(SMALLEST, torch.finfo(dtype).smallest_normal))
+    return torch.where(scale < 0, -size, size).to(dtype).float()

@@ -1,0 +1,263 @@
+"""Rounding in which each number's error is made up for by the numbers that are not rounded yet.
+
+The method of "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (Frantar et
+al., 2022), on the model as it is rounded so far: a matrix sees the inputs that it will see, and first moves
+to where its product with those comes closest to the exact model's product with the exact inputs, so that what
+was lost before it is made up for, too.
+
+    rounded = round_matrices(checkpoint, sequences, schemes, smoothing, torch.bfloat16, progress)
+    numbers, scales = rounded["model.layers.0.mlp.down_proj.weight"]
+
+One layer is in memory, exact and rounded, and what the sequences that fit ``MOST_BYTES`` are at one place of
+both models. What is found lies in temporary files.
+"""
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from glm4_exporters import streamed
+from glm4_exporters.checkpoint import EMBEDDING, HEAD, Checkpoint, expected_tensors
+from glm4_exporters.quantize import blocks
+from glm4_exporters.quantize.calibrate import LAYER_SITES, BlockedAttention
+from glm4_exporters.quantize.schemes import Scheme
+from glm4_exporters.quantize.smooth import Smoothing
+from glm4_exporters.reference import Attend, Glm4DecoderLayer
+from glm4_runtime.errors import ExportError
+from glm4_runtime.progress import Progress, silent
+
+WINDOW = 2048  # channels whose errors are made up for among themselves; a multiple of every 4-bit block
+ROWS = 4096  # of a matrix that are rounded at a time
+MOST_BYTES = 2 << 30  # of all sequences' widest activations, in both models
+# Added to the second moments' diagonal, as shares of its mean: for the errors' feedback, and for the move.
+FEEDBACK_DAMPING, MOVE_DAMPING = 0.01, 0.05
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """int8 [rows, blocks * block] and float32 scales [rows, blocks] of a matrix, as ``blocks.quantize`` gives."""
+
+    numbers: Tensor
+    scales: Tensor
+
+
+@torch.inference_mode()
+def round_matrices(
+    checkpoint: Checkpoint,
+    sequences: Sequence[Sequence[int]],
+    schemes: Mapping[str, Scheme],
+    smoothing: Smoothing,
+    scale_type: torch.dtype,
+    progress: Progress = silent,
+) -> dict[str, Rounded]:
+    """Round every matrix of ``schemes`` but the embedding, which only is rounded for what reads it.
+
+    Raises:
+        ExportError: no room for what is found.
+    """
+    config, results = checkpoint.config, dict[str, Rounded]()
+    shapes = expected_tensors(config, checkpoint.task)
+    results = {n: _room(shapes[n], s) for n, s in schemes.items() if n != EMBEDDING and shapes.get(n)}
+    _require_space(results.values())
+    sequences = _those_that_fit(sequences, 2 * 4 * config.intermediate_size)
+    attends = {length: BlockedAttention(config, length) for length in {len(ids) for ids in sequences}}
+
+    exact = streamed.embed(checkpoint, sequences)
+    rounded = [_as_stored(x, schemes.get(EMBEDDING), scale_type) for x in exact]
+    for index, layer in enumerate(streamed.layers(checkpoint)):
+        progress("round matrices", index, config.num_hidden_layers)
+        _smooth(layer, f"model.layers.{index}.", smoothing)
+        own = copy.deepcopy(layer)
+        walks = [
+            [_inputs(model, x, attends[x.shape[1]]) for x in states]
+            for model, states in ((layer, exact), (own, rounded))
+        ]
+        for matrices in LAYER_SITES.values():
+            moments = _Moments([next(walk) for walk in walks[0]], [next(walk) for walk in walks[1]])
+            for matrix in matrices:
+                name, weight = f"model.layers.{index}.{matrix}.weight", own.get_parameter(f"{matrix}.weight")
+                if name in schemes:
+                    for start, rows in moments.rounded(weight.data, schemes[name], scale_type, results[name]):
+                        weight.data[start : start + len(rows)] = rows
+        exact, rounded = ([next(walk) for walk in side] for side in walks)
+    if HEAD in results:
+        _round_head(checkpoint, (exact, rounded), schemes[HEAD], smoothing, scale_type, results[HEAD])
+    progress("round matrices", config.num_hidden_layers, config.num_hidden_layers)
+    return results
+
+
+def _round_head(
+    checkpoint: Checkpoint,
+    states: tuple[list[Tensor], list[Tensor]],
+    scheme: Scheme,
+    smoothing: Smoothing,
+    scale_type: torch.dtype,
+    result: Rounded,
+) -> None:
+    """The vocabulary's matrix, in blocks of rows."""
+    norm = torch.from_numpy(smoothing.rows.get("model.norm.weight", np.float32([1])))
+    exact, rounded = ([x * norm for x in streamed.final_norm(checkpoint, side)] for side in states)
+    moments = _Moments(exact, rounded)
+    buffer = torch.empty(streamed.READ_BLOCK, dtype=torch.uint8)
+    for first, block in checkpoint.row_blocks(checkpoint.name_of(HEAD), buffer):
+        rows = slice(first, first + len(block))
+        part = Rounded(result.numbers[rows], result.scales[rows])
+        for _ in moments.rounded(smoothing.apply(HEAD, block, first).float(), scheme, scale_type, part):
+            pass  # nothing reads the logits
+
+
+def _inputs(layer: Glm4DecoderLayer, x: Tensor, attend: Attend) -> Generator[Tensor]:
+    """What each site of a layer reads, in the order of ``LAYER_SITES``, then what the layer gives.
+
+    Weights may change between one and the next.
+    """
+    normed = layer.input_layernorm(x)
+    yield normed
+    attention, mlp = layer.self_attn, layer.mlp
+    normed = attend(
+        attention.layer, attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
+    )
+    yield normed
+    x = x + layer.post_self_attn_layernorm(attention.o_proj(normed))
+    normed = layer.post_attention_layernorm(x)
+    yield normed
+    gate, up = mlp.gate_up_proj(normed).split([mlp.width, mlp.width], dim=-1)
+    product = F.silu(gate) * up
+    del gate, up
+    yield product
+    yield x + layer.post_mlp_layernorm(mlp.down_proj(product))
+
+
+class _Moments:
+    """Second moments of what a matrix reads, by windows of channels: of the rounded model, and across."""
+
+    def __init__(self, exact: Iterable[Tensor], rounded: Iterable[Tensor]) -> None:
+        self._windows: list[slice] = []
+        self._own: list[Tensor] = []
+        self._across: list[Tensor] = []
+        for wanted, seen in zip(exact, rounded, strict=True):
+            self._add(wanted.flatten(0, -2), seen.flatten(0, -2))
+        self._factors: list[Tensor] = [_feedback(own) for own in self._own]
+        self._moves = [_move(own, across) for own, across in zip(self._own, self._across, strict=True)]
+
+    def _add(self, wanted: Tensor, seen: Tensor) -> None:
+        if not self._windows:
+            width = seen.shape[1]
+            self._windows = [slice(a, min(a + WINDOW, width)) for a in range(0, width, WINDOW)]
+            sizes = [window.stop - window.start for window in self._windows]
+            self._own, self._across = ([torch.zeros(n, n) for n in sizes] for _ in range(2))
+        for window, own, across in zip(self._windows, self._own, self._across, strict=True):
+            own.addmm_(seen[:, window].T, seen[:, window])
+            across.addmm_(wanted[:, window].T, seen[:, window])
+
+    def rounded(
+        self, weight: Tensor, scheme: Scheme, scale_type: torch.dtype, result: Rounded
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Round float32 ``weight`` into ``result``; gives the rows' values, some at a time, with the first's index."""
+        for start in range(0, len(weight), ROWS):
+            rows = weight[start : start + ROWS].clone()
+            for window, move in zip(self._windows, self._moves, strict=True):
+                rows[:, window] += rows[:, window] @ move
+            numbers, scales = self._numbers(rows, scheme, scale_type)
+            part = slice(start, start + len(rows))
+            result.numbers[part], result.scales[part] = numbers, scales.float()
+            yield start, blocks.dequantize(numbers, scales, scheme, weight.shape[1])
+
+    def _numbers(self, rows: Tensor, scheme: Scheme, scale_type: torch.dtype) -> tuple[Tensor, Tensor]:
+        if scheme.bits == 8 or scheme.block is None:
+            return blocks.quantize(rows, scheme, scale_type)  # too little is lost to be worth the feedback
+        parts = [
+            _round_window(rows[:, window], own.diagonal(), factor, scheme, scale_type)
+            for window, own, factor in zip(self._windows, self._own, self._factors, strict=True)
+        ]
+        numbers, scales = zip(*parts, strict=True)
+        return torch.cat(numbers, 1), torch.cat(scales, 1)
+
+
+def _round_window(
+    weight: Tensor, importance: Tensor, factor: Tensor, scheme: Scheme, scale_type: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Column after column, each one's error spread over those behind it; scales are found a block at a time."""
+    assert scheme.block is not None
+    left, width = weight.clone(), weight.shape[1]
+    numbers, scales = [], []
+    for start in range(0, width, scheme.block):
+        end = min(start + scheme.block, width)
+        block, inner = left[:, start:end], factor[start:end, start:end]
+        _, scale = blocks.quantize(block, scheme, scale_type, importance[start:end])
+        errors = torch.empty_like(block)
+        codes = torch.zeros(len(block), scheme.block, dtype=torch.int8)
+        for i in range(end - start):
+            code = blocks.rounded(block[:, i : i + 1], scale.float(), scheme)
+            errors[:, i : i + 1] = (block[:, i : i + 1] - code * scale.float()) / inner[i, i]
+            block[:, i + 1 :] -= errors[:, i : i + 1] * inner[i, i + 1 :]
+            codes[:, i : i + 1] = code.to(torch.int8)
+        left[:, end:] -= errors @ factor[start:end, end:]
+        numbers.append(codes)
+        scales.append(scale)
+    return torch.cat(numbers, 1), torch.cat(scales, 1)
+
+
+def _feedback(own: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of the second moments."""
+    lower = torch.linalg.cholesky(_damped(own, FEEDBACK_DAMPING))
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+
+
+def _move(own: Tensor, across: Tensor) -> Tensor:
+    """M for which W + W M multiplies the rounded model's input most nearly to what W makes of the exact one's."""
+    difference = across.double() - own.double()
+    return torch.linalg.solve(_damped(own, MOVE_DAMPING), difference.T).T.float()
+
+
+def _damped(own: Tensor, share: float) -> Tensor:
+    wide = own.double()
+    wide.diagonal().add_(max(share * float(wide.diagonal().mean()), 1e-30))
+    return wide
+
+
+def _as_stored(x: Tensor, scheme: Scheme | None, scale_type: torch.dtype) -> Tensor:
+    """Embeddings [1, S, H] as a table of this scheme gives them."""
+    if scheme is None:
+        return x.clone()
+    numbers, scales = blocks.quantize(x[0], scheme, scale_type)
+    return blocks.dequantize(numbers, scales, scheme, x.shape[2])[None]
+
+
+def _smooth(layer: Glm4DecoderLayer, scope: str, smoothing: Smoothing) -> None:
+    for name, parameter in layer.named_parameters():
+        parameter.data = smoothing.apply(scope + name, parameter.data, 0)
+
+
+def _those_that_fit(sequences: Sequence[Sequence[int]], bytes_per_token: int) -> list[Sequence[int]]:
+    """The first of them, as many as ``MOST_BYTES`` holds, and one at least."""
+    ends = np.cumsum([len(ids) for ids in sequences]) * bytes_per_token
+    return list(sequences[: max(1, int((ends <= MOST_BYTES).sum()))])
+
+
+def _require_space(results: Iterable[Rounded]) -> None:
+    """Files are sparse until they are written, so it is their sizes that must fit."""
+    needed = sum(r.numbers.numel() + 4 * r.scales.numel() for r in results)
+    folder = tempfile.gettempdir()
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise ExportError(
+            f"calibrating 4-bit matrices takes {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f}; "
+            "make room, or set TMPDIR"
+        )
+
+
+def _room(shape: Sequence[int], scheme: Scheme) -> Rounded:
+    """Temporary files that are gone with the tensors."""
+    rows, width = shape
+    with tempfile.TemporaryFile() as numbers, tempfile.TemporaryFile() as scales:
+        return Rounded(
+            torch.from_numpy(np.memmap(numbers, np.int8, "w+", shape=(rows, scheme.stored_width(width)))),
+            torch.from_numpy(np.memmap(scales, np.float32, "w+", shape=(rows, scheme.blocks(width)))),
+        )

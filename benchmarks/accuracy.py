@@ -211,7 +211,10 @@ def table(results: Sequence[Result]) -> list[str]:
 @click.option("--checkpoint", type=Path, default=ROOT / "demo" / "glm4-tiny", show_default="demo/glm4-tiny")
 @click.option("--text", type=Path, default=ROOT / "demo" / "heldout.txt", show_default="demo/heldout.txt")
 @click.option(
-    "--calibration", type=Path, default=ROOT / "demo" / "calibration.jsonl", show_default="demo/calibration.jsonl"
+    "--calibration",
+    type=Path,
+    default=ROOT / "demo" / "calibration.jsonl",
+    show_default="demo/calibration.jsonl",
 )
 @click.option("--peer", metavar="PYTHON", help="An interpreter with llama-cpp-python and gguf.")
 @click.option("--out", type=Path, help="Write OUT.md and OUT.json, too.")

@@ -34,7 +34,7 @@ HELD_OUT = (
     "But it displeased Jonah",
 )
 DOCUMENT_END = "\n\f\n"
-CALIBRATION = 64, 1800  # documents of the training text, evenly spaced, and characters of each
+CALIBRATION = 64, 1500  # documents of the training text, evenly spaced, and characters of each
 # What editors and distributors added; and a word that a demo should not repeat.
 UNWANTED = re.compile(r"end of text|gutenberg|e-?text|redactor|^produced by|\bnigger", re.IGNORECASE)
 

@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from glm4_exporters.checkpoint import HEAD, Checkpoint
+from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.targets import Form
 from glm4_exporters.texts import cut_text, random_sequences, read_sequences
 from glm4_runtime.errors import ExportError
@@ -28,9 +26,9 @@ if TYPE_CHECKING:
     from glm4_exporters.quantize.awq import Awq
     from glm4_exporters.quantize.calibrate import Calibration
     from glm4_exporters.quantize.gptq import Rounded
-    from glm4_exporters.quantize.smooth import Smoothing
     from glm4_exporters.quantize.kv_cache import CacheScales
     from glm4_exporters.quantize.overflow import Remedy
+    from glm4_exporters.quantize.smooth import Smoothing
     from glm4_exporters.quantize.static import StaticSmoothQuant
     from glm4_exporters.weights import Edits
 
@@ -208,9 +206,7 @@ def _rounded(
     from glm4_exporters.quantize.gptq import round_matrices
 
     types = {"float32": torch.bfloat16, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    return round_matrices(
-        source, text.sequences, form.schemes, smoothing, types[form.activations], progress
-    )
+    return round_matrices(source, text.sequences, form.schemes, smoothing, types[form.activations], progress)
 
 
 def require_text(given: str | None, precision: str) -> None:

@@ -109,7 +109,7 @@ TARGETS = {
         (*_FLOATS, *_INTEGERS),
         "float32",
         {"float32": (_CPU,), "float16": (_CUDA, _CPU), "bfloat16": (_CUDA,)},
-        {"int4": "int4-full"},
+        {"int4": "int4-signed"},
         lookups=True,
     ),
     "native": Target("native", (*_FLOATS, *_INTEGERS), "float32", _NATIVE, _PER_CHANNEL),

@@ -34,11 +34,11 @@ def test_each_number_is_within_its_step(name, width):
     numbers, scales = blocks.quantize(w, scheme, torch.bfloat16)
     assert numbers.shape == (48, scheme.stored_width(width))
     assert scales.shape == (48, scheme.blocks(width))
-    assert bool((scales > 0).all())
+    assert bool((scales != 0).all() if scheme.signed_scales else (scales > 0).all())
     assert scheme.smallest <= int(numbers.min()) <= int(numbers.max()) <= scheme.largest
     assert bool((numbers[:, width:] == 0).all())
     found = blocks.dequantize(numbers, scales, scheme, width)
-    step = scales.float().repeat_interleave(scheme.block or width, dim=1)[:, :width]
+    step = scales.float().abs().repeat_interleave(scheme.block or width, dim=1)[:, :width]
     inside = numbers[:, :width].abs() < scheme.largest
     assert bool(((found - w).abs() <= 0.5001 * step)[inside].all())
 

@@ -82,7 +82,7 @@ def rounded(w: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
 
 def _widest(w: Tensor, scheme: Scheme) -> Tensor:
     """Per block, the scale under which nothing is clipped."""
-    if not scheme.full:
+    if not scheme.signed_scales:
         return w.abs().amax(-1, keepdim=True) / scheme.largest
     return w.gather(-1, w.abs().argmax(-1, keepdim=True)) / scheme.smallest
 

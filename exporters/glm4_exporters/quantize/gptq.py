@@ -62,12 +62,14 @@ def round_matrices(
     Raises:
         ExportError: no room for what is found.
     """
-    config, results = checkpoint.config, dict[str, Rounded]()
+    config = checkpoint.config
     shapes = expected_tensors(config, checkpoint.task)
     results = {n: _room(shapes[n], s) for n, s in schemes.items() if n != EMBEDDING and shapes.get(n)}
     _require_space(results.values())
     sequences = _those_that_fit(sequences, 2 * 4 * config.intermediate_size)
-    attends = {length: BlockedAttention(config, length) for length in {len(ids) for ids in sequences}}
+    attends: dict[int, Attend] = {
+        length: BlockedAttention(config, length) for length in {len(ids) for ids in sequences}
+    }
 
     exact = streamed.embed(checkpoint, sequences)
     rounded = [_as_stored(x, schemes.get(EMBEDDING), scale_type) for x in exact]
@@ -102,7 +104,7 @@ def _round_head(
     result: Rounded,
 ) -> None:
     """The vocabulary's matrix, in blocks of rows."""
-    norm = torch.from_numpy(smoothing.rows.get("model.norm.weight", np.float32([1])))
+    norm = torch.from_numpy(smoothing.rows.get("model.norm.weight", np.ones(1, np.float32)))
     exact, rounded = ([x * norm for x in streamed.final_norm(checkpoint, side)] for side in states)
     moments = _Moments(exact, rounded)
     buffer = torch.empty(streamed.READ_BLOCK, dtype=torch.uint8)
@@ -208,13 +210,15 @@ def _round_window(
 def _feedback(own: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse of the second moments."""
     lower = torch.linalg.cholesky(_damped(own, FEEDBACK_DAMPING))
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return factor.float()
 
 
 def _move(own: Tensor, across: Tensor) -> Tensor:
     """M for which W + W M multiplies the rounded model's input most nearly to what W makes of the exact one's."""
     difference = across.double() - own.double()
-    return torch.linalg.solve(_damped(own, MOVE_DAMPING), difference.T).T.float()
+    move: Tensor = torch.linalg.solve(_damped(own, MOVE_DAMPING), difference.T).T
+    return move.float()
 
 
 def _damped(own: Tensor, share: float) -> Tensor:

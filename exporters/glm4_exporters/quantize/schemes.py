@@ -17,19 +17,15 @@ class Scheme:
             leaves the least squared error is kept; with one share, only the refit remains.
         inputs: whether what the matrix reads is rounded to 8 bits too, under one scale found on calibration
             text, so that the product is one of integers.
-        full: whether numbers reach down to -2^(bits - 1), where the block's largest |w| then stands: its scale
-            is negative if that w is positive. Else scales are positive, as TensorRT wants them.
+        signed_scales: whether a scale may be negative, so that the block's largest |w| can always stand at the
+            smallest number, which is one step farther out. Else scales are positive, as TensorRT wants them.
     """
 
     bits: int
     block: int | None
     ranges: tuple[float, ...]
     inputs: bool = False
-    full: bool = False
-
-    @property
-    def smallest(self) -> int:
-        return -self.zero if self.full else -self.largest
+    signed_scales: bool = False
 
     @property
     def largest(self) -> int:
@@ -64,8 +60,10 @@ SCHEMES = {
     "int8-channel": Scheme(bits=8, block=None, ranges=(1.0, 0.9)),
     "int8-sq": Scheme(bits=8, block=None, ranges=(1.0, 0.9), inputs=True),
     "int4": Scheme(bits=4, block=32, ranges=(0.95, 0.8)),
-    "int4-full": Scheme(bits=4, block=32, ranges=(1.0, 0.85), full=True),
-    "int4-table": Scheme(bits=4, block=16, ranges=(1.0, 0.85), full=True),  # a lookup costs the same in any block
+    "int4-signed": Scheme(bits=4, block=32, ranges=(1.0, 0.85), signed_scales=True),
+    "int4-table": Scheme(
+        bits=4, block=16, ranges=(1.0, 0.85), signed_scales=True
+    ),  # a lookup costs the same in any block
     "int4-fine": Scheme(bits=4, block=16, ranges=(0.95, 0.8)),
 }
 

@@ -23,7 +23,7 @@ from glm4_runtime.errors import BundleError, RequestError
 from glm4_runtime.progress import Progress, silent
 
 WORST, CONTEXT = 10, 32
-TOOLS = ("glm4-deploy", "torch", "onnx", "onnxruntime", "numpy")
+TOOLS = ("torch", "onnx", "onnxruntime", "numpy")
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,14 @@ def describe(path: Path) -> dict[str, object]:
 def logits(path: Path, windows: list[list[int]], vocab: int) -> Iterator[np.ndarray]:
     longest = max(map(len, windows))
     model = llama_cpp.Llama(
-        str(path), n_ctx=longest, n_batch=longest, n_ubatch=longest, logits_all=True, verbose=False
+        str(path),
+        n_ctx=longest,
+        n_batch=longest,
+        n_ubatch=longest,
+        logits_all=True,
+        verbose=False,
+        type_k=gguf.GGMLQuantizationType.F32,
+        type_v=gguf.GGMLQuantizationType.F32,  # as ours
     )
     for window in windows:
         model.reset()

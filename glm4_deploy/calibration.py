@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.checkpoint import EMBEDDING, Checkpoint
 from glm4_exporters.targets import Form
 from glm4_exporters.texts import cut_text, random_sequences, read_sequences
 from glm4_runtime.errors import ExportError
@@ -206,7 +206,11 @@ def _rounded(
     from glm4_exporters.quantize.gptq import round_matrices
 
     types = {"float32": torch.bfloat16, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    return round_matrices(source, text.sequences, form.schemes, smoothing, types[form.activations], progress)
+    table = form.schemes.get(EMBEDDING)
+    if not form.target.lookups or (table is not None and source.config.hidden_size % (table.block or 1)):
+        table = None  # it is looked up as it is, even where a tied head has a scheme
+    scale_type = types[form.activations]
+    return round_matrices(source, text.sequences, form.schemes, table, smoothing, scale_type, progress)
 
 
 def require_text(given: str | None, precision: str) -> None:

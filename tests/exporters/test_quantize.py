@@ -81,6 +81,15 @@ def test_zeros_and_tiny_weights_keep_a_positive_scale():
         assert bool(torch.isfinite(scales).all())
 
 
+def test_signed_scales_use_all_sixteen_numbers():
+    w = weights()
+    signed, scheme = SCHEMES["int4-signed"], SCHEMES["int4"]
+    numbers, scales = blocks.quantize(w, signed, torch.bfloat16)
+    assert int(numbers.min()) == -8
+    assert bool((scales < 0).any())
+    assert error(w, signed) < 0.92 * error(w, scheme)
+
+
 def test_bytes_hold_two_numbers_the_first_in_the_low_half():
     scheme = SCHEMES["int4"]
     numbers = torch.tensor([[-7, 3, 0, 7]], dtype=torch.int8)
@@ -94,6 +103,6 @@ def test_bytes_hold_two_numbers_the_first_in_the_low_half():
 def test_an_unknown_scheme_is_answered_with_the_known_ones():
     with pytest.raises(
         ExportError,
-        match="unknown scheme 'int3'; the schemes are int8, int8-channel, int8-sq, int4, int4-fine",
+        match="unknown scheme 'int3'; the schemes are int8, int8-channel, int8-sq, int4, int4-fine, int4-signed",
     ):
         require_scheme("int3")

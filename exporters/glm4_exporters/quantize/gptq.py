@@ -5,7 +5,7 @@ al., 2022), on the model as it is rounded so far: a matrix sees the inputs that 
 to where its product with those comes closest to the exact model's product with the exact inputs, so that what
 was lost before it is made up for, too.
 
-    rounded = round_matrices(checkpoint, sequences, schemes, smoothing, torch.bfloat16, progress)
+    rounded = round_matrices(checkpoint, sequences, schemes, table, smoothing, torch.bfloat16, progress)
     numbers, scales = rounded["model.layers.0.mlp.down_proj.weight"]
 
 One layer is in memory, exact and rounded, and what the sequences that fit ``MOST_BYTES`` are at one place of
@@ -29,7 +29,7 @@ from glm4_exporters.quantize import blocks
 from glm4_exporters.quantize.calibrate import LAYER_SITES, BlockedAttention
 from glm4_exporters.quantize.schemes import Scheme
 from glm4_exporters.quantize.smooth import Smoothing
-from glm4_exporters.reference import Attend, Glm4DecoderLayer
+from glm4_exporters.reference import Glm4DecoderLayer
 from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
 
@@ -53,11 +53,15 @@ def round_matrices(
     checkpoint: Checkpoint,
     sequences: Sequence[Sequence[int]],
     schemes: Mapping[str, Scheme],
+    table: Scheme | None,
     smoothing: Smoothing,
     scale_type: torch.dtype,
     progress: Progress = silent,
 ) -> dict[str, Rounded]:
-    """Round every matrix of ``schemes`` but the embedding, which only is rounded for what reads it.
+    """Round every matrix of ``schemes`` but the embedding.
+
+    Args:
+        table: what embeddings are looked up in; None where they are as they were.
 
     Raises:
         ExportError: no room for what is found.
@@ -67,12 +71,10 @@ def round_matrices(
     results = {n: _room(shapes[n], s) for n, s in schemes.items() if n != EMBEDDING and shapes.get(n)}
     _require_space(results.values())
     sequences = _those_that_fit(sequences, 2 * 4 * config.intermediate_size)
-    attends: dict[int, Attend] = {
-        length: BlockedAttention(config, length) for length in {len(ids) for ids in sequences}
-    }
+    attends = {length: BlockedAttention(config, length) for length in {len(ids) for ids in sequences}}
 
     exact = streamed.embed(checkpoint, sequences)
-    rounded = [_as_stored(x, schemes.get(EMBEDDING), scale_type) for x in exact]
+    rounded = [_as_stored(x, table, scale_type) for x in exact]
     for index, layer in enumerate(streamed.layers(checkpoint)):
         progress("round matrices", index, config.num_hidden_layers)
         _smooth(layer, f"model.layers.{index}.", smoothing)
@@ -115,7 +117,7 @@ def _round_head(
             pass  # nothing reads the logits
 
 
-def _inputs(layer: Glm4DecoderLayer, x: Tensor, attend: Attend) -> Generator[Tensor]:
+def _inputs(layer: Glm4DecoderLayer, x: Tensor, attend: BlockedAttention) -> Generator[Tensor]:
     """What each site of a layer reads, in the order of ``LAYER_SITES``, then what the layer gives.
 
     Weights may change between one and the next.

@@ -1,0 +1,97 @@
+"""GPTQ: errors are made up for, in the same numbers and scales."""
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import tiny_config, write_checkpoint
+
+from glm4_exporters.checkpoint import EMBEDDING, HEAD, Checkpoint
+from glm4_exporters.quantize import blocks, gptq
+from glm4_exporters.quantize.gptq import Rounded, _Moments, round_matrices
+from glm4_exporters.quantize.schemes import SCHEMES
+from glm4_exporters.quantize.smooth import Smoothing
+from glm4_exporters.reference import load_model
+from glm4_exporters.targets import choose_form
+
+SHAPES = {
+    "biased": {},
+    "unbiased, 8 KV heads": {"attention_bias": False, "num_attention_heads": 8, "num_key_value_heads": 8},
+    "no multiple of a block": {"hidden_size": 72, "intermediate_size": 100},
+    "tied": {"tie_word_embeddings": True},
+}
+SCHEME = SCHEMES["int4-signed"]
+
+
+def correlated(tokens, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(width, width, generator=generator) / width**0.5
+    return torch.randn(tokens, width, generator=generator) @ (mixed + 0.3)
+
+
+def room(rows, width):
+    return Rounded(torch.zeros(rows, SCHEME.stored_width(width), dtype=torch.int8),
+                   torch.zeros(rows, SCHEME.blocks(width)))  # fmt: skip
+
+
+def product_error(x, found, wanted):
+    return float((x @ found.T - wanted).square().mean() / wanted.square().mean())
+
+
+@pytest.mark.parametrize("window", [2048, 64])
+@pytest.mark.parametrize("width", [256, 100])
+def test_products_are_nearer_than_by_rounding_alone(width, window, monkeypatch):
+    monkeypatch.setattr(gptq, "WINDOW", window)
+    x = correlated(512, width)
+    w = torch.randn(40, width, generator=torch.Generator().manual_seed(1))
+    result = room(40, width)
+    values = torch.cat([rows for _, rows in _Moments([x], [x]).rounded(w, SCHEME, torch.bfloat16, result)])
+    torch.testing.assert_close(values, blocks.dequantize(result.numbers, result.scales, SCHEME, width))
+    plain = blocks.dequantize(*blocks.quantize(w, SCHEME, torch.bfloat16), SCHEME, width)
+    assert product_error(x, values, x @ w.T) < 0.7 * product_error(x, plain, x @ w.T)
+
+
+def test_what_was_lost_before_a_matrix_is_made_up_for():
+    exact = correlated(512, 64)
+    seen = exact * 0.8  # as if everything before had shrunk it
+    w = torch.randn(40, 64, generator=torch.Generator().manual_seed(1))
+    moments = _Moments([exact], [seen])
+    values = torch.cat([rows for _, rows in moments.rounded(w, SCHEMES["int8"], torch.float32, _int8_room())])
+    assert product_error(seen, values, exact @ w.T) < 0.01 < product_error(seen, w, exact @ w.T)
+
+
+def _int8_room():
+    return Rounded(torch.zeros(40, 128, dtype=torch.int8), torch.zeros(40, 1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_model_of_any_shape_is_nearer_than_by_rounding_alone(tmp_path, shape):
+    folder = write_checkpoint(tmp_path / "checkpoint", tiny_config(**SHAPES[shape]))
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, 320, length).tolist() for length in (48, 48, 31, 48)]
+    with Checkpoint.load(folder) as checkpoint:
+        form = choose_form(checkpoint.config, "causal-lm", "native", "int4")
+        found = round_matrices(checkpoint, sequences, form.schemes, None, Smoothing(), torch.bfloat16)
+        assert found.keys() == form.schemes.keys() - {EMBEDDING}
+        assert (HEAD in found) == (not checkpoint.config.tie_word_embeddings)
+        ids = torch.tensor([sequences[0]])
+        with torch.inference_mode():
+            truth = load_model(checkpoint)(ids).logits
+            errors = [
+                (_with(checkpoint, form.schemes, rounded)(ids).logits - truth).square().mean().item()
+                for rounded in (found, {})
+            ]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def _with(checkpoint, schemes, found):
+    """The reference with rounded matrices: those of ``found``, or else each rounded by itself."""
+    model = load_model(checkpoint)
+    for name, parameter in model.named_parameters():
+        if name in schemes and name != EMBEDDING:
+            scheme, width = schemes[name], parameter.shape[1]
+            if name in found:
+                numbers, scales = found[name].numbers, found[name].scales
+            else:
+                numbers, scales = blocks.quantize(parameter.detach(), scheme, torch.bfloat16)
+            parameter.copy_(blocks.dequantize(numbers, scales, scheme, width))
+    return model

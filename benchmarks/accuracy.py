@@ -85,7 +85,14 @@ class Reference:
         """``logits`` [all tokens of all windows, vocab]."""
         log_q = self._log_softmax(logits)
         loss = self._mean_loss(log_q)
-        kl = float(torch.stack([(p.double().exp() * (p.double() - q)).sum() for p, q in zip(self._log_p, log_q)]).mean())  # noqa: E501
+        kl = float(
+            torch.stack(
+                [
+                    (p.double().exp() * (p.double() - q)).sum()
+                    for p, q in zip(self._log_p, log_q, strict=False)
+                ]
+            ).mean()
+        )
         top1 = float((log_q.argmax(1) == self._log_p.argmax(1)).double().mean())
         return Result(name, bits, float(np.exp(loss)), float(np.exp(loss - self._loss)), kl, top1, limit)
 
@@ -162,19 +169,20 @@ def measure_peer(
     subprocess.run([python, script, folder, folder, *PEER], check=True, stderr=subprocess.DEVNULL)
     report = json.loads((folder / "peer.json").read_text())
     formats = report["formats"]
-    return {k: (formats[k]["bits_per_weight"], np.load(folder / f"{k}.npy")) for k in formats}, report["versions"]
+    return {k: (formats[k]["bits_per_weight"], np.load(folder / f"{k}.npy")) for k in formats}, report[
+        "versions"
+    ]
 
 
 def verdicts(results: Sequence[Result], q4_k_m: Result | None) -> list[str]:
     """One line per limit: what it is, and whether it holds."""
-    lines = []
-    for result in results:
-        if result.limit is not None:
-            lines.append(_verdict(result.name, result.ratio, result.limit, result.ratio <= result.limit))
+    lines = [_verdict(r.name, r.ratio, r.limit, r.ratio <= r.limit) for r in results if r.limit is not None]
     best = results[-1]
     if q4_k_m is not None:
         holds = best.ratio < q4_k_m.ratio and best.bits_per_weight <= q4_k_m.bits_per_weight
-        lines.append(_verdict(f"{best.name}, against Q4_K_M's at no more bits", best.ratio, q4_k_m.ratio, holds))
+        lines.append(
+            _verdict(f"{best.name}, against Q4_K_M's at no more bits", best.ratio, q4_k_m.ratio, holds)
+        )
     return lines
 
 
@@ -187,19 +195,24 @@ def _percent(ratio: float) -> str:
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    lines = ["| | bits per weight | perplexity | against fp32 | mean KL | top-1 |", "|---|---|---|---|---|---|"]
-    for r in results:
-        lines.append(
-            f"| {r.name} | {r.bits_per_weight:.3f} | {r.perplexity:.4f} | {_percent(r.ratio)} "
-            f"| {r.kl:.2g} | {100 * r.top1:.2f} % |"
-        )
+    lines = [
+        "| | bits per weight | perplexity | against fp32 | mean KL | top-1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.name} | {r.bits_per_weight:.3f} | {r.perplexity:.4f} | {_percent(r.ratio)} "
+        f"| {r.kl:.2g} | {100 * r.top1:.2f} % |"
+        for r in results
+    ]
     return lines
 
 
 @click.command()
 @click.option("--checkpoint", type=Path, default=ROOT / "demo" / "glm4-tiny", show_default="demo/glm4-tiny")
 @click.option("--text", type=Path, default=ROOT / "demo" / "heldout.txt", show_default="demo/heldout.txt")
-@click.option("--calibration", type=Path, default=ROOT / "demo" / "calibration.txt", show_default="demo/calibration.txt")  # noqa: E501
+@click.option(
+    "--calibration", type=Path, default=ROOT / "demo" / "calibration.txt", show_default="demo/calibration.txt"
+)
 @click.option("--peer", metavar="PYTHON", help="An interpreter with llama-cpp-python and gguf.")
 @click.option("--out", type=Path, help="Write OUT.md and OUT.json, too.")
 def main(checkpoint: Path, text: Path, calibration: Path, peer: str | None, out: Path | None) -> None:
@@ -228,7 +241,7 @@ def main(checkpoint: Path, text: Path, calibration: Path, peer: str | None, out:
     lines = [
         "# What each precision costs in accuracy",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {about}.",  # noqa: E501
+        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {about}.",
         f"{checkpoint.name} on {text.name}: {len(windows)} windows of at most {WINDOW - len(PREFIX)} tokens behind",
         f"{''.join(PREFIX)}, {counted} tokens counted. Bits per weight are those of all matrices, embedding and head",
         "included, with their scales. KL and top-1 are against the checkpoint in PyTorch, float32. Ours run on ONNX",

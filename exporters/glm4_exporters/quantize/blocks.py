@@ -76,7 +76,7 @@ def _in_blocks(rows: Tensor, scheme: Scheme) -> Tensor:
 
 
 def _rounded(w: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
-    return (w * (1 / scale)).round_().clamp_(-scheme.largest, scheme.largest)
+    return (w * (1 / scale)).round_().clamp_(scheme.smallest, scheme.largest)
 
 
 def _positive(scale: Tensor, dtype: torch.dtype) -> Tensor:

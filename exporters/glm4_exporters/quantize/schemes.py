@@ -29,6 +29,11 @@ class Scheme:
         return (1 << self.bits - 1) - 1
 
     @property
+    def smallest(self) -> int:
+        """In 4 bits the eighth negative number is worth having; in 8 the range is kept symmetric."""
+        return -self.largest - (self.bits < 8)
+
+    @property
     def zero(self) -> int:
         """What stands for 0 where the numbers are stored unsigned."""
         return 1 << self.bits - 1
@@ -52,6 +57,7 @@ SCHEMES = {
     "int8-channel": Scheme(bits=8, block=None, ranges=(1.0, 0.9)),
     "int8-sq": Scheme(bits=8, block=None, ranges=(1.0, 0.9), inputs=True),
     "int4": Scheme(bits=4, block=32, ranges=(0.95, 0.8)),
+    "int4-fine": Scheme(bits=4, block=16, ranges=(0.95, 0.8)),
 }
 
 

@@ -9,7 +9,7 @@ from glm4_exporters.config import Glm4Config
 from glm4_exporters.pieces import HEAD_ROWS
 from glm4_runtime.errors import RequestError
 
-INTERPRETER = 450 << 20  # Python with torch, onnx and onnxruntime loaded, and what their allocators keep
+INTERPRETER = 520 << 20  # Python with torch, onnx and onnxruntime loaded, and what their allocators keep
 SCORES_COPIES = 4  # scores, masked, softmax and what becomes of them, in float32
 MLP_COPIES = 6  # gate and up, their halves, silu, product
 # A weight's bytes per element while ONNX Runtime opens a graph of it: read, joined, widened and packed.

@@ -119,7 +119,7 @@ def _open(folder: Path) -> Bundle:
     if missing:
         raise BundleError(
             f"{folder} holds an engine without the ONNX graph that it was built from, and validate runs the graph; "
-            "export it again with the graph kept, or validate a bundle of the same checkpoint with --target native"
+            "export it again with --keep-onnx, or validate a bundle of the same checkpoint with --target native"
         )
     return Bundle(folder, manifest)
 

@@ -255,6 +255,25 @@ def test_an_engine_without_its_graph_is_refused(tmp_path, int8, tiny_checkpoint)
         validate(folder, tiny_checkpoint)
 
 
+def test_an_engine_runs_as_the_graph_it_was_built_from_and_the_report_says_so(
+    tmp_path, fp16, tiny_checkpoint, ids
+):
+    folder = shutil.copytree(fp16, tmp_path / "engine")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest |= {"target": "tensorrt-rtx", "dialect": "tensorrt-rtx", "engine": {
+        "kind": "tensorrt-rtx", "version": "1.7", "layout": "shared", "later_gpus": True, "attention": "native",
+        "plugin_version": None, "profiles": [], "layers": {}, "float32": {},
+        "built_from": {name: manifest["files"][name] for name in ("model.onnx", "model.onnx.data")},
+    }}  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = validate(folder, tiny_checkpoint, ValidateOptions(text=ids, layers=True))
+    assert found.culprit is None
+    assert (
+        f"{folder} is a tensorrt-rtx engine: what was run is the ONNX graph it was built from." in found.notes
+    )
+    assert any(note.startswith("Greedy texts of") for note in found.notes)
+
+
 def test_another_models_checkpoint_is_refused(tmp_path, int8):
     other = write_checkpoint(tmp_path / "other", tiny_config(num_hidden_layers=3, vocab_size=352))
     with pytest.raises(RequestError, match="vocabulary 320 instead of 352, layers 2 instead of 3"):

@@ -133,10 +133,7 @@ def main() -> None:
             quantize(full, path, kind)
         np.save(arguments.output / f"{kind}.npy", np.concatenate(list(logits(path, windows, vocab))))
         report[kind] = describe(path)
-    versions = {
-        "llama-cpp-python": llama_cpp.__version__,
-        "system": llama_cpp.llama_print_system_info().decode(),
-    }
+    versions = {"llama-cpp-python": llama_cpp.__version__}
     (arguments.output / "peer.json").write_text(json.dumps({"formats": report, "versions": versions}))
 
 

@@ -103,6 +103,6 @@ def test_bytes_hold_two_numbers_the_first_in_the_low_half():
 def test_an_unknown_scheme_is_answered_with_the_known_ones():
     with pytest.raises(
         ExportError,
-        match="unknown scheme 'int3'; the schemes are int8, int8-channel, int8-sq, int4, int4-fine, int4-signed",
+        match="unknown scheme 'int3'; the schemes are int8, int8-channel, int8-sq, int4, int4-fine, int4-wide, int4-signed",
     ):
         require_scheme("int3")

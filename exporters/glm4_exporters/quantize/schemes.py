@@ -60,10 +60,11 @@ SCHEMES = {
     "int8-channel": Scheme(bits=8, block=None, ranges=(1.0, 0.9)),
     "int8-sq": Scheme(bits=8, block=None, ranges=(1.0, 0.9), inputs=True),
     "int4": Scheme(bits=4, block=32, ranges=(0.95, 0.8)),
-    # For tables: a lookup costs the same in any block, MatMulNBits takes 4.4 times as long in blocks of 16 as of 32.
     "int4-fine": Scheme(bits=4, block=16, ranges=(0.95, 0.8)),
+    "int4-wide": Scheme(bits=4, block=64, ranges=(0.95, 0.8)),
     "int4-signed": Scheme(bits=4, block=32, ranges=(1.0, 0.85), signed_scales=True),
     "int4-fine-signed": Scheme(bits=4, block=16, ranges=(1.0, 0.85), signed_scales=True),
+    "int4-wide-signed": Scheme(bits=4, block=64, ranges=(1.0, 0.85), signed_scales=True),
 }
 
 

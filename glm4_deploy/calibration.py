@@ -50,6 +50,7 @@ class Text:
 
     sequences: list[list[int]]
     origin: str
+    given: bool = True  # by the user, so that weights may be fitted to it
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,11 @@ def read_text(source: Checkpoint, path: Path | None, max_seq_len: int) -> Text:
         found = [ids for text in TEXTS for ids in cut_text(text, tokenizer, length)]
         found = [ids for ids in found if max(ids) < vocab]
         if found:
-            return Text(found, "built in")
+            return Text(found, "built in", given=False)
     length = min(BUILT_IN_LENGTH, max_seq_len)
-    return Text(random_sequences(vocab, length, len(TEXTS)), "random ids, for want of a tokenizer")
+    return Text(
+        random_sequences(vocab, length, len(TEXTS)), "random ids, for want of a tokenizer", given=False
+    )
 
 
 def needs_text(form: Form, given: bool) -> bool:
@@ -111,7 +114,7 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
     from glm4_exporters.quantize.overflow import Remedy, audit, remedies, require_range
     from glm4_exporters.quantize.smooth import Smoothing
 
-    awq = _awq(source, form) if text.origin != "built in" else None
+    awq = _awq(source, form) if text.given else None
     static = _static(source, form)
     searches = [search for search in (awq, static) if search is not None]
     calibration = calibrate(source, text.sequences, *searches, progress=progress)

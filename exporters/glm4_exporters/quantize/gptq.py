@@ -36,7 +36,8 @@ from glm4_runtime.progress import Progress, silent
 WINDOW = 2048  # channels whose errors are made up for among themselves; a multiple of every 4-bit block
 ROWS = 4096  # of a matrix that are rounded at a time
 MOST_BYTES = 2 << 30  # of all sequences' widest activations, in both models
-# Added to the second moments' diagonal, as shares of its mean: for the errors' feedback, and for the move.
+# Added to the second moments' diagonal, as shares of its mean: for the errors' feedback, and for the move. To both
+# comes channels / tokens, so that a short text is not taken for more than it is.
 FEEDBACK_DAMPING, MOVE_DAMPING = 0.01, 0.05
 
 
@@ -143,15 +144,19 @@ class _Moments:
     """Second moments of what a matrix reads, by windows of channels: of the rounded model, and across."""
 
     def __init__(self, exact: Iterable[Tensor], rounded: Iterable[Tensor]) -> None:
+        self._tokens = 0
         self._windows: list[slice] = []
         self._own: list[Tensor] = []
         self._across: list[Tensor] = []
         for wanted, seen in zip(exact, rounded, strict=True):
             self._add(wanted.flatten(0, -2), seen.flatten(0, -2))
-        self._factors: list[Tensor] = [_feedback(own) for own in self._own]
-        self._moves = [_move(own, across) for own, across in zip(self._own, self._across, strict=True)]
+        self._factors = [_feedback(own, self._tokens) for own in self._own]
+        self._moves = [
+            _move(own, across, self._tokens) for own, across in zip(self._own, self._across, strict=True)
+        ]
 
     def _add(self, wanted: Tensor, seen: Tensor) -> None:
+        self._tokens += len(seen)
         if not self._windows:
             width = seen.shape[1]
             self._windows = [slice(a, min(a + WINDOW, width)) for a in range(0, width, WINDOW)]
@@ -209,22 +214,23 @@ def _round_window(
     return torch.cat(numbers, 1), torch.cat(scales, 1)
 
 
-def _feedback(own: Tensor) -> Tensor:
+def _feedback(own: Tensor, tokens: int) -> Tensor:
     """Upper Cholesky factor of the inverse of the second moments."""
-    lower = torch.linalg.cholesky(_damped(own, FEEDBACK_DAMPING))
+    lower = torch.linalg.cholesky(_damped(own, FEEDBACK_DAMPING, tokens))
     factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
     return factor.float()
 
 
-def _move(own: Tensor, across: Tensor) -> Tensor:
+def _move(own: Tensor, across: Tensor, tokens: int) -> Tensor:
     """M for which W + W M multiplies the rounded model's input most nearly to what W makes of the exact one's."""
     difference = across.double() - own.double()
-    move: Tensor = torch.linalg.solve(_damped(own, MOVE_DAMPING), difference.T).T
+    move: Tensor = torch.linalg.solve(_damped(own, MOVE_DAMPING, tokens), difference.T).T
     return move.float()
 
 
-def _damped(own: Tensor, share: float) -> Tensor:
+def _damped(own: Tensor, share: float, tokens: int) -> Tensor:
     wide = own.double()
+    share += len(own) / tokens
     wide.diagonal().add_(max(share * float(wide.diagonal().mean()), 1e-30))
     return wide
 

@@ -1,5 +1,6 @@
 """Keys, limits, names, the end of the process, and what the log says."""
 
+import io
 import json
 import os
 import signal
@@ -29,18 +30,27 @@ def eventually(found, expected=True):
     assert found() == expected
 
 
-def logged_request(capfd):
-    """The log up to the first request's line, and that line."""
-    text = ""
+def kept_log(monkeypatch):
+    """What the server writes to stderr from now on.
 
-    def arrived():
-        nonlocal text
-        text += capfd.readouterr().err
-        return '"event": "request"' in text
+    Pytest's own capture empties its file as it is read, and loses what a server's thread writes meanwhile; and it
+    takes sys.stderr back after the fixtures, so a test asks for this itself.
+    """
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    return stream
 
-    eventually(arrived)
-    line = next(line for line in text.splitlines() if '"event": "request"' in line)
-    return text, json.loads(line)
+
+def logged_request(log, request_id):
+    """The log, and the line of one request: a server of an earlier test may still be writing its last."""
+
+    def found():
+        whole = (line for line in log.getvalue().splitlines(keepends=True) if line.endswith("\n"))
+        lines = [json.loads(line) for line in whole]
+        return [line for line in lines if (line["event"], line.get("id")) == ("request", request_id)]
+
+    eventually(lambda: len(found()), 1)
+    return log.getvalue(), found()[0]
 
 
 def test_a_key_opens_everything_but_health_and_the_page(scripted):
@@ -208,10 +218,11 @@ def test_the_cost_of_masks_is_measured(server, client):
         assert _metric(http, "glm4_mask_seconds_count") > before
 
 
-def test_the_log_has_figures_and_no_words(scripted, capfd):
+def test_the_log_has_figures_and_no_words(scripted, monkeypatch):
+    log = kept_log(monkeypatch)
     _, _, client = scripted(["an", "swer"])
     client.chat.completions.create(**ASKED, user="somebody", extra_headers={"X-Request-Id": "mine-1"})
-    text, line = logged_request(capfd)
+    text, line = logged_request(log, "mine-1")
     assert "password" not in text
     assert "swer" not in text
     assert (line["id"], line["user"], line["status"], line["path"]) == ("mine-1", "somebody", 200, CHAT)
@@ -219,10 +230,11 @@ def test_the_log_has_figures_and_no_words(scripted, capfd):
     assert line["seconds"] >= line["first_token_seconds"] >= 0
 
 
-def test_the_words_are_logged_where_asked_for(scripted, capfd):
+def test_the_words_are_logged_where_asked_for(scripted, monkeypatch):
+    log = kept_log(monkeypatch)
     _, _, client = scripted(["an", "swer"], log_prompts=True)
-    client.chat.completions.create(**ASKED)
-    _, line = logged_request(capfd)
+    client.chat.completions.create(**ASKED, extra_headers={"X-Request-Id": "mine-2"})
+    _, line = logged_request(log, "mine-2")
     assert "password" in line["prompt"]
     assert line["answers"][0]["content"] == "answer"
 

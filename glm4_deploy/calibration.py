@@ -1,11 +1,11 @@
 """Before a graph is traced: what calibration text decides about how weights are stored.
 
 prepared = prepare(checkpoint, form, text, progress)
-prepared.edits      # for the weights' writer
-prepared.norm_bits  # for the canonical graph
-prepared.input_scales  # for the products in fp8 or of integers
-prepared.cache_scales  # for the lowered graph
-prepared.report     # for report.json
+prepared.edits          # for the weights' writer
+prepared.norm_bits      # for the canonical graph
+prepared.input_scales   # for the products in fp8 or of integers
+prepared.cache_scales   # for the lowered graph
+prepared.report         # for report.json
 """
 
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm4_exporters.checkpoint import EMBEDDING, Checkpoint
+from glm4_deploy.texts import LINES, cut_text, random_sequences, read_sequences
+from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.targets import Form
-from glm4_exporters.texts import cut_text, random_sequences, read_sequences
 from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
 from glm4_runtime.tokenizer import Tokenizer
@@ -34,13 +34,6 @@ if TYPE_CHECKING:
 
 SEQUENCE, SEQUENCES = 512, 64  # tokens, and how many sequences of a user's text are read
 
-# What fp16 is audited on where no text is given. Ours; it mixes what tokenizers treat differently.
-TEXTS = (
-    "The river had risen in the night, and by morning the lower fields lay under a sheet of grey water.",
-    "In the beginning the workshop had two rooms: one for the tools, and one for whatever had to dry.",
-    "春天来了，河水涨了起来，孩子们在岸边数着漂过的木头。今天一共有三十七根。",
-    "def area(width: float, height: float) -> float:\n    return width * height  # 3.5 * 12 = 42.0\n",
-)
 BUILT_IN_LENGTH = 64
 
 
@@ -83,13 +76,13 @@ def read_text(source: Checkpoint, path: Path | None, max_seq_len: int) -> Text:
         return Text(sequences, path.name)
     if tokenizer is not None:
         length = min(BUILT_IN_LENGTH, max_seq_len)
-        found = [ids for text in TEXTS for ids in cut_text(text, tokenizer, length)]
+        found = [ids for text in LINES for ids in cut_text(text, tokenizer, length)]
         found = [ids for ids in found if max(ids) < vocab]
         if found:
             return Text(found, "built in", given=False)
     length = min(BUILT_IN_LENGTH, max_seq_len)
     return Text(
-        random_sequences(vocab, length, len(TEXTS)), "random ids, for want of a tokenizer", given=False
+        random_sequences(vocab, length, len(LINES)), "random ids, for want of a tokenizer", given=False
     )
 
 
@@ -204,16 +197,13 @@ def _rounded(
     source: Checkpoint, form: Form, text: Text, smoothing: "Smoothing", progress: Progress
 ) -> "dict[str, Rounded]":
     """The numbers of every matrix, found in a second walk."""
-    import torch
-
+    from glm4_exporters.passes.quantize_weights import scale_type
     from glm4_exporters.quantize.gptq import round_matrices
+    from glm4_exporters.trace import ir_type
+    from glm4_exporters.weights import TORCH_TYPES
 
-    types = {"float32": torch.bfloat16, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    table = form.schemes.get(EMBEDDING)
-    if not form.target.lookups or (table is not None and source.config.hidden_size % (table.block or 1)):
-        table = None  # it is looked up as it is, even where a tied head has a scheme
-    scale_type = types[form.activations]
-    return round_matrices(source, text.sequences, form.schemes, table, smoothing, scale_type, progress)
+    stored = TORCH_TYPES[scale_type(ir_type(form.activations))]
+    return round_matrices(source, text.sequences, form.schemes, form.table, smoothing, stored, progress)
 
 
 def require_text(given: str | None, precision: str) -> None:

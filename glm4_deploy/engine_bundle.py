@@ -1,7 +1,7 @@
 """The last step of an export to an engine: a proven ONNX bundle becomes an engine bundle."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,57 +63,68 @@ def make_engine(
             change(model)
         ir.save(model, folder / ENGINE_GRAPH.format(phase))
         operators |= {str(node.name): node.op_type for node in model.graph}
-    named, capabilities, later = engine_capabilities(kind, manifest.precision, options)
+    plan = _plan(manifest, tuple(models), operators, kind, options)
+    built = build_engine(folder, plan, progress)
+    for phase in models:
+        (folder / ENGINE_GRAPH.format(phase)).unlink()
+    if not options.keep_onnx:
+        for name in (GRAPH, WEIGHTS):
+            (folder / name).unlink()
+    return EngineBundle(_described(manifest, plan, built, options), built)
+
+
+def _plan(
+    manifest: Manifest, phases: Sequence[str], operators: Mapping[str, str], kind: str, options: EngineOptions
+) -> EnginePlan:
+    """What the building process is told."""
     attention = engine_attention(kind, manifest.task, options)
     profiles = engine_profiles(manifest.task, manifest.limits, options.layout, attention)
-    counters = _counters(COUNTERS, manifest) if attention == "plugin" else ()
-    left = _counters(PRESENT_COUNTERS, manifest) if attention == "plugin" else ()
-    plan = EnginePlan(
+    by_plugin = attention == "plugin"
+    return EnginePlan(
         kind=kind,
-        graphs={p.file: ENGINE_GRAPH.format(p.name if p.name in models else "shared") for p in profiles},
-        capabilities=named,
+        graphs={p.file: ENGINE_GRAPH.format(p.name if p.name in phases else "shared") for p in profiles},
+        capabilities=engine_capabilities(kind, manifest.precision, options)[0],
         profiles=profiles,
-        inputs=(*_with_capacity(manifest.inputs, capacity), *counters),
+        inputs=(*_with_capacity(manifest, manifest.inputs), *(_counters(COUNTERS, manifest) * by_plugin)),
         operators=operators,
         layers=expected_layers(
             operators, manifest.model.num_layers, manifest.kv_cache is not None, attention
         ),
         timing_cache=options.timing_cache and str(Path(options.timing_cache).absolute()),
-        plugin=PLUGIN_MODULE if attention == "plugin" else None,
+        plugin=PLUGIN_MODULE if by_plugin else None,
     )
-    built = build_engine(folder, plan, progress)
-    for phase in models:
-        (folder / ENGINE_GRAPH.format(phase)).unlink()
-    files = {**manifest.files, **built.files}
-    if not options.keep_onnx:
-        for name in (GRAPH, WEIGHTS):
-            (folder / name).unlink()
-            del files[name]
-    engine = EngineInfo(
-        kind=kind,
-        version=engine_version(kind),
-        layout=options.layout,
-        later_gpus=later,
-        attention=attention,
-        plugin_version=_plugin_version() if attention == "plugin" else None,
-        profiles=plan.profiles,
-        layers=built.layers,
-        float32=built.float32,
-        built_from={name: manifest.files[name] for name in (GRAPH, WEIGHTS)},
-    )
-    return EngineBundle(
-        dataclasses.replace(
-            manifest,
-            dialect=kind,
-            inputs=plan.inputs,
-            outputs=(*_with_capacity(manifest.outputs, capacity), *left),
-            compute_capabilities=capabilities or built.capabilities,
-            providers=(),
-            tools={**manifest.tools, kind: engine_version(kind)},
-            files=files,
-            engine=engine,
+
+
+def _described(manifest: Manifest, plan: EnginePlan, built: BuiltEngine, options: EngineOptions) -> Manifest:
+    """The manifest of the ONNX bundle as that of the engine."""
+    _, capabilities, later = engine_capabilities(plan.kind, manifest.precision, options)
+    by_plugin = plan.plugin is not None
+    built_from = {name: manifest.files[name] for name in (GRAPH, WEIGHTS)}
+    kept = {n: entry for n, entry in manifest.files.items() if options.keep_onnx or n not in built_from}
+    return dataclasses.replace(
+        manifest,
+        dialect=plan.kind,
+        inputs=plan.inputs,
+        outputs=(
+            *_with_capacity(manifest, manifest.outputs),
+            *(_counters(PRESENT_COUNTERS, manifest) * by_plugin),
         ),
-        built,
+        compute_capabilities=capabilities or built.capabilities,
+        providers=(),
+        tools={**manifest.tools, plan.kind: engine_version(plan.kind)},
+        files={**kept, **built.files},
+        engine=EngineInfo(
+            kind=plan.kind,
+            version=engine_version(plan.kind),
+            layout=options.layout,
+            later_gpus=later,
+            attention=engine_attention(plan.kind, manifest.task, options),
+            plugin_version=_plugin_version() if by_plugin else None,
+            profiles=plan.profiles,
+            layers=built.layers,
+            float32=built.float32,
+            built_from=built_from,
+        ),
     )
 
 
@@ -127,14 +138,15 @@ def engine_report(built: BuiltEngine) -> dict[str, Any]:
     }
 
 
-def _with_capacity(specs: tuple[TensorSpec, ...], capacity: int) -> tuple[TensorSpec, ...]:
+def _with_capacity(manifest: Manifest, specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    capacity = engine_capacity(manifest.limits.max_seq_len)
     return tuple(
         TensorSpec(spec.name, spec.dtype, tuple(capacity if a == "capacity" else a for a in spec.shape))
         for spec in specs
     )
 
 
-def _counters(name: str, manifest: Manifest) -> tuple[TensorSpec]:
+def _counters(name: str, manifest: Manifest) -> tuple[TensorSpec, ...]:
     return (TensorSpec(name, "int32", (manifest.limits.max_batch_size * manifest.model.num_kv_heads,)),)
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from glm4_deploy.greedy import available_memory, fits_whole, reference_start
 from glm4_deploy.metrics import Logits, kl_divergence, near_ties
+from glm4_deploy.texts import LINES
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.pieces import GraphPieces
 from glm4_exporters.streamed import reference_outputs
@@ -25,15 +26,7 @@ from glm4_runtime.progress import Progress, silent
 from glm4_runtime.session.memory import NUMPY_TYPES
 from glm4_runtime.tokenizer import Tokenizer
 
-# The texts are ours; they mix what tokenizers treat differently: prose, Chinese, code, numbers.
-TEXTS = (
-    "The river had risen in the night, and by morning the lower fields lay under a sheet of grey water.",
-    "In the beginning the workshop had two rooms: one for the tools, and one for whatever had to dry.",
-    "春天来了，河水涨了起来，孩子们在岸边数着漂过的木头。今天一共有三十七根。",
-    "def area(width: float, height: float) -> float:\n    return width * height  # 3.5 * 12 = 42.0\n",
-    "A",
-)
-SEQUENCE_LENGTHS = (64, 48, 64, 48, 1)
+SEQUENCE_LENGTHS = (64, 48, 64, 48, 1)  # of LINES
 GREEDY_TOKENS = 32
 
 
@@ -155,7 +148,7 @@ def sample_sequences(bundle: Path, manifest: Manifest) -> list[list[int]]:
     vocab, limit = manifest.model.vocab_size, manifest.limits.max_seq_len
     tokenizer = Tokenizer.from_folder(bundle) if "tokenizer.json" in manifest.files else None
     sequences = []
-    for text, length in zip(TEXTS, SEQUENCE_LENGTHS, strict=True):
+    for text, length in zip(LINES, SEQUENCE_LENGTHS, strict=True):
         random = rng.integers(0, vocab, min(length, limit)).tolist()
         ids = [] if tokenizer is None else [i for i in tokenizer.encode(text)[:limit] if i < vocab]
         sequences.append(ids[:length] or random)

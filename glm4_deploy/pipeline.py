@@ -32,8 +32,7 @@ from glm4_exporters.engine import (
 )
 from glm4_exporters.graph_io import graph_io
 from glm4_exporters.quantize.recipe import read_recipe
-from glm4_exporters.quantize.schemes import SCHEMES
-from glm4_exporters.targets import Form, choose_form
+from glm4_exporters.targets import RECIPE_SCHEMES, Form, choose_form
 from glm4_runtime.bundle import (
     GRAPH,
     MANIFEST,
@@ -173,12 +172,10 @@ def cache_key(checkpoint: str | Path, options: ExportOptions) -> str:
 def _check_options(source: Checkpoint, options: ExportOptions) -> tuple[Limits, Form]:
     from glm4_deploy.calibration import require_text
 
-    recipe = read_recipe(Path(options.recipe), SCHEMES) if options.recipe is not None else None
+    recipe = read_recipe(Path(options.recipe), RECIPE_SCHEMES) if options.recipe is not None else None
     asked = options.target, options.precision, options.activations
     form = choose_form(source.config, source.task, *asked, recipe)
     if form.fp8 or form.integer_products:
-        from glm4_deploy.calibration import require_text
-
         require_text(options.calibration, options.precision)
     cache = choose_cache(source.config, source.task, options.target, form.activations, options.kv_cache)
     form = dataclasses.replace(form, kv_cache=cache)

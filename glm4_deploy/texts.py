@@ -20,6 +20,15 @@ import numpy as np
 from glm4_runtime.errors import TextError
 from glm4_runtime.tokenizer import Tokenizer
 
+# A few lines of our own, for where nobody gives a text. They mix what tokenizers treat differently.
+LINES = (
+    "The river had risen in the night, and by morning the lower fields lay under a sheet of grey water.",
+    "In the beginning the workshop had two rooms: one for the tools, and one for whatever had to dry.",
+    "春天来了，河水涨了起来，孩子们在岸边数着漂过的木头。今天一共有三十七根。",
+    "def area(width: float, height: float) -> float:\n    return width * height  # 3.5 * 12 = 42.0\n",
+    "A",
+)
+
 SHORTEST = 2  # of a shorter sequence no token can be predicted
 READ_CHARACTERS = 1 << 20  # of one document at a time; it is parted at the end of a line
 

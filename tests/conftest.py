@@ -72,3 +72,23 @@ def edited_manifest(tmp_path, tiny_bundles):
         return folder
 
     return edit
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command in this process: exit code, stdout, stderr."""
+    import signal
+
+    from glm4_deploy.cli import main
+
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        return ended.value.code, said.out, said.err
+
+    yield call
+    signal.signal(signal.SIGTERM, before)

@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from benchmarks.make_checkpoint import SIZES, Size, config_of, split_into_shards
+from glm4_deploy.greedy import available_memory
+from glm4_deploy.metrics import Logits, kl_divergence
 from glm4_exporters.checkpoint import Checkpoint, expected_tensors
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.reference import load_model
 from glm4_runtime import Session
-
-Logits = npt.NDArray[np.float32]
 
 POSITIONS = 8192  # of a slot
 PREFILLS = (512, 2048, 8000)
@@ -118,12 +117,9 @@ def parity(session: Session, tokens: Sequence[int], expected: Logits) -> dict[st
     rows = [session.prefill(0, tokens[:-PARITY_STEPS])[-1]]
     rows += [session.decode({0: token})[0] for token in tokens[-PARITY_STEPS:]]
     session.release(0)
-    found = np.stack(rows).astype(np.float64)
-    log_p, log_q = (
-        x - np.logaddexp.reduce(x, -1, keepdims=True) for x in (expected.astype(np.float64), found)
-    )
+    found = np.stack(rows)
     return {
-        "mean_kl": float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
+        "mean_kl": float(kl_divergence(expected, found).mean()),
         "top1": float((expected.argmax(-1) == found.argmax(-1)).mean()),
         "max_abs_error": float(np.abs(found - expected).max()),
     }
@@ -203,18 +199,11 @@ def checkpoint_of(size: Size, folder: Path | None) -> Iterator[tuple[Path, int]]
     """
     with tempfile.TemporaryDirectory(dir=folder) as name:
         free_gpu = torch.cuda.mem_get_info()[0]
-        layers = layers_that_fit(size, free_gpu, shutil.disk_usage(name).free, _available_memory())
+        layers = layers_that_fit(size, free_gpu, shutil.disk_usage(name).free, available_memory())
         if layers == 0:
             raise RuntimeError("there is no room for one layer of the 9B: see layers_that_fit")
         write_checkpoint(Path(name, "checkpoint"), config_of(size, layers), "cuda")
         yield Path(name), layers
-
-
-def _available_memory() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def run_candidate(

@@ -1,12 +1,13 @@
 """What can be exported: targets, precisions, and which ONNX Runtime providers run the result."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from glm4_exporters.checkpoint import EMBEDDING, HEAD
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.quantize.recipe import Recipe
-from glm4_exporters.quantize.schemes import Scheme, require_scheme
+from glm4_exporters.quantize.schemes import SCHEMES, Scheme, require_scheme
 from glm4_runtime.errors import ExportError
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -64,6 +65,7 @@ class Form:
         activations: element type of activations and of weights that have no scheme.
         groups: what each group of tensors is stored as, for the manifest.
         schemes: by canonical name of the matrix.
+        table: how the embedding is looked up; None where it is as it was, though a tied head may have a scheme.
         fp8: names of the matrices that are multiplied in fp8, inputs and all.
         kv_cache: element type of the cache; None for a task without one.
     """
@@ -72,6 +74,7 @@ class Form:
     activations: str
     groups: Mapping[str, str]
     schemes: Mapping[str, Scheme]
+    table: Scheme | None = None
     fp8: tuple[str, ...] = ()
     kv_cache: str | None = None
 
@@ -128,6 +131,12 @@ TARGETS = {
 }
 
 
+# What a recipe may name: the others are a target's own way to store one of these.
+RECIPE_SCHEMES = tuple(
+    name for name in SCHEMES if not any(name in target.schemes.values() for target in TARGETS.values())
+)
+
+
 def require_target(target: str, precision: str) -> tuple[Target, Precision]:
     """The rows of both tables.
 
@@ -166,33 +175,49 @@ def choose_form(
         if recipe is not None:
             raise ExportError(f"precision {precision_name} quantizes nothing, so it takes no --recipe")
         return Form(target, chosen, dict.fromkeys(GROUPS, chosen), {})
-    names = {group: target.schemes.get(name, name) for group, name in precision.schemes.items()}
-    apart = {matrix: target.schemes.get(name, name) for matrix, name in precision.matrices.items()}
+    layers = precision.schemes["layers"]
     found = {
-        f"model.layers.{layer}.{matrix}.weight": apart.get(matrix, names["layers"])
+        f"model.layers.{layer}.{matrix}.weight": precision.matrices.get(matrix, layers)
         for layer in range(config.num_hidden_layers)
         for matrix in MATRICES
     }
-    in_layers = ", ".join([names["layers"], *(f"{matrix} {name}" for matrix, name in apart.items())])
-    groups = {"embedding": chosen, "layers": in_layers, "head": chosen}
-    if task == "causal-lm":
-        found[HEAD] = groups["head"] = names["head"]
-    if target.lookups and config.hidden_size % (require_scheme(names["embedding"]).block or 1) == 0:
-        found[EMBEDDING] = groups["embedding"] = names["embedding"]
-    if config.tie_word_embeddings and task == "causal-lm":
-        found[EMBEDDING] = found.pop(HEAD)  # one matrix, under its first name
+    tied = config.tie_word_embeddings and task == "causal-lm"
+    if target.lookups or tied:  # a tied matrix, under its first name, is the head's
+        found[EMBEDDING] = precision.schemes["head" if tied else "embedding"]
+    if task == "causal-lm" and not tied:
+        found[HEAD] = precision.schemes["head"]
     if recipe is not None:
         recipe.require_used({*found, EMBEDDING, HEAD})  # those that no target of ours leaves out
-        for name in found:
-            if (own := recipe.scheme_of(name)) is not None:
-                found[name] = target.schemes.get(own, own)
-        groups |= {group: f"{stored}, and as the recipe says" for group, stored in groups.items()}
-    fp8 = tuple(name for name, scheme in found.items() if scheme == FP8)
+        found |= {name: own for name in found if (own := recipe.scheme_of(name)) is not None}
+    found = {name: target.schemes.get(scheme, scheme) for name, scheme in found.items()}
+    whole_blocks = EMBEDDING in found and not config.hidden_size % (
+        require_scheme(found[EMBEDDING]).block or 1
+    )
+    table = found[EMBEDDING] if target.lookups and whole_blocks else None
+    if table is None and not tied:
+        found.pop(EMBEDDING, None)
     schemes = {name: require_scheme(scheme) for name, scheme in found.items() if scheme != FP8}
     for name, scheme in schemes.items():
         _require_width(name, matrix_width(config, name), scheme, target)
         _require_integer_product(name, scheme, target, chosen)
-    return Form(target, chosen, groups, schemes, fp8)
+    return Form(
+        target,
+        chosen,
+        _groups(found, table, chosen, EMBEDDING if tied else HEAD),
+        schemes,
+        None if table is None else require_scheme(table),
+        tuple(name for name, scheme in found.items() if scheme == FP8),
+    )
+
+
+def _groups(found: Mapping[str, str], table: str | None, activations: str, head: str) -> dict[str, str]:
+    """What each group is stored as; the layers' schemes with the most matrices first."""
+    layers = Counter(scheme for name, scheme in found.items() if name.startswith("model.layers."))
+    return {
+        "embedding": table or activations,
+        "layers": ", ".join(scheme for scheme, _ in layers.most_common()),
+        "head": found.get(head, activations),
+    }
 
 
 MATRICES = (

@@ -210,12 +210,13 @@ def _name_inputs_and_outputs(graph: ir.Graph, io: GraphIO) -> None:
         for value, spec in zip(values, specs, strict=True):
             value.name = spec.name
             value.shape = ir.Shape(spec.shape)
-            value.type = ir.TensorType(ir.DataType[_ir_type(spec.dtype)])
+            value.type = ir.TensorType(ir_type(spec.dtype))
             value.metadata_props.clear()
 
 
-def _ir_type(dtype: str) -> str:
-    return {"float32": "FLOAT", "float16": "FLOAT16"}.get(dtype, dtype.upper())
+def ir_type(dtype: str) -> ir.DataType:
+    """Our name of an element type as onnx_ir's."""
+    return ir.DataType["FLOAT" if dtype == "float32" else dtype.upper()]
 
 
 def _name_initializers(graph: ir.Graph, task: str) -> None:

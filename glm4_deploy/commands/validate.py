@@ -133,10 +133,12 @@ def command(
     for path in (html, junit, sensitivity):
         _require_folder(path)
     with show.shown_progress() as progress:
+        ranking = None
+        if sensitivity is not None:  # first, since it may refuse
+            ranking = _rank(reference, text, length, max_tokens, bits, progress)
+            save_recipe(sensitivity, ranking)
         report = validate(bundle, reference, options, progress)
-        if sensitivity is not None:
-            report.sensitivity = _rank(reference, text, length, max_tokens, bits, progress)
-            save_recipe(sensitivity, report.sensitivity)
+        report.sensitivity = ranking
     if html is not None and write_html is not None:
         html.write_text(write_html(report), "utf-8")
     if junit is not None:

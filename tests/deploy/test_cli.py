@@ -21,22 +21,6 @@ GLM4_DEPLOY = (sys.executable, "-c", "from glm4_deploy.cli import main; main()")
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
 
-@pytest.fixture
-def run(capsys):
-    """Run a command in this process: exit code, stdout, stderr."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return ended.value.code, said.out, said.err
-
-    yield call
-    signal.signal(signal.SIGTERM, before)
-
-
 @pytest.fixture(scope="module")
 def worded(tmp_path_factory):
     """A checkpoint with a tokenizer of 320 words and a chat template, and its bundle."""

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 
 from glm4_deploy.cli import cli
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
+from glm4_deploy.texts import cut_text
 from glm4_exporters.quantize.kv_cache import MARGIN
-from glm4_exporters.texts import cut_text
 from glm4_runtime import Session
 from glm4_runtime.errors import ExportError
 

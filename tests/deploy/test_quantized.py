@@ -264,3 +264,23 @@ def test_a_model_that_overflows_fp16_is_scaled_back_and_right(tmp_path):
     assert result.parity is not None
     assert result.parity.mean_kl is not None
     assert result.parity.mean_kl < 1e-5
+
+
+@pytest.mark.parametrize("scheme", ["int8-channel", "int4-signed"])
+def test_a_recipe_cannot_name_a_targets_own_scheme(tmp_path, tiny_checkpoint, scheme):
+    """They hold for some targets only: TensorRT wants positive scales, and lookups want blocks."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[tensors]\n"model.embed_tokens.weight" = "{scheme}"\n')
+    with pytest.raises(ExportError, match=f"the scheme '{scheme}'; there are int8, int8-sq, int4"):
+        export(tiny_checkpoint, tmp_path / "b", ExportOptions(precision="int4", recipe=str(recipe)))
+
+
+def test_a_recipe_decides_how_the_table_is_looked_up(tmp_path):
+    """Rows of 64 are no whole blocks of int8's 128, but of int4's 32: the default keeps them, a recipe need not."""
+    folder = write_checkpoint(tmp_path / "checkpoint", tiny_config(hidden_size=64))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[tensors]\n"model.embed_tokens.weight" = "int4"\n')
+    for name, asked, stored in (("plain", None, "float32"), ("told", str(recipe), "int4-signed")):
+        options = ExportOptions(precision="int8", recipe=asked, parity=False)
+        export(folder, tmp_path / name, options)
+        assert read_manifest(tmp_path / name).tensor_precisions["embedding"] == stored

@@ -2,33 +2,15 @@
 
 import io
 import json
-import signal
 import sys
 
 import pytest
 
-from glm4_deploy.cli import main
 from glm4_deploy.load import Load, Sample, measure, plot, spread, summary
 from glm4_runtime.errors import RequestError
 from glm4_runtime.server import ServerOptions
 from glm4_runtime.server.run import serving
 from glm4_runtime.session import Session
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command in this process: exit code, stdout, stderr."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return ended.value.code, said.out, said.err
-
-    yield call
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")

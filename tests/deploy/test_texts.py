@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from glm4_exporters import texts
-from glm4_exporters.texts import cut_text, random_sequences, read_sequences
+from glm4_deploy import texts
+from glm4_deploy.texts import cut_text, random_sequences, read_sequences
 from glm4_runtime.errors import TextError
 from glm4_runtime.tokenizer import Tokenizer
 

@@ -144,11 +144,9 @@ def _scales(b: Builder, weight: ir.Value, scheme: Scheme) -> ir.Value:
     return stored if stored.dtype == weight.dtype else b.op("Cast", stored, to=int(weight.dtype or 0))
 
 
-def _scale_type(weight: ir.Value) -> ir.DataType:
+def scale_type(activations: ir.DataType) -> ir.DataType:
     """bfloat16 for float32: a scale needs its range, and no more digits than the numbers under it."""
-    dtype = weight.dtype
-    assert dtype is not None
-    return ir.DataType.BFLOAT16 if dtype == ir.DataType.FLOAT else dtype
+    return ir.DataType.BFLOAT16 if activations == ir.DataType.FLOAT else activations
 
 
 def _stored(
@@ -164,10 +162,11 @@ def _stored(
     """The initializer for one part of a weight; the same one for whoever asks again."""
     name = f"{weight.name}.{part}{suffix}"
     if name not in graph.initializers:
-        scale_type = _scale_type(weight)
+        assert weight.dtype is not None
+        of_scales = scale_type(weight.dtype)
         integers = {True: {8: ir.DataType.INT8, 4: ir.DataType.INT4}[scheme.bits], False: ir.DataType.UINT8}
-        dtype: ir.DataType = scale_type if part == SCALES else integers[signed]
+        dtype: ir.DataType = of_scales if part == SCALES else integers[signed]
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-        value.meta["source"] = Source(str(weight.name), part, scheme, signed and part == CODES, scale_type)
+        value.meta["source"] = Source(str(weight.name), part, scheme, signed and part == CODES, of_scales)
         graph.initializers[name] = value  # its data is written later
     return graph.initializers[name]

@@ -15,10 +15,9 @@ from glm4_runtime.server import log, schema
 from glm4_runtime.server.common import (
     Usage,
     answer_format,
-    event_stream,
+    answered,
     note_answer,
     require_choices,
-    require_stream_options,
     sampling_params,
     watched,
 )
@@ -37,7 +36,7 @@ class Plan:
 
     requests: list[Request]
     replies: list[Reply]
-    prompt: str
+    prompts: list[str]
 
 
 @dataclass(frozen=True)
@@ -64,18 +63,7 @@ class Offer:
 
 
 async def chat(engine: Engine, body: schema.ChatRequest, http: HttpRequest) -> Response:
-    engine.require_model(body.model)
-    engine.require_running()
-    deadline = time.monotonic() + engine.options.request_timeout
-    with_usage = require_stream_options(body)
-    plan = await engine.prepare(lambda: _plan(engine, body, deadline))
-    log.record()["user"] = body.user
-    if engine.options.log_prompts:
-        log.record()["prompt"] = plan.prompt
-    answer = Answer(engine, body, plan, engine.generate(plan.requests))
-    if body.stream:
-        return await event_stream(answer.chunks(http, with_usage))
-    return await answer.whole(http)
+    return await answered(engine, body, http, _plan, Answer)
 
 
 def _plan(engine: Engine, body: schema.ChatRequest, deadline: float) -> Plan:
@@ -119,7 +107,7 @@ def _plan(engine: Engine, body: schema.ChatRequest, deadline: float) -> Plan:
         )
         for _ in range(count)
     ]
-    return Plan(requests, replies, prompt)
+    return Plan(requests, replies, [prompt])
 
 
 def _max_tokens(body: schema.ChatRequest) -> int | None:

@@ -2,14 +2,15 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from glm4_runtime.sampling import SamplingParams
-from glm4_runtime.scheduler import Started
+from glm4_runtime.scheduler import Request, Started
 from glm4_runtime.server import log, schema
 from glm4_runtime.server.engine import ClientGoneError, Engine, Job
 from glm4_runtime.server.errors import ApiError, api_error, encode
@@ -27,6 +28,58 @@ _GIVEN_AS_THEY_ARE = (
     "stop_token_ids",
 )
 _DONE = b"data: [DONE]\n\n"
+
+B = TypeVar("B", bound=schema.Sampling)
+P = TypeVar("P", bound="Planned")
+
+
+class Planned(Protocol):
+    """What a request comes to, before anything is generated."""
+
+    @property
+    def requests(self) -> Sequence[Request]:
+        """One for each sequence."""
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        """As the model sees them, for the log."""
+
+
+class Answering(Protocol):
+    """The reply to a request, whole or in chunks."""
+
+    async def whole(self, http: HttpRequest) -> Response:
+        """All of it at once."""
+
+    def chunks(self, http: HttpRequest, with_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
+        """As it comes."""
+
+
+async def answered(
+    engine: Engine,
+    body: B,
+    http: HttpRequest,
+    plan: Callable[[Engine, B, float], P],
+    answer: Callable[[Engine, B, P, Job], Answering],
+) -> Response:
+    """Check, plan off the event loop, generate, and reply as the request asks.
+
+    Args:
+        plan: from engine, body and deadline; may take a while.
+        answer: from engine, body, plan and the running job.
+    """
+    engine.require_model(body.model)
+    engine.require_running()
+    deadline = time.monotonic() + engine.options.request_timeout
+    with_usage = require_stream_options(body)
+    planned = await engine.prepare(lambda: plan(engine, body, deadline))
+    log.record()["user"] = body.user
+    if engine.options.log_prompts:
+        log.record()["prompts"] = list(planned.prompts)
+    reply = answer(engine, body, planned, engine.generate(planned.requests))
+    if body.stream:
+        return await event_stream(reply.chunks(http, with_usage))
+    return await reply.whole(http)
 
 
 def sampling_params(

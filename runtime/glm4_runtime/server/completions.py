@@ -14,10 +14,9 @@ from glm4_runtime.server import log, schema
 from glm4_runtime.server.common import (
     Usage,
     answer_format,
-    event_stream,
+    answered,
     note_answer,
     require_choices,
-    require_stream_options,
     sampling_params,
     watched,
 )
@@ -46,18 +45,7 @@ class Plan:
 
 
 async def complete(engine: Engine, body: schema.CompletionRequest, http: HttpRequest) -> Response:
-    engine.require_model(body.model)
-    engine.require_running()
-    deadline = time.monotonic() + engine.options.request_timeout
-    with_usage = require_stream_options(body)
-    plan = await engine.prepare(lambda: _plan(engine, body, deadline))
-    log.record()["user"] = body.user
-    if engine.options.log_prompts:
-        log.record()["prompt"] = plan.prompts
-    answer = Answer(engine, body, plan, engine.generate(plan.requests))
-    if body.stream:
-        return await event_stream(answer.chunks(http, with_usage))
-    return await answer.whole(http)
+    return await answered(engine, body, http, _plan, Answer)
 
 
 def as_list(given: Any) -> list[Any]:

@@ -61,7 +61,7 @@ async def _run(
     inputs = await engine.prepare(lambda: [encoded(engine, one) for one in given])
     log.record().update(user=body.user, prompt_tokens=sum(map(len, inputs)))
     if engine.options.log_prompts:
-        log.record()["prompt"] = given
+        log.record()["prompts"] = given
     return inputs, [await engine.pooled(lambda ids=ids: work(ids), deadline) for ids in inputs]  # type: ignore[misc]
 
 

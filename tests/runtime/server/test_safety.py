@@ -235,7 +235,7 @@ def test_the_words_are_logged_where_asked_for(scripted, monkeypatch):
     _, _, client = scripted(["an", "swer"], log_prompts=True)
     client.chat.completions.create(**ASKED, extra_headers={"X-Request-Id": "mine-2"})
     _, line = logged_request(log, "mine-2")
-    assert "password" in line["prompt"]
+    assert "password" in line["prompts"][0]
     assert line["answers"][0]["content"] == "answer"
 
 

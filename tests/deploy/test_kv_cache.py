@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from glm4_deploy.cli import cli
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
-from glm4_deploy.texts import cut_text
+from glm4_deploy.texts import LINES, cut_text
 from glm4_exporters.quantize.kv_cache import MARGIN
 from glm4_runtime import Session
 from glm4_runtime.errors import ExportError
@@ -107,7 +107,7 @@ def test_the_command_says_what_it_was_calibrated_on(tmp_path, tiny_checkpoint):
     arguments = ["export", str(tiny_checkpoint), str(tmp_path / "b"), "--precision", "fp32", "--no-parity"]
     result = CliRunner().invoke(cli, [*arguments, "--kv-cache", "int8"])
     assert result.exit_code == 0, result.output
-    assert "int8, calibrated on 256 tokens: random ids" in " ".join(result.output.split())
+    assert f"int8, calibrated on {len(LINES) * 64} tokens: random ids" in " ".join(result.output.split())
     wrong = CliRunner().invoke(cli, [*arguments, "--kv-cache", "int4"])
     assert wrong.exit_code == 2
     assert "'int4' is not one of 'auto', 'int8'" in wrong.output

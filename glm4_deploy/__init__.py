@@ -1,8 +1,13 @@
 """glm4-deploy: GLM-4-0414 checkpoints to ONNX, proved right, served. What you type, as Python."""
 
-from importlib.metadata import PackageNotFoundError, version
 
-try:
-    __version__ = version("glm4-deploy")
-except PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = "0+checkout"
+def __getattr__(name: str) -> str:
+    """``__version__``, looked up when asked for: importlib.metadata takes as long as a whole ``--help``."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("glm4-deploy")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "0+checkout"

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from glm4_deploy import __version__
 from glm4_runtime.errors import Glm4Error
 
 # command -> module that holds it; imported when it is called, so that --help stays quick
@@ -61,8 +60,23 @@ class _Lazy(click.Group):
             formatter.write_dl(list(SUMMARIES.items()))
 
 
+def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked:
+        from glm4_deploy import __version__
+
+        click.echo(f"glm4-deploy, version {__version__}")
+        ctx.exit()
+
+
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="glm4-deploy")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
 def cli() -> None:
     """GLM-4-0414 checkpoints to ONNX and TensorRT: exported, proved right, served.
 

@@ -14,6 +14,10 @@ TRACES: dict = {}
 @pytest.fixture
 def traced_once(monkeypatch):
     """Take the graph of a configuration from the test before: tracing is most of a small export's time."""
+    trace_once(monkeypatch)
+
+
+def trace_once(monkeypatch):
     from glm4_exporters import trace as module
 
     real = module.trace
@@ -57,6 +61,18 @@ def demo_bundle(tmp_path_factory):
     demo = Path(__file__).parents[1] / "demo" / "glm4-tiny"
     export(demo, folder, ExportOptions(precision="fp32", max_batch_size=4, parity=False))
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_quantized(tmp_path_factory):
+    """The demo checkpoint for the default target in int8 and int4, by precision."""
+    folder = tmp_path_factory.mktemp("quantized")
+    demo = Path(__file__).parents[1] / "demo" / "glm4-tiny"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        trace_once(monkeypatch)
+        for precision in ("int8", "int4"):
+            export(demo, folder / precision, ExportOptions(precision=precision, parity=False))
+    return {precision: folder / precision for precision in ("int8", "int4")}
 
 
 @pytest.fixture

@@ -5,12 +5,14 @@ import importlib
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from glm4_runtime import SamplingParams, Session
-from glm4_runtime.dialogue import Dialogue
 from glm4_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from glm4_runtime.dialogue import Dialogue
 
 _HELP = "/new starts over, /exit or Ctrl-D ends, Ctrl-C stops an answer."
 _THOUGHT, _PLAIN = "\x1b[2m", "\x1b[0m"
@@ -43,6 +45,9 @@ def command(
 
     /new starts over, /exit or Ctrl-D ends, Ctrl-C stops an answer.
     """
+    from glm4_runtime import SamplingParams, Session
+    from glm4_runtime.dialogue import Dialogue
+
     params = SamplingParams(**sampling)  # type: ignore[arg-type]
     with Session.open(
         bundle, provider=provider, threads=threads, max_seq_len=max_seq_len, max_batch_size=1
@@ -71,7 +76,7 @@ def _line() -> str | None:
         return None
 
 
-def _answer(dialogue: Dialogue, text: str, hide_thoughts: bool) -> None:
+def _answer(dialogue: "Dialogue", text: str, hide_thoughts: bool) -> None:
     start = time.monotonic()
     first = start
     count = 0

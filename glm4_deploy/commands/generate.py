@@ -3,14 +3,16 @@
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from glm4_deploy import show
-from glm4_runtime import SamplingParams, Session
-from glm4_runtime.chat import ChatTemplate
 from glm4_runtime.errors import BundleError, RequestError
-from glm4_runtime.generate import Token
+
+if TYPE_CHECKING:
+    from glm4_runtime import Session
+    from glm4_runtime.generate import Token
 
 
 @click.command("generate")
@@ -59,6 +61,8 @@ def command(
         raise click.UsageError("--system needs --chat.")
     if stream and as_json:
         raise click.UsageError("--stream and --json exclude each other.")
+    from glm4_runtime import SamplingParams, Session
+
     params = SamplingParams(**sampling)  # type: ignore[arg-type]
     text = _standard_input() if prompt == "-" else prompt
     opening = time.monotonic()
@@ -102,12 +106,14 @@ def _standard_input() -> str:
         raise RequestError(f"standard input is not {error.encoding} text: {error}") from error
 
 
-def _prompt_ids(bundle: Path, session: Session, text: str, chat: bool, system: str | None) -> list[int]:
+def _prompt_ids(bundle: Path, session: "Session", text: str, chat: bool, system: str | None) -> list[int]:
     tokenizer = session.tokenizer
     if tokenizer is None:
         raise BundleError(f"{bundle} has no tokenizer.json; add it to the checkpoint and export again")
     if not chat:
         return tokenizer.encode(text)
+    from glm4_runtime.chat import ChatTemplate
+
     messages = [{"role": "system", "content": system}] * (system is not None)
     messages.append({"role": "user", "content": text})
     rendered = ChatTemplate.from_folder(bundle).render(messages)

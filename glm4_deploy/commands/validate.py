@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from glm4_deploy import show
-from glm4_deploy.validate import Report, ValidateOptions, validate
-from glm4_deploy.validate.comparison import Comparison
-from glm4_deploy.validate.sensitivity import HIGH, LOW, Sensitivity, rank_tensors, save_recipe
-from glm4_deploy.validate.statistics import Estimate
-from glm4_exporters.checkpoint import Checkpoint
 from glm4_runtime.errors import GateError, RequestError
 from glm4_runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from glm4_deploy.validate import Report
+    from glm4_deploy.validate.comparison import Comparison
+    from glm4_deploy.validate.sensitivity import Sensitivity
+    from glm4_deploy.validate.statistics import Estimate
 
 RANKED_TOKENS = 1024  # each is carried through the model once per matrix
 SHOWN = 5  # of the ranking; all of it is in --json and in the recipe
@@ -119,6 +121,8 @@ def command(
         raise click.UsageError("--junit writes the gate's checks, and --no-gate leaves none.")
     if bits is not None and sensitivity is None:
         raise click.UsageError("--bits is of the recipe that --sensitivity writes.")
+    from glm4_deploy.validate import ValidateOptions, validate  # brings torch and onnx
+
     options = ValidateOptions(
         text=text,
         against=against,
@@ -135,6 +139,8 @@ def command(
     with show.shown_progress() as progress:
         ranking = None
         if sensitivity is not None:  # first, since it may refuse
+            from glm4_deploy.validate.sensitivity import save_recipe
+
             ranking = _rank(reference, text, length, max_tokens, bits, progress)
             save_recipe(sensitivity, ranking)
         report = validate(bundle, reference, options, progress)
@@ -164,7 +170,10 @@ def _rank(
     max_tokens: int,
     bits: float | None,
     progress: Progress,
-) -> Sensitivity:
+) -> "Sensitivity":
+    from glm4_deploy.validate.sensitivity import rank_tensors
+    from glm4_exporters.checkpoint import Checkpoint
+
     with Checkpoint.load(reference) as checkpoint:
         return rank_tensors(
             checkpoint,
@@ -176,7 +185,7 @@ def _rank(
         )
 
 
-def _html_writer() -> Callable[[Report], str]:
+def _html_writer() -> "Callable[[Report], str]":
     """Found before the work: the plots need a package that may not be installed."""
     try:
         from glm4_deploy.validate.html import html_page
@@ -190,7 +199,7 @@ def _require_folder(path: Path | None) -> None:
         raise RequestError(f"{path.absolute().parent} does not exist; create it first")
 
 
-def _rows(report: Report) -> list[tuple[str, str]]:
+def _rows(report: "Report") -> list[tuple[str, str]]:
     rows = [
         ("bundle", report.bundle.what),
         *([("against", f"{report.against.path}: {report.against.what}")] if report.against else []),
@@ -211,6 +220,8 @@ def _rows(report: Report) -> list[tuple[str, str]]:
             )
         )
     if report.sensitivity is not None:
+        from glm4_deploy.validate.sensitivity import HIGH, LOW
+
         found = report.sensitivity
         spared = [loss.name for loss in found.losses if found.recipe.scheme_of(loss.name) == HIGH]
         rows.append(
@@ -230,7 +241,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
     return rows
 
 
-def _comparison_rows(comparison: Comparison) -> list[tuple[str, str]]:
+def _comparison_rows(comparison: "Comparison") -> list[tuple[str, str]]:
     metrics, rows = comparison.metrics, []
     if comparison.perplexities is not None and comparison.ratio is not None:
         expected, actual = comparison.perplexities
@@ -270,7 +281,7 @@ def _comparison_rows(comparison: Comparison) -> list[tuple[str, str]]:
     return rows
 
 
-def _interval(estimate: Estimate) -> str:
+def _interval(estimate: "Estimate") -> str:
     if estimate.low is None or estimate.high is None:
         return f"{estimate.value:.6f} (too few tokens for an interval)"
     return f"{estimate.value:.6f} (95 %: {estimate.low:.6f} ... {estimate.high:.6f})"

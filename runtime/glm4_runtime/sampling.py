@@ -328,8 +328,9 @@ def logprob(logits: FloatArray, token: int) -> float:
 def log_total(logits: FloatArray) -> float:
     """The logarithm of the sum of exp(logits): what a logit is less, as a log-probability."""
     highest = logits.max()
-    total = np.exp(logits - highest).sum(dtype=np.float64)
-    return float(highest) + math.log(total)
+    weights = logits - highest
+    np.exp(weights, out=weights)
+    return float(highest) + math.log(weights.sum(dtype=np.float64))
 
 
 def likeliest(logits: FloatArray, count: int) -> npt.NDArray[np.intp]:

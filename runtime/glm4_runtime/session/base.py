@@ -381,7 +381,7 @@ class Session(abc.ABC):
         if len(token_ids) == 0:
             raise RequestError("no tokens were given; a prompt needs at least one")
         ids = np.asarray(token_ids)
-        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise RequestError(
                 f"token ids must be a flat list of integers, not {ids.dtype} of shape {ids.shape}"
             )
@@ -407,7 +407,9 @@ class _SlotSteps:
 
     def decode(self, token: int) -> Logits:
         assert self._slot is not None
-        return self._session.decode({self._slot: token})[self._slot]
+        _, logits = self._session.decode_block({self._slot: token})
+        row: Logits = logits[0]
+        return row
 
     def room(self) -> int:
         used = 0 if self._slot is None else self._session.length(self._slot)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from glm4_runtime.bundle import GRAPH, Manifest
 from glm4_runtime.errors import BundleError
 from glm4_runtime.kv_cache import Move
 from glm4_runtime.session.base import Ids, Logits, Session
+from glm4_runtime.session.bound_rows import BoundRows
 from glm4_runtime.session.memory import CacheMemory, HostMemory
 
 # Those that this session can drive, the fastest first.
@@ -114,7 +114,7 @@ class OrtSession(Session):
         self._on_cpu = self.provider == "CPUExecutionProvider"
         if manifest.kv_cache is not None:
             self._cache = self._new_cache()
-        self._bindings: dict[tuple[int, int], Any] = {}
+        self._bindings: dict[tuple[int, int], BoundRows] = {}
 
     def _new_cache(self) -> CacheMemory:
         if self._on_cpu:
@@ -124,31 +124,25 @@ class OrtSession(Session):
         return CudaMemory(self.manifest, self.max_batch_size)
 
     def _run_decoder(self, first_row: int, ids: Ids, past: Sequence[int], logits_indices: Ids) -> Logits:
-        count, width = ids.shape
-        binding = self._binding(first_row, count)
-        logits = np.empty((*logits_indices.shape, self.manifest.model.vocab_size), np.float32)
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "input_ids": np.ascontiguousarray(ids),
-            "past_lengths": np.asarray(past, np.int32),
-            "query_lengths": np.full(count, width, np.int32),
-            "logits_indices": np.ascontiguousarray(logits_indices, np.int64),
-        }
-        for name, array in arrays.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        rows = self._bound_rows(first_row, len(ids))
+        logits = rows.write(ids, past, logits_indices)
+        self._session.run_with_iobinding(rows.binding)
+        if logits.shape[1] > 1:  # those of a whole prompt are large
+            rows.forget()
         return logits
 
-    def _binding(self, first_row: int, count: int) -> Any:
-        """The caches of ``count`` rows, bound once as inputs and as outputs at the same addresses."""
+    def _bound_rows(self, first_row: int, count: int) -> BoundRows:
         key = first_row, count
         if key not in self._bindings:
-            binding = self._session.io_binding()
-            for name, present, dtype, shape, address in self._cache.views(first_row, count):
-                device = "cpu" if self._on_cpu else "cuda"
-                binding.bind_input(name, device, 0, dtype, shape, address)
-                binding.bind_output(present, device, 0, dtype, shape, address)
-            self._bindings[key] = binding
+            device = "cpu" if self._on_cpu else "cuda"
+            self._bindings[key] = BoundRows(
+                self._session.io_binding(),
+                self._cache,
+                first_row,
+                count,
+                device,
+                self.manifest.model.vocab_size,
+            )
         return self._bindings[key]
 
     def _run_encoder(self, ids: Ids) -> Logits:

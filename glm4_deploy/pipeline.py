@@ -253,6 +253,7 @@ def _trace(
     """The graph in the target's dialect, or with its attention by our plugin."""
     from glm4_exporters.passes import lower
     from glm4_exporters.passes.fp8_products import Fp8Products
+    from glm4_exporters.passes.packed_products import PackedProducts
     from glm4_exporters.passes.quantize_cache import QuantizeCache
     from glm4_exporters.passes.quantize_inputs import QuantizeInputs
     from glm4_exporters.passes.quantize_weights import QuantizeWeights
@@ -267,6 +268,8 @@ def _trace(
         plugin(model)
     if prepared.cache_scales:
         QuantizeCache(prepared.cache_scales)(model)
+    if form.target.dialect == "cpu":
+        PackedProducts(form.schemes)(model)
     if form.schemes:
         QuantizeWeights(form.target.dialect, form.schemes)(model)
     if form.fp8:

@@ -217,6 +217,14 @@ def _check_installed(options: ExportOptions) -> None:
         raise ExportError(
             "onnxruntime is not installed, which parity needs; install glm4-deploy[cpu], or say --no-parity"
         )
+    if options.parity and options.target == "cpu":
+        from glm4_plugins import block_product
+
+        if block_product.library() is None:
+            raise ExportError(
+                "the CPU operators, which parity needs, were not built when glm4-deploy was installed; install a C++ "
+                "compiler and glm4-deploy again, or say --no-parity"
+            )
 
 
 def _require_space(folder: Path, needed: int) -> None:

@@ -294,7 +294,9 @@ def _of_rows(piece: Piece, start: int, rows: int) -> Piece:
 def _computes_in_bfloat16(graph: onnx.GraphProto) -> bool:
     """Whether a weight of that type is read by more than a cast, or a product of ours for its scales."""
     narrow = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.BFLOAT16}
-    return any(narrow.intersection(node.input) for node in graph.node if node.op_type not in ("Cast", OPERATOR))
+    return any(
+        narrow.intersection(node.input) for node in graph.node if node.op_type not in ("Cast", OPERATOR)
+    )
 
 
 def _widen_casts(graph: onnx.GraphProto) -> None:

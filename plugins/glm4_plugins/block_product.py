@@ -65,7 +65,9 @@ def block_product(
     A block of a row of x is rounded to round(x * 127 / largest |x|), ties to even, under the scale largest / 127.
     """
     width, stored = x.shape[-1], numbers.shape[1] * block_size
-    rows = np.pad(x.reshape(-1, width), ((0, 0), (0, stored - width))).reshape(-1, numbers.shape[1], block_size)
+    rows = np.pad(x.reshape(-1, width), ((0, 0), (0, stored - width))).reshape(
+        -1, numbers.shape[1], block_size
+    )
     largest = np.abs(rows).max(-1, keepdims=True)
     inverse = np.divide(127, largest, out=np.zeros_like(largest), where=largest > 1e-30)
     rounded = np.rint(rows * inverse).astype(np.int64)

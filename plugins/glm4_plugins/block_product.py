@@ -80,7 +80,8 @@ def block_product(
     if gated:
         gate, up = np.split(y, 2, axis=-1)
         y = gate / (1 + np.exp(-gate)) * up
-    return y.astype(np.float32).reshape(*x.shape[:-1], -1)
+    result: Floats = y.astype(np.float32).reshape(*x.shape[:-1], -1)
+    return result
 
 
 def library() -> Path | None:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from checkpoints import tiny_config, write_checkpoint
+from cpu_operators import needs_cpu_operators
 
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_exporters.pieces import GraphPieces
@@ -16,7 +17,7 @@ from glm4_runtime import Session
 from glm4_runtime.errors import BundleError, ExportError
 from glm4_runtime.session import ort as ort_session
 
-pytestmark = pytest.mark.usefixtures("traced_once")
+pytestmark = [needs_cpu_operators, pytest.mark.usefixtures("traced_once")]
 
 # One gate of whole panels, and heads whose products have one panel or several.
 CONFIG = tiny_config(hidden_size=128, intermediate_size=192, vocab_size=512)

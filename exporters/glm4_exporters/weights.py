@@ -239,6 +239,8 @@ class _Writer:
             for codes, scales in self._in_parts(quantized, first, block):
                 self._scales.append(scales)
                 self._file.append(codes.reshape(-1), torch.uint8)
+        if found is not None:
+            found.leave_to_files()
 
     def _write_fp8(self, name: str) -> None:
         """The numbers of a matrix; its one scale, which follows somewhere in the file, is kept until then."""

@@ -219,6 +219,7 @@ def test_calibration_text_changes_what_int4_stores(tmp_path, tiny_checkpoint, id
     assert report["text"] == "text.ids"
     assert [row["layer"] for row in report["largest_activations"]] == [0, 1]
     assert any(choice["error"] < choice["error_before"] for choice in report["scales"])
+    assert report["rounded_on_tokens"] == report["tokens"]  # all of so short a text
     assert result.calibration == report
 
 

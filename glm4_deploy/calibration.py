@@ -103,6 +103,7 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
     if text is None:
         return Prepared(Edits())
     from glm4_exporters.quantize.calibrate import calibrate
+    from glm4_exporters.quantize.gptq import those_that_fit
     from glm4_exporters.quantize.kv_cache import MARGIN, cache_scales
     from glm4_exporters.quantize.overflow import Remedy, audit, remedies, require_range
     from glm4_exporters.quantize.smooth import Smoothing
@@ -126,6 +127,8 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
             for search in searches
             for c in search.choices
         ]
+    if awq is not None:
+        report["rounded_on_tokens"] = sum(map(len, those_that_fit(text.sequences, source.config)))
     remedy = Remedy()
     if form.activations == "float16":
         require_range(calibration, smoothing)

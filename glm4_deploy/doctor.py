@@ -49,7 +49,7 @@ def _missing(*modules: str) -> list[str]:
 
 def _export() -> Finding:
     missing = _missing("torch", "onnx", "onnx_ir", "onnxscript")
-    name = "export: targets ort and native"
+    name = "export: targets ort, cpu and native"
     if missing:
         return Finding(
             name, False, f"{', '.join(missing)} not installed", "pip install 'glm4-deploy[cpu,export]'"
@@ -79,6 +79,16 @@ def _onnxruntime() -> Finding:
     return Finding(
         name, True, f"{onnxruntime.__version__} with {', '.join(onnxruntime.get_available_providers())}"
     )
+
+
+def _cpu_operators() -> Finding:
+    from glm4_plugins.block_product import kernels
+
+    name, found = "run: target cpu", kernels()
+    if found is None:
+        advice = "install a C++ compiler, and glm4-deploy again"
+        return Finding(name, False, "its operators were not built, for want of a C++ compiler", advice)
+    return Finding(name, True, f"{found} kernels")
 
 
 def _cuda() -> Finding:
@@ -158,4 +168,4 @@ def _engines() -> Finding:
     return Finding(name, True, f"{', '.join(installed)} on {gpus}")
 
 
-CHECKS = (_export, _onnxruntime, _cuda, _serving, _tensorrt_rtx, _tensorrt, _engines)
+CHECKS = (_export, _onnxruntime, _cpu_operators, _cuda, _serving, _tensorrt_rtx, _tensorrt, _engines)

@@ -217,6 +217,14 @@ def _check_installed(options: ExportOptions) -> None:
         raise ExportError(
             "onnxruntime is not installed, which parity needs; install glm4-deploy[cpu], or say --no-parity"
         )
+    if options.parity and options.target == "cpu":
+        from glm4_plugins import block_product
+
+        if block_product.library() is None:
+            raise ExportError(
+                "the CPU operators, which parity needs, were not built when glm4-deploy was installed; install a C++ "
+                "compiler and glm4-deploy again, or say --no-parity"
+            )
 
 
 def _require_space(folder: Path, needed: int) -> None:
@@ -253,6 +261,7 @@ def _trace(
     """The graph in the target's dialect, or with its attention by our plugin."""
     from glm4_exporters.passes import lower
     from glm4_exporters.passes.fp8_products import Fp8Products
+    from glm4_exporters.passes.packed_products import PackedProducts
     from glm4_exporters.passes.quantize_cache import QuantizeCache
     from glm4_exporters.passes.quantize_inputs import QuantizeInputs
     from glm4_exporters.passes.quantize_weights import QuantizeWeights
@@ -267,6 +276,8 @@ def _trace(
         plugin(model)
     if prepared.cache_scales:
         QuantizeCache(prepared.cache_scales)(model)
+    if form.target.dialect == "cpu":
+        PackedProducts(form.schemes)(model)
     if form.schemes:
         QuantizeWeights(form.target.dialect, form.schemes)(model)
     if form.fp8:

@@ -4,7 +4,7 @@ from glm4_exporters.config import Glm4Config
 from glm4_runtime.errors import ExportError
 
 KV_CACHES = ("auto", "int8")
-INT8_TARGET = "ort"
+INT8_TARGETS = ("ort", "cpu")
 # Those on which an int8 cache was compared with the reference; CUDA's kernel is not among them.
 INT8_PROVIDERS = ("CPUExecutionProvider",)
 HEAD_MULTIPLE = 8  # GroupQueryAttention's; the standard operators, which take any head, have no int8 cache
@@ -24,8 +24,9 @@ def choose_cache(
         return activations if task == "causal-lm" else None
     reasons = {
         f"task {task} has no cache": task != "causal-lm",
-        f"target {target} has no operator with an int8 cache, target {INT8_TARGET} has": target
-        != INT8_TARGET,
+        f"target {target} has no operator with an int8 cache; targets {' and '.join(INT8_TARGETS)} have": (
+            target not in INT8_TARGETS
+        ),
         f"its operator takes heads of multiples of {HEAD_MULTIPLE} dims, and this model's have {config.head_dim}": (
             config.head_dim % HEAD_MULTIPLE != 0
         ),

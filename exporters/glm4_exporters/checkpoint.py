@@ -36,6 +36,7 @@ SIDE_FILES = (
     "chat_template.jinja",
     GENERATION_CONFIG,
 )
+ROWS_TOGETHER = 64  # rows of a matrix that whoever reads it in blocks may want undivided
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BACKBONE = "model."
 
@@ -188,7 +189,7 @@ class Checkpoint:
         return tensor
 
     def row_blocks(self, name: str, *buffers: "Tensor") -> Iterator[tuple[int, "Tensor"]]:
-        """The tensor in blocks of as many whole rows as fit into a buffer.
+        """The tensor in blocks of as many whole rows as fit into a buffer, a multiple of 64 where they do.
 
         With two buffers or more, a thread reads the next block while the caller works on this one. Reads go
         past the page cache into buffers that begin at a page: a checkpoint is read once and larger than it.
@@ -212,6 +213,7 @@ class Checkpoint:
         room = buffers[0].numel()
         # Reading whole pages takes up to one more at either end; too little to matter in a buffer of many.
         step = (room - 2 * PAGE if room >= 64 * PAGE else room) // row_bytes
+        step -= step % ROWS_TOGETHER if step > ROWS_TOGETHER else 0
         if step == 0:
             raise CheckpointError(
                 f"a row of {name} takes {row_bytes} bytes, the buffer has {buffers[0].numel()}"

@@ -19,6 +19,7 @@ import onnx
 import onnxruntime as ort
 
 from glm4_exporters.checkpoint import EMBEDDING
+from glm4_plugins.block_product import OPERATOR, PANEL, library
 from glm4_runtime.bundle import GRAPH
 from glm4_runtime.progress import Progress, silent
 
@@ -119,10 +120,11 @@ class GraphPieces:
     def _run_head(self, piece: Piece, weights: list[str], values: list[Values]) -> list[Values]:
         """In blocks of vocabulary rows, joined along the last axis."""
         rows, parts = self._rows(weights[0]), []
-        for start in range(0, rows, HEAD_ROWS):
-            block = np.arange(start, min(start + HEAD_ROWS, rows))
+        step = HEAD_ROWS // max(_COUNTED.get(node.op_type, ("", 1))[1] for node in piece.nodes)
+        for start in range(0, rows, step):
+            block = np.arange(start, min(start + step, rows))
             arrays = {name: self._read(name, block) for name in weights}
-            parts.append(self._execute(_of_rows(piece, len(block)), arrays, values))
+            parts.append(self._execute(_of_rows(piece, start, len(block)), arrays, values))
         return [
             {name: np.concatenate([part[i][name] for part in parts], axis=-1) for name in parts[0][i]}
             for i in range(len(values))
@@ -159,6 +161,8 @@ class GraphPieces:
         )
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        if any(node.op_type == OPERATOR for node in piece.nodes):
+            options.register_custom_ops_library(str(library()))
         names, arrays = [], []
         for name, weight in weights.items():
             tensor = graph.initializer.add()
@@ -213,6 +217,7 @@ class _Weight:
     data: Array
 
 
+_COUNTED = {"MatMulNBits": ("N", 1), OPERATOR: ("columns", PANEL)}
 _PACKED = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 _WITHOUT_NUMPY_TYPE = (*_PACKED, onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT8E4M3FN)
 
@@ -273,21 +278,25 @@ def _is_table(name: str) -> bool:
     return name == EMBEDDING or name.startswith(f"{EMBEDDING}.")
 
 
-def _of_rows(piece: Piece, rows: int) -> Piece:
-    """The head, where an attribute says how many rows it has."""
+def _of_rows(piece: Piece, start: int, rows: int) -> Piece:
+    """The head, where an attribute says how many rows it has; of a product of ours, they are panels."""
     nodes = []
     for node in piece.nodes:
-        if node.op_type == "MatMulNBits":
+        if node.op_type in _COUNTED:
+            name, together = _COUNTED[node.op_type]
             node = onnx.NodeProto.FromString(node.SerializeToString())
-            next(attribute for attribute in node.attribute if attribute.name == "N").i = rows
+            count = next(attribute for attribute in node.attribute if attribute.name == name)
+            count.i = min(count.i - start * together, rows * together)
         nodes.append(node)
     return Piece(piece.name, tuple(nodes), piece.gives)
 
 
 def _computes_in_bfloat16(graph: onnx.GraphProto) -> bool:
-    """Whether a weight of that type is read by more than a cast to another one."""
+    """Whether a weight of that type is read by more than a cast, or a product of ours for its scales."""
     narrow = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.BFLOAT16}
-    return any(narrow.intersection(node.input) for node in graph.node if node.op_type != "Cast")
+    return any(
+        narrow.intersection(node.input) for node in graph.node if node.op_type not in ("Cast", OPERATOR)
+    )
 
 
 def _widen_casts(graph: onnx.GraphProto) -> None:

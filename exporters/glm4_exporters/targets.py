@@ -103,22 +103,34 @@ _FLOATS, _INTEGERS = ("fp32", "fp16", "bf16"), ("int8", "int4", "int8-sq")
 _NATIVE = {"float32": (_CPU,), "float16": (_CPU,), "bfloat16": ()}
 # TensorRT multiplies by int8 per output channel without widening the weight first; by int8 in blocks it does not.
 _PER_CHANNEL = {"int8": "int8-channel"}
+_SIGNED = {name: f"{name}-signed" for name in ("int4", "int4-fine", "int4-wide")}
+# What GPTQ leaves is the head's error above all, and least of it that of q, k and o_proj. Below, 5.01 bits a
+# weight on the demo, where Q4_K_M has 5.02 (benchmarks/accuracy.py).
+_INT4_ON_CPU = {
+    "int4": Precision(
+        None,
+        {"embedding": "int4", "layers": "int4", "head": "int8"},
+        dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj"), "int4-wide"),
+    )
+}
 TARGETS = {
     "ort": Target(
         "ort",
         (*_FLOATS, *_INTEGERS),
         "float32",
         {"float32": (_CPU,), "float16": (_CUDA, _CPU), "bfloat16": (_CUDA,)},
-        {name: f"{name}-signed" for name in ("int4", "int4-fine", "int4-wide")},
-        # What GPTQ leaves is the head's error above all, and least of it that of q, k and o_proj. Below, 5.01 bits a
-        # weight on the demo, where Q4_K_M has 5.02 (benchmarks/accuracy.py).
-        {
-            "int4": Precision(
-                None,
-                {"embedding": "int4", "layers": "int4", "head": "int8"},
-                dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj"), "int4-wide"),
-            )
-        },
+        _SIGNED,
+        _INT4_ON_CPU,
+        lookups=True,
+    ),
+    # Products in integers by our own kernels, which read the stored form as it lies in the file.
+    "cpu": Target(
+        "cpu",
+        _INTEGERS,
+        "float32",
+        {"float32": (_CPU,)},
+        _SIGNED,
+        _INT4_ON_CPU,
         lookups=True,
     ),
     "native": Target("native", (*_FLOATS, *_INTEGERS), "float32", _NATIVE, _PER_CHANNEL),
@@ -254,6 +266,9 @@ def _activations(
     chosen = target.quantized_activations if asked is None else ACTIVATIONS[asked]
     if target.engine is not None and chosen == "float32":
         raise ExportError(f"target {target_name} has no fp32 activations; take fp16 or bf16")
+    if chosen not in target.providers:
+        known = ", ".join(name for name, dtype in ACTIVATIONS.items() if dtype in target.providers)
+        raise ExportError(f"target {target_name} has no {asked} activations; it has {known}")
     return chosen
 
 
@@ -274,7 +289,7 @@ def _require_width(name: str, width: int, scheme: Scheme, target: Target) -> Non
 def _require_integer_product(name: str, scheme: Scheme, target: Target, activations: str) -> None:
     if scheme.inputs and not name.startswith("model.layers."):
         raise ExportError(f"{name} cannot be int8-sq, which is for the matrices of layers; take int8")
-    if scheme.inputs and target.dialect == "ort" and activations != "float32":
+    if scheme.inputs and target.dialect in ("ort", "cpu") and activations != "float32":
         raise ExportError(
             "ONNX Runtime's integer products give fp32, so int8-sq for target ort takes no other activations; "
             "leave --activations out, or export with --precision int8"

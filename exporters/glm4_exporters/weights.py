@@ -23,7 +23,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.checkpoint import ROWS_TOGETHER, Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.passes.builder import fixed
 from glm4_exporters.passes.fp8_products import SCALE_SUFFIX, fp8_scale, fp8_values
@@ -208,7 +208,13 @@ class _Writer:
     def _write_codes(self, source: Source, tensor: StoredTensor) -> None:
         """The integers of a matrix; its scales, which follow it in the file, are kept until then."""
         scheme, dtype = source.scheme, TORCH_TYPES[source.scale_type]
-        pack = blocks.pack_signed if source.signed else blocks.pack_unsigned
+        pack = (
+            blocks.pack_panels
+            if source.panels
+            else blocks.pack_signed
+            if source.signed
+            else blocks.pack_unsigned
+        )
         found, limit = self._edits.rounded.get(source.tensor), torch.finfo(dtype).max
 
         def quantized(first: int, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,13 +230,17 @@ class _Writer:
                     f"a scale of tensor {source.tensor} is beyond {str(dtype)[6:]}'s {limit:g}; "
                     "export with --activations fp32"
                 )
-            # The product's operator reads whole blocks, the other two exactly the matrix.
+            if source.panels:
+                scales = blocks.scale_panels(scales)
+            # A product's operator reads whole blocks, the other two exactly the matrix.
             return pack(numbers if len(tensor.shape) == 3 else numbers[:, :width], scheme), scales
 
         for first, block in self._read(source.tensor):
             for codes, scales in self._in_parts(quantized, first, block):
                 self._scales.append(scales)
                 self._file.append(codes.reshape(-1), torch.uint8)
+        if found is not None:
+            found.leave_to_files()
 
     def _write_fp8(self, name: str) -> None:
         """The numbers of a matrix; its one scale, which follows somewhere in the file, is kept until then."""
@@ -265,7 +275,7 @@ class _Writer:
 
     def _in_parts(self, work: Callable[[int, Tensor], T], first: int, block: Tensor) -> Iterator[T]:
         """``work`` on the rows of a block, whose first is row ``first`` of its matrix, a few on each thread."""
-        step = max(1, QUANTIZED_AT_ONCE // block.shape[1])
+        step = max(1, QUANTIZED_AT_ONCE // (block.shape[1] * ROWS_TOGETHER)) * ROWS_TOGETHER
         starts = range(0, len(block), step)
         jobs = [self._quantizers.submit(work, first + start, block[start : start + step]) for start in starts]
         return (job.result() for job in jobs)

@@ -64,8 +64,8 @@ def test_what_works_here_is_said_to_work():
     import onnxruntime
     import torch
 
-    assert finding("export: targets ort and native")["works"]
-    assert f"torch {torch.__version__}" in finding("export: targets ort and native")["detail"]
+    assert finding("export: targets ort, cpu and native")["works"]
+    assert f"torch {torch.__version__}" in finding("export: targets ort, cpu and native")["detail"]
     assert onnxruntime.__version__ in finding("run: ONNX Runtime")["detail"]
     assert "CPUExecutionProvider" in finding("run: ONNX Runtime")["detail"]
 
@@ -81,7 +81,7 @@ def test_both_onnxruntimes_overwrite_each_other(monkeypatch):
 
 def test_what_is_missing_is_said_with_the_extra_that_brings_it(monkeypatch):
     pretend(monkeypatch, modules=dict.fromkeys(("torch", "onnxscript", "onnxruntime"), False))
-    found = finding("export: targets ort and native")
+    found = finding("export: targets ort, cpu and native")
     assert not found["works"]
     assert found["detail"] == "torch, onnxscript not installed"
     assert "[cpu,export]" in found["advice"]

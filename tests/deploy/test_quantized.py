@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from checkpoints import tiny_config, write_checkpoint
+from cpu_operators import CPU_TARGET
 
 from benchmarks.make_hostile_checkpoints import write_overflow
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
@@ -16,6 +17,7 @@ from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.quantize import blocks
 from glm4_exporters.reference import load_model
 from glm4_exporters.targets import choose_form
+from glm4_plugins.block_product import OPERATOR, unpack
 from glm4_runtime import Session
 from glm4_runtime.bundle import read_manifest
 from glm4_runtime.errors import ExportError
@@ -44,9 +46,16 @@ def stored_matrices(bundle):
     }
     found = {}
     for node in model.graph.node:
-        if node.op_type not in ("MatMulNBits", "GatherBlockQuantized", "DequantizeLinear"):
+        if node.op_type not in ("MatMulNBits", "GatherBlockQuantized", "DequantizeLinear", OPERATOR):
             continue
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type == OPERATOR:
+            numbers = unpack(arrays[node.input[1]], attributes["bits"]).astype(np.float32)
+            scales = arrays[node.input[2]].astype(np.float32).transpose(0, 2, 1)
+            wide = np.repeat(scales.reshape(len(numbers), -1), attributes["block_size"], axis=1)
+            matrix = (numbers * wide)[: attributes["columns"], : attributes["width"]]
+            found[node.input[1].split(".codes")[0]] = matrix
+            continue
         at = {"MatMulNBits": (1, 2), "GatherBlockQuantized": (0, 2), "DequantizeLinear": (0, 1)}[node.op_type]
         codes_name = node.input[at[0]]
         scales_name = next(
@@ -87,7 +96,7 @@ def with_stored_weights(checkpoint, stored):
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("target", ["ort", "native"])
+@pytest.mark.parametrize("target", ["ort", CPU_TARGET, "native"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_bundle_computes_its_stored_integers(tmp_path, shape, target, precision):
     folder = write_checkpoint(tmp_path / "checkpoint", tiny_config(**SHAPES[shape]))
@@ -128,12 +137,12 @@ def test_activations_are_chosen_apart_from_weights(tmp_path, activations):
 
 @pytest.mark.parametrize("task", ["sequence-classification", "token-classification", "encoder"])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_the_other_tasks_are_quantized_too(tmp_path, task, precision):
+@pytest.mark.parametrize("target", ["ort", CPU_TARGET, "native"])
+def test_the_other_tasks_are_quantized_too(tmp_path, task, precision, target):
     folder = write_checkpoint(tmp_path / "checkpoint", tiny_config(), task=task)
-    for target in ("ort", "native"):
-        result = export(folder, tmp_path / target, ExportOptions(target=target, precision=precision))
-        assert result.parity is not None
-        assert 1e-4 < result.parity.relative_error < 0.4
+    result = export(folder, tmp_path / "bundle", ExportOptions(target=target, precision=precision))
+    assert result.parity is not None
+    assert 1e-4 < result.parity.relative_error < 0.4
 
 
 def test_a_tied_matrix_is_stored_once(tmp_path):
@@ -210,6 +219,7 @@ def test_calibration_text_changes_what_int4_stores(tmp_path, tiny_checkpoint, id
     assert report["text"] == "text.ids"
     assert [row["layer"] for row in report["largest_activations"]] == [0, 1]
     assert any(choice["error"] < choice["error_before"] for choice in report["scales"])
+    assert report["rounded_on_tokens"] == report["tokens"]  # all of so short a text
     assert result.calibration == report
 
 

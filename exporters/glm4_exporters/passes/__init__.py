@@ -13,6 +13,7 @@ DIALECTS: dict[str, tuple[Callable[[], ir.passes.InPlacePass], ...]] = {
     "native": (NativeAttention,),
     "ort": (GroupQueryAttention, NativeAttention, TransposedMatMul, SkipNorm),
 }
+DIALECTS["cpu"] = DIALECTS["ort"]
 
 
 def lower(model: ir.Model, dialect: str) -> ir.Model:

@@ -20,7 +20,7 @@ from glm4_exporters.passes.quantize_weights import Source
 from glm4_runtime.errors import ExportError
 
 # Per dialect, what stands for 0; its type is that of the integers.
-ZEROS: dict[str, np.integer[Any]] = {"ort": np.uint8(128), "native": np.int8(0)}
+ZEROS: dict[str, np.integer[Any]] = {"ort": np.uint8(128), "cpu": np.uint8(128), "native": np.int8(0)}
 
 
 class QuantizeInputs(ir.passes.InPlacePass):

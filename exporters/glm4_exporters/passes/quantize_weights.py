@@ -20,6 +20,7 @@ class Source:
         part: ``codes`` or ``scales``.
         signed: two's complement, or with zero in the middle.
         scale_type: what the scales are stored as.
+        panels: in the layout of our own product, not row by row.
     """
 
     tensor: str
@@ -27,6 +28,7 @@ class Source:
     scheme: Scheme
     signed: bool
     scale_type: ir.DataType
+    panels: bool = False
 
 
 class QuantizeWeights(ir.passes.InPlacePass):
@@ -127,6 +129,7 @@ _Lowering = Callable[[Builder, ir.Node, ir.Value, Scheme], None]
 # Per dialect and operator: which input is the matrix, and what takes the operator's place.
 _OPERATORS: dict[str, dict[tuple[str, str], tuple[int, _Lowering]]] = {
     "ort": {(MICROSOFT, "FusedMatMul"): (1, _product), ("", "Gather"): (0, _lookup)},
+    "cpu": {(MICROSOFT, "FusedMatMul"): (1, _product), ("", "Gather"): (0, _lookup)},
     "native": {("", "Transpose"): (0, _dequantized)},
 }
 

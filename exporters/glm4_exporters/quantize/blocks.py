@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from glm4_exporters.quantize.schemes import Scheme
+from glm4_plugins.block_product import PANEL
 
 SMALLEST = 2.0**-100  # size of a scale; a block of zeros has one too
 
@@ -59,6 +60,30 @@ def pack_unsigned(numbers: Tensor, scheme: Scheme) -> Tensor:
 def pack_signed(numbers: Tensor, scheme: Scheme) -> Tensor:
     """The same bytes in two's complement, as uint8."""
     return _packed(numbers.view(torch.uint8) if scheme.bits == 8 else numbers, scheme)
+
+
+def pack_panels(numbers: Tensor, scheme: Scheme) -> Tensor:
+    """The same unsigned numbers as ``glm4::BlockQuantizedMatMul`` reads them, uint8 [panels, blocks, bytes].
+
+    The last panel is filled up with zeros.
+    """
+    assert scheme.block is not None
+    rows = _whole_panels(numbers)
+    unsigned = (rows.view(torch.uint8) ^ 0x80) if scheme.bits == 8 else (rows + scheme.zero).view(torch.uint8)
+    groups = unsigned.view(-1, PANEL, numbers.shape[1] // scheme.block, scheme.block // 4, 4)
+    groups = groups.permute(0, 2, 3, 1, 4).contiguous()
+    if scheme.bits == 4:
+        groups = groups[:, :, 0::2] | groups[:, :, 1::2] << 4
+    return groups.flatten(2)
+
+
+def scale_panels(scales: Tensor) -> Tensor:
+    """Scales [rows, blocks] -> [panels, blocks, 64], zero past the rows."""
+    return _whole_panels(scales).view(-1, PANEL, scales.shape[1]).transpose(1, 2).contiguous()
+
+
+def _whole_panels(rows: Tensor) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % PANEL)).contiguous()
 
 
 def _packed(numbers: Tensor, scheme: Scheme) -> Tensor:

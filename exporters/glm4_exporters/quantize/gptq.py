@@ -13,10 +13,12 @@ both models. What is found lies in temporary files.
 """
 
 import copy
+import mmap
 import shutil
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from torch.nn import functional as F
 
 from glm4_exporters import streamed
 from glm4_exporters.checkpoint import EMBEDDING, HEAD, Checkpoint, expected_tensors
+from glm4_exporters.config import Glm4Config
 from glm4_exporters.quantize import blocks
 from glm4_exporters.quantize.calibrate import LAYER_SITES, BlockedAttention
 from glm4_exporters.quantize.schemes import Scheme
@@ -34,8 +37,8 @@ from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
 
 WINDOW = 2048  # channels whose errors are made up for among themselves; a multiple of every 4-bit block
-ROWS = 4096  # of a matrix that are rounded at a time
-MOST_BYTES = 2 << 30  # of all sequences' widest activations, in both models
+ROWS = 1024  # of a matrix that are rounded at a time
+MOST_BYTES = 1 << 30  # of all sequences' widest activations, in both models
 # Added to the second moments' diagonal, as shares of its mean: for the errors' feedback, and for the move. To both
 # comes channels / tokens, so that a short text is not taken for more than it is.
 FEEDBACK_DAMPING, MOVE_DAMPING = 0.01, 0.05
@@ -47,6 +50,13 @@ class Rounded:
 
     numbers: Tensor
     scales: Tensor
+    files: tuple[np.memmap[Any, Any], ...] = ()  # that they lie in
+
+    def leave_to_files(self) -> None:
+        """Give back the memory of what the files hold; it comes again when it is read."""
+        for file in self.files:
+            file.flush()
+            file._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
 @torch.inference_mode()
@@ -71,7 +81,7 @@ def round_matrices(
     shapes = expected_tensors(config, checkpoint.task)
     results = {n: _room(shapes[n], s) for n, s in schemes.items() if n != EMBEDDING and shapes.get(n)}
     _require_space(results.values())
-    sequences = _those_that_fit(sequences, 2 * 4 * config.intermediate_size)
+    sequences = those_that_fit(sequences, config)
     attends = {length: BlockedAttention(config, length) for length in {len(ids) for ids in sequences}}
 
     exact = streamed.embed(checkpoint, sequences)
@@ -91,6 +101,7 @@ def round_matrices(
                 if name in schemes:
                     for start, rows in moments.rounded(weight.data, schemes[name], scale_type, results[name]):
                         weight.data[start : start + len(rows)] = rows
+                    results[name].leave_to_files()
         exact, rounded = ([next(walk) for walk in side] for side in walks)
     if HEAD in results:
         _round_head(checkpoint, (exact, rounded), schemes[HEAD], smoothing, scale_type, results[HEAD])
@@ -116,6 +127,7 @@ def _round_head(
         part = Rounded(result.numbers[rows], result.scales[rows])
         for _ in moments.rounded(smoothing.apply(HEAD, block, first).float(), scheme, scale_type, part):
             pass  # nothing reads the logits
+    result.leave_to_files()
 
 
 def _inputs(layer: Glm4DecoderLayer, x: Tensor, attend: BlockedAttention) -> Generator[Tensor]:
@@ -248,9 +260,9 @@ def _smooth(layer: Glm4DecoderLayer, scope: str, smoothing: Smoothing) -> None:
         parameter.data = smoothing.apply(scope + name, parameter.data, 0)
 
 
-def _those_that_fit(sequences: Sequence[Sequence[int]], bytes_per_token: int) -> list[Sequence[int]]:
+def those_that_fit(sequences: Sequence[Sequence[int]], config: Glm4Config) -> list[Sequence[int]]:
     """The first of them, as many as ``MOST_BYTES`` holds, and one at least."""
-    ends = np.cumsum([len(ids) for ids in sequences]) * bytes_per_token
+    ends = np.cumsum([len(ids) for ids in sequences]) * 2 * 4 * config.intermediate_size
     return list(sequences[: max(1, int((ends <= MOST_BYTES).sum()))])
 
 
@@ -269,7 +281,8 @@ def _room(shape: Sequence[int], scheme: Scheme) -> Rounded:
     """Temporary files that are gone with the tensors."""
     rows, width = shape
     with tempfile.TemporaryFile() as numbers, tempfile.TemporaryFile() as scales:
-        return Rounded(
-            torch.from_numpy(np.memmap(numbers, np.int8, "w+", shape=(rows, scheme.stored_width(width)))),
-            torch.from_numpy(np.memmap(scales, np.float32, "w+", shape=(rows, scheme.blocks(width)))),
+        files = (
+            np.memmap(numbers, np.int8, "w+", shape=(rows, scheme.stored_width(width))),
+            np.memmap(scales, np.float32, "w+", shape=(rows, scheme.blocks(width))),
         )
+        return Rounded(torch.from_numpy(files[0]), torch.from_numpy(files[1]), files)

@@ -12,6 +12,7 @@ from glm4_runtime.session.base import Session
 # dialect -> module and class; imported when chosen, since each needs a runtime that may not be installed
 SESSIONS = {
     "ort": ("glm4_runtime.session.ort", "OrtSession"),
+    "cpu": ("glm4_runtime.session.ort", "OrtSession"),
     "native": ("glm4_runtime.session.ort", "OrtSession"),
     "tensorrt-rtx": ("glm4_runtime.session.tensorrt", "TensorRtSession"),
     "tensorrt": ("glm4_runtime.session.tensorrt", "TensorRtSession"),

@@ -3,6 +3,8 @@
 import os
 import warnings
 from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from glm4_runtime.session.base import Ids, Logits, Session
 from glm4_runtime.session.bound_rows import BoundRows
 from glm4_runtime.session.memory import CacheMemory, HostMemory
 
+OPERATORS, LIBRARY = "glm4_plugins", "cpu_operators"
 # Those that this session can drive, the fastest first.
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 # What a provider cannot do, where the manifest does not list it.
@@ -34,6 +37,25 @@ def load_onnxruntime() -> Any:
             f"onnxruntime cannot be imported ({error}); install glm4-deploy[cpu], or [cuda] on a GPU host"
         ) from error
     return onnxruntime
+
+
+def operator_library() -> Path:
+    """Our operators for ONNX Runtime, which come with the package ``glm4_plugins``; it is found, and not imported.
+
+    Raises:
+        BundleError: it was installed where no C++ compiler could build it.
+    """
+    spec = find_spec(OPERATORS)
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    for folder in folders:
+        for suffix in EXTENSION_SUFFIXES:
+            path = Path(folder) / f"{LIBRARY}{suffix}"
+            if path.is_file():
+                return path
+    raise BundleError(
+        f"the CPU operators of {OPERATORS} were not built when glm4-deploy was installed; install a C++ compiler "
+        "and glm4-deploy again, or export with --target ort"
+    )
 
 
 def choose_provider(
@@ -97,6 +119,8 @@ class OrtSession(Session):
         self.provider, self.skipped = choose_provider(manifest, ort.get_available_providers(), provider)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        if manifest.dialect == "cpu":
+            options.register_custom_ops_library(str(operator_library()))
         options.log_severity_level = 3  # errors; what it warns of is decided above
         try:
             with warnings.catch_warnings():

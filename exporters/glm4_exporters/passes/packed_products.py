@@ -1,0 +1,115 @@
+"""Quantized products -> glm4::BlockQuantizedMatMul, with the bias and the MLP's gate that follow them."""
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from glm4_exporters.passes.builder import MICROSOFT, Builder, fixed, scope_of
+from glm4_exporters.passes.quantize_weights import CODES, SCALES, Source, scale_type
+from glm4_exporters.quantize.schemes import Scheme
+from glm4_plugins.block_product import DOMAIN, OPERATOR, PANEL, VERSION, stored_shape
+
+
+class PackedProducts(ir.passes.InPlacePass):
+    """Replace FusedMatMul by the weights named in ``schemes``.
+
+    A matrix that is looked up too, a tied head, is left to whoever can read both from one place; so is one with a
+    scale per row, whose product takes integers of its own.
+    """
+
+    def __init__(self, schemes: Mapping[str, Scheme]) -> None:
+        self._schemes = dict(schemes)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph, modified = model.graph, False
+        for node in list(graph):
+            weight = node.inputs[1] if (node.domain, node.op_type) == (MICROSOFT, "FusedMatMul") else None
+            scheme = self._schemes.get(str(weight.name)) if weight is not None else None
+            if weight is None or scheme is None or scheme.block is None or len(weight.uses()) > 1:
+                continue
+            self._replace(graph, node, weight, scheme)
+            graph.initializers.pop(str(weight.name))
+            modified = True
+        if modified:
+            model.opset_imports[DOMAIN] = VERSION
+        return ir.passes.PassResult(model, modified)
+
+    def _replace(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, scheme: Scheme) -> None:
+        assert weight.shape is not None
+        assert scheme.block is not None
+        columns, width = (fixed(axis) for axis in weight.shape)
+        added = _bias_after(node)
+        old = [node] if added is None else [node, added[0]]
+        gate = _gate_after(old[-1], columns)
+        new = Builder(graph, scope_of(gate[-1] if gate else node))
+        numbers, scales = (_stored(graph, weight, part, scheme, columns, width) for part in (CODES, SCALES))
+        inputs = [node.inputs[0], numbers, scales, *([] if added is None else [added[1]])]
+        new.op(
+            OPERATOR,
+            *inputs,
+            domain=DOMAIN,
+            columns=columns,
+            width=width,
+            bits=scheme.bits,
+            block_size=scheme.block,
+            gated=int(bool(gate)),
+        )
+        old += gate
+        result = new.nodes[0].outputs[0]
+        last = old[-1].outputs[0]
+        if last.is_graph_output():
+            result.name = last.name
+        ir.convenience.replace_nodes_and_values(graph, old[-1], old[::-1], new.nodes, [last], [result])
+
+
+def _bias_after(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
+    """The sum with an initializer that alone reads the product, and that initializer."""
+    add = _only_reader(node.outputs[0])
+    if add is None or add.op_type != "Add" or node.outputs[0].is_graph_output():
+        return None
+    bias = next((value for value in add.inputs if value is not None and value.is_initializer()), None)
+    return None if bias is None or bias.shape is None or len(bias.shape) != 1 else (add, bias)
+
+
+def _gate_after(node: ir.Node, columns: int) -> list[ir.Node]:
+    """Split, Sigmoid, Mul and Mul that make silu(first half) * second half, where nothing else reads what they read."""
+    split = _only_reader(node.outputs[0])
+    if split is None or split.op_type != "Split" or len(split.outputs) != 2 or columns % (2 * PANEL):
+        return []
+    gate, up = split.outputs
+    readers = {use.node.op_type: use.node for use in gate.uses()}
+    sigmoid, silu, product = readers.get("Sigmoid"), readers.get("Mul"), _only_reader(up)
+    if sigmoid is None or silu is None or product is None or len(gate.uses()) != 2:
+        return []
+    halves = [value.shape[-1] for value in (gate, up) if value.shape is not None]
+    if (
+        any(half != columns // 2 for half in halves)
+        or _only_reader(sigmoid.outputs[0]) is not silu
+        or _only_reader(silu.outputs[0]) is not product
+        or product.op_type != "Mul"
+    ):
+        return []
+    return [split, sigmoid, silu, product]
+
+
+def _only_reader(value: ir.Value) -> ir.Node | None:
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 else None
+
+
+def _stored(
+    graph: ir.Graph, weight: ir.Value, part: str, scheme: Scheme, columns: int, width: int
+) -> ir.Value:
+    assert weight.dtype is not None
+    assert scheme.block is not None
+    shape = stored_shape(columns, width, scheme.bits, scheme.block)
+    of_scales = scale_type(weight.dtype)
+    dtype = ir.DataType.UINT8 if part == CODES else of_scales
+    value = ir.Value(
+        name=f"{weight.name}.{part}",
+        type=ir.TensorType(dtype),
+        shape=ir.Shape(shape if part == CODES else (*shape[:2], PANEL)),
+    )
+    value.meta["source"] = Source(str(weight.name), part, scheme, False, of_scales, panels=True)
+    graph.initializers[str(value.name)] = value  # its data is written later
+    return value

@@ -1,0 +1,101 @@
+"""``glm4::BlockQuantizedMatMul``: y = x Wᵀ + bias in integers, for a W of 8- or 4-bit numbers under a scale per block.
+
+Inputs: x float32 [..., width]; numbers uint8 [panels, blocks, block * 64 * bits / 8]; scales bfloat16
+[panels, blocks, 64]; optionally bias float32 [columns]. Attributes: columns, width, bits (8 or 4), block_size, and
+gated (0 or 1). Output: float32 [..., columns]; gated, silu(first half of the columns) * second half.
+
+The library for ONNX Runtime's CPU provider is built with the package; its layout is described in ``cpu/product.h``.
+"""
+
+import ctypes
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+DOMAIN, OPERATOR, VERSION = "glm4", "BlockQuantizedMatMul", 1
+PANEL = 64  # columns that lie together
+BLOCK_MULTIPLE, LONGEST_BLOCK = 8, 1024
+
+Floats = npt.NDArray[np.float32]
+
+
+def stored_shape(columns: int, width: int, bits: int, block: int) -> tuple[int, int, int]:
+    """Shape of the numbers of a matrix [columns, width]; that of its scales ends in 64."""
+    return -(-columns // PANEL), -(-width // block), block * PANEL * bits // 8
+
+
+def pack(numbers: npt.NDArray[np.uint8], bits: int, block: int) -> npt.NDArray[np.uint8]:
+    """Unsigned numbers [columns, blocks * block] -> panels; the last is filled up with what stands for 0."""
+    columns, width = numbers.shape
+    short = -columns % PANEL
+    zero = np.uint8(1 << bits - 1)
+    padded = np.concatenate([numbers, np.full((short, width), zero)]) if short else numbers
+    groups = padded.reshape(-1, PANEL, width // block, block // 4, 4).transpose(0, 2, 3, 1, 4)
+    if bits == 4:
+        groups = groups[:, :, 0::2] | groups[:, :, 1::2] << 4
+    return groups.reshape(len(groups), width // block, -1)
+
+
+def unpack(stored: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]:
+    """Panels -> numbers around zero [panels * 64, blocks * block]."""
+    panels, blocks, _ = stored.shape
+    groups = stored.reshape(panels, blocks, -1, 1, PANEL, 4)
+    if bits == 4:
+        groups = np.concatenate([groups & 0x0F, groups >> 4], axis=3)
+    rows = groups.reshape(panels, blocks, -1, PANEL, 4).transpose(0, 3, 1, 2, 4)
+    return rows.reshape(panels * PANEL, -1).astype(np.int32) - (1 << bits - 1)
+
+
+def block_product(
+    x: Floats,
+    numbers: npt.NDArray[np.uint8],
+    scales: Floats,
+    bias: Floats | None = None,
+    *,
+    columns: int,
+    bits: int,
+    block_size: int,
+    gated: bool = False,
+) -> Floats:
+    """What the operator means, in NumPy and float64.
+
+    A block of a row of x is rounded to round(x * 127 / largest |x|), ties to even, under the scale largest / 127.
+    """
+    width, stored = x.shape[-1], numbers.shape[1] * block_size
+    rows = np.pad(x.reshape(-1, width), ((0, 0), (0, stored - width))).reshape(
+        -1, numbers.shape[1], block_size
+    )
+    largest = np.abs(rows).max(-1, keepdims=True)
+    inverse = np.divide(127, largest, out=np.zeros_like(largest), where=largest > 1e-30)
+    rounded = np.rint(rows * inverse).astype(np.int64)
+    weights = unpack(numbers, bits).reshape(-1, numbers.shape[1], block_size)
+    dots = np.einsum("mbk,nbk->mnb", rounded, weights).astype(np.float64)
+    by_column = scales.astype(np.float64).transpose(0, 2, 1).reshape(-1, numbers.shape[1])
+    y = np.einsum("mnb,mb,nb->mn", dots, largest[..., 0].astype(np.float64) / 127, by_column)[:, :columns]
+    if bias is not None:
+        y = y + bias
+    if gated:
+        gate, up = np.split(y, 2, axis=-1)
+        y = gate / (1 + np.exp(-gate)) * up
+    result: Floats = y.astype(np.float32).reshape(*x.shape[:-1], -1)
+    return result
+
+
+def library() -> Path | None:
+    """The operator's library for ONNX Runtime; None where it was not built, for want of a C++ compiler."""
+    folder = Path(__file__).parent
+    return next((path for s in EXTENSION_SUFFIXES if (path := folder / f"cpu_operators{s}").is_file()), None)
+
+
+@cache
+def kernels() -> str | None:
+    """Which of the library's kernels this processor runs: ``avx512-vnni``, ``avx2`` or ``portable``."""
+    path = library()
+    if path is None:
+        return None
+    name = ctypes.CDLL(str(path)).glm4_kernels
+    name.restype = ctypes.c_char_p
+    return str(name().decode())

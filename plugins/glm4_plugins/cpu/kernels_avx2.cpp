@@ -1,0 +1,79 @@
+// For processors with AVX2: products in 16 bits, summed in pairs.
+#include "product.h"
+
+#include <cmath>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+
+#include "loops.h"
+
+namespace glm4 {
+namespace {
+
+constexpr int kColumns = 32;            // at a time: a pair of sums for each of four columns fills a register
+constexpr int kVectors = kColumns / 4;  // registers of sums
+
+// Adds the products of 32 columns' next four inputs with those of one row.
+inline void dot(__m256i (&pairs)[kVectors], const uint8_t* numbers, int shift, int mask, const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  const __m256i xs = _mm256_cvtepi8_epi16(_mm_set1_epi32(four));
+  const __m128i low = _mm_set1_epi8(char(mask));
+  for (int v = 0; v < kVectors; ++v) {
+    __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers + v * 16));
+    bytes = _mm_and_si128(_mm_srl_epi16(bytes, _mm_cvtsi32_si128(shift)), low);
+    pairs[v] = _mm256_add_epi32(pairs[v], _mm256_madd_epi16(_mm256_cvtepu8_epi16(bytes), xs));
+  }
+}
+
+inline __m256 wide_scales(const uint16_t* scales) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+void multiply_panel(const Weights& w, const Rounded& x, int rows, int64_t panel, float* sums) {
+  const int64_t blocks = w.blocks();
+  for (int64_t b = 0; b < blocks; ++b) {
+    const uint8_t* numbers = w.numbers + size_t(panel * blocks + b) * w.block_bytes();
+    const uint16_t* scales = w.scales + size_t(panel * blocks + b) * kPanel;
+    for (int m = 0; m < rows; ++m) {
+      const int64_t place = b * kRows + m;
+      const int8_t* in = x.numbers + place * w.block;
+      const __m256 x_scale = _mm256_set1_ps(x.scales[place]);
+      for (int n = 0; n < kPanel; n += kColumns) {
+        __m256i pairs[kVectors];
+        for (int v = 0; v < kVectors; ++v) pairs[v] = _mm256_setzero_si256();
+        if (w.bits == 8) {
+          for (int g = 0; g < w.block / 4; ++g) dot(pairs, numbers + g * 256 + n * 4, 0, 0xff, in + 4 * g);
+        } else {
+          for (int g = 0; g < w.block / 8; ++g) {
+            dot(pairs, numbers + g * 256 + n * 4, 0, 0x0f, in + 8 * g);
+            dot(pairs, numbers + g * 256 + n * 4, 4, 0x0f, in + 8 * g + 4);
+          }
+        }
+        const __m256i start = _mm256_set1_epi32(x.starts[place]);
+        for (int v = 0; v < kVectors; v += 2) {
+          // The sums of eight columns, in the order that adding neighbours of two registers leaves undone.
+          const __m256i mixed = _mm256_hadd_epi32(pairs[v], pairs[v + 1]);
+          const __m256i dots = _mm256_add_epi32(_mm256_permute4x64_epi64(mixed, 0xd8), start);
+          float* at = sums + m * kPanel + n + v * 4;
+          const __m256 scale = _mm256_mul_ps(x_scale, wide_scales(scales + n + v * 4));
+          _mm256_storeu_ps(at, _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), scale, _mm256_loadu_ps(at)));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern const Kernels kAvx2Kernels;
+const Kernels kAvx2Kernels = {"avx2", round_row, multiply_panel, gate_up};
+
+}  // namespace glm4
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,140 @@
+// For processors with AVX-512 and its 8-bit dot products (VNNI).
+#include "product.h"
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#pragma GCC push_options
+// GCC 12 otherwise keeps copies of a tile's sums across the loop, and spills them.
+#pragma GCC optimize("no-tree-pre")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")
+
+#include "loops.h"
+
+#define GLM4_UNROLL _Pragma("GCC unroll 8")  // or the sums of a tile do not stay in registers
+
+namespace glm4 {
+namespace {
+
+constexpr int kVectors = kPanel / 16;  // of 16 columns
+constexpr int kUnpacked = 128;         // longest block that is unpacked for several tiles
+constexpr int kTile = 6;               // rows: 24 sums, 4 vectors of weights and one of x fill the 32 registers
+
+template <int kM>
+inline void dot(__m512i (&sums)[kM][kVectors], const __m512i* w, const int8_t* x, int stride) {
+  GLM4_UNROLL
+  for (int m = 0; m < kM; ++m) {
+    int32_t four;
+    std::memcpy(&four, x + m * stride, 4);
+    const __m512i xs = _mm512_set1_epi32(four);
+    GLM4_UNROLL
+    for (int v = 0; v < kVectors; ++v) sums[m][v] = _mm512_dpbusd_epi32(sums[m][v], w[v], xs);
+  }
+}
+
+template <int kM, int kBits>
+inline void multiply_block(const uint8_t* numbers, const uint16_t* scales, int block, const int8_t* x,
+                           const float* x_scales, const int32_t* starts, float* sums) {
+  __m512i dots[kM][kVectors];
+  GLM4_UNROLL
+  for (int m = 0; m < kM; ++m)
+    GLM4_UNROLL
+    for (int v = 0; v < kVectors; ++v) dots[m][v] = _mm512_set1_epi32(starts[m]);
+  __m512i w[kVectors];
+  if (kBits == 8) {
+    for (int g = 0; g < block / 4; ++g) {
+      GLM4_UNROLL
+      for (int v = 0; v < kVectors; ++v) w[v] = _mm512_loadu_si512(numbers + g * 256 + v * 64);
+      dot<kM>(dots, w, x + 4 * g, block);
+    }
+  } else {
+    const __m512i low = _mm512_set1_epi8(0x0f);
+    for (int g = 0; g < block / 8; ++g) {
+      __m512i both[kVectors];
+      GLM4_UNROLL
+      for (int v = 0; v < kVectors; ++v) both[v] = _mm512_loadu_si512(numbers + g * 256 + v * 64);
+      GLM4_UNROLL
+      for (int v = 0; v < kVectors; ++v) w[v] = _mm512_and_si512(both[v], low);
+      dot<kM>(dots, w, x + 8 * g, block);
+      GLM4_UNROLL
+      for (int v = 0; v < kVectors; ++v) w[v] = _mm512_and_si512(_mm512_srli_epi16(both[v], 4), low);
+      dot<kM>(dots, w, x + 8 * g + 4, block);
+    }
+  }
+  __m512 wide[kVectors];  // not before: the registers are full
+  GLM4_UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + v * 16));
+    wide[v] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  GLM4_UNROLL
+  for (int m = 0; m < kM; ++m) {
+    const __m512 x_scale = _mm512_set1_ps(x_scales[m]);
+    GLM4_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      float* at = sums + m * kPanel + v * 16;
+      const __m512 scale = _mm512_mul_ps(x_scale, wide[v]);
+      _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[m][v]), scale, _mm512_loadu_ps(at)));
+    }
+  }
+}
+
+// 4-bit numbers of a block as bytes, where more than one tile of rows reads them.
+void unpack(const uint8_t* numbers, int block, uint8_t* bytes) {
+  const __m512i low = _mm512_set1_epi8(0x0f);
+  for (int g = 0; g < block / 8; ++g)
+    GLM4_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const __m512i both = _mm512_loadu_si512(numbers + g * 256 + v * 64);
+      _mm512_storeu_si512(bytes + g * 512 + v * 64, _mm512_and_si512(both, low));
+      _mm512_storeu_si512(bytes + g * 512 + 256 + v * 64, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
+    }
+}
+
+template <int kBits>
+void multiply(const Weights& w, const Rounded& x, int rows, int64_t panel, float* sums) {
+  const int64_t blocks = w.blocks();
+  const uint8_t* numbers = w.numbers + size_t(panel * blocks) * w.block_bytes();
+  const uint16_t* scales = w.scales + size_t(panel * blocks) * kPanel;
+  alignas(64) uint8_t bytes[kBits == 4 ? kUnpacked * kPanel : 1];
+  for (int64_t b = 0; b < blocks; ++b, numbers += w.block_bytes(), scales += kPanel) {
+    const int8_t* xs = x.numbers + b * kRows * w.block;
+    auto tile = [&](auto bits, auto count, const uint8_t* from, int m) {
+      multiply_block<count(), bits()>(from, scales, w.block, xs + m * w.block, x.scales + b * kRows + m,
+                                      x.starts + b * kRows + m, sums + m * kPanel);
+    };
+    auto tiles = [&](auto bits, const uint8_t* from) {
+      int m = 0;
+      for (; rows - m >= kTile; m += kTile) tile(bits, std::integral_constant<int, kTile>(), from, m);
+      switch (rows - m) {
+        case 1: tile(bits, std::integral_constant<int, 1>(), from, m); break;
+        case 2: tile(bits, std::integral_constant<int, 2>(), from, m); break;
+        case 3: tile(bits, std::integral_constant<int, 3>(), from, m); break;
+        case 4: tile(bits, std::integral_constant<int, 4>(), from, m); break;
+        case 5: tile(bits, std::integral_constant<int, 5>(), from, m); break;
+      }
+    };
+    if (kBits == 8 || rows <= kTile || w.block > kUnpacked) {
+      tiles(std::integral_constant<int, kBits>(), numbers);
+    } else {
+      unpack(numbers, w.block, bytes);
+      tiles(std::integral_constant<int, 8>(), bytes);
+    }
+  }
+}
+
+void multiply_panel(const Weights& w, const Rounded& x, int rows, int64_t panel, float* sums) {
+  (w.bits == 8 ? multiply<8> : multiply<4>)(w, x, rows, panel, sums);
+}
+
+}  // namespace
+
+extern const Kernels kAvx512Kernels;
+const Kernels kAvx512Kernels = {"avx512-vnni", round_row, multiply_panel, gate_up};
+
+}  // namespace glm4
+#pragma GCC pop_options
+#endif

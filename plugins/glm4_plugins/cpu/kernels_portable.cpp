@@ -1,0 +1,43 @@
+// For any processor.
+#include <cmath>
+#include <cstring>
+
+#include "loops.h"
+#include "product.h"
+
+namespace glm4 {
+namespace {
+
+void multiply_panel(const Weights& w, const Rounded& x, int rows, int64_t panel, float* sums) {
+  const int64_t blocks = w.blocks();
+  for (int64_t b = 0; b < blocks; ++b) {
+    const uint8_t* numbers = w.numbers + size_t(panel * blocks + b) * w.block_bytes();
+    const uint16_t* scales = w.scales + size_t(panel * blocks + b) * kPanel;
+    for (int m = 0; m < rows; ++m) {
+      const int64_t place = b * kRows + m;
+      const int8_t* in = x.numbers + place * w.block;
+      int32_t dots[kPanel];
+      for (int n = 0; n < kPanel; ++n) dots[n] = x.starts[place];
+      for (int k = 0; k < w.block; ++k) {
+        const int g = k / 4, j = k % 4;
+        const uint8_t* four = w.bits == 8 ? numbers + g * 256 : numbers + g / 2 * 256;
+        const int shift = w.bits == 8 ? 0 : g % 2 * 4, mask = w.bits == 8 ? 0xff : 0x0f;
+        for (int n = 0; n < kPanel; ++n) dots[n] += ((four[n * 4 + j] >> shift) & mask) * in[k];
+      }
+      float* out = sums + m * kPanel;
+      for (int n = 0; n < kPanel; ++n) {
+        const uint32_t bits = uint32_t(scales[n]) << 16;
+        float scale;
+        std::memcpy(&scale, &bits, sizeof scale);
+        out[n] = std::fma(float(dots[n]), x.scales[place] * scale, out[n]);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern const Kernels kPortableKernels;
+const Kernels kPortableKernels = {"portable", round_row, multiply_panel, gate_up};
+
+}  // namespace glm4

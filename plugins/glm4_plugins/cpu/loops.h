@@ -1,0 +1,66 @@
+// The parts of a kernel set that the compiler makes fast by itself; each set includes them compiled for its processor.
+
+#include <cmath>
+#include <cstring>
+
+#include "product.h"
+
+namespace glm4 {
+namespace {
+
+constexpr float kSmallest = 1e-30f;  // a block below it is zero; 127 over it is finite
+
+void round_row(const Weights& w, const float* x, const Rounded& to, int row) {
+  for (int64_t b = 0; b < w.blocks(); ++b) {
+    const int64_t first = b * w.block;
+    const int count = int(w.width - first < w.block ? w.width - first : w.block);
+    const float* in = x + first;
+    int8_t* out = to.numbers + (b * kRows + row) * w.block;
+    int32_t most = 0;  // magnitudes order as their bits do, and compilers vectorize that
+    for (int i = 0; i < count; ++i) {
+      int32_t bits;
+      std::memcpy(&bits, in + i, sizeof bits);
+      bits &= 0x7fffffff;
+      most = bits > most ? bits : most;
+    }
+    float largest;
+    std::memcpy(&largest, &most, sizeof largest);
+    const float inverse = largest > kSmallest ? 127.0f / largest : 0.0f;
+    int32_t sum = 0;
+    for (int i = 0; i < count; ++i) {
+      // Adding and taking 1.5 * 2^23 leaves the nearest whole number, ties to even.
+      const int32_t number = int32_t(in[i] * inverse + 12582912.0f - 12582912.0f);
+      out[i] = int8_t(number);
+      sum += number;
+    }
+    if (count < w.block) std::memset(out + count, 0, w.block - count);
+    // Infinities and NaNs of x pass on through its scale.
+    to.scales[b * kRows + row] = std::isfinite(largest) ? largest / 127.0f : NAN;
+    to.starts[b * kRows + row] = -w.zero() * sum;
+  }
+}
+
+inline float exponential(float x) {
+  // e^x = 2^n e^r with n the nearest whole number to x / ln 2; e^r by its Taylor polynomial on |r| <= ln 2 / 2.
+  x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+  const float n = x * 1.44269504f + 12582912.0f - 12582912.0f;
+  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  float p = 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const int32_t bits = (int32_t(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+void gate_up(float* gate, const float* up, int count) {
+  for (int i = 0; i < count; ++i) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+}
+
+}  // namespace
+}  // namespace glm4

@@ -1,0 +1,267 @@
+// glm4::BlockQuantizedMatMul for ONNX Runtime's CPU provider, and the same product for whoever calls C.
+//
+// Inputs: x float32 [..., width]; numbers uint8 [panels, blocks, block * 64 * bits / 8]; scales bfloat16
+// [panels, blocks, 64]; optionally bias float32 [columns]. Attributes: columns, width, bits, block_size, gated.
+// Output: float32 [..., columns]; gated, silu(the first half of the columns) * the second, [..., columns / 2].
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "ort_abi.h"
+#include "product.h"
+
+namespace glm4 {
+namespace {
+
+// Runs work(data, 0 ... total - 1), on several threads or not.
+struct Threads {
+  virtual ort::Status* run(void (*work)(void*, size_t), size_t total, void* data) const = 0;
+};
+
+struct Scratch {
+  std::vector<int8_t> numbers;
+  std::vector<float> scales;
+  std::vector<int32_t> starts;
+
+  void reserve(size_t blocks, size_t block) {
+    if (numbers.size() < blocks * block) numbers.resize(blocks * block);
+    if (scales.size() < blocks) {
+      scales.resize(blocks);
+      starts.resize(blocks);
+    }
+  }
+};
+
+constexpr int64_t kPieces = 64;  // of the panels: enough for a late thread not to hold up the others
+
+struct Product {
+  const Kernels* kernels;
+  Weights w;
+  bool gated;
+  const float* x;
+  float* y;
+  int64_t rows;
+  Scratch* scratch;
+  int64_t panels_together = 1;
+
+  int64_t out_columns() const { return gated ? w.columns / 2 : w.columns; }
+  int64_t out_panels() const { return (out_columns() + kPanel - 1) / kPanel; }
+
+  ort::Status* run(const Threads& threads) {
+    const int64_t groups = (rows + kRows - 1) / kRows;
+    scratch->reserve(size_t(groups * kRows * w.blocks()), size_t(w.block));
+    ort::Status* failed = nullptr;
+    if (rows < kRows / 4)  // not worth waking anyone
+      for (int64_t row = 0; row < rows; ++row) round(row);
+    else
+      failed = threads.run([](void* p, size_t row) { static_cast<Product*>(p)->round(int64_t(row)); }, size_t(rows), this);
+    if (failed != nullptr) return failed;
+    panels_together = (out_panels() + kPieces - 1) / kPieces;
+    const int64_t pieces = (out_panels() + panels_together - 1) / panels_together;
+    return threads.run([](void* p, size_t piece) { static_cast<Product*>(p)->multiply(int64_t(piece)); },
+                       size_t(pieces), this);
+  }
+
+  Rounded rounded(int64_t group) const {
+    const int64_t at = group * kRows * w.blocks();
+    return {scratch->numbers.data() + at * w.block, scratch->scales.data() + at, scratch->starts.data() + at};
+  }
+
+  void round(int64_t row) const {
+    kernels->round_row(w, x + row * w.width, rounded(row / kRows), int(row % kRows));
+  }
+
+  void multiply(int64_t piece) const {
+    alignas(64) float sums[kRows * kPanel], ups[kRows * kPanel];
+    const int64_t first = piece * panels_together;
+    for (int64_t panel = first; panel < out_panels() && panel < first + panels_together; ++panel)
+      for (int64_t row = 0; row < rows; row += kRows) {
+        const Rounded some = rounded(row / kRows);
+        const int count = int(rows - row < kRows ? rows - row : kRows);
+        sum(some, count, panel, sums);
+        if (gated) {
+          sum(some, count, panel + out_panels(), ups);
+          kernels->gate(sums, ups, count * kPanel);
+        }
+        store(sums, row, count, panel);
+      }
+  }
+
+  void sum(const Rounded& some, int count, int64_t panel, float* sums) const {
+    std::memset(sums, 0, size_t(count) * kPanel * sizeof(float));
+    kernels->multiply_panel(w, some, count, panel, sums);
+    if (w.bias == nullptr) return;
+    const int64_t column = panel * kPanel;
+    const int columns = int(w.columns - column < kPanel ? w.columns - column : kPanel);
+    for (int m = 0; m < count; ++m)
+      for (int n = 0; n < columns; ++n) sums[m * kPanel + n] += w.bias[column + n];
+  }
+
+  void store(const float* sums, int64_t row, int count, int64_t panel) const {
+    const int64_t column = panel * kPanel, all = out_columns();
+    const size_t columns = size_t(all - column < kPanel ? all - column : kPanel);
+    for (int m = 0; m < count; ++m)
+      std::memcpy(y + (row + m) * all + column, sums + m * kPanel, columns * sizeof(float));
+  }
+};
+
+// Null where the numbers make a product that can be computed.
+const char* refusal(const Weights& w, bool gated) {
+  if (w.columns <= 0 || w.width <= 0) return "columns and width must be positive";
+  if (w.bits != 8 && w.bits != 4) return "bits must be 8 or 4";
+  // 1024 products of 255 and 127 lie far inside an int32.
+  if (w.block <= 0 || w.block % 8 != 0 || w.block > 1024) return "block_size must be a multiple of 8, at most 1024";
+  if (gated && w.columns % (2 * kPanel) != 0) return "a gated product must have a multiple of 128 columns";
+  return nullptr;
+}
+
+struct Kernel {
+  ort::Api api;
+  Weights w;
+  bool gated;
+};
+
+struct SessionThreads : Threads {
+  const ort::Api& api;
+  const ort::Context* context;
+  SessionThreads(const ort::Api& api, const ort::Context* context) : api(api), context(context) {}
+  ort::Status* run(void (*work)(void*, size_t), size_t total, void* data) const override {
+    return api.parallel_for(context, work, total, total, data);
+  }
+};
+
+struct OneThread : Threads {
+  ort::Status* run(void (*work)(void*, size_t), size_t total, void* data) const override {
+    for (size_t i = 0; i < total; ++i) work(data, i);
+    return nullptr;
+  }
+};
+
+#define GLM4_RETURN(expression)                               \
+  do {                                                        \
+    if (ort::Status* failed = (expression)) return failed;    \
+  } while (0)
+
+// Data and shape of an input; no data where an optional one is left out.
+ort::Status* read_input(const ort::Api& api, const ort::Context* context, size_t index, void** data,
+                        std::vector<int64_t>* shape) {
+  const ort::Value* value = nullptr;
+  GLM4_RETURN(api.input(context, index, &value));
+  *data = nullptr;
+  if (value == nullptr) return nullptr;
+  ort::ShapeInfo* info = nullptr;
+  GLM4_RETURN(api.shape_info(value, &info));
+  size_t rank = 0;
+  ort::Status* failed = api.rank(info, &rank);
+  if (failed == nullptr) {
+    shape->resize(rank);
+    failed = api.shape(info, shape->data(), rank);
+  }
+  api.release(info);
+  if (failed == nullptr) failed = api.data(const_cast<ort::Value*>(value), data);
+  return failed;
+}
+
+ort::Status* create(const ort::Operator*, const void* table, const ort::KernelInfo* info, void** out) {
+  const ort::Api api(table);
+  int64_t columns, width, bits, block, gated;
+  GLM4_RETURN(api.attribute(info, "columns", &columns));
+  GLM4_RETURN(api.attribute(info, "width", &width));
+  GLM4_RETURN(api.attribute(info, "bits", &bits));
+  GLM4_RETURN(api.attribute(info, "block_size", &block));
+  GLM4_RETURN(api.attribute(info, "gated", &gated));
+  if (bits < 0 || bits > 8 || block < 0 || block > 1024) return api.error("BlockQuantizedMatMul: bits or block_size");
+  const Weights w = {nullptr, nullptr, nullptr, columns, width, int(bits), int(block)};
+  if (const char* why = refusal(w, gated != 0)) return api.error(why);
+  *out = new (std::nothrow) Kernel{api, w, gated != 0};
+  return *out != nullptr ? nullptr : api.error("BlockQuantizedMatMul: no memory");
+}
+
+ort::Status* compute(void* kernel, ort::Context* context) {
+  const Kernel& self = *static_cast<const Kernel*>(kernel);
+  Weights w = self.w;
+  void *x, *numbers, *scales, *bias;
+  std::vector<int64_t> shape, stored, scaled, biased;
+  GLM4_RETURN(read_input(self.api, context, 0, &x, &shape));
+  GLM4_RETURN(read_input(self.api, context, 1, &numbers, &stored));
+  GLM4_RETURN(read_input(self.api, context, 2, &scales, &scaled));
+  GLM4_RETURN(read_input(self.api, context, 3, &bias, &biased));
+  if (shape.empty() || shape.back() != w.width) return self.api.error("BlockQuantizedMatMul: x is not as wide as W");
+  if (stored != std::vector<int64_t>{w.panels(), w.blocks(), int64_t(w.block_bytes())} ||
+      scaled != std::vector<int64_t>{w.panels(), w.blocks(), kPanel} ||
+      (bias != nullptr && biased != std::vector<int64_t>{w.columns}))
+    return self.api.error("BlockQuantizedMatMul: the stored matrix has not the shape that its attributes say");
+  w.numbers = static_cast<const uint8_t*>(numbers);
+  w.scales = static_cast<const uint16_t*>(scales);
+  w.bias = static_cast<const float*>(bias);
+  int64_t rows = 1;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
+  thread_local Scratch scratch;
+  Product product = {choose_kernels(), w, self.gated, static_cast<const float*>(x), nullptr, rows, &scratch};
+  shape.back() = product.out_columns();
+  ort::Value* output = nullptr;
+  GLM4_RETURN(self.api.output(context, 0, shape.data(), shape.size(), &output));
+  GLM4_RETURN(self.api.data(output, reinterpret_cast<void**>(&product.y)));
+  return rows == 0 ? nullptr : product.run(SessionThreads(self.api, context));
+}
+
+const ort::Operator kOperator = [] {
+  ort::Operator op = {};
+  op.version = ort::kVersion;
+  op.create_kernel_checked = create;
+  op.compute_checked = compute;
+  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.name = [](const ort::Operator*) { return "BlockQuantizedMatMul"; };
+  op.provider = [](const ort::Operator*) { return "CPUExecutionProvider"; };
+  op.input_count = [](const ort::Operator*) { return size_t(4); };
+  op.input_type = [](const ort::Operator*, size_t i) {
+    return i == 1 ? int(ort::kUint8) : i == 2 ? int(ort::kBfloat16) : int(ort::kFloat);
+  };
+  op.input_presence = [](const ort::Operator*, size_t i) { return i == 3 ? int(ort::kOptional) : int(ort::kRequired); };
+  op.input_memory = [](const ort::Operator*, size_t) { return 0; };
+  op.output_count = [](const ort::Operator*) { return size_t(1); };
+  op.output_type = [](const ort::Operator*, size_t) { return int(ort::kFloat); };
+  op.output_presence = [](const ort::Operator*, size_t) { return int(ort::kRequired); };
+  op.variadic_input_minimum = [](const ort::Operator*) { return 1; };
+  op.variadic_input_alike = [](const ort::Operator*) { return 1; };
+  op.variadic_output_minimum = [](const ort::Operator*) { return 1; };
+  op.variadic_output_alike = [](const ort::Operator*) { return 1; };
+  op.first_opset = [](const ort::Operator*) { return 1; };
+  op.last_opset = [](const ort::Operator*) { return INT32_MAX; };
+  return op;
+}();
+
+}  // namespace
+}  // namespace glm4
+
+#define GLM4_EXPORT extern "C" __attribute__((visibility("default")))
+
+// ONNX Runtime calls this one of a library that is registered with a session.
+GLM4_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
+  const void* table = base->get_api(ort::kVersion);
+  if (table == nullptr) return nullptr;  // older than 1.17; the graph is refused for the unknown operator
+  const ort::Api api(table);
+  ort::Domain* domain = nullptr;
+  if (ort::Status* failed = api.create_domain("glm4", &domain)) return failed;
+  if (ort::Status* failed = api.add_operator(domain, &glm4::kOperator)) return failed;
+  return api.add_domain(options, domain);
+}
+
+// The product on one thread, by the kernels named, or the processor's fastest where null.
+// 0 when done, 1 where this processor does not run them, 2 where there is no such product.
+GLM4_EXPORT int glm4_product(const char* kernels, const float* x, int64_t rows, const uint8_t* numbers,
+                             const uint16_t* scales, const float* bias, int64_t columns, int64_t width, int bits,
+                             int block, int gated, float* y) {
+  const glm4::Kernels* chosen = glm4::choose_kernels(kernels);
+  if (chosen == nullptr) return 1;
+  const glm4::Weights w = {numbers, scales, bias, columns, width, bits, block};
+  if (glm4::refusal(w, gated != 0) != nullptr) return 2;
+  glm4::Scratch scratch;
+  glm4::Product product = {chosen, w, gated != 0, x, y, rows, &scratch};
+  product.run(glm4::OneThread());
+  return 0;
+}
+
+// Name of the kernels that this processor runs fastest.
+GLM4_EXPORT const char* glm4_kernels() { return glm4::choose_kernels()->name; }

@@ -1,0 +1,134 @@
+"""Bundles for our own CPU kernels: what is fused, what is refused, and rows that do not depend on their batch."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from checkpoints import tiny_config, write_checkpoint
+from cpu_operators import needs_cpu_operators
+
+from glm4_deploy.pipeline import ExportOptions, export
+from glm4_exporters.pieces import GraphPieces
+from glm4_plugins import block_product
+from glm4_runtime import Session
+from glm4_runtime.errors import BundleError, ExportError
+from glm4_runtime.session import ort as ort_session
+
+pytestmark = [needs_cpu_operators, pytest.mark.usefixtures("traced_once")]
+
+# One gate of whole panels, and heads whose products have one panel or several.
+CONFIG = tiny_config(hidden_size=128, intermediate_size=192, vocab_size=512)
+CPU = ExportOptions(target="cpu", max_batch_size=6, max_seq_len=256)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("cpu") / "checkpoint", CONFIG)
+
+
+@pytest.fixture
+def bundle(tmp_path, checkpoint):
+    return export(checkpoint, tmp_path / "bundle", CPU).bundle
+
+
+def test_bias_and_gate_are_part_of_the_product(bundle):
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    counts = Counter(node.op_type for node in model.graph.node)
+    layers = CONFIG["num_hidden_layers"]
+    assert counts[block_product.OPERATOR] == 6 * layers + 1
+    assert not {"MatMulNBits", "Sigmoid", "Split"} & counts.keys()
+    gated = [n for n in model.graph.node for a in n.attribute if a.name == "gated" and a.i]
+    assert len(gated) == layers
+    biased = [n for n in model.graph.node if n.op_type == block_product.OPERATOR and len(n.input) == 4]
+    assert len(biased) == 3 * layers
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_step_of_several_has_the_bits_of_each_alone(tmp_path, checkpoint, precision):
+    """Products, norms and attention of one row know nothing of the others: no tie can flip in a batch."""
+    options = ExportOptions(target="cpu", precision=precision, max_batch_size=6, parity=False)
+    bundle = export(checkpoint, tmp_path / "bundle", options).bundle
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 512, length).tolist() for length in (3, 17, 1, 40, 9)]
+    with Session.open(bundle) as session:
+        alone = {}
+        for slot, prompt in enumerate(prompts):
+            session.prefill(slot, prompt)
+            alone[slot] = [session.decode({slot: 7})[slot] for _ in range(3)]
+            session.release(slot)
+        for slot, prompt in enumerate(prompts):
+            session.prefill(slot, prompt)
+        for step in range(3):
+            together = session.decode(dict.fromkeys(range(len(prompts)), 7))
+            for slot in together:
+                np.testing.assert_array_equal(together[slot], alone[slot][step])
+
+
+def test_weights_are_read_where_they_lie(bundle):
+    """The file's offsets are pages, so that ONNX Runtime maps it instead of copying."""
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith((".codes", ".scales")):
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            assert int(place["offset"]) % 4096 == 0
+
+
+def test_a_head_in_parts_is_the_head(tmp_path, monkeypatch):
+    """Of panels, the last of them short."""
+    config = tiny_config(vocab_size=515)
+    options = ExportOptions(target="cpu", parity=False)
+    bundle = export(write_checkpoint(tmp_path / "checkpoint", config), tmp_path / "bundle", options).bundle
+    ids = [5, 17, 300, 42]
+    with Session.open(bundle) as session:
+        whole = np.concatenate(list(session.score(ids)))
+    monkeypatch.setattr("glm4_exporters.pieces.HEAD_ROWS", 128)
+    cache = np.zeros((1, config["num_key_value_heads"], 8, config["head_dim"]), np.float32)
+    batch = {
+        "input_ids": np.array([ids]),
+        "past_lengths": np.zeros(1, np.int32),
+        "query_lengths": np.array([4], np.int32),
+        "logits_indices": np.arange(4)[None],
+    }
+    for layer in range(config["num_hidden_layers"]):
+        batch |= {f"past_key_values.{layer}.{side}": cache.copy() for side in ("key", "value")}
+    found = GraphPieces(bundle).run([batch])[0]["logits"][0]
+    np.testing.assert_allclose(found, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"precision": "fp32"}, "target cpu has no precision 'fp32'; it has int8, int4, int8-sq"),
+        ({"activations": "fp16"}, "target cpu has no fp16 activations; it has fp32"),
+    ],
+)
+def test_refused(tmp_path, checkpoint, options, reason):
+    with pytest.raises(ExportError, match=reason):
+        export(checkpoint, tmp_path / "b", ExportOptions(target="cpu", **options))
+    assert not (tmp_path / "b").exists()
+
+
+def test_without_a_compiler_nothing_is_hidden(tmp_path, checkpoint, bundle, monkeypatch):
+    monkeypatch.setattr(ort_session, "LIBRARY", "never_built")
+    with pytest.raises(BundleError, match=r"were not built .* --target ort"):
+        Session.open(bundle)
+    monkeypatch.setattr("glm4_plugins.block_product.library", lambda: None)
+    with pytest.raises(ExportError, match=r"were not built .* --no-parity"):
+        export(checkpoint, tmp_path / "b", CPU)
+    options = ExportOptions(target="cpu", max_seq_len=256, max_batch_size=6, parity=False)
+    without = export(checkpoint, tmp_path / "b", options).bundle
+    assert (without / "model.onnx.data").read_bytes() == (bundle / "model.onnx.data").read_bytes()
+
+
+def test_a_damaged_shape_is_refused_and_not_read_past(bundle, tmp_path):
+    """The library does not trust the graph that names it."""
+    broken = Path(shutil.copytree(bundle, tmp_path / "broken"))
+    model = onnx.load(broken / "model.onnx", load_external_data=False)
+    node = next(n for n in model.graph.node if n.op_type == block_product.OPERATOR and len(n.input) == 3)
+    next(a for a in node.attribute if a.name == "columns").i *= 4
+    onnx.save(model, broken / "model.onnx")
+    with Session.open(broken) as session, pytest.raises(Exception, match="has not the shape"):
+        session.prefill(0, [1, 2])

@@ -1,0 +1,155 @@
+"""The integer product: every set of kernels against the NumPy meaning, and against each other bit by bit."""
+
+import ctypes
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from cpu_operators import needs_cpu_operators
+
+from glm4_exporters.quantize import blocks
+from glm4_exporters.quantize.schemes import SCHEMES
+from glm4_plugins.block_product import block_product, kernels, library, pack, stored_shape, unpack
+
+pytestmark = needs_cpu_operators
+
+KERNELS = ("avx512-vnni", "avx2", "portable")
+
+
+@pytest.fixture(scope="module")
+def product():
+    function = ctypes.CDLL(str(library())).glm4_product
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [ctypes.c_char_p, pointer, integer, pointer, pointer, pointer, integer, integer]
+    function.argtypes += [ctypes.c_int] * 3 + [pointer]
+
+    def run(name, x, matrix, bias=None, gated=False):
+        y = np.full((len(x), matrix.columns >> gated), np.nan, np.float32)
+        arrays = [x, matrix.numbers, matrix.scales, bias, y]
+        x_at, numbers, scales, bias_at, out = (None if a is None else a.ctypes.data for a in arrays)
+        sizes = matrix.columns, x.shape[1], matrix.bits, matrix.block, int(gated)
+        code = function(name and name.encode(), x_at, len(x), numbers, scales, bias_at, *sizes, out)
+        if code == 1:
+            pytest.skip(f"this processor does not run {name}")
+        return code if code else y
+
+    return run
+
+
+class Matrix:
+    """Random numbers and scales, as they are stored."""
+
+    def __init__(self, columns, width, bits, block, seed=0):
+        rng = np.random.default_rng(seed)
+        self.columns, self.bits, self.block = columns, bits, block
+        shape = stored_shape(columns, width, bits, block)
+        numbers = rng.integers(0, 1 << bits, (columns, shape[1] * block), np.uint8)
+        numbers[:, width:] = 1 << bits - 1
+        self.numbers = np.ascontiguousarray(pack(numbers, bits, block))
+        self.scales = (rng.standard_normal((*shape[:2], 64)) * 0.02).astype(ml_dtypes.bfloat16)
+
+    def meaning(self, x, **options):
+        return block_product(
+            x,
+            self.numbers,
+            self.scales.astype(np.float32),
+            columns=self.columns,
+            bits=self.bits,
+            block_size=self.block,
+            **options,
+        )
+
+
+SHAPES = [
+    (64, 128, 8, 128, 1),
+    (128, 256, 8, 128, 7),
+    (192, 200, 8, 128, 49),  # a short block, and a group of rows and one more
+    (70, 96, 8, 32, 6),  # a panel of six columns
+    (1, 8, 8, 8, 5),
+    (64, 64, 4, 32, 1),
+    (320, 328, 4, 64, 13),
+    (130, 48, 4, 16, 97),
+    (64, 1024, 4, 128, 50),
+    (64, 1024, 8, 1024, 3),
+]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(("columns", "width", "bits", "block", "rows"), SHAPES)
+def test_kernels_compute_what_the_operator_means(product, name, columns, width, bits, block, rows):
+    rng = np.random.default_rng(rows)
+    matrix = Matrix(columns, width, bits, block)
+    x = rng.standard_normal((rows, width)).astype(np.float32)
+    bias = rng.standard_normal(columns).astype(np.float32)
+    expected = matrix.meaning(x, bias=bias)
+    np.testing.assert_allclose(product(name, x, matrix, bias), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_gated(product, name):
+    matrix = Matrix(384, 256, 8, 128)
+    x = np.random.default_rng(1).standard_normal((50, 256)).astype(np.float32) * 3
+    expected = matrix.meaning(x, gated=True)
+    assert expected.shape == (50, 192)
+    np.testing.assert_allclose(product(name, x, matrix, gated=True), expected, rtol=2e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("columns", "width", "bits", "block", "rows"), SHAPES)
+def test_kernels_agree_bit_by_bit_and_so_do_rows_alone(product, columns, width, bits, block, rows):
+    matrix = Matrix(columns, width, bits, block)
+    x = np.random.default_rng(rows).standard_normal((rows, width)).astype(np.float32)
+    together = product("portable", x, matrix)
+    for name in (None, "avx2", "portable"):
+        np.testing.assert_array_equal(product(name, x, matrix), together)
+        alone = np.concatenate([product(name, x[i : i + 1], matrix) for i in range(0, rows, 5)])
+        np.testing.assert_array_equal(alone, together[::5])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_not_hidden(product, name, bad):
+    matrix = Matrix(64, 256, 8, 128)
+    x = np.ones((3, 256), np.float32)
+    x[1, 200] = bad
+    y = product(name, x, matrix)
+    assert np.isnan(y[1]).all()
+    assert np.isfinite(y[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_zeros_and_the_smallest_numbers(product, name):
+    matrix = Matrix(64, 128, 4, 32)
+    x = np.zeros((2, 128), np.float32)
+    x[1] = 1e-42  # 127 over it is infinite
+    assert (product(name, x, matrix) == 0).all()
+
+
+def test_impossible_products_are_refused(product):
+    x = np.zeros((1, 128), np.float32)
+    for wrong in ({"bits": 5}, {"block": 12}, {"block": 2048}, {"columns": 0}):
+        matrix = Matrix(64, 128, 8, 128)
+        vars(matrix).update(wrong)
+        assert product(None, x, matrix) == 2, wrong
+    assert product(None, x, Matrix(64, 128, 8, 128), gated=True) == 2  # half a panel has no second half
+
+
+def test_this_processor_runs_the_kernels_it_is_said_to(product):
+    assert kernels() in KERNELS
+    product(kernels(), np.zeros((1, 128), np.float32), Matrix(64, 128, 8, 128))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int4-wide-signed"])
+@pytest.mark.parametrize("rows", [64, 70, 1])
+def test_the_writer_packs_as_the_operator_reads(scheme, rows):
+    scheme = SCHEMES[scheme]
+    weight = torch.from_numpy(np.random.default_rng(rows).standard_normal((rows, 200)).astype(np.float32))
+    numbers, scales = blocks.quantize(weight, scheme, torch.bfloat16)
+    unsigned = (numbers.numpy().astype(np.int16) + scheme.zero).astype(np.uint8)
+    packed = blocks.pack_panels(numbers, scheme).numpy()
+    np.testing.assert_array_equal(packed, pack(unsigned, scheme.bits, scheme.block))
+    np.testing.assert_array_equal(unpack(packed, scheme.bits)[:rows], numbers.numpy())
+    assert not unpack(packed, scheme.bits)[rows:].any()
+    panels = blocks.scale_panels(scales)
+    assert panels.shape == (*packed.shape[:2], 64)
+    assert torch.equal(panels.transpose(1, 2).flatten(0, 1)[:rows], scales)

@@ -11,8 +11,8 @@ EXTRAS := cpu,export,plugins,serve,bench,tensorrt-rtx,test,dev
 help:  ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
-# .installed remembers which dependencies the environment was made for.
-$(VENV)/.installed: pyproject.toml constraints.txt
+# .installed remembers what the environment was made for.
+$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard plugins/glm4_plugins/cpu/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "glm4-deploy needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'

@@ -119,7 +119,7 @@ for arguments in (
         (["export"], "Missing argument 'CHECKPOINT'"),
         (["export", "somewhere"], "Missing argument 'BUNDLE'"),
         (["export", "a", "b", "c"], "unexpected extra argument"),
-        (["export", "a", "b", "--target", "coreml"], "'coreml' is not one of 'ort', 'native'"),
+        (["export", "a", "b", "--target", "coreml"], "'coreml' is not one of 'ort', 'cpu', 'native'"),
         (["export", "a", "b", "--precision", "int3"], "'int3' is not one of 'fp32', 'fp16', 'bf16'"),
         (["export", "a", "b", "--task", "chat"], "'chat' is not one of"),
         (["export", "a", "b", "--max-seq-len", "many"], "'many' is not a valid integer"),

@@ -50,7 +50,7 @@ def test_doctor_in_json():
     for entry in facts["findings"]:
         assert set(entry) == {"name", "works", "detail", "advice"}
         assert isinstance(entry["works"], bool)
-    assert len({entry["name"] for entry in facts["findings"]}) == len(facts["findings"]) == 7
+    assert len({entry["name"] for entry in facts["findings"]}) == len(facts["findings"]) == 8
 
 
 def test_doctor_in_text_has_a_line_per_finding():

@@ -278,7 +278,7 @@ def test_sweeping_leaves_what_a_living_export_writes_and_what_is_of_another_bund
         (ExportOptions(max_seq_len=257), "max_seq_len is 257"),
         (ExportOptions(max_seq_len=-1), "max_seq_len is -1"),
         (ExportOptions(max_batch_size=0), "max_batch_size is 0, but must be at least 1"),
-        (ExportOptions(target="coreml"), "unknown target 'coreml'; the targets are ort, native"),
+        (ExportOptions(target="coreml"), "unknown target 'coreml'; the targets are ort, cpu, native"),
         (ExportOptions(precision="int3"), "target ort has no precision 'int3'; it has fp32, fp16, bf16"),
         (ExportOptions(task="chat"), "there is no task 'chat'; the tasks are causal-lm"),
         (ExportOptions(task="sequence-classification"), "score"),

@@ -33,19 +33,20 @@ class Runner:
         self.session.release(0)
         return seconds
 
-    def fill(self, batch: int, context: int) -> None:
+    def fill(self, ids: Sequence[int], batch: int) -> None:
         """Put one prompt into as many slots: what the steps read is as much as with prompts of their own."""
-        self.session.prefill(0, self.tokens(context))
+        self.session.prefill(0, ids)
         for slot in range(1, batch):
-            self.session.copy_prefix(0, slot, context)
+            self.session.copy_prefix(0, slot, len(ids))
 
     def decode(self, batch: int, steps: int) -> float:
-        """Seconds for ``steps`` steps of the filled slots 0 ... batch - 1, which are then as before."""
+        """Seconds for ``steps`` greedy steps of the filled slots 0 ... batch - 1, which are then as before."""
         length = self.session.length(0)
-        rows = [dict(enumerate(self.tokens(batch))) for _ in range(steps)]
+        tokens = dict(enumerate(self.tokens(batch)))
         start = time.perf_counter()
-        for row in rows:
-            self.session.decode(row)
+        for _ in range(steps):
+            slots, logits = self.session.decode_block(tokens)
+            tokens = dict(zip(slots, logits.argmax(-1).tolist(), strict=True))
         seconds = time.perf_counter() - start
         for slot in range(batch):
             self.session.truncate(slot, length)
@@ -116,9 +117,9 @@ def bench(
         }
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has had resident, files that it maps included."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+def peak_bytes(process: int | str = "self") -> int:
+    """The most memory that a process has had resident, files that it maps included."""
+    return int(Path(f"/proc/{process}/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def _round(
@@ -126,7 +127,7 @@ def _round(
 ) -> Mapping[str, Mapping[str, float]]:
     """Tokens per second of each length and of each batch."""
     prompts = {str(n): n / runner.prefill(runner.tokens(n)) for n in prefill}
-    runner.fill(max(batch), context)
+    runner.fill(runner.tokens(context), max(batch))
     decodes = {str(n): n * steps / runner.decode(n, steps) for n in batch}
     runner.empty()
     return {"prefill": prompts, "decode": decodes}

@@ -38,7 +38,7 @@ def test_rates_count_the_tokens_of_all_sequences(tiny_bundles, monkeypatch):
 def test_decoding_leaves_the_slots_as_they_were(tiny_bundle):
     with Session.open(tiny_bundle, max_batch_size=3) as session:
         runner = Runner(session)
-        runner.fill(3, 5)
+        runner.fill(runner.tokens(5), 3)
         runner.decode(2, 4)
         assert [session.length(slot) for slot in range(3)] == [5, 5, 5]
         runner.empty()

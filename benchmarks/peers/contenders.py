@@ -1,0 +1,158 @@
+"""Who takes part: the table of peers, and one contender's files and process."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from glm4_deploy.bench import peak_bytes
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 900.0  # seconds for one answer
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A runtime: the module that drives it, the environment that ``setup.sh`` made, and what a reader must know."""
+
+    module: str
+    environment: str
+    packages: tuple[str, ...]
+    note: str = ""
+
+
+PEERS = {
+    "llama.cpp": Peer("llama_cpp", "llama-cpp", ("llama-cpp-python",), "flash attention, ubatch 512"),
+    "openvino": Peer("openvino", "openvino", ("openvino", "optimum-intel", "nncf")),
+    "ort-genai": Peer(
+        "ort_genai",
+        "onnxruntime",
+        ("onnxruntime-genai", "onnxruntime"),
+        "a Qwen2 of the same matrices, without the norms after sub-blocks; blocks of 128",
+    ),
+    "transformers": Peer("eager", "onnxruntime", ("transformers", "torch"), "eager"),
+}
+OURS = Peer("ours", "", ("onnxruntime",))
+
+
+class ContenderError(Exception):
+    """A contender that could not be made, or that failed; the others go on."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """``name`` is PEER:FORMAT or PEER:FORMAT+SETTING for a peer; a bundle's own for ours."""
+
+    name: str
+    peer: Peer
+    python: Path
+    folder: Path
+    format: str = ""
+    setting: str = ""
+
+    @classmethod
+    def from_name(cls, name: str, environments: Path, models: Path) -> "Contender":
+        kind, _, rest = name.partition(":")
+        form, _, setting = rest.partition("+")
+        if kind not in PEERS or not form:
+            known = ", ".join(f"{peer}:FORMAT" for peer in PEERS)
+            raise ContenderError(f"{name!r} names no peer; those known are {known}, each with +SETTING")
+        python = environments / PEERS[kind].environment / "bin" / "python"
+        return cls(name, PEERS[kind], python, models / f"{kind}-{form}", form, setting)
+
+    def convert(self, checkpoint: Path) -> None:
+        """Make the peer's files, unless they are there; how long it took is kept beside them."""
+        done = self.folder / "converted.json"
+        if done.is_file():
+            return
+        if not self.python.is_file():
+            raise ContenderError(f"there is no {self.python}; run benchmarks/peers/setup.sh")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        arguments = [self.peer.module, "convert", checkpoint.resolve(), self.folder.resolve(), self.format]
+        result = subprocess.run(
+            [self.python, "-m", "benchmarks.peers.worker", *arguments],
+            cwd=ROOT,
+            stdout=sys.stderr,
+            check=False,
+        )
+        if result.returncode:
+            raise ContenderError(f"conversion ended with {result.returncode}")
+        done.write_text(json.dumps({"seconds": round(time.perf_counter() - start, 1)}))
+
+    def conversion_seconds(self) -> float | None:
+        made = self.folder / "converted.json"
+        return float(json.loads(made.read_text())["seconds"]) if made.is_file() else None
+
+    def versions(self) -> dict[str, str]:
+        code = "import sys, json; from importlib.metadata import version as v; print(json.dumps({n: v(n) for n in sys.argv[1:]}))"
+        said = subprocess.run(
+            [self.python, "-c", code, *self.peer.packages], capture_output=True, text=True, check=False
+        )
+        found: dict[str, str] = json.loads(said.stdout) if said.returncode == 0 else {}
+        return found
+
+    def warm(self) -> None:
+        """Read the files once, so that no contender loads from the disk."""
+        for file in sorted(self.folder.iterdir()):
+            with file.open("rb") as stream:
+                while stream.read(1 << 24):
+                    pass
+
+
+class Process:
+    """A contender's process, loaded: ask it, and leave."""
+
+    def __init__(self, contender: Contender, threads: int, positions: int, slots: int, log: Path) -> None:
+        self._log = log.open("a")
+        places = [str(ROOT / part) for part in (".", "exporters", "runtime", "plugins")]
+        serve = [contender.peer.module, "serve", contender.folder.resolve(), contender.format]
+        counts = [str(n) for n in (threads, positions, slots)]
+        self._process = subprocess.Popen(
+            [contender.python, "-m", "benchmarks.peers.worker", *serve, contender.setting, *counts],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(places)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+
+    def loaded(self) -> float:
+        """Seconds from the runtime's first call to a model that is ready; imports are left out."""
+        return self._answer()
+
+    def ask(self, **what: Any) -> float:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def peak_bytes(self) -> int:
+        return peak_bytes(self._process.pid)
+
+    def _answer(self) -> float:
+        assert self._process.stdout is not None
+        patience = threading.Timer(PATIENCE, self._process.kill)
+        patience.start()
+        line = self._process.stdout.readline()
+        patience.cancel()
+        if not line:
+            raise ContenderError(f"the process ended with {self._process.wait()}; see {self._log.name}")
+        return float(json.loads(line)["seconds"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()

@@ -22,12 +22,15 @@ import click
 from benchmarks.peers.ceilings import Ceilings
 from benchmarks.peers.contenders import OURS, Contender, ContenderError, Process
 from benchmarks.peers.report import write_report
+from glm4_runtime.bundle import read_manifest
 
 PROMPTS, BATCHES, CONTEXT, STEPS = (512, 2048), (1, 4, 8), 512, 32
 MARGIN = 16  # positions for the untimed steps, and what a fill may take
 
 
-def take_turn(contender: Contender, ceilings: Ceilings, threads: int, log: Path) -> dict[str, float]:
+def take_turn(
+    contender: Contender, ceilings: Ceilings, threads: int, vocabulary: int, log: Path
+) -> dict[str, float]:
     """One contender's figures of one round: tokens/s by column, and what surrounded them."""
     contender.warm()
     figures = {"load_average": os.getloadavg()[0], "bandwidth": ceilings.bandwidth()}
@@ -35,10 +38,11 @@ def take_turn(contender: Contender, ceilings: Ceilings, threads: int, log: Path)
     with Process(contender, threads, positions, max(BATCHES), log) as process:
         figures["load_s"] = process.loaded()
         for length in PROMPTS:
-            process.ask(do="prefill", tokens=length)
-            figures[f"prefill {length}"] = length / process.ask(do="prefill", tokens=length)
+            prompt = {"do": "prefill", "tokens": length, "vocabulary": vocabulary}
+            process.ask(**prompt)
+            figures[f"prefill {length}"] = length / process.ask(**prompt)
         for batch in BATCHES:
-            process.ask(do="fill", tokens=CONTEXT, batch=batch)
+            process.ask(do="fill", tokens=CONTEXT, batch=batch, vocabulary=vocabulary)
             process.ask(do="decode", steps=2)
             figures[f"decode {batch}"] = batch * STEPS / process.ask(do="decode", steps=STEPS)
         figures["peak_gb"] = process.peak_bytes() / 1e9
@@ -78,12 +82,13 @@ def run_rounds(
     result: dict[str, Any], contenders: list[Contender], rounds: int, threads: int, out: Path
 ) -> None:
     ceilings = Ceilings(threads)
+    vocabulary = read_manifest(contenders[0].folder).model.vocab_size
     for number in range(rounds):
         figures: dict[str, Any] = {"integer_gemm": ceilings.integer_gemm(), "contenders": {}}
         # the other way round every other time, so that a drift of the machine favours nobody
         for contender in contenders[:: -1 if number % 2 else 1]:
             try:
-                turn = take_turn(contender, ceilings, threads, out.with_suffix(".log"))
+                turn = take_turn(contender, ceilings, threads, vocabulary, out.with_suffix(".log"))
             except (ContenderError, OSError) as error:
                 result["failures"].append(f"{contender.name}, round {number + 1}: {error}")
                 click.echo(result["failures"][-1], err=True)

@@ -29,6 +29,7 @@ def convert(checkpoint: Path, folder: Path, form: str) -> None:
 
 def description(checkpoint: Path) -> dict[str, int | float]:
     config = json.loads((checkpoint / "config.json").read_text())
+    rope = config.get("rope_parameters", config)
     return {
         "layers": config["num_hidden_layers"],
         "positions": config["max_position_embeddings"],
@@ -37,8 +38,8 @@ def description(checkpoint: Path) -> dict[str, int | float]:
         "heads": config["num_attention_heads"],
         "kv_heads": config["num_key_value_heads"],
         "head_dim": config["head_dim"],
-        "rotated": int(config["head_dim"] * config["partial_rotary_factor"]),
-        "rope_theta": config["rope_theta"],
+        "rotated": int(config["head_dim"] * rope["partial_rotary_factor"]),
+        "rope_theta": rope["rope_theta"],
         "eps": config["rms_norm_eps"],
         "vocab": config["vocab_size"],
     }

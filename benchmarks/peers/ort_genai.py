@@ -29,7 +29,7 @@ def convert(checkpoint: Path, folder: Path, form: str) -> None:
 def write_qwen2(checkpoint: Path, folder: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     config |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
-    del config["partial_rotary_factor"]
+    config.get("rope_parameters", config).pop("partial_rotary_factor")  # Qwen2 rotates whole heads
     (folder / "config.json").write_text(json.dumps(config))
     for shard in sorted(checkpoint.glob("*.safetensors")):
         tensors = {}

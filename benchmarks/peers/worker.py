@@ -4,8 +4,8 @@
     python -m benchmarks.peers.worker MODULE serve FOLDER FORMAT SETTING THREADS POSITIONS SLOTS
 
 ``serve`` answers lines of JSON on stdin with lines on stdout: first how long loading took, then for each
-``{"do": "prefill", "tokens": n}``, ``{"do": "fill", "batch": b, "tokens": n}`` and ``{"do": "decode", "steps": n}``
-its seconds, until stdin ends.
+``{"do": "prefill", "tokens": n, "vocabulary": v}``, ``{"do": "fill", "batch": b, ...}`` of the same, and
+``{"do": "decode", "steps": n}`` its seconds, until stdin ends.
 """
 
 import json
@@ -54,10 +54,10 @@ class Driver(Protocol):
         """Take so many steps with all sequences together, each the likeliest token of the one before."""
 
 
-def prompt(length: int) -> list[int]:
-    """The same ids for every contender; below 100000, where no vocabulary of the family has special ones."""
+def prompt(length: int, vocabulary: int) -> list[int]:
+    """Ids that are the same for every contender."""
     draw = random.Random(length)
-    return [draw.randrange(100_000) for _ in range(length)]
+    return [draw.randrange(vocabulary) for _ in range(length)]
 
 
 def serve(make: Callable[[Place], Driver], place: Place) -> None:
@@ -75,7 +75,7 @@ def work(driver: Driver, asked: dict[str, Any]) -> Callable[[], None]:
     """What is asked for, ready to be timed."""
     if asked["do"] == "decode":
         return lambda: driver.decode(asked["steps"])
-    ids = prompt(asked["tokens"])
+    ids = prompt(asked["tokens"], asked["vocabulary"])
     if asked["do"] == "fill":
         return lambda: driver.fill(ids, asked["batch"])
     return lambda: driver.prefill(ids)

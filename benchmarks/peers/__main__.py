@@ -50,7 +50,7 @@ def take_turn(
     return figures
 
 
-def describe(ours: Contender, contenders: list[Contender], checkpoint: Path, threads: int) -> dict[str, Any]:
+def describe(contenders: list[Contender], checkpoint: Path, threads: int) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
@@ -59,7 +59,7 @@ def describe(ours: Contender, contenders: list[Contender], checkpoint: Path, thr
         "context": CONTEXT,
         "steps": STEPS,
         "command": f"python -m benchmarks.peers {' '.join(Path(a).name if '/' in a else a for a in sys.argv[1:])}",
-        "ours": ours.name,
+        "ours": contenders[0].name,
         "contenders": {
             one.name: {
                 "versions": one.versions(),
@@ -101,8 +101,10 @@ def run_rounds(
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--peers", required=True, help="PEER:FORMAT[+SETTING], separated by commas.")
+@click.argument(
+    "bundles", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+@click.option("--peers", default="", help="PEER:FORMAT[+SETTING], separated by commas.")
 @click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--environments", type=click.Path(path_type=Path), default="out/peers", show_default=True)
@@ -114,7 +116,7 @@ def run_rounds(
 )
 def main(
     checkpoint: Path,
-    bundle: Path,
+    bundles: tuple[Path, ...],
     peers: str,
     rounds: int,
     threads: int,
@@ -122,14 +124,18 @@ def main(
     models: Path | None,
     out: Path,
 ) -> None:
-    """Measure BUNDLE and the peers on CHECKPOINT's weights; a contender that fails is recorded, and the others go on."""
+    """Measure BUNDLES and the peers on CHECKPOINT's weights; ratios are of the first bundle.
+
+    A contender that fails is recorded, and the others go on.
+    """
     models = models or checkpoint.with_name(f"{checkpoint.name}-peers")
-    ours = Contender(f"ours:{bundle.name}", OURS, Path(sys.executable), bundle)
+    contenders = [Contender(f"ours:{one.name}", OURS, Path(sys.executable), one) for one in bundles]
     try:
-        asked = [Contender.from_name(name, environments.absolute(), models) for name in peers.split(",")]
+        names = filter(None, peers.split(","))
+        asked = [Contender.from_name(name, environments.absolute(), models) for name in names]
     except ContenderError as error:
         raise click.ClickException(str(error)) from error
-    contenders, failures = [ours], []
+    failures = []
     for one in asked:
         try:
             one.convert(checkpoint)
@@ -137,7 +143,7 @@ def main(
         except ContenderError as error:
             failures.append(f"{one.name}: {error}")
             click.echo(failures[-1], err=True)
-    result = describe(ours, contenders, checkpoint, threads)
+    result = describe(contenders, checkpoint, threads)
     result["failures"] += failures
     out.parent.mkdir(parents=True, exist_ok=True)
     run_rounds(result, contenders, rounds, threads, out)

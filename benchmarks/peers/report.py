@@ -76,7 +76,7 @@ def page(result: dict[str, Any], table: dict[str, Any], out: Path) -> str:
         "",
     ]
     for name, about in result["contenders"].items():
-        made = f"converted in {about['convert_s']:.0f} s" if about["convert_s"] is not None else ""
+        made = f"made in {about['convert_s']:.0f} s" if about["convert_s"] is not None else ""
         versions = ", ".join(f"{package} {number}" for package, number in about["versions"].items())
         lines.append(f"- {name}: {'; '.join(filter(None, (versions, about['note'], made)))}")
     lines += [f"- failed: {failure}" for failure in result["failures"]]
@@ -119,7 +119,7 @@ def plot(result: dict[str, Any], table: dict[str, Any], file: Path) -> None:
             [cell["median"] - cell["min"] for cell in cells],
             [cell["max"] - cell["median"] for cell in cells],
         ]
-        colours = ["#1f6feb" if name == result["ours"] else "#b0b8c4" for name in names]
+        colours = ["#1f6feb" if name.startswith("ours:") else "#b0b8c4" for name in names]
         panel.barh(names, medians, xerr=spread, color=colours, error_kw={"ecolor": "#444444", "capsize": 2})
         panel.set_title(column, fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)

@@ -63,12 +63,19 @@ def prompt(length: int, vocabulary: int) -> list[int]:
 def serve(make: Callable[[Place], Driver], place: Place) -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no reply
-    driver, seconds = timed(lambda: make(place))
+    driver, seconds = timed(lambda: opened(make, place))
     print(json.dumps({"seconds": seconds}), file=replies, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         seconds = timed(work(driver, asked))[1]
         print(json.dumps({"seconds": seconds}), file=replies, flush=True)
+
+
+def opened(make: Callable[[Place], Driver], place: Place) -> Driver:
+    """Loaded is what has answered once: some runtimes pack their weights only then."""
+    driver = make(place)
+    driver.prefill([0])
+    return driver
 
 
 def work(driver: Driver, asked: dict[str, Any]) -> Callable[[], None]:

@@ -23,7 +23,8 @@ def test_figures_are_tokens_per_second_of_every_length_and_batch(tiny_bundle):
     for figures in (*report["prefill"].values(), *report["decode"].values()):
         assert 0 < figures["min"] <= figures["median"] <= figures["max"]
     assert report["weight_bytes"] == (tiny_bundle / WEIGHTS).stat().st_size
-    assert report["weight_bytes"] < report["peak_bytes"] <= peak_bytes()
+    assert report["weight_bytes"] < report["peak_bytes"]
+    assert report["peak_bytes"] == pytest.approx(peak_bytes(), rel=0.02)  # the kernel counts in batches
     assert report["load_seconds"] > 0
 
 

@@ -46,6 +46,7 @@ def take_turn(
             process.ask(do="decode", steps=2)
             figures[f"decode {batch}"] = batch * STEPS / process.ask(do="decode", steps=STEPS)
         figures["peak_gb"] = process.peak_bytes() / 1e9
+        figures["cores_of_others"] = process.cores_of_others()
     figures["bandwidth"] = (figures["bandwidth"] + ceilings.bandwidth()) / 2
     return figures
 

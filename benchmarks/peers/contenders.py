@@ -113,11 +113,20 @@ class Contender:
                     pass
 
 
+def busy_seconds() -> float:
+    """Processor time that was not idle since the machine began, stolen time included."""
+    user, nice, system, _idle, _waiting, *interrupts = (
+        int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    )
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
 class Process:
     """A contender's process, loaded: ask it, and leave."""
 
     def __init__(self, contender: Contender, threads: int, positions: int, slots: int, log: Path) -> None:
         self._log = log.open("a")
+        self._began, self._busy_before = time.monotonic(), busy_seconds()
         places = [str(ROOT / part) for part in (".", "exporters", "runtime", "plugins")]
         serve = [contender.peer.module, "serve", contender.folder.resolve(), contender.format]
         counts = [str(n) for n in (threads, positions, slots)]
@@ -143,6 +152,13 @@ class Process:
 
     def peak_bytes(self) -> int:
         return peak_bytes(self._process.pid)
+
+    def cores_of_others(self) -> float:
+        """How many cores everything else kept busy, on average since the process began."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        own = sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")  # utime and stime
+        busy = busy_seconds() - self._busy_before
+        return max(0.0, busy - own) / (time.monotonic() - self._began)
 
     def _answer(self) -> float:
         assert self._process.stdout is not None

@@ -54,12 +54,12 @@ def page(result: dict[str, Any], table: dict[str, Any], out: Path) -> str:
         )
         if found
     )
-    loads = [turn["load_average"] for turn in turns] or [0.0]
+    others = [turn["cores_of_others"] for turn in turns] or [0.0]
     lines = [
         f"# {result['ours']} and the peers on {result['checkpoint']}",
         "",
-        f"{result['date']}, {result['machine']}, {result['threads']} threads, {len(result['rounds'])} rounds; {spread}; "
-        f"load average {min(loads):.1f} to {max(loads):.1f} before a turn.",
+        f"{result['date']}, {result['machine']}, {result['threads']} threads, rounds: {len(result['rounds'])}; {spread}; "
+        f"other processes kept {min(others):.2f} to {max(others):.2f} cores busy during a turn.",
         "",
         f"    {result['command']}",
         "",
@@ -124,6 +124,6 @@ def plot(result: dict[str, Any], table: dict[str, Any], file: Path) -> None:
         panel.set_title(column, fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
-    figure.supxlabel(f"tokens/s, medians of {len(result['rounds'])} rounds with the spread", fontsize=9)
+    figure.supxlabel(f"tokens/s, median with the spread; rounds: {len(result['rounds'])}", fontsize=9)
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)

@@ -1,6 +1,7 @@
 """The comparison with the peers: its protocol, its arithmetic, and that a contender's failure ends nothing."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class SmallCeilings:
 
 
 def turn(rate):
-    costs = {"peak_gb": 1.0, "load_s": 2.0, "bandwidth": 40.0, "load_average": 0.5}
+    costs = {"peak_gb": 1.0, "load_s": 2.0, "bandwidth": 40.0, "cores_of_others": 0.5}
     return dict.fromkeys(RATES, rate) | costs
 
 
@@ -58,6 +59,7 @@ def test_a_contender_answers_in_seconds(tiny_bundles, tmp_path):
         assert process.ask(do="prefill", tokens=9, vocabulary=50) > 0
         assert process.ask(do="fill", tokens=5, batch=3, vocabulary=50) > 0
         assert process.ask(do="decode", steps=2) > 0
+        assert 0 <= process.cores_of_others() < os.cpu_count() + 1
         assert process.peak_bytes() > (tiny_bundles["ort"] / "model.onnx.data").stat().st_size
 
 

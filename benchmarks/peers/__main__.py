@@ -137,16 +137,17 @@ def main(
     except ContenderError as error:
         raise click.ClickException(str(error)) from error
     failures = []
+    out.parent.mkdir(parents=True, exist_ok=True)
     for one in asked:
         try:
-            one.convert(checkpoint)
+            click.echo(f"{one.name}: weights", err=True)
+            one.convert(checkpoint, out.with_suffix(".log"))
             contenders.append(one)
         except ContenderError as error:
             failures.append(f"{one.name}: {error}")
             click.echo(failures[-1], err=True)
     result = describe(contenders, checkpoint, threads)
     result["failures"] += failures
-    out.parent.mkdir(parents=True, exist_ok=True)
     run_rounds(result, contenders, rounds, threads, out)
     click.echo(out.with_suffix(".md").read_text())
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ PEERS = {
         "ort_genai",
         "onnxruntime",
         ("onnxruntime-genai", "onnxruntime"),
-        "a Qwen2 of the same matrices, without the norms after sub-blocks; blocks of 128",
+        "a Qwen2 of the same matrices, without the norms after sub-blocks; blocks of 128, embeddings in float32",
     ),
     "transformers": Peer("eager", "onnxruntime", ("transformers", "torch"), "eager"),
 }
@@ -69,7 +68,7 @@ class Contender:
         python = environments / PEERS[kind].environment / "bin" / "python"
         return cls(name, PEERS[kind], python, models / f"{kind}-{form}", form, setting)
 
-    def convert(self, checkpoint: Path) -> None:
+    def convert(self, checkpoint: Path, log: Path) -> None:
         """Make the peer's files, unless they are there; how long it took is kept beside them."""
         done = self.folder / CONVERTED
         if done.is_file():
@@ -80,14 +79,11 @@ class Contender:
         self.folder.mkdir(parents=True)
         start = time.perf_counter()
         arguments = [self.peer.module, "convert", checkpoint.resolve(), self.folder.resolve(), self.format]
-        result = subprocess.run(
-            [self.python, "-m", "benchmarks.peers.worker", *arguments],
-            cwd=ROOT,
-            stdout=sys.stderr,
-            check=False,
-        )
-        if result.returncode:
-            raise ContenderError(f"conversion ended with {result.returncode}")
+        command = [self.python, "-m", "benchmarks.peers.worker", *arguments]
+        with log.open("a") as stream:
+            ended = subprocess.run(command, cwd=ROOT, stdout=stream, stderr=stream, check=False).returncode
+        if ended:
+            raise ContenderError(f"conversion ended with {ended}; see {log}")
         done.write_text(json.dumps({"seconds": round(time.perf_counter() - start, 1)}))
 
     def conversion_seconds(self) -> float | None:

@@ -18,8 +18,10 @@ environment() {
         touch "$folder/$name/.installed" || echo "$0: $name could not be installed" >&2
 }
 
-# torch is named, and torchvision with it, so that nothing replaces the one for CPUs by a later one
+# torch and torchvision are named, so that nothing brings later ones with libraries for GPUs; a torchvision that was
+# compiled for another torch cannot be imported, and text needs none
 environment openvino torch==2.13.0 torchvision==0.28.0 optimum-intel==2.2.0 openvino==2026.4.1 nncf==3.4.0
+"$folder/openvino/bin/python" -m pip uninstall --quiet --yes torchvision
 environment onnxruntime torch==2.13.0 transformers==5.17.0 onnxruntime-genai==0.18.0 onnxruntime==1.32.0 \
     onnx==1.23.2 onnx-ir==1.1.0
 CMAKE_ARGS=-DGGML_NATIVE=ON environment llama-cpp llama-cpp-python==0.3.36 gguf==0.19.0 --no-binary llama-cpp-python

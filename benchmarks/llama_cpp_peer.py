@@ -12,12 +12,19 @@ import argparse
 import ctypes
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
+
+Weights = npt.NDArray[Any]
+Tensor = tuple[
+    str, Weights, gguf.GGMLQuantizationType
+]  # our name, the bytes, the type that they are stored in
 
 ARCHITECTURE = "glm4"
 TENSORS = {
@@ -47,9 +54,8 @@ def gguf_name(canonical: str) -> str:
     return f"blk.{layer}.{TENSORS['.'.join(middle)]}.{kind}"
 
 
-def write_gguf(folder: Path, path: Path) -> None:
-    """The checkpoint in F32, with a vocabulary that says nothing: token ids are fed as they are."""
-    config = json.loads((folder / "config.json").read_text())
+def write_gguf(config: Mapping[str, Any], tensors: Iterable[Tensor], path: Path) -> None:
+    """A checkpoint as it is, with a vocabulary that says nothing: token ids are fed as they are."""
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     writer.add_block_count(config["layers"])
     writer.add_context_length(config["positions"])
@@ -63,24 +69,29 @@ def write_gguf(folder: Path, path: Path) -> None:
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["eps"])
     writer.add_vocab_size(config["vocab"])
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([f"t{i}" for i in range(config["vocab"])])
     writer.add_token_scores([0.0] * config["vocab"])
     writer.add_token_types([gguf.TokenType.NORMAL] * config["vocab"])
-    with np.load(folder / "tensors.npz") as tensors:
-        for name in tensors.files:
-            writer.add_tensor(gguf_name(name), tensors[name])
+    for name, array, kind in tensors:
+        writer.add_tensor(gguf_name(name), array, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def quantize(source: Path, target: Path, kind: str) -> None:
-    """llama.cpp's own quantization, without an importance matrix."""
+def stored_tensors(path: Path) -> Iterator[Tensor]:
+    with np.load(path) as tensors:
+        for name in tensors.files:
+            yield name, tensors[name], gguf.GGMLQuantizationType.F32
+
+
+def quantize(source: Path, target: Path, kind: str, *, pure: bool = False) -> None:
+    """llama.cpp's own quantization, without an importance matrix; ``pure``: every matrix in the one type."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    params.pure = pure
     if llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(params)):
         raise SystemExit(f"llama.cpp could not quantize to {kind}")
 
@@ -122,10 +133,11 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("formats", nargs="*", metavar="FORMAT", help="such as Q4_K_M, Q8_0")
     arguments = parser.parse_args()
-    vocab = json.loads((arguments.input / "config.json").read_text())["vocab"]
+    config = json.loads((arguments.input / "config.json").read_text())
+    vocab = config["vocab"]
     windows = [[int(i) for i in row if i >= 0] for row in np.load(arguments.input / "windows.npy")]
     full = arguments.output / "F32.gguf"
-    write_gguf(arguments.input, full)
+    write_gguf(config, stored_tensors(arguments.input / "tensors.npz"), full)
     report = {}
     for kind in ("F32", *arguments.formats):
         path = arguments.output / f"{kind}.gguf"

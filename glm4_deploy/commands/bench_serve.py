@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from glm4_deploy import show
+from glm4_deploy.commands.numbers import numbers
 from glm4_runtime.errors import RequestError
 
 
@@ -61,9 +62,9 @@ def command(
     except ModuleNotFoundError as error:
         raise RequestError(f"bench-serve needs {error.name}: pip install 'glm4-deploy[bench]'") from error
     points: list[dict[str, Any]] = (
-        [{"rate": value} for value in _numbers("--rate", rate, float)]
+        [{"rate": value} for value in numbers("--rate", rate, float)]
         if rate is not None
-        else [{"clients": value} for value in _numbers("--clients", clients, int)]
+        else [{"clients": value} for value in numbers("--clients", clients, int)]
     )
     loads = [Load(**point, ignore_eos=not honour_eos, **load) for point in points]
     with show.shown_progress() as progress:
@@ -79,16 +80,6 @@ def command(
             _print(run)
     if any(run["failed"] for run in report["runs"]):
         raise RequestError("some requests failed; the figures are of the others")
-
-
-def _numbers(option: str, text: str, kind: type) -> list[Any]:
-    try:
-        values = [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not a list of numbers", param_hint=option) from error
-    if not all(0 < value < float("inf") for value in values):
-        raise click.BadParameter("the numbers must be above 0", param_hint=option)
-    return values
 
 
 def _print(run: dict[str, Any]) -> None:

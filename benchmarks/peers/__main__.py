@@ -1,0 +1,156 @@
+"""Ours beside the peers, in rounds that take turns; the ratio to ours is taken within each round.
+
+    benchmarks/peers/setup.sh out/peers
+    python benchmarks/make_checkpoint.py out/9b4 --size 9b-4layers
+    glm4-deploy export out/9b4 out/9b4-int8 --max-seq-len 4096 --no-parity
+    python -m benchmarks.peers out/9b4 out/9b4-int8 --peers llama.cpp:q8_0,openvino:int8 --out out/peers-int8
+
+A peer is PEER:FORMAT, or PEER:FORMAT+SETTING (openvino:int8+f32). In every round each contender starts anew in
+a process of its own and does all columns, once untimed and once timed, so that one at a time is in memory.
+"""
+
+import json
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.peers.ceilings import Ceilings
+from benchmarks.peers.contenders import OURS, Contender, ContenderError, Process
+from benchmarks.peers.report import write_report
+from glm4_runtime.bundle import read_manifest
+
+PROMPTS, BATCHES, CONTEXT, STEPS = (512, 2048), (1, 4, 8), 512, 32
+MARGIN = 16  # positions for the untimed steps, and what a fill may take
+
+
+def take_turn(
+    contender: Contender, ceilings: Ceilings, threads: int, vocabulary: int, log: Path
+) -> dict[str, float]:
+    """One contender's figures of one round: tokens/s by column, and what surrounded them."""
+    contender.warm()
+    figures = {"load_average": os.getloadavg()[0], "bandwidth": ceilings.bandwidth()}
+    positions = max(*PROMPTS, CONTEXT + STEPS + MARGIN)
+    with Process(contender, threads, positions, max(BATCHES), log) as process:
+        figures["load_s"] = process.loaded()
+        for length in PROMPTS:
+            prompt = {"do": "prefill", "tokens": length, "vocabulary": vocabulary}
+            process.ask(**prompt)
+            figures[f"prefill {length}"] = length / process.ask(**prompt)
+        for batch in BATCHES:
+            process.ask(do="fill", tokens=CONTEXT, batch=batch, vocabulary=vocabulary)
+            process.ask(do="decode", steps=2)
+            figures[f"decode {batch}"] = batch * STEPS / process.ask(do="decode", steps=STEPS)
+        figures["peak_gb"] = process.peak_bytes() / 1e9
+        figures["cores_of_others"] = process.cores_of_others()
+    figures["bandwidth"] = (figures["bandwidth"] + ceilings.bandwidth()) / 2
+    return figures
+
+
+def describe(contenders: list[Contender], checkpoint: Path, threads: int) -> dict[str, Any]:
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
+        "threads": threads,
+        "checkpoint": checkpoint.name,
+        "context": CONTEXT,
+        "steps": STEPS,
+        "command": f"python -m benchmarks.peers {' '.join(Path(a).name if '/' in a else a for a in sys.argv[1:])}",
+        "ours": contenders[0].name,
+        "contenders": {
+            one.name: {
+                "versions": one.versions(),
+                "note": one.peer.note,
+                "convert_s": one.conversion_seconds(),
+            }
+            for one in contenders
+        },
+        "rounds": [],
+        "failures": [],
+    }
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def run_rounds(
+    result: dict[str, Any], contenders: list[Contender], rounds: int, threads: int, out: Path
+) -> None:
+    ceilings = Ceilings(threads)
+    vocabulary = read_manifest(contenders[0].folder).model.vocab_size
+    for number in range(rounds):
+        figures: dict[str, Any] = {"integer_gemm": ceilings.integer_gemm(), "contenders": {}}
+        # the other way round every other time, so that a drift of the machine favours nobody
+        for contender in contenders[:: -1 if number % 2 else 1]:
+            try:
+                turn = take_turn(contender, ceilings, threads, vocabulary, out.with_suffix(".log"))
+            except (ContenderError, OSError) as error:
+                result["failures"].append(f"{contender.name}, round {number + 1}: {error}")
+                click.echo(result["failures"][-1], err=True)
+                continue
+            figures["contenders"][contender.name] = {key: round(value, 3) for key, value in turn.items()}
+            click.echo(f"round {number + 1} {contender.name}: {json.dumps(turn)}", err=True)
+        result["rounds"].append(figures)
+        write_report(result, out)
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument(
+    "bundles", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+@click.option("--peers", default="", help="PEER:FORMAT[+SETTING], separated by commas.")
+@click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--environments", type=click.Path(path_type=Path), default="out/peers", show_default=True)
+@click.option(
+    "--models", type=click.Path(path_type=Path), help="Converted weights; CHECKPOINT-peers if absent."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Writes OUT.json, .md, .svg and .log."
+)
+def main(
+    checkpoint: Path,
+    bundles: tuple[Path, ...],
+    peers: str,
+    rounds: int,
+    threads: int,
+    environments: Path,
+    models: Path | None,
+    out: Path,
+) -> None:
+    """Measure BUNDLES and the peers on CHECKPOINT's weights; ratios are of the first bundle.
+
+    A contender that fails is recorded, and the others go on.
+    """
+    models = models or checkpoint.with_name(f"{checkpoint.name}-peers")
+    contenders = [Contender(f"ours:{one.name}", OURS, Path(sys.executable), one) for one in bundles]
+    try:
+        names = filter(None, peers.split(","))
+        asked = [Contender.from_name(name, environments.absolute(), models) for name in names]
+    except ContenderError as error:
+        raise click.ClickException(str(error)) from error
+    failures = []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for one in asked:
+        try:
+            click.echo(f"{one.name}: weights", err=True)
+            one.convert(checkpoint, out.with_suffix(".log"))
+            contenders.append(one)
+        except ContenderError as error:
+            failures.append(f"{one.name}: {error}")
+            click.echo(failures[-1], err=True)
+    result = describe(contenders, checkpoint, threads)
+    result["failures"] += failures
+    run_rounds(result, contenders, rounds, threads, out)
+    click.echo(out.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""How fast one bundle is here: loading, prefill and decode on random tokens, and the memory they take."""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm4_runtime import Session
+from glm4_runtime.bundle import WEIGHTS, Manifest, read_manifest
+from glm4_runtime.errors import RequestError
+from glm4_runtime.progress import Progress, silent
+
+
+class Runner:
+    """One opened session, and the two things that are timed: a prompt, and steps of a batch."""
+
+    def __init__(self, session: Session, seed: int = 0) -> None:
+        self.session = session
+        self._random = np.random.default_rng(seed)
+
+    def tokens(self, count: int) -> list[int]:
+        ids: list[int] = self._random.integers(0, self.session.manifest.model.vocab_size, count).tolist()
+        return ids
+
+    def prefill(self, ids: Sequence[int]) -> float:
+        """Seconds for a prompt in an empty slot, up to the logits of its last position."""
+        start = time.perf_counter()
+        self.session.prefill(0, ids)
+        seconds = time.perf_counter() - start
+        self.session.release(0)
+        return seconds
+
+    def fill(self, ids: Sequence[int], batch: int) -> None:
+        """Put one prompt into as many slots: what the steps read is as much as with prompts of their own."""
+        self.session.prefill(0, ids)
+        for slot in range(1, batch):
+            self.session.copy_prefix(0, slot, len(ids))
+
+    def decode(self, batch: int, steps: int) -> float:
+        """Seconds for ``steps`` greedy steps of the filled slots 0 ... batch - 1, which are then as before."""
+        length = self.session.length(0)
+        tokens = dict(enumerate(self.tokens(batch)))
+        start = time.perf_counter()
+        for _ in range(steps):
+            slots, logits = self.session.decode_block(tokens)
+            tokens = dict(zip(slots, logits.argmax(-1).tolist(), strict=True))
+        seconds = time.perf_counter() - start
+        for slot in range(batch):
+            self.session.truncate(slot, length)
+        return seconds
+
+    def empty(self) -> None:
+        for slot in range(self.session.max_batch_size):
+            self.session.release(slot)
+
+
+def bench(
+    bundle: str | Path,
+    *,
+    prefill: Sequence[int] = (512, 2048),
+    batch: Sequence[int] = (1, 4, 8),
+    context: int = 512,
+    steps: int = 32,
+    rounds: int = 5,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure a causal LM's bundle; every figure is the median of ``rounds``, with the least and the most.
+
+    Args:
+        prefill: lengths of prompts.
+        batch: how many sequences decode together, each after ``context`` tokens, for ``steps`` tokens.
+        threads: of the session; all cores where absent.
+
+    Returns:
+        Loading in seconds, prefill and decode in tokens per second, weights and peak memory in bytes.
+
+    Raises:
+        Glm4Error: the bundle cannot be opened, or is not one that this can be asked of.
+    """
+    manifest = read_manifest(bundle)
+    _check(manifest, max(prefill), max(batch), context + steps)
+    progress("load", 0, 0)
+    start = time.perf_counter()
+    with Session.open(bundle, max_batch_size=max(batch), threads=threads) as session:
+        runner = Runner(session)
+        runner.prefill(runner.tokens(1))
+        load = time.perf_counter() - start
+        rates: dict[str, dict[str, list[float]]] = {
+            "prefill": {str(n): [] for n in prefill},
+            "decode": {str(n): [] for n in batch},
+        }
+        for number in range(rounds + 1):
+            progress("measure", number, rounds + 1)
+            one = _round(runner, prefill, batch, context, steps)
+            if number:  # the first one packs kernels and touches memory
+                for kind, figures in one.items():
+                    for size, rate in figures.items():
+                        rates[kind][size].append(rate)
+        progress("measure", rounds + 1, rounds + 1)
+        return {
+            "bundle": str(bundle),
+            "target": manifest.target,
+            "precision": manifest.precision,
+            "provider": session.provider,
+            "threads": threads,
+            "rounds": rounds,
+            "context": context,
+            "steps": steps,
+            "load_seconds": load,
+            "weight_bytes": _weight_bytes(manifest),
+            "peak_bytes": peak_bytes(),
+            **{kind: {size: _spread(r) for size, r in figures.items()} for kind, figures in rates.items()},
+        }
+
+
+def peak_bytes(process: int | str = "self") -> int:
+    """The most memory that a process has had resident, files that it maps included."""
+    return int(Path(f"/proc/{process}/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+
+def _round(
+    runner: Runner, prefill: Sequence[int], batch: Sequence[int], context: int, steps: int
+) -> Mapping[str, Mapping[str, float]]:
+    """Tokens per second of each length and of each batch."""
+    prompts = {str(n): n / runner.prefill(runner.tokens(n)) for n in prefill}
+    runner.fill(runner.tokens(context), max(batch))
+    decodes = {str(n): n * steps / runner.decode(n, steps) for n in batch}
+    runner.empty()
+    return {"prefill": prompts, "decode": decodes}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def _weight_bytes(manifest: Manifest) -> int:
+    engine = manifest.engine
+    names = {profile.file for profile in engine.profiles} if engine else {WEIGHTS}
+    return sum(manifest.files[name].bytes for name in names)
+
+
+def _check(manifest: Manifest, prompt: int, batch: int, decoded: int) -> None:
+    """Refuse before anything is loaded."""
+    if manifest.task != "causal-lm":
+        raise RequestError(
+            f"bench measures prefill and decode, and this bundle is for {manifest.task}; "
+            "export the checkpoint with --task causal-lm"
+        )
+    for name, asked, limit in (
+        ("max-seq-len", max(prompt, decoded), manifest.limits.max_seq_len),
+        ("max-batch-size", batch, manifest.limits.max_batch_size),
+    ):
+        if asked > limit:
+            raise RequestError(
+                f"this needs {name} {asked}, and the bundle has {limit}; ask for less, "
+                f"or export it again with --{name} {asked}"
+            )

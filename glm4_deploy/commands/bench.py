@@ -1,0 +1,64 @@
+"""glm4-deploy bench BUNDLE"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from glm4_deploy import show
+from glm4_deploy.commands.numbers import numbers
+
+
+@click.command("bench")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--prefill", default="512,2048", show_default=True, metavar="N,...", help="Prompts of so many tokens."
+)
+@click.option(
+    "--batch", default="1,4,8", show_default=True, metavar="N,...", help="So many sequences decode together."
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Tokens of each before they do.",
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens of each then."
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="After one untimed.")
+@click.option("--threads", type=click.IntRange(min=1), help="All cores where absent.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def command(bundle: Path, prefill: str, batch: str, as_json: bool, **how: Any) -> None:
+    """Measure how fast BUNDLE loads, reads prompts and decodes here, and the memory it takes."""
+    from glm4_deploy.bench import bench
+
+    prompts, batches = numbers("--prefill", prefill, int), numbers("--batch", batch, int)
+    with show.shown_progress() as progress:
+        report = bench(bundle, prefill=prompts, batch=batches, **how, progress=progress)
+    if as_json:
+        show.print_json(report)
+    else:
+        show.print_rows(f"{bundle}: {report['precision']} for {report['target']}", _rows(report))
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("runs on", f"{report['provider']}, {report['threads'] or 'all'} threads"),
+        ("load", f"{report['load_seconds']:.2f} s"),
+    ]
+    rows += [(f"prefill {n}", _rate(figures)) for n, figures in report["prefill"].items()]
+    rows += [
+        (f"decode, batch {n}", f"{_rate(figures)} after {report['context']}")
+        for n, figures in report["decode"].items()
+    ]
+    return [
+        *rows,
+        ("weights", show.size(report["weight_bytes"])),
+        ("peak memory", show.size(report["peak_bytes"])),
+    ]
+
+
+def _rate(figures: dict[str, float]) -> str:
+    return f"{figures['median']:.1f} tokens/s ({figures['min']:.1f} ... {figures['max']:.1f})"

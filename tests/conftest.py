@@ -65,14 +65,15 @@ def demo_bundle(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def demo_quantized(tmp_path_factory):
-    """The demo checkpoint for the default target in int8 and int4, by precision."""
+    """The demo checkpoint for the default target in int8 and int4, and in int8 for target cpu, by these names."""
     folder = tmp_path_factory.mktemp("quantized")
     demo = Path(__file__).parents[1] / "demo" / "glm4-tiny"
     with pytest.MonkeyPatch.context() as monkeypatch:
         trace_once(monkeypatch)
         for precision in ("int8", "int4"):
             export(demo, folder / precision, ExportOptions(precision=precision, parity=False))
-    return {precision: folder / precision for precision in ("int8", "int4")}
+        export(demo, folder / "cpu", ExportOptions(target="cpu", parity=False))
+    return {name: folder / name for name in ("int8", "int4", "cpu")}
 
 
 @pytest.fixture

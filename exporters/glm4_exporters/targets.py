@@ -28,6 +28,7 @@ class Target:
         schemes: other schemes than the precision's own, by name, where this target has faster kernels.
         own: precisions that are stored otherwise here than elsewhere.
         lookups: whether a table can be looked up in its quantized form.
+        says: what the manifest adds to the groups' precisions.
         engine: names the TensorRT that builds an engine from the graph; ``providers`` then run only the graph.
     """
 
@@ -38,6 +39,7 @@ class Target:
     schemes: Mapping[str, str] = field(default_factory=dict)
     own: Mapping[str, "Precision"] = field(default_factory=dict)
     lookups: bool = False
+    says: Mapping[str, str] = field(default_factory=dict)
     engine: str | None = None
 
 
@@ -132,6 +134,7 @@ TARGETS = {
         _SIGNED,
         _INT4_ON_CPU,
         lookups=True,
+        says={"inputs of products": "int8, a scale per row and block"},
     ),
     "native": Target("native", (*_FLOATS, *_INTEGERS), "float32", _NATIVE, _PER_CHANNEL),
     "tensorrt-rtx": Target(
@@ -215,7 +218,7 @@ def choose_form(
     return Form(
         target,
         chosen,
-        _groups(found, table, chosen, EMBEDDING if tied else HEAD),
+        {**_groups(found, table, chosen, EMBEDDING if tied else HEAD), **target.says},
         schemes,
         None if table is None else require_scheme(table),
         tuple(name for name, scheme in found.items() if scheme == FP8),

@@ -14,6 +14,7 @@ from glm4_deploy.pipeline import ExportOptions, export
 from glm4_exporters.pieces import GraphPieces
 from glm4_plugins import block_product
 from glm4_runtime import Session
+from glm4_runtime.bundle import read_manifest
 from glm4_runtime.errors import BundleError, ExportError
 from glm4_runtime.session import ort as ort_session
 
@@ -37,6 +38,7 @@ def bundle(tmp_path, checkpoint):
 def test_bias_and_gate_are_part_of_the_product(bundle):
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
     counts = Counter(node.op_type for node in model.graph.node)
+    assert read_manifest(bundle).tensor_precisions["inputs of products"] == "int8, a scale per row and block"
     layers = CONFIG["num_hidden_layers"]
     assert counts[block_product.OPERATOR] == 6 * layers + 1
     assert not {"MatMulNBits", "Sigmoid", "Split"} & counts.keys()

@@ -13,8 +13,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from cpu_operators import CPU_TARGET
 
 import glm4_runtime
+from glm4_plugins.block_product import OPERATOR
 from glm4_runtime import SamplingParams, Session
 from glm4_runtime.bundle import read_manifest
 
@@ -37,6 +39,15 @@ ONCE = {
     # seqlens_k and total_sequence_length, a few numbers, for all layers
     "Shape": 1, "Cast": 1, "Sub": 1, "Add": 2, "ReduceMax": 1, "Squeeze": 1,
 }  # fmt: skip
+
+# Of target cpu, whose product is its bias and gate as well.
+CPU_LAYER = {
+    name: LAYER[name]
+    for name in ("GroupQueryAttention", "RMSNormalization", "SkipSimplifiedLayerNormalization")
+}
+CPU_LAYER |= {OPERATOR: LAYER["MatMulNBits"]}
+CPU_ONCE = {OPERATOR if name == "MatMulNBits" else name: count for name, count in ONCE.items()}
+TABLES = {"int8": (LAYER, ONCE), "int4": (LAYER, ONCE), "cpu": (CPU_LAYER, CPU_ONCE)}
 
 # Calls that our own code makes per token, into Python and into C; those within NumPy and ONNX Runtime aren't ours.
 # Counted with Python 3.11; later versions make fewer, since their comprehensions are no calls.
@@ -91,8 +102,8 @@ def step(session, kind):
     return made
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_the_optimised_graph_holds_what_it_needs(tmp_path, demo_quantized, monkeypatch, precision):
+@pytest.mark.parametrize("name", ["int8", "int4", CPU_TARGET])
+def test_the_optimised_graph_holds_what_it_needs(tmp_path, demo_quantized, monkeypatch, name):
     """As the session itself has it optimised: what its options leave undone shows here too."""
     real, path = onnxruntime.SessionOptions, tmp_path / "optimised.onnx"
 
@@ -102,10 +113,11 @@ def test_the_optimised_graph_holds_what_it_needs(tmp_path, demo_quantized, monke
         return made
 
     monkeypatch.setattr(onnxruntime, "SessionOptions", options)
-    Session.open(demo_quantized[precision]).close()
+    Session.open(demo_quantized[name]).close()
     graph = onnx.load(path, load_external_data=False).graph
-    layers = read_manifest(demo_quantized[precision]).model.num_layers
-    expected = Counter({name: count * layers for name, count in LAYER.items()}) + Counter(ONCE)
+    layers = read_manifest(demo_quantized[name]).model.num_layers
+    each, once = TABLES[name]
+    expected = Counter({kind: count * layers for kind, count in each.items()}) + Counter(once)
     assert Counter(node.op_type for node in graph.node) == expected
     # the one Cast is of a shape: no activation and no weight changes its type in a step
     (cast,) = (node for node in graph.node if node.op_type == "Cast")

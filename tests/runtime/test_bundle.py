@@ -296,5 +296,5 @@ def test_an_exported_manifest_describes_its_folder(tiny_bundle):
 
 
 def test_an_unknown_dialect_is_answered_with_the_known_ones(edited_manifest):
-    with pytest.raises(BundleError, match=r"dialect 'tflite'; this runtime opens native, ort"):
+    with pytest.raises(BundleError, match=r"dialect 'tflite'; this runtime opens cpu, native, ort"):
         Session.open(edited_manifest(dialect="tflite"))

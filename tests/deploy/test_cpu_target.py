@@ -69,6 +69,15 @@ def test_a_step_of_several_has_the_bits_of_each_alone(tmp_path, checkpoint, prec
                 np.testing.assert_array_equal(together[slot], alone[slot][step])
 
 
+def test_threads_do_not_change_a_bit(bundle):
+    ids = np.random.default_rng(1).integers(0, 512, 100).tolist()  # three groups of rows
+    found = []
+    for threads in (1, 2):
+        with Session.open(bundle, threads=threads) as session:
+            found.append(np.concatenate(list(session.score(ids))))
+    np.testing.assert_array_equal(*found)
+
+
 def test_weights_are_read_where_they_lie(bundle):
     """The file's offsets are pages, so that ONNX Runtime maps it instead of copying."""
     model = onnx.load(bundle / "model.onnx", load_external_data=False)

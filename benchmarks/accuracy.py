@@ -57,6 +57,8 @@ ROWS = (
     Row("int8-sq", {"precision": "int8-sq"}, 1.01, calibrated=True),
     Row("int4", {"precision": "int4"}),
     Row("int4, calibrated", {"precision": "int4"}, calibrated=True),
+    Row("int8, target cpu", {"precision": "int8", "target": "cpu"}, 1.001),
+    Row("int4, calibrated, target cpu", {"precision": "int4", "target": "cpu"}, calibrated=True),
 )
 
 

@@ -55,7 +55,8 @@ struct Product {
     if (rows < kRows / 4)  // not worth waking anyone
       for (int64_t row = 0; row < rows; ++row) round(row);
     else
-      failed = threads.run([](void* p, size_t row) { static_cast<Product*>(p)->round(int64_t(row)); }, size_t(rows), this);
+      failed = threads.run([](void* p, size_t row) { static_cast<Product*>(p)->round(int64_t(row)); },
+                           size_t(rows), this);
     if (failed != nullptr) return failed;
     panels_together = (out_panels() + kPieces - 1) / kPieces;
     const int64_t pieces = (out_panels() + panels_together - 1) / panels_together;
@@ -210,7 +211,13 @@ const ort::Operator kOperator = [] {
   ort::Operator op = {};
   op.version = ort::kVersion;
   op.create_kernel_checked = create;
-  op.compute_checked = compute;
+  op.compute_checked = [](void* kernel, ort::Context* context) -> ort::Status* {
+    try {
+      return compute(kernel, context);
+    } catch (const std::bad_alloc&) {  // which must not reach C
+      return static_cast<const Kernel*>(kernel)->api.error("BlockQuantizedMatMul: no memory for the rounded inputs");
+    }
+  };
   op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.name = [](const ort::Operator*) { return "BlockQuantizedMatMul"; };
   op.provider = [](const ort::Operator*) { return "CPUExecutionProvider"; };

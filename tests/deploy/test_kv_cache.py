@@ -9,6 +9,7 @@ import onnx
 import pytest
 from checkpoints import tiny_config, write_checkpoint
 from click.testing import CliRunner
+from cpu_operators import needs_cpu_operators
 
 from glm4_deploy.cli import cli
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
@@ -134,3 +135,11 @@ def nll(session, ids):
     logits = np.concatenate(list(session.score(ids))).astype(np.float64)[:-1]
     logits -= logits.max(-1, keepdims=True)
     return np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(ids) - 1), ids[1:]]
+
+
+@needs_cpu_operators
+def test_the_cpu_target_has_one_too(tmp_path, tiny_checkpoint):
+    options = ExportOptions(target="cpu", kv_cache="int8")
+    result = export(tiny_checkpoint, tmp_path / "b", options)
+    assert result.manifest.kv_cache == "int8"
+    assert result.parity.mean_kl < 2e-3

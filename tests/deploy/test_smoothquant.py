@@ -9,6 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from checkpoints import tiny_config, write_checkpoint
+from cpu_operators import CPU_TARGET
 
 from benchmarks.make_hostile_checkpoints import write_outliers
 from glm4_deploy.pipeline import ExportOptions, export
@@ -90,7 +91,7 @@ def test_outliers_fail_the_gate_unless_they_are_smoothed(tmp_path, monkeypatch):
         export(folder, tmp_path / "plain", options)
 
 
-@pytest.mark.parametrize("target", ["ort", "native"])
+@pytest.mark.parametrize("target", ["ort", CPU_TARGET, "native"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_is_exported_and_right(tmp_path, ids_file, shape, target):
     folder = write_checkpoint(tmp_path / "checkpoint", tiny_config(**SHAPES[shape]))

@@ -5,6 +5,7 @@ import onnx
 import pytest
 import torch
 from checkpoints import tiny_config, write_checkpoint
+from cpu_operators import needs_cpu_operators
 from safetensors.torch import load_file, save_file
 
 from glm4_deploy.pipeline import ExportOptions, export
@@ -61,7 +62,8 @@ def changed(good, folder, edit):
 
 
 FORMS = [("ort", "fp32"), ("native", "fp32"), ("ort", "fp16"), ("native", "fp16"), ("ort", "bf16"),
-         ("ort", "int8"), ("native", "int8"), ("ort", "int4")]  # fmt: skip
+         ("ort", "int8"), ("native", "int8"), ("ort", "int4"),
+         pytest.param("cpu", "int8", marks=needs_cpu_operators)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("target", "precision"), FORMS)

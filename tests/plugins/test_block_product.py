@@ -106,6 +106,15 @@ def test_kernels_agree_bit_by_bit_and_so_do_rows_alone(product, columns, width, 
         np.testing.assert_array_equal(alone, together[::5])
 
 
+def test_gates_agree_bit_by_bit(product):
+    matrix = Matrix(384, 256, 4, 32)
+    x = np.random.default_rng(1).standard_normal((50, 256)).astype(np.float32) * 3
+    together = product("portable", x, matrix, gated=True)
+    for name in (None, "avx2"):
+        np.testing.assert_array_equal(product(name, x, matrix, gated=True), together)
+        np.testing.assert_array_equal(product(name, x[7:8], matrix, gated=True), together[7:8])
+
+
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_not_hidden(product, name, bad):

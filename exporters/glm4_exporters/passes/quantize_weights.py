@@ -129,9 +129,9 @@ _Lowering = Callable[[Builder, ir.Node, ir.Value, Scheme], None]
 # Per dialect and operator: which input is the matrix, and what takes the operator's place.
 _OPERATORS: dict[str, dict[tuple[str, str], tuple[int, _Lowering]]] = {
     "ort": {(MICROSOFT, "FusedMatMul"): (1, _product), ("", "Gather"): (0, _lookup)},
-    "cpu": {(MICROSOFT, "FusedMatMul"): (1, _product), ("", "Gather"): (0, _lookup)},
     "native": {("", "Transpose"): (0, _dequantized)},
 }
+_OPERATORS["cpu"] = _OPERATORS["ort"]  # of what PackedProducts left
 
 
 def _shape(weight: ir.Value) -> tuple[int, int]:

@@ -7,7 +7,8 @@ KV_CACHES = ("auto", "int8")
 INT8_TARGETS = ("ort", "cpu")
 # Those on which an int8 cache was compared with the reference; CUDA's kernel is not among them.
 INT8_PROVIDERS = ("CPUExecutionProvider",)
-HEAD_MULTIPLE = 8  # GroupQueryAttention's; the standard operators, which take any head, have no int8 cache
+# GroupQueryAttention's; the standard operators, which take any head, have no int8 cache.
+HEAD_MULTIPLES = {"ort": 8}
 
 
 def choose_cache(
@@ -22,13 +23,14 @@ def choose_cache(
         raise ExportError(f"unknown KV cache {asked!r}; it is one of {', '.join(KV_CACHES)}")
     if asked == "auto":
         return activations if task == "causal-lm" else None
+    multiple = HEAD_MULTIPLES.get(target, 1)
     reasons = {
         f"task {task} has no cache": task != "causal-lm",
         f"target {target} has no operator with an int8 cache; targets {' and '.join(INT8_TARGETS)} have": (
             target not in INT8_TARGETS
         ),
-        f"its operator takes heads of multiples of {HEAD_MULTIPLE} dims, and this model's have {config.head_dim}": (
-            config.head_dim % HEAD_MULTIPLE != 0
+        f"its operator takes heads of multiples of {multiple} dims, and this model's have {config.head_dim}": (
+            config.head_dim % multiple != 0
         ),
         "it was proved with fp32 and fp16 activations only": activations not in ("float32", "float16"),
     }

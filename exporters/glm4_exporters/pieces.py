@@ -19,7 +19,7 @@ import onnx
 import onnxruntime as ort
 
 from glm4_exporters.checkpoint import EMBEDDING
-from glm4_plugins.block_product import OPERATOR, PANEL, library
+from glm4_plugins.block_product import DOMAIN, OPERATOR, PANEL, library
 from glm4_runtime.bundle import GRAPH
 from glm4_runtime.progress import Progress, silent
 
@@ -161,7 +161,7 @@ class GraphPieces:
         )
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        if any(node.op_type == OPERATOR for node in piece.nodes):
+        if any(node.domain == DOMAIN for node in piece.nodes):
             options.register_custom_ops_library(str(library()))
         names, arrays = [], []
         for name, weight in weights.items():

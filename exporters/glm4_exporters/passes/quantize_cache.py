@@ -1,6 +1,7 @@
-"""GroupQueryAttention's cache -> int8, with a scale per head and channel."""
+"""The cache of attention -> int8, with a scale per head and channel."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -8,19 +9,39 @@ import onnx_ir as ir
 
 from glm4_exporters.passes.builder import MICROSOFT, scope_of
 from glm4_exporters.quantize.kv_cache import CacheScales
+from glm4_plugins.operator import DOMAIN, INPUTS, OP_TYPE
 
-SCALE_INPUTS = 12  # k_scale, and v_scale after it
-ATTRIBUTES: dict[str, str | int] = {
-    "k_quant_type": "PER_CHANNEL",
-    "v_quant_type": "PER_CHANNEL",
-    "kv_cache_bit_width": 8,
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How an operator takes an int8 cache.
+
+    Attributes:
+        key_scale: which input; that of the values follows it.
+        shape: of the scales of [Hkv, D].
+    """
+
+    key_scale: int
+    shape: Callable[[Floats], Floats]
+    attributes: Mapping[str, str | int]
+
+
+FORMS = {
+    (MICROSOFT, "GroupQueryAttention"): _Form(
+        12,
+        lambda scales: scales[None, :, None],
+        {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8},
+    ),
+    (DOMAIN, OP_TYPE): _Form(len(INPUTS), lambda scales: scales, {}),
 }
 
 
 class QuantizeCache(ir.passes.InPlacePass):
-    """Give every GroupQueryAttention that has a cache the scales of its layer; its past and present become int8.
+    """Give every attention that has a cache the scales of its layer; its past and present become int8.
 
-    The kernel rounds to even and saturates, and attends over what it stored, the new tokens' included: a
+    The kernels round to even and saturate, and attend over what they stored, the new tokens' included: a
     prompt in chunks computes what it computes in one.
     """
 
@@ -29,25 +50,26 @@ class QuantizeCache(ir.passes.InPlacePass):
         self._scales = scales
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        nodes = [n for n in model.graph if (n.domain, n.op_type) == (MICROSOFT, "GroupQueryAttention")]
+        nodes = [node for node in model.graph if (node.domain, node.op_type) in FORMS]
         for node, scales in zip(nodes, self._scales, strict=True):
             _quantize(model.graph, node, scales)
         return ir.passes.PassResult(model, bool(nodes))
 
 
 def _quantize(graph: ir.Graph, node: ir.Node, scales: CacheScales) -> None:
+    form = FORMS[node.domain, node.op_type]
     for value in (*node.inputs[3:5], *node.outputs[1:3]):  # past and present, of keys and of values
         assert value is not None, "attention without a cache"
         value.type = ir.TensorType(ir.DataType.INT8)
-    node.resize_inputs(SCALE_INPUTS + 2)
+    node.resize_inputs(form.key_scale + 2)
     for i, (name, array) in enumerate((("key", scales.key), ("value", scales.value))):
-        scale = _initializer(graph, f"{scope_of(node)}.{name}_scale", array[None, :, None])
-        node.replace_input_with(SCALE_INPUTS + i, scale)
-    for attribute in ir.convenience.convert_attributes(ATTRIBUTES):
+        scale = _initializer(graph, f"{scope_of(node)}.{name}_scale", form.shape(array))
+        node.replace_input_with(form.key_scale + i, scale)
+    for attribute in ir.convenience.convert_attributes(form.attributes):
         node.attributes.add(attribute)
 
 
-def _initializer(graph: ir.Graph, name: str, array: npt.NDArray[np.float32]) -> ir.Value:
+def _initializer(graph: ir.Graph, name: str, array: Floats) -> ir.Value:
     """A small tensor with its data in the graph."""
     tensor = ir.tensor(np.ascontiguousarray(array), name=name)
     kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)

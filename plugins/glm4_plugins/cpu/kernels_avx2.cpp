@@ -1,5 +1,5 @@
 // For processors with AVX2: products in 16 bits, summed in pairs.
-#include "product.h"
+#include "kernels.h"
 
 #include <cmath>
 #include <cstring>
@@ -7,9 +7,26 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #pragma GCC push_options
+// As for AVX-512: attention is a third slower with it.
+#pragma GCC optimize("no-tree-pre")
 #pragma GCC target("avx2,fma")
 
 #include "loops.h"
+
+namespace glm4 {
+namespace {
+
+using Lanes = float __attribute__((vector_size(32)));
+constexpr int kLanes = 8, kTileRows = 6, kTileVectors = 2;  // 12 sums, 2 vectors of b and one of a
+inline Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
+inline Lanes widen(const int8_t* from) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+
+}  // namespace
+}  // namespace glm4
+
+#include "attention_loops.h"
 
 namespace glm4 {
 namespace {
@@ -72,7 +89,7 @@ void multiply_panel(const Weights& w, const Rounded& x, int rows, int64_t panel,
 }  // namespace
 
 extern const Kernels kAvx2Kernels;
-const Kernels kAvx2Kernels = {"avx2", round_row, multiply_panel, gate_up};
+const Kernels kAvx2Kernels = {"avx2", round_row, multiply_panel, gate_up, kAttention};
 
 }  // namespace glm4
 #pragma GCC pop_options

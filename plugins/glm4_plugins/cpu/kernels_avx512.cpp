@@ -1,5 +1,5 @@
 // For processors with AVX-512 and its 8-bit dot products (VNNI).
-#include "product.h"
+#include "kernels.h"
 
 #include <cmath>
 #include <cstring>
@@ -14,7 +14,20 @@
 
 #include "loops.h"
 
-#define GLM4_UNROLL _Pragma("GCC unroll 8")  // or the sums of a tile do not stay in registers
+namespace glm4 {
+namespace {
+
+using Lanes = float __attribute__((vector_size(64)));
+constexpr int kLanes = 16, kTileRows = 6, kTileVectors = 4;  // 24 sums, 4 vectors of b and one of a
+inline Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+inline Lanes widen(const int8_t* from) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+
+}  // namespace
+}  // namespace glm4
+
+#include "attention_loops.h"
 
 namespace glm4 {
 namespace {
@@ -133,7 +146,7 @@ void multiply_panel(const Weights& w, const Rounded& x, int rows, int64_t panel,
 }  // namespace
 
 extern const Kernels kAvx512Kernels;
-const Kernels kAvx512Kernels = {"avx512-vnni", round_row, multiply_panel, gate_up};
+const Kernels kAvx512Kernels = {"avx512-vnni", round_row, multiply_panel, gate_up, kAttention};
 
 }  // namespace glm4
 #pragma GCC pop_options

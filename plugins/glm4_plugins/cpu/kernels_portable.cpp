@@ -2,8 +2,21 @@
 #include <cmath>
 #include <cstring>
 
+#include "kernels.h"
 #include "loops.h"
-#include "product.h"
+
+namespace glm4 {
+namespace {
+
+using Lanes = float __attribute__((vector_size(16)));
+constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 2;
+inline Lanes fused(Lanes a, Lanes b, Lanes c) { return a * b + c; }  // in two steps: not every processor has one
+inline Lanes widen(const int8_t* from) { return Lanes{float(from[0]), float(from[1]), float(from[2]), float(from[3])}; }
+
+}  // namespace
+}  // namespace glm4
+
+#include "attention_loops.h"
 
 namespace glm4 {
 namespace {
@@ -38,6 +51,6 @@ void multiply_panel(const Weights& w, const Rounded& x, int rows, int64_t panel,
 }  // namespace
 
 extern const Kernels kPortableKernels;
-const Kernels kPortableKernels = {"portable", round_row, multiply_panel, gate_up};
+const Kernels kPortableKernels = {"portable", round_row, multiply_panel, gate_up, kAttention};
 
 }  // namespace glm4

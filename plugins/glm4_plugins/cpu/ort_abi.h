@@ -19,7 +19,7 @@ struct ShapeInfo;
 struct Domain;
 struct SessionOptions;
 
-enum ElementType { kFloat = 1, kUint8 = 2, kBfloat16 = 16 };
+enum ElementType { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kBfloat16 = 16 };
 enum Presence { kRequired = 0, kOptional = 1 };
 constexpr int kInvalidArgument = 2;
 
@@ -39,6 +39,9 @@ class Api {
     return call<Status*(const Value*, ShapeInfo**)>(65)(value, out);
   }
   void release(ShapeInfo* info) const { call<void(ShapeInfo*)>(99)(info); }
+  Status* attribute(const KernelInfo* info, const char* name, float* out) const {
+    return call<Status*(const KernelInfo*, const char*, float*)>(85)(info, name, out);
+  }
   Status* attribute(const KernelInfo* info, const char* name, int64_t* out) const {
     return call<Status*(const KernelInfo*, const char*, int64_t*)>(86)(info, name, out);
   }

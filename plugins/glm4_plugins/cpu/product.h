@@ -47,14 +47,4 @@ using MultiplyPanel = void (*)(const Weights&, const Rounded&, int rows, int64_t
 // In place of gate: silu(gate) * up.
 using Gate = void (*)(float* gate, const float* up, int count);
 
-struct Kernels {
-  const char* name;
-  RoundRow round_row;
-  MultiplyPanel multiply_panel;
-  Gate gate;
-};
-
-// The fastest that this processor runs; or the one named, null where it does not run it. For tests.
-const Kernels* choose_kernels(const char* name = nullptr);
-
 }  // namespace glm4

@@ -1,4 +1,4 @@
-#include "product.h"
+#include "kernels.h"
 
 #include <cstring>
 

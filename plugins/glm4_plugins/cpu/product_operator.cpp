@@ -8,16 +8,12 @@
 #include <new>
 #include <vector>
 
-#include "ort_abi.h"
-#include "product.h"
+#include "kernels.h"
+#include "library.h"
+#include "ort_kernel.h"
 
 namespace glm4 {
 namespace {
-
-// Runs work(data, 0 ... total - 1), on several threads or not.
-struct Threads {
-  virtual ort::Status* run(void (*work)(void*, size_t), size_t total, void* data) const = 0;
-};
 
 struct Scratch {
   std::vector<int8_t> numbers;
@@ -123,47 +119,6 @@ struct Kernel {
   bool gated;
 };
 
-struct SessionThreads : Threads {
-  const ort::Api& api;
-  const ort::Context* context;
-  SessionThreads(const ort::Api& api, const ort::Context* context) : api(api), context(context) {}
-  ort::Status* run(void (*work)(void*, size_t), size_t total, void* data) const override {
-    return api.parallel_for(context, work, total, total, data);
-  }
-};
-
-struct OneThread : Threads {
-  ort::Status* run(void (*work)(void*, size_t), size_t total, void* data) const override {
-    for (size_t i = 0; i < total; ++i) work(data, i);
-    return nullptr;
-  }
-};
-
-#define GLM4_RETURN(expression)                               \
-  do {                                                        \
-    if (ort::Status* failed = (expression)) return failed;    \
-  } while (0)
-
-// Data and shape of an input; no data where an optional one is left out.
-ort::Status* read_input(const ort::Api& api, const ort::Context* context, size_t index, void** data,
-                        std::vector<int64_t>* shape) {
-  const ort::Value* value = nullptr;
-  GLM4_RETURN(api.input(context, index, &value));
-  *data = nullptr;
-  if (value == nullptr) return nullptr;
-  ort::ShapeInfo* info = nullptr;
-  GLM4_RETURN(api.shape_info(value, &info));
-  size_t rank = 0;
-  ort::Status* failed = api.rank(info, &rank);
-  if (failed == nullptr) {
-    shape->resize(rank);
-    failed = api.shape(info, shape->data(), rank);
-  }
-  api.release(info);
-  if (failed == nullptr) failed = api.data(const_cast<ort::Value*>(value), data);
-  return failed;
-}
-
 ort::Status* create(const ort::Operator*, const void* table, const ort::KernelInfo* info, void** out) {
   const ort::Api api(table);
   int64_t columns, width, bits, block, gated;
@@ -207,9 +162,10 @@ ort::Status* compute(void* kernel, ort::Context* context) {
   return rows == 0 ? nullptr : product.run(SessionThreads(self.api, context));
 }
 
-const ort::Operator kOperator = [] {
-  ort::Operator op = {};
-  op.version = ort::kVersion;
+}  // namespace
+
+const ort::Operator kProductOperator = [] {
+  ort::Operator op = cpu_operator();
   op.create_kernel_checked = create;
   op.compute_checked = [](void* kernel, ort::Context* context) -> ort::Status* {
     try {
@@ -220,40 +176,18 @@ const ort::Operator kOperator = [] {
   };
   op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.name = [](const ort::Operator*) { return "BlockQuantizedMatMul"; };
-  op.provider = [](const ort::Operator*) { return "CPUExecutionProvider"; };
   op.input_count = [](const ort::Operator*) { return size_t(4); };
   op.input_type = [](const ort::Operator*, size_t i) {
     return i == 1 ? int(ort::kUint8) : i == 2 ? int(ort::kBfloat16) : int(ort::kFloat);
   };
   op.input_presence = [](const ort::Operator*, size_t i) { return i == 3 ? int(ort::kOptional) : int(ort::kRequired); };
-  op.input_memory = [](const ort::Operator*, size_t) { return 0; };
   op.output_count = [](const ort::Operator*) { return size_t(1); };
   op.output_type = [](const ort::Operator*, size_t) { return int(ort::kFloat); };
   op.output_presence = [](const ort::Operator*, size_t) { return int(ort::kRequired); };
-  op.variadic_input_minimum = [](const ort::Operator*) { return 1; };
-  op.variadic_input_alike = [](const ort::Operator*) { return 1; };
-  op.variadic_output_minimum = [](const ort::Operator*) { return 1; };
-  op.variadic_output_alike = [](const ort::Operator*) { return 1; };
-  op.first_opset = [](const ort::Operator*) { return 1; };
-  op.last_opset = [](const ort::Operator*) { return INT32_MAX; };
   return op;
 }();
 
-}  // namespace
 }  // namespace glm4
-
-#define GLM4_EXPORT extern "C" __attribute__((visibility("default")))
-
-// ONNX Runtime calls this one of a library that is registered with a session.
-GLM4_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
-  const void* table = base->get_api(ort::kVersion);
-  if (table == nullptr) return nullptr;  // older than 1.17; the graph is refused for the unknown operator
-  const ort::Api api(table);
-  ort::Domain* domain = nullptr;
-  if (ort::Status* failed = api.create_domain("glm4", &domain)) return failed;
-  if (ort::Status* failed = api.add_operator(domain, &glm4::kOperator)) return failed;
-  return api.add_domain(options, domain);
-}
 
 // The product on one thread, by the kernels named, or the processor's fastest where null.
 // 0 when done, 1 where this processor does not run them, 2 where there is no such product.
@@ -269,6 +203,3 @@ GLM4_EXPORT int glm4_product(const char* kernels, const float* x, int64_t rows, 
   product.run(glm4::OneThread());
   return 0;
 }
-
-// Name of the kernels that this processor runs fastest.
-GLM4_EXPORT const char* glm4_kernels() { return glm4::choose_kernels()->name; }

@@ -1,0 +1,231 @@
+// How attention is cut into pieces of work.
+#include <atomic>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "attention_run.h"
+
+namespace glm4 {
+namespace {
+
+constexpr int64_t kRowsWorthThreads = 32;        // new positions whose keys and values are stored by several threads
+constexpr int64_t kMostPartialFloats = 8 << 20;  // 32 MB of partial results; beyond it, a piece goes through all keys
+
+// Memory of one thread, kept from one run to the next.
+float* thread_memory(size_t floats) {
+  thread_local std::vector<float> memory;
+  if (memory.size() < floats + 16) memory.resize(floats + 16);
+  const size_t past = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float) % 16;
+  return memory.data() + (16 - past) % 16;  // where a register's loads do not cross a line
+}
+
+class Run {
+ public:
+  Run(const AttentionKernels& kernels, const AttentionShape& shape, const AttentionData& data)
+      : kernels_(kernels), shape_(shape), data_(data), rows_(shape.together() * shape.group) {
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      const int64_t chunks = (data.past_of(b) + data.lengths[b] + kChunk - 1) / kChunk;
+      if (data.lengths[b] > 0 && chunks > chunks_) chunks_ = chunks;
+    }
+    // One piece per sequence and head leaves threads idle: then its chunks are work by themselves.
+    const int64_t heads = shape.batch * shape.kv_heads;
+    split_ = shape.pieces() == 1 && chunks_ > 1 && heads * chunks_ * partial_floats() <= kMostPartialFloats;
+    if (!split_) return;
+    partials_.resize(size_t(heads * chunks_ * partial_floats()));
+    left_ = std::make_unique<std::atomic<int64_t>[]>(size_t(heads));
+    for (int64_t head = 0; head < heads; ++head) left_[head] = chunks_of(head / shape.kv_heads);
+  }
+
+  ort::Status* run(const Threads& threads, bool* starved) {
+    const int64_t new_rows = shape_.batch * shape_.sequence;
+    ort::Status* failed = nullptr;
+    if (new_rows < kRowsWorthThreads)
+      for (int64_t row = 0; row < new_rows; ++row) store(row);
+    else
+      failed = threads.run([](void* p, size_t row) { static_cast<Run*>(p)->store(int64_t(row)); }, size_t(new_rows),
+                           this);
+    if (failed != nullptr) return failed;
+    const int64_t heads = shape_.batch * shape_.kv_heads;
+    const int64_t total = heads * (split_ ? chunks_ : shape_.pieces());
+    failed = threads.run([](void* p, size_t at) { static_cast<Run*>(p)->work(int64_t(at)); }, size_t(total), this);
+    *starved = starved_;
+    return failed;
+  }
+
+ private:
+  int64_t partial_floats() const { return (rows_ + kWidest - 1) / kWidest * kWidest * (shape_.padded() + 2); }
+  size_t scratch_floats() const {
+    return size_t(shape_.dim * kKeys + kChunk * shape_.padded() + rows_ * (kChunk + shape_.padded()));
+  }
+
+  Partial partial_at(float* at) const {
+    const int64_t rows = (rows_ + kWidest - 1) / kWidest * kWidest;
+    return {at, at + rows, at + 2 * rows};
+  }
+
+  int64_t chunks_of(int64_t b) const {
+    return data_.lengths[b] <= 0 ? 0 : (data_.past_of(b) + data_.lengths[b] + kChunk - 1) / kChunk;
+  }
+
+  size_t element() const { return shape_.quantized ? 1 : sizeof(float); }
+
+  void store(int64_t row) const {
+    const int64_t b = row / shape_.sequence, i = row % shape_.sequence, dim = shape_.dim;
+    if (i >= data_.lengths[b]) return;
+    const int64_t position = data_.past_of(b) + i;
+    for (int64_t h = 0; h < shape_.kv_heads; ++h) {
+      const int64_t from = (row * shape_.kv_heads + h) * dim;
+      const size_t to = size_t((b * shape_.kv_heads + h) * shape_.capacity + position) * dim * element();
+      const float* key_scales = shape_.quantized ? data_.key_scales + h * dim : nullptr;
+      const float* value_scales = shape_.quantized ? data_.value_scales + h * dim : nullptr;
+      kernels_.store_row(shape_, data_.key + from, cos_of(position), sin_of(position), key_scales,
+                         static_cast<char*>(data_.keys) + to);
+      kernels_.store_row(shape_, data_.value + from, nullptr, nullptr, value_scales,
+                         static_cast<char*>(data_.values) + to);
+    }
+  }
+
+  const float* cos_of(int64_t position) const { return data_.cos + position * (shape_.rotary / 2); }
+  const float* sin_of(int64_t position) const { return data_.sin + position * (shape_.rotary / 2); }
+
+  void work(int64_t at) {
+    try {
+      const int64_t heads = shape_.batch * shape_.kv_heads;
+      if (split_)
+        one_chunk(at / chunks_, at % chunks_);
+      else  // the last positions, which see most, first
+        all_chunks(at % heads, shape_.pieces() - 1 - at / heads);
+    } catch (const std::bad_alloc&) {  // which must not reach C
+      starved_ = true;
+    }
+  }
+
+  // The positions first ... first + count - 1 of one sequence, under one head of keys.
+  struct Piece {
+    int64_t b, h, first, count;
+  };
+
+  const float* turned(const Piece& piece, float* queries) const {
+    const int64_t width = shape_.kv_heads * shape_.group * shape_.dim;
+    const float* scales = shape_.quantized ? data_.key_scales + piece.h * shape_.dim : nullptr;
+    for (int64_t i = 0; i < piece.count; ++i) {
+      const int64_t row = piece.b * shape_.sequence + piece.first + i;
+      const int64_t position = data_.past_of(piece.b) + piece.first + i;
+      kernels_.turn_queries(shape_, data_.query + row * width + piece.h * shape_.group * shape_.dim, cos_of(position),
+                            sin_of(position), scales, queries + i * shape_.group * shape_.padded());
+    }
+    return queries;
+  }
+
+  AttentionScratch scratch_at(float* at) const {
+    float* values = at + shape_.dim * kKeys;
+    return {at, values, values + kChunk * shape_.padded()};
+  }
+
+  // Rows before the returned one see nothing of the chunk.
+  int64_t attend(const Piece& piece, int64_t chunk, const float* queries, const AttentionScratch& scratch,
+                 const Partial& to) const {
+    const int64_t start = chunk * kChunk, first = data_.past_of(piece.b) + piece.first + 1 - start;
+    const int64_t last = first + piece.count - 1;
+    const int64_t blind = first > 0 ? 0 : (1 - first) * shape_.group;
+    const size_t at = size_t((piece.b * shape_.kv_heads + piece.h) * shape_.capacity + start) * shape_.dim * element();
+    const Attended some = {queries,
+                           int(piece.count * shape_.group),
+                           int(shape_.group),
+                           static_cast<const char*>(data_.keys) + at,
+                           static_cast<const char*>(data_.values) + at,
+                           int(first < kChunk ? first : kChunk),
+                           int(last < kChunk ? last : kChunk)};
+    kernels_.attend(shape_, some, scratch, to);
+    return blind;
+  }
+
+  void finish(const Piece& piece, const Partial& partial) const {
+    const int64_t width = shape_.kv_heads * shape_.group * shape_.dim;
+    const float* scales = shape_.quantized ? data_.value_scales + piece.h * shape_.dim : nullptr;
+    for (int64_t i = 0; i < piece.count; ++i) {
+      const int64_t row = piece.b * shape_.sequence + piece.first + i;
+      kernels_.finish(shape_, partial, int(i * shape_.group), scales,
+                      data_.output + row * width + piece.h * shape_.group * shape_.dim);
+    }
+  }
+
+  void all_chunks(int64_t head, int64_t index) const {
+    Piece piece = {head / shape_.kv_heads, head % shape_.kv_heads, index * shape_.together(), shape_.together()};
+    const int64_t left = data_.lengths[piece.b] - piece.first;
+    if (left <= 0) return;
+    if (piece.count > left) piece.count = left;
+    float* memory = thread_memory(scratch_floats() + 2 * size_t(partial_floats()));
+    const AttentionScratch scratch = scratch_at(memory);
+    const float* queries = turned(piece, scratch.scores + rows_ * kChunk);
+    const Partial sum = partial_at(memory + scratch_floats());
+    const Partial later = partial_at(memory + scratch_floats() + partial_floats());
+    const int64_t chunks = (data_.past_of(piece.b) + piece.first + piece.count + kChunk - 1) / kChunk;
+    attend(piece, 0, queries, scratch, sum);
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      const int64_t blind = attend(piece, chunk, queries, scratch, later);
+      kernels_.merge(shape_, int(blind), int(piece.count * shape_.group), sum, later);
+    }
+    finish(piece, sum);
+  }
+
+  void one_chunk(int64_t head, int64_t chunk) {
+    const Piece piece = {head / shape_.kv_heads, head % shape_.kv_heads, 0, data_.lengths[head / shape_.kv_heads]};
+    const int64_t chunks = chunks_of(piece.b);
+    if (chunk >= chunks) return;
+    float* memory = thread_memory(scratch_floats());
+    const AttentionScratch scratch = scratch_at(memory);
+    const float* queries = turned(piece, scratch.scores + rows_ * kChunk);
+    attend(piece, chunk, queries, scratch, partial_of(head, chunk));
+    if (left_[head].fetch_sub(1) != 1) return;
+    // Whoever comes last merges them, in the order of the chunks.
+    const Partial sum = partial_of(head, 0);
+    for (int64_t later = 1; later < chunks; ++later) {
+      const int64_t first = data_.past_of(piece.b) + 1 - later * kChunk;
+      const int64_t blind = first > 0 ? 0 : (1 - first) * shape_.group;
+      kernels_.merge(shape_, int(blind), int(piece.count * shape_.group), sum, partial_of(head, later));
+    }
+    finish(piece, sum);
+  }
+
+  Partial partial_of(int64_t head, int64_t chunk) {
+    return partial_at(partials_.data() + (head * chunks_ + chunk) * partial_floats());
+  }
+
+  const AttentionKernels& kernels_;
+  const AttentionShape& shape_;
+  const AttentionData& data_;
+  const int64_t rows_;  // of a piece, at most
+  int64_t chunks_ = 1;  // of the longest sequence
+  bool split_ = false;
+  std::vector<float> partials_;
+  std::unique_ptr<std::atomic<int64_t>[]> left_;  // chunks not yet done, by sequence and head
+  std::atomic<bool> starved_{false};
+};
+
+}  // namespace
+
+const char* refusal(const AttentionShape& shape) {
+  if (shape.kv_heads <= 0 || shape.group <= 0 || shape.dim <= 0) return "num_heads is no multiple of kv_num_heads";
+  if (shape.rotary < 0 || shape.rotary % 2 != 0 || shape.rotary > shape.dim)
+    return "rotary_embedding_dim must be even, and no more than the head size";
+  return nullptr;
+}
+
+const char* refusal(const AttentionShape& shape, const AttentionData& data) {
+  for (int64_t b = 0; b < shape.batch; ++b) {
+    const int64_t past = data.past_of(b), count = data.lengths[b];
+    if (past < 0 || count < 0 || count > shape.sequence) return "past_lengths or query_lengths is out of range";
+    if (past + count > shape.capacity) return "a sequence does not fit into the cache";
+    if (shape.rotary > 0 && past + count > shape.positions) return "a sequence is longer than the cos and sin tables";
+  }
+  return nullptr;
+}
+
+ort::Status* attend(const AttentionKernels& kernels, const AttentionShape& shape, const AttentionData& data,
+                    const Threads& threads, bool* starved) {
+  return Run(kernels, shape, data).run(threads, starved);
+}
+
+}  // namespace glm4

@@ -1,0 +1,165 @@
+// glm4::PartialRopeGqaAttention for ONNX Runtime's CPU provider, and the same for whoever calls C.
+//
+// Inputs, outputs and attributes are those of operator.py, in float32; with an int8 cache, the scales of its keys and
+// values [kv_heads, head_size] follow. Where a present is bound to the memory of its past, only new rows are written.
+#include <cstring>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "attention_run.h"
+#include "kernels.h"
+#include "library.h"
+
+namespace glm4 {
+namespace {
+
+using Shape = std::vector<int64_t>;
+
+enum Input { kQuery, kKey, kValue, kPastKey, kPastValue, kCos, kSin, kPast, kLengths, kKeyScales, kValueScales, kInputs };
+
+struct Kernel {
+  ort::Api api;
+  int64_t heads, kv_heads, rotary;
+  float scale;
+  bool quantized;
+
+  ort::Status* error(const char* why) const {
+    const std::string message = std::string("PartialRopeGqaAttention: ") + why;
+    return api.error(message.c_str());
+  }
+};
+
+template <bool kQuantized>
+ort::Status* create(const ort::Operator*, const void* table, const ort::KernelInfo* info, void** out) {
+  Kernel kernel = {ort::Api(table), 0, 0, 0, 0.0f, kQuantized};
+  GLM4_RETURN(kernel.api.attribute(info, "num_heads", &kernel.heads));
+  GLM4_RETURN(kernel.api.attribute(info, "kv_num_heads", &kernel.kv_heads));
+  GLM4_RETURN(kernel.api.attribute(info, "rotary_embedding_dim", &kernel.rotary));
+  GLM4_RETURN(kernel.api.attribute(info, "scale", &kernel.scale));
+  if (kernel.kv_heads <= 0 || kernel.heads <= 0 || kernel.heads % kernel.kv_heads != 0)
+    return kernel.error("num_heads is no multiple of kv_num_heads");
+  *out = new (std::nothrow) Kernel(kernel);
+  return *out != nullptr ? nullptr : kernel.error("no memory");
+}
+
+// A present with its past's contents, which are there already where both are one block.
+ort::Status* present(const Kernel& self, ort::Context* context, size_t index, const void* past, const Shape& shape,
+                     void** data) {
+  ort::Value* value = nullptr;
+  GLM4_RETURN(self.api.output(context, index, shape.data(), shape.size(), &value));
+  GLM4_RETURN(self.api.data(value, data));
+  if (past == nullptr || *data == past) return nullptr;
+  size_t bytes = self.quantized ? 1 : sizeof(float);
+  for (const int64_t axis : shape) bytes *= size_t(axis);
+  std::memcpy(*data, past, bytes);
+  return nullptr;
+}
+
+ort::Status* compute(void* kernel, ort::Context* context) {
+  const Kernel& self = *static_cast<const Kernel*>(kernel);
+  void* at[kInputs];
+  Shape shapes[kInputs];
+  for (size_t i = 0; i < kInputs; ++i) {
+    if (i >= kKeyScales && !self.quantized) break;
+    GLM4_RETURN(read_input(self.api, context, i, &at[i], &shapes[i]));
+  }
+  const Shape& query = shapes[kQuery];
+  if (query.size() != 3 || query[2] <= 0 || query[2] % self.heads != 0)
+    return self.error("query is not [batch, sequence, num_heads * head_size]");
+  const int64_t dim = query[2] / self.heads;
+  const bool has_past = at[kPastKey] != nullptr;
+  const int64_t capacity = has_past && shapes[kPastKey].size() == 4 ? shapes[kPastKey][2] : query[1];
+  const Shape cache = {query[0], self.kv_heads, capacity, dim}, added = {query[0], query[1], self.kv_heads * dim};
+  const Shape batch = {query[0]}, scales = {self.kv_heads, dim};
+  if (shapes[kKey] != added || shapes[kValue] != added || shapes[kLengths] != batch)
+    return self.error("key, value or query_lengths does not fit the query");
+  if (has_past && (shapes[kPastKey] != cache || shapes[kPastValue] != cache || shapes[kPast] != batch))
+    return self.error("past_key, past_value or past_lengths does not fit the query");
+  if (shapes[kCos].size() != 2 || shapes[kCos][1] != self.rotary / 2 || shapes[kSin] != shapes[kCos])
+    return self.error("cos and sin are not [positions, rotary_embedding_dim / 2]");
+  if (self.quantized && (shapes[kKeyScales] != scales || shapes[kValueScales] != scales))
+    return self.error("the cache's scales are not [kv_num_heads, head_size]");
+  const AttentionShape shape = {query[0], query[1], capacity, self.kv_heads, self.heads / self.kv_heads, dim,
+                                self.rotary, shapes[kCos][0], self.scale, self.quantized};
+  AttentionData data = {};
+  data.query = static_cast<const float*>(at[kQuery]);
+  data.key = static_cast<const float*>(at[kKey]);
+  data.value = static_cast<const float*>(at[kValue]);
+  data.cos = static_cast<const float*>(at[kCos]);
+  data.sin = static_cast<const float*>(at[kSin]);
+  data.past = has_past ? static_cast<const int32_t*>(at[kPast]) : nullptr;
+  data.lengths = static_cast<const int32_t*>(at[kLengths]);
+  if (self.quantized) {
+    data.key_scales = static_cast<const float*>(at[kKeyScales]);
+    data.value_scales = static_cast<const float*>(at[kValueScales]);
+  }
+  if (const char* why = refusal(shape)) return self.error(why);
+  if (const char* why = refusal(shape, data)) return self.error(why);
+  ort::Value* output = nullptr;
+  GLM4_RETURN(self.api.output(context, 0, query.data(), query.size(), &output));
+  GLM4_RETURN(self.api.data(output, reinterpret_cast<void**>(&data.output)));
+  GLM4_RETURN(present(self, context, 1, at[kPastKey], cache, &data.keys));
+  GLM4_RETURN(present(self, context, 2, at[kPastValue], cache, &data.values));
+  bool starved = false;
+  GLM4_RETURN(attend(choose_kernels()->attention, shape, data, SessionThreads(self.api, context), &starved));
+  return starved ? self.error("no memory for the scores") : nullptr;
+}
+
+template <bool kQuantized>
+ort::Operator describe() {
+  ort::Operator op = cpu_operator();
+  op.create_kernel_checked = create<kQuantized>;
+  op.compute_checked = [](void* kernel, ort::Context* context) -> ort::Status* {
+    try {
+      return compute(kernel, context);
+    } catch (const std::bad_alloc&) {  // which must not reach C
+      return static_cast<const Kernel*>(kernel)->api.error("PartialRopeGqaAttention: no memory for the scores");
+    }
+  };
+  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.name = [](const ort::Operator*) { return "PartialRopeGqaAttention"; };
+  op.input_count = [](const ort::Operator*) { return size_t(kInputs); };
+  op.input_type = [](const ort::Operator*, size_t i) {
+    if (i == kPast || i == kLengths) return int(ort::kInt32);
+    return i == kPastKey || i == kPastValue ? int(kQuantized ? ort::kInt8 : ort::kFloat) : int(ort::kFloat);
+  };
+  op.input_presence = [](const ort::Operator*, size_t i) {
+    const bool optional = i == kPastKey || i == kPastValue || i == kPast || i >= kKeyScales;
+    return int(optional ? ort::kOptional : ort::kRequired);
+  };
+  op.output_count = [](const ort::Operator*) { return size_t(3); };
+  op.output_type = [](const ort::Operator*, size_t i) { return int(kQuantized && i > 0 ? ort::kInt8 : ort::kFloat); };
+  op.output_presence = [](const ort::Operator*, size_t) { return int(ort::kRequired); };
+  return op;
+}
+
+}  // namespace
+
+const ort::Operator kAttentionOperator = describe<false>();
+const ort::Operator kInt8AttentionOperator = describe<true>();
+
+}  // namespace glm4
+
+// Attention on one thread, by the kernels named, or the processor's fastest where null; sizes are batch, sequence,
+// capacity, kv_heads, group, dim, rotary and positions. The cache is written into.
+// 0 when done, 1 where this processor does not run the kernels, 2 where there is no such attention, 3 without memory.
+GLM4_EXPORT int glm4_attention(const char* kernels, const int64_t* sizes, float scale, const float* query,
+                               const float* key, const float* value, void* keys, void* values, const float* cos,
+                               const float* sin, const int32_t* past, const int32_t* lengths, const float* key_scales,
+                               const float* value_scales, float* output) {
+  const glm4::Kernels* chosen = glm4::choose_kernels(kernels);
+  if (chosen == nullptr) return 1;
+  const glm4::AttentionShape shape = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
+                                      sizes[6], sizes[7], scale,    key_scales != nullptr};
+  const glm4::AttentionData data = {query, key,    value,  cos,        sin,          past,
+                                    lengths, keys, values, key_scales, value_scales, output};
+  if (glm4::refusal(shape) != nullptr || glm4::refusal(shape, data) != nullptr) return 2;
+  bool starved = false;
+  try {
+    glm4::attend(chosen->attention, shape, data, glm4::OneThread(), &starved);
+  } catch (const std::bad_alloc&) {
+    return 3;
+  }
+  return starved ? 3 : 0;
+}

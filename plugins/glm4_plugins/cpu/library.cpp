@@ -1,0 +1,20 @@
+// The library as ONNX Runtime registers it.
+#include "library.h"
+
+#include <initializer_list>
+
+#include "kernels.h"
+
+GLM4_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
+  const void* table = base->get_api(ort::kVersion);
+  if (table == nullptr) return nullptr;  // older than 1.17; the graph is refused for the unknown operator
+  const ort::Api api(table);
+  ort::Domain* domain = nullptr;
+  if (ort::Status* failed = api.create_domain("glm4", &domain)) return failed;
+  for (const ort::Operator* op : {&glm4::kProductOperator, &glm4::kAttentionOperator, &glm4::kInt8AttentionOperator})
+    if (ort::Status* failed = api.add_operator(domain, op)) return failed;
+  return api.add_domain(options, domain);
+}
+
+// Name of the kernels that this processor runs fastest.
+GLM4_EXPORT const char* glm4_kernels() { return glm4::choose_kernels()->name; }

@@ -1,0 +1,70 @@
+// What operators of ours share: threads to run on, the reading of inputs, and what they all tell ONNX Runtime.
+#pragma once
+
+#include <vector>
+
+#include "ort_abi.h"
+
+namespace glm4 {
+
+// Runs work(data, 0 ... total - 1), on several threads or not.
+struct Threads {
+  virtual ort::Status* run(void (*work)(void*, size_t), size_t total, void* data) const = 0;
+};
+
+struct SessionThreads : Threads {
+  const ort::Api& api;
+  const ort::Context* context;
+  SessionThreads(const ort::Api& api, const ort::Context* context) : api(api), context(context) {}
+  ort::Status* run(void (*work)(void*, size_t), size_t total, void* data) const override {
+    return api.parallel_for(context, work, total, total, data);
+  }
+};
+
+struct OneThread : Threads {
+  ort::Status* run(void (*work)(void*, size_t), size_t total, void* data) const override {
+    for (size_t i = 0; i < total; ++i) work(data, i);
+    return nullptr;
+  }
+};
+
+#define GLM4_RETURN(expression)                               \
+  do {                                                        \
+    if (ort::Status* failed = (expression)) return failed;    \
+  } while (0)
+
+// Data and shape of an input; no data where an optional one is left out.
+inline ort::Status* read_input(const ort::Api& api, const ort::Context* context, size_t index, void** data,
+                               std::vector<int64_t>* shape) {
+  const ort::Value* value = nullptr;
+  GLM4_RETURN(api.input(context, index, &value));
+  *data = nullptr;
+  if (value == nullptr) return nullptr;
+  ort::ShapeInfo* info = nullptr;
+  GLM4_RETURN(api.shape_info(value, &info));
+  size_t rank = 0;
+  ort::Status* failed = api.rank(info, &rank);
+  if (failed == nullptr) {
+    shape->resize(rank);
+    failed = api.shape(info, shape->data(), rank);
+  }
+  api.release(info);
+  if (failed == nullptr) failed = api.data(const_cast<ort::Value*>(value), data);
+  return failed;
+}
+
+inline ort::Operator cpu_operator() {
+  ort::Operator op = {};
+  op.version = ort::kVersion;
+  op.provider = [](const ort::Operator*) { return "CPUExecutionProvider"; };
+  op.input_memory = [](const ort::Operator*, size_t) { return 0; };
+  op.variadic_input_minimum = [](const ort::Operator*) { return 1; };
+  op.variadic_input_alike = [](const ort::Operator*) { return 1; };
+  op.variadic_output_minimum = [](const ort::Operator*) { return 1; };
+  op.variadic_output_alike = [](const ort::Operator*) { return 1; };
+  op.first_opset = [](const ort::Operator*) { return 1; };
+  op.last_opset = [](const ort::Operator*) { return INT32_MAX; };
+  return op;
+}
+
+}  // namespace glm4

@@ -69,6 +69,23 @@ def test_a_step_of_several_has_the_bits_of_each_alone(tmp_path, checkpoint, prec
                 np.testing.assert_array_equal(together[slot], alone[slot][step])
 
 
+@pytest.mark.parametrize("cache", ["auto", "int8"])
+def test_a_prompt_has_the_same_bits_however_it_is_cut(tmp_path, checkpoint, cache):
+    """So that a reused prefix, a chunk or a verified draft changes no token. Past one chunk of attention's keys, too."""
+    options = ExportOptions(target="cpu", kv_cache=cache, max_batch_size=2, max_seq_len=512, parity=False)
+    bundle = export(checkpoint, tmp_path / "bundle", options).bundle
+    ids = np.random.default_rng(2).integers(0, 512, 300).tolist()
+    with Session.open(bundle) as session:
+        whole = session.prefill(0, ids, logits="all")
+        for chunk in (1, 37, 256):
+            parts = np.concatenate(list(session.score(ids, chunk)))
+            np.testing.assert_array_equal(parts, whole)
+        session.copy_prefix(0, 1, 290)
+        np.testing.assert_array_equal(session.prefill(1, ids[290:], logits="all"), whole[290:])
+        session.truncate(1, 299)
+        np.testing.assert_array_equal(session.decode({1: ids[299]})[1], whole[299])
+
+
 def test_threads_do_not_change_a_bit(bundle):
     ids = np.random.default_rng(1).integers(0, 512, 100).tolist()  # three groups of rows
     found = []

@@ -70,9 +70,11 @@ def test_a_step_of_several_has_the_bits_of_each_alone(tmp_path, checkpoint, prec
 
 
 @pytest.mark.parametrize("cache", ["auto", "int8"])
-def test_a_prompt_has_the_same_bits_however_it_is_cut(tmp_path, checkpoint, cache):
+def test_a_prompt_has_the_same_bits_however_it_is_cut(tmp_path, cache):
     """So that a reused prefix, a chunk or a verified draft changes no token. Past one chunk of attention's keys, too."""
-    options = ExportOptions(target="cpu", kv_cache=cache, max_batch_size=2, max_seq_len=512, parity=False)
+    longer = tiny_config(**CONFIG | {"max_position_embeddings": 512})
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", longer)
+    options = ExportOptions(target="cpu", kv_cache=cache, max_batch_size=2, parity=False)
     bundle = export(checkpoint, tmp_path / "bundle", options).bundle
     ids = np.random.default_rng(2).integers(0, 512, 300).tolist()
     with Session.open(bundle) as session:

@@ -208,13 +208,7 @@ class _Writer:
     def _write_codes(self, source: Source, tensor: StoredTensor) -> None:
         """The integers of a matrix; its scales, which follow it in the file, are kept until then."""
         scheme, dtype = source.scheme, TORCH_TYPES[source.scale_type]
-        pack = (
-            blocks.pack_panels
-            if source.panels
-            else blocks.pack_signed
-            if source.signed
-            else blocks.pack_unsigned
-        )
+        layout = blocks.LAYOUTS[source.layout]
         found, limit = self._edits.rounded.get(source.tensor), torch.finfo(dtype).max
 
         def quantized(first: int, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,10 +224,9 @@ class _Writer:
                     f"a scale of tensor {source.tensor} is beyond {str(dtype)[6:]}'s {limit:g}; "
                     "export with --activations fp32"
                 )
-            if source.panels:
-                scales = blocks.scale_panels(scales)
             # A product's operator reads whole blocks, the other two exactly the matrix.
-            return pack(numbers if len(tensor.shape) == 3 else numbers[:, :width], scheme), scales
+            whole = numbers if len(tensor.shape) == 3 else numbers[:, :width]
+            return layout.numbers(whole, scheme), layout.scales(scales)
 
         for first, block in self._read(source.tensor):
             for codes, scales in self._in_parts(quantized, first, block):

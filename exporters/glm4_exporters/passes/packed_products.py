@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from glm4_exporters.passes.builder import MICROSOFT, Builder, fixed, scope_of
-from glm4_exporters.passes.quantize_weights import CODES, SCALES, Source, scale_type
-from glm4_exporters.quantize.schemes import Scheme
+from glm4_exporters.passes.quantize_weights import CODES, SCALES, stored
+from glm4_exporters.quantize.schemes import PANELS, Scheme
 from glm4_plugins.block_product import DOMAIN, OPERATOR, PANEL, VERSION, stored_shape
 
 
@@ -42,7 +42,9 @@ class PackedProducts(ir.passes.InPlacePass):
         old = [node] if added is None else [node, added[0]]
         gate = _gate_after(old[-1], columns)
         new = Builder(graph, scope_of(gate[-1] if gate else node))
-        numbers, scales = (_stored(graph, weight, part, scheme, columns, width) for part in (CODES, SCALES))
+        panels, blocks, size = stored_shape(columns, width, scheme.bits, scheme.block)
+        numbers = stored(graph, weight, CODES, scheme, (panels, blocks, size), layout=PANELS)
+        scales = stored(graph, weight, SCALES, scheme, (panels, blocks, PANEL), layout=PANELS)
         inputs = [node.inputs[0], numbers, scales, *([] if added is None else [added[1]])]
         new.op(
             OPERATOR,
@@ -95,21 +97,3 @@ def _gate_after(node: ir.Node, columns: int) -> list[ir.Node]:
 def _only_reader(value: ir.Value) -> ir.Node | None:
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 else None
-
-
-def _stored(
-    graph: ir.Graph, weight: ir.Value, part: str, scheme: Scheme, columns: int, width: int
-) -> ir.Value:
-    assert weight.dtype is not None
-    assert scheme.block is not None
-    shape = stored_shape(columns, width, scheme.bits, scheme.block)
-    of_scales = scale_type(weight.dtype)
-    dtype = ir.DataType.UINT8 if part == CODES else of_scales
-    value = ir.Value(
-        name=f"{weight.name}.{part}",
-        type=ir.TensorType(dtype),
-        shape=ir.Shape(shape if part == CODES else (*shape[:2], PANEL)),
-    )
-    value.meta["source"] = Source(str(weight.name), part, scheme, False, of_scales, panels=True)
-    graph.initializers[str(value.name)] = value  # its data is written later
-    return value

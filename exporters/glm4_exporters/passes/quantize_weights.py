@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from glm4_exporters.passes.builder import MICROSOFT, Builder, fixed, scope_of
-from glm4_exporters.quantize.schemes import Scheme
+from glm4_exporters.quantize.schemes import SIGNED, UNSIGNED, Scheme
 
 CODES, SCALES = "codes", "scales"
 
@@ -18,17 +18,15 @@ class Source:
     Attributes:
         tensor: canonical name of the matrix.
         part: ``codes`` or ``scales``.
-        signed: two's complement, or with zero in the middle.
+        layout: how the numbers and scales lie, a row of ``blocks.LAYOUTS``.
         scale_type: what the scales are stored as.
-        panels: in the layout of our own product, not row by row.
     """
 
     tensor: str
     part: str
     scheme: Scheme
-    signed: bool
+    layout: str
     scale_type: ir.DataType
-    panels: bool = False
 
 
 class QuantizeWeights(ir.passes.InPlacePass):
@@ -80,9 +78,7 @@ def _product(b: Builder, node: ir.Node, weight: ir.Value, scheme: Scheme) -> Non
     b.op(
         "MatMulNBits",
         node.inputs[0],
-        _stored(
-            b.graph, weight, CODES, scheme, (rows, scheme.blocks(width), scheme.block * scheme.bits // 8)
-        ),
+        stored(b.graph, weight, CODES, scheme, (rows, scheme.blocks(width), scheme.block * scheme.bits // 8)),
         _scales(b, weight, scheme),
         domain=MICROSOFT,
         K=width,
@@ -98,10 +94,9 @@ def _lookup(b: Builder, node: ir.Node, weight: ir.Value, scheme: Scheme) -> None
     rows, width = _shape(weight)
     assert scheme.block is not None
     assert width % scheme.block == 0
-    stored = _stored(b.graph, weight, CODES, scheme, (rows, width * scheme.bits // 8), suffix=".table")
     b.op(
         "GatherBlockQuantized",
-        stored,
+        stored(b.graph, weight, CODES, scheme, (rows, width * scheme.bits // 8), suffix=".table"),
         node.inputs[1],
         _scales(b, weight, scheme),
         domain=MICROSOFT,
@@ -115,10 +110,10 @@ def _lookup(b: Builder, node: ir.Node, weight: ir.Value, scheme: Scheme) -> None
 def _dequantized(b: Builder, _node: ir.Node, weight: ir.Value, scheme: Scheme) -> None:
     """Transpose of a weight [N, K] -> DequantizeLinear, Transpose."""
     rows, width = _shape(weight)
-    stored = _stored(b.graph, weight, CODES, scheme, (rows, width), signed=True)
+    codes = stored(b.graph, weight, CODES, scheme, (rows, width), layout=SIGNED)
     # Block size 0 is the standard's word for one scale per index of the axis.
     axis, size = (0, 0) if scheme.block is None else (1, scheme.block)
-    wide = b.op("DequantizeLinear", stored, _scales(b, weight, scheme), axis=axis, block_size=size)
+    wide = b.op("DequantizeLinear", codes, _scales(b, weight, scheme), axis=axis, block_size=size)
     assert weight.dtype is not None
     wide.dtype, wide.shape = weight.dtype, weight.shape
     b.op("Transpose", wide, perm=[1, 0])
@@ -143,8 +138,8 @@ def _scales(b: Builder, weight: ir.Value, scheme: Scheme) -> ir.Value:
     """Scales [rows, blocks] in the weight's type."""
     rows, width = _shape(weight)
     shape = (rows,) if scheme.block is None else (rows, scheme.blocks(width))
-    stored = _stored(b.graph, weight, SCALES, scheme, shape)
-    return stored if stored.dtype == weight.dtype else b.op("Cast", stored, to=int(weight.dtype or 0))
+    scales = stored(b.graph, weight, SCALES, scheme, shape)
+    return scales if scales.dtype == weight.dtype else b.op("Cast", scales, to=int(weight.dtype or 0))
 
 
 def scale_type(activations: ir.DataType) -> ir.DataType:
@@ -152,7 +147,7 @@ def scale_type(activations: ir.DataType) -> ir.DataType:
     return ir.DataType.BFLOAT16 if activations == ir.DataType.FLOAT else activations
 
 
-def _stored(
+def stored(
     graph: ir.Graph,
     weight: ir.Value,
     part: str,
@@ -160,16 +155,17 @@ def _stored(
     shape: tuple[int, ...],
     *,
     suffix: str = "",
-    signed: bool = False,
+    layout: str = UNSIGNED,
 ) -> ir.Value:
     """The initializer for one part of a weight; the same one for whoever asks again."""
     name = f"{weight.name}.{part}{suffix}"
     if name not in graph.initializers:
         assert weight.dtype is not None
         of_scales = scale_type(weight.dtype)
-        integers = {True: {8: ir.DataType.INT8, 4: ir.DataType.INT4}[scheme.bits], False: ir.DataType.UINT8}
-        dtype: ir.DataType = of_scales if part == SCALES else integers[signed]
-        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-        value.meta["source"] = Source(str(weight.name), part, scheme, signed and part == CODES, of_scales)
+        signed = {8: ir.DataType.INT8, 4: ir.DataType.INT4}[scheme.bits]
+        of_codes = signed if layout == SIGNED else ir.DataType.UINT8
+        kind = ir.TensorType(of_scales if part == SCALES else of_codes)
+        value = ir.Value(name=name, type=kind, shape=ir.Shape(shape))
+        value.meta["source"] = Source(str(weight.name), part, scheme, layout, of_scales)
         graph.initializers[name] = value  # its data is written later
     return graph.initializers[name]

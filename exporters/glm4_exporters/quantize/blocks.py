@@ -1,9 +1,12 @@
 """Rows of a matrix to integers and scales, and back."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from glm4_exporters.quantize.schemes import Scheme
+from glm4_exporters.quantize.schemes import PANELS, SIGNED, UNSIGNED, Scheme
 from glm4_plugins.block_product import PANEL
 
 SMALLEST = 2.0**-100  # size of a scale; a block of zeros has one too
@@ -84,6 +87,21 @@ def scale_panels(scales: Tensor) -> Tensor:
 
 def _whole_panels(rows: Tensor) -> Tensor:
     return torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % PANEL)).contiguous()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How numbers [rows, blocks * block] and scales [rows, blocks] lie in a file."""
+
+    numbers: Callable[[Tensor, Scheme], Tensor]
+    scales: Callable[[Tensor], Tensor] = lambda scales: scales
+
+
+LAYOUTS = {
+    UNSIGNED: Layout(pack_unsigned),
+    SIGNED: Layout(pack_signed),
+    PANELS: Layout(pack_panels, scale_panels),
+}
 
 
 def _packed(numbers: Tensor, scheme: Scheme) -> Tensor:

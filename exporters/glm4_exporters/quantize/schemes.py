@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 from glm4_runtime.errors import ExportError
 
+# How the numbers of a matrix lie in a file: with their zero in the middle, in two's complement, or with their zero in the
+# middle and in the panels of ``glm4::BlockQuantizedMatMul``.
+UNSIGNED, SIGNED, PANELS = "unsigned", "signed", "panels"
+
 
 @dataclass(frozen=True)
 class Scheme:

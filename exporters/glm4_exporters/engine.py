@@ -55,6 +55,7 @@ class EngineKind:
         default: those that an engine runs on which names none, and all that came later.
         times: it times kernels while it builds, which needs a GPU and makes a timing cache worth keeping.
         attention: how attention can be run, the usual way first.
+        input_major: it multiplies by an int8 weight [in, out] where that lies, and copies one that is [out, in].
     """
 
     module: str
@@ -63,6 +64,7 @@ class EngineKind:
     default: tuple[str, ...]
     times: bool
     attention: tuple[str, ...]
+    input_major: bool
 
 
 ENGINE_KINDS = {
@@ -73,8 +75,17 @@ ENGINE_KINDS = {
         ("80", "86", "89", "120"),
         times=False,
         attention=("native",),  # it takes no plugins, and a node it does not know ends the process
+        input_major=True,
     ),
-    "tensorrt": EngineKind("tensorrt", "tensorrt", (), (), times=True, attention=("plugin", "native")),
+    "tensorrt": EngineKind(
+        "tensorrt",
+        "tensorrt",
+        (),
+        (),
+        times=True,
+        attention=("plugin", "native"),
+        input_major=False,  # not measured
+    ),
 }
 
 # NVIDIA's support matrix of TensorRT-RTX 1.7: the oldest compute capability with kernels for a precision.

@@ -1,5 +1,6 @@
 """Quantized TensorRT-RTX engines: parity of the graph, what the builder fused, shapes that are not round."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from checkpoints import tiny_config, write_checkpoint
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
 from glm4_exporters.engine import EngineOptions
 from glm4_runtime import ExportError
-from glm4_runtime.bundle import read_manifest
+from glm4_runtime.bundle import GRAPH, WEIGHTS, read_manifest, verify_files
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "demo" / "glm4-tiny"
 LAYERS = 4
 PRODUCTS = 7 * LAYERS + 1  # gate and up apart
+JOINED = 6 * LAYERS + 1  # gate and up in one
 TARGET = "tensorrt-rtx"
 
 
@@ -40,11 +42,11 @@ def options(precision, text=None, activations=None, layout="shared"):
     )
 
 
-# Q and DQ, and what a decode step's products became: an fp8 product is a gemm, integers a fusion of their own.
+# Q, DQ and products, and what a decode step's products became: an fp8 product is a gemm, integers a fusion of their own.
 BUILT = {
-    "int8": (0, PRODUCTS, {"gemm": 0, "runtime_fusion": PRODUCTS}),
-    "int4": (0, PRODUCTS, {"gemm": 0, "runtime_fusion": PRODUCTS}),
-    "fp8": (4 * LAYERS, PRODUCTS + 4 * LAYERS, {"gemm": 7 * LAYERS, "runtime_fusion": 1}),
+    "int8": (0, JOINED, JOINED, {"gemm": 0, "runtime_fusion": JOINED}),
+    "int4": (0, PRODUCTS, PRODUCTS, {"gemm": 0, "runtime_fusion": PRODUCTS}),
+    "fp8": (4 * LAYERS, PRODUCTS + 4 * LAYERS, PRODUCTS, {"gemm": 7 * LAYERS, "runtime_fusion": 1}),
 }
 
 
@@ -56,12 +58,12 @@ def test_the_demo_passes_its_gate_and_its_products_are_fused(tmp_path, text, pre
         read_manifest(tmp_path / "bundle"),
         json.loads((tmp_path / "bundle" / "report.json").read_text()),
     )
-    quantize, dequantize, kernels = BUILT[precision]
+    quantize, dequantize, products, kernels = BUILT[precision]
     layers = manifest.engine.layers
     assert (layers["QUANTIZE"], layers["DEQUANTIZE"], layers["MATRIX_MULTIPLY"]) == (
         quantize,
         dequantize,
-        PRODUCTS,
+        products,
     )
     for profile in ("prefill", "decode"):
         built = report["engine"]["kernels"][profile]
@@ -73,6 +75,23 @@ def test_the_demo_passes_its_gate_and_its_products_are_fused(tmp_path, text, pre
     assert manifest.compute_capabilities == oldest
     assert manifest.engine.later_gpus == (precision != "fp8")
     assert manifest.tensor_precisions["layers"] == {"int8": "int8-channel"}.get(precision, precision)
+
+
+def test_the_onnx_that_is_kept_has_its_weights_as_they_were(tmp_path):
+    kept = dataclasses.replace(options("int8"), parity=False, engine=EngineOptions(keep_onnx=True))
+    export(DEMO, tmp_path / "kept", kept)
+    manifest = read_manifest(tmp_path / "kept")
+    verify_files(tmp_path / "kept", manifest)
+    native = ExportOptions(
+        target="native", precision="int8", max_seq_len=128, max_batch_size=2, parity=False, activations="fp16"
+    )
+    exported = export(DEMO, tmp_path / "native", native).manifest
+    assert manifest.engine.built_from == {name: exported.files[name] for name in (GRAPH, WEIGHTS)}
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {
+        *manifest.files,
+        "manifest.json",
+        "report.json",
+    }
 
 
 SHAPES = {

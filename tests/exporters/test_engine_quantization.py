@@ -35,12 +35,17 @@ def tensor(name, values, element):
     return onnx.TensorProto(name=name, data_type=element, dims=values.shape, raw_data=raw)
 
 
-def product(element, scale_shape, axis, block, zero=None, quantized_input=False, activations=FP16):
-    """x [B, S, in] times the transpose of a dequantized weight [out, in], as our graphs write it."""
+def product(
+    element, scale_shape, axis, block, zero=None, quantized_input=False, activations=FP16, input_major=False
+):
+    """x [B, S, in] times the transpose of a dequantized weight [out, in], as our graphs write it; or times [in, out]."""
     rng = np.random.default_rng(0)
     weights = rng.integers(1, 8, (OUT, IN)) if element in (UINT4, UINT8) else rng.integers(-7, 8, (OUT, IN))
     scales = rng.random(scale_shape) * 0.01 + 0.001
-    constants = [tensor("w", weights, element), tensor("s", scales, activations)]
+    constants = [
+        tensor("w", weights.T if input_major else weights, element),
+        tensor("s", scales, activations),
+    ]
     inputs, attributes = ["w", "s"], {}
     if zero is not None:
         constants.append(tensor("z", np.full(scale_shape, zero), element))
@@ -50,14 +55,15 @@ def product(element, scale_shape, axis, block, zero=None, quantized_input=False,
     if block:
         attributes["block_size"] = block
     nodes = [helper.make_node("DequantizeLinear", inputs, ["wd"], **attributes)]
-    nodes.append(helper.make_node("Transpose", ["wd"], ["wt"], perm=[1, 0]))
+    if not input_major:
+        nodes.append(helper.make_node("Transpose", ["wd"], ["wt"], perm=[1, 0]))
     x = "x"
     if quantized_input:
         constants += [tensor("xs", 0.02, activations), tensor("xz", 0, element)]
         nodes.append(helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"]))
         nodes.append(helper.make_node("DequantizeLinear", ["xq", "xs", "xz"], ["xd"]))
         x = "xd"
-    nodes.append(helper.make_node("MatMul", [x, "wt"], ["y"]))
+    nodes.append(helper.make_node("MatMul", [x, "wd" if input_major else "wt"], ["y"]))
     graph = helper.make_graph(
         nodes,
         "product",
@@ -158,6 +164,13 @@ def test_forms_that_build_and_store_each_weight_once(name):
     )
     assert built.bytes_per_weight <= limit
     assert {kind: n for kind, n in built.kernels["prefill"].items() if kind != "shape_call"} == layers
+
+
+def test_an_input_major_weight_is_read_where_it_lies():
+    built = Built(product(element=INT8, scale_shape=(OUT,), axis=1, block=0, input_major=True))
+    assert (built.refusal, built.folded) == (None, 0)
+    assert built.bytes_per_weight <= 1.1
+    assert built.kernels["decode"] == {"runtime_fusion": 1, "shape_call": 1}
 
 
 def test_why_transposes_are_folded():

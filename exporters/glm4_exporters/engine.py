@@ -55,7 +55,7 @@ class EngineKind:
         default: those that an engine runs on which names none, and all that came later.
         times: it times kernels while it builds, which needs a GPU and makes a timing cache worth keeping.
         attention: how attention can be run, the usual way first.
-        input_major: it multiplies by an int8 weight [in, out] where that lies, and copies one that is [out, in].
+        input_major: it multiplies by integers [in, out] where they lie, and copies those that are [out, in].
     """
 
     module: str

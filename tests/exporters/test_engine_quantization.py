@@ -166,11 +166,20 @@ def test_forms_that_build_and_store_each_weight_once(name):
     assert {kind: n for kind, n in built.kernels["prefill"].items() if kind != "shape_call"} == layers
 
 
-def test_an_input_major_weight_is_read_where_it_lies():
-    built = Built(product(element=INT8, scale_shape=(OUT,), axis=1, block=0, input_major=True))
-    assert (built.refusal, built.folded) == (None, 0)
-    assert built.bytes_per_weight <= 1.1
-    assert built.kernels["decode"] == {"runtime_fusion": 1, "shape_call": 1}
+@pytest.mark.parametrize(
+    ("as_written", "input_major"),
+    [
+        (INT8_CHANNELS, dict(scale_shape=(OUT,), axis=1)),
+        (in_blocks(INT4, 32), dict(scale_shape=(IN // 32, OUT), axis=0)),
+    ],
+    ids=["int8", "int4"],
+)
+def test_input_major_weights_are_read_by_the_same_kernels(as_written, input_major):
+    written = Built(product(**as_written))
+    turned = Built(product(**as_written | input_major, input_major=True))
+    assert (turned.refusal, turned.folded) == (None, 0)
+    assert turned.kernels == written.kernels
+    assert turned.bytes_per_weight == pytest.approx(written.bytes_per_weight, abs=0.01)
 
 
 def test_why_transposes_are_folded():

@@ -100,7 +100,11 @@ def main(
     size = sum(path.stat().st_size for path in checkpoint.iterdir() if path.is_file())
     result = {
         "date": datetime.now(UTC).date().isoformat(),
-        "command": f"python benchmarks/export_cost.py CHECKPOINT WORK --rounds {rounds} --target {kind}",
+        "command": " ".join(
+            [f"python benchmarks/export_cost.py CHECKPOINT WORK --rounds {rounds} --target {kind}"]
+            + ["--no-copy"] * (not copy)
+            + [f"--precision {precision}" for precision in precisions]
+        ),
         "machine": {
             "cpus": os.cpu_count(),
             "platform": platform.platform(),

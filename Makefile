@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 OUT ?= out
 EXTRAS := cpu,export,plugins,serve,bench,tensorrt-rtx,test,dev
 BENCH := $(OUT)/bench
+LAYERS ?= 4
+9B := $(BENCH)/9b$(LAYERS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench gpu-check lint format wheel clean
@@ -28,22 +30,22 @@ demo: $(VENV)/.installed  ## export the demo checkpoint, check it against PyTorc
 test: $(VENV)/.installed  ## run the whole test suite
 	$(BIN)/python -m pytest
 
-# Beside the peers on weights of the 9B's widths. The peers' environments and weights are kept for the next time.
-bench: $(BENCH)/9b4-int8/manifest.json $(BENCH)/9b4-int4-head/manifest.json  ## beside llama.cpp, OpenVINO and others (2 hours, 30 GB of disk)
+# Beside the peers on weights of the 9B's widths, in LAYERS layers. The peers' environments and weights are kept for the next time.
+bench: $(9B)-int8/manifest.json $(9B)-int4-head/manifest.json  ## beside llama.cpp, OpenVINO and others (2 hours, 30 GB of disk)
 	benchmarks/peers/setup.sh $(BENCH)/environments $(PYTHON)
-	$(BIN)/python -m benchmarks.peers $(BENCH)/9b4 $(BENCH)/9b4-int8 --environments $(BENCH)/environments --out $(BENCH)/peers-int8 \
+	$(BIN)/python -m benchmarks.peers $(9B) $(9B)-int8 --environments $(BENCH)/environments --out $(9B)-peers-int8 \
 		--peers llama.cpp:q8_0,openvino:int8,openvino:int8+f32,ort-genai:int8,transformers:bf16
-	$(BIN)/python -m benchmarks.peers $(BENCH)/9b4 $(BENCH)/9b4-int4-head --environments $(BENCH)/environments --out $(BENCH)/peers-int4 \
+	$(BIN)/python -m benchmarks.peers $(9B) $(9B)-int4-head --environments $(BENCH)/environments --out $(9B)-peers-int4 \
 		--peers llama.cpp:q4_0,llama.cpp:q4_k_m,openvino:int4-head,openvino:int4-head+f32,ort-genai:int4
 
-$(BENCH)/9b4/config.json: | $(VENV)/.installed
-	$(BIN)/python benchmarks/make_checkpoint.py $(BENCH)/9b4 --size 9b-4layers
+$(9B)/config.json: | $(VENV)/.installed
+	$(BIN)/python benchmarks/make_checkpoint.py $(9B) --size 9b --layers $(LAYERS)
 
-$(BENCH)/9b4-int8/manifest.json: $(BENCH)/9b4/config.json
-	$(BIN)/glm4-deploy export $(BENCH)/9b4 $(@D) --target cpu --precision int8 --max-seq-len 4096 --no-parity --force
+$(9B)-int8/manifest.json: $(9B)/config.json
+	$(BIN)/glm4-deploy export $(9B) $(@D) --target cpu --precision int8 --max-seq-len 4096 --no-parity --force
 
-$(BENCH)/9b4-int4-head/manifest.json: $(BENCH)/9b4/config.json benchmarks/peers/int4-head.toml
-	$(BIN)/glm4-deploy export $(BENCH)/9b4 $(@D) --target cpu --precision int4 --recipe benchmarks/peers/int4-head.toml \
+$(9B)-int4-head/manifest.json: $(9B)/config.json benchmarks/peers/int4-head.toml
+	$(BIN)/glm4-deploy export $(9B) $(@D) --target cpu --precision int4 --recipe benchmarks/peers/int4-head.toml \
 		--max-seq-len 4096 --no-parity --force
 
 # Not in the environment of the others: a GPU host is often offline, and has its own torch and Triton.

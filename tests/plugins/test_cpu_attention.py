@@ -194,6 +194,15 @@ def test_impossible_attention_is_refused(attend):
         assert attend(None, case | change, attributes) == 2, change
 
 
+def test_no_rows_are_no_work(attend):
+    case, attributes = case_of("several tokens after several pasts")
+    none = {name: case[name][:, :0].copy() for name in ("query", "key", "value")}
+    none["query_lengths"] = np.zeros(4, np.int32)
+    output, keys, _ = attend(None, case | none, attributes)
+    assert output.shape == (4, 0, 144)
+    np.testing.assert_array_equal(keys, case["past_key"])
+
+
 def test_very_large_scores(attend):
     case, attributes = case_of("prompt")
     case["query"] *= 1e4

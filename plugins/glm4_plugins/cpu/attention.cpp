@@ -225,6 +225,8 @@ const char* refusal(const AttentionShape& shape, const AttentionData& data) {
 
 ort::Status* attend(const AttentionKernels& kernels, const AttentionShape& shape, const AttentionData& data,
                     const Threads& threads, bool* starved) {
+  *starved = false;
+  if (shape.batch == 0 || shape.sequence == 0) return nullptr;
   return Run(kernels, shape, data).run(threads, starved);
 }
 

@@ -2,9 +2,9 @@
 
     python benchmarks/step_profile.py out/9b4-int8 --out benchmarks/results/profile-int8
 
-Medians over the runs of a kind, in milliseconds, by operator; products by the module they belong to. Weight bytes per
-second count the bundle's data file less the embeddings, of which a step reads a row. The profiler itself takes a few
-microseconds per operator.
+Medians over the runs of a kind, in milliseconds, by operator; products by the module they belong to (``mlp`` is gate and
+up, where they are one product with their gate). The weights that a step reads are the bundle's, less the embeddings, of
+which it reads a row.
 """
 
 import json
@@ -27,6 +27,7 @@ import onnxruntime
 from glm4_deploy.bench import Runner
 from glm4_runtime import Session
 from glm4_runtime.bundle import GRAPH
+from glm4_runtime.session.ort import OrtSession
 
 CONTEXT = 512
 PRODUCTS = {"BlockQuantizedMatMul", "MatMulNBits", "MatMul", "FusedMatMul"}
@@ -96,6 +97,8 @@ def measure(bundle: Path, batches: Sequence[int], steps: int, threads: int | Non
     order: list[str] = []
     with tempfile.TemporaryDirectory() as folder, profiled(Path(folder)):
         with Session.open(bundle, max_batch_size=max(batches), threads=threads) as session:
+            if not isinstance(session, OrtSession):
+                raise click.ClickException(f"{bundle} does not run on ONNX Runtime, whose profile this is")
             runner = Runner(session)
             for name in ("warm-up", *[f"prefill {CONTEXT}"] * 3):
                 runner.prefill(runner.tokens(CONTEXT))
@@ -107,7 +110,7 @@ def measure(bundle: Path, batches: Sequence[int], steps: int, threads: int | Non
                     runner.decode(batch, steps)
                     order += [name] * steps
                 runner.empty()
-            path = session._session.end_profiling()  # type: ignore[attr-defined]
+            path = session._session.end_profiling()
         events = json.loads(Path(path).read_text("utf-8"))
     found = tables(events)
     assert len(found) == len(order), f"{len(found)} runs were profiled and {len(order)} were made"
@@ -145,7 +148,11 @@ def main(bundle: Path, batches: tuple[int, ...], steps: int, threads: int | None
     """Profile a BUNDLE of ONNX Runtime."""
     result = {
         "bundle": bundle.name,
-        "command": f"python benchmarks/step_profile.py {bundle.name} --steps {steps}",
+        "command": " ".join(
+            [f"python benchmarks/step_profile.py {bundle.name} --steps {steps}"]
+            + [f"--batch {batch}" for batch in batches]
+            + [f"--threads {threads}"] * (threads is not None)
+        ),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "onnxruntime": version("onnxruntime"),

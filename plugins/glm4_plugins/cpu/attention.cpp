@@ -1,4 +1,5 @@
 // How attention is cut into pieces of work.
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <new>
@@ -24,10 +25,7 @@ class Run {
  public:
   Run(const AttentionKernels& kernels, const AttentionShape& shape, const AttentionData& data)
       : kernels_(kernels), shape_(shape), data_(data), rows_(shape.together() * shape.group) {
-    for (int64_t b = 0; b < shape.batch; ++b) {
-      const int64_t chunks = (data.past_of(b) + data.lengths[b] + kChunk - 1) / kChunk;
-      if (data.lengths[b] > 0 && chunks > chunks_) chunks_ = chunks;
-    }
+    for (int64_t b = 0; b < shape.batch; ++b) chunks_ = std::max(chunks_, chunks_of(b));
     // One piece per sequence and head leaves threads idle: then its chunks are work by themselves.
     const int64_t heads = shape.batch * shape.kv_heads;
     split_ = shape.pieces() == 1 && chunks_ > 1 && heads * chunks_ * partial_floats() <= kMostPartialFloats;
@@ -54,14 +52,14 @@ class Run {
   }
 
  private:
-  int64_t partial_floats() const { return (rows_ + kWidest - 1) / kWidest * kWidest * (shape_.padded() + 2); }
+  int64_t padded_rows() const { return (rows_ + kWidest - 1) / kWidest * kWidest; }
+  int64_t partial_floats() const { return padded_rows() * (shape_.padded() + 2); }
   size_t scratch_floats() const {
     return size_t(shape_.dim * kKeys + kChunk * shape_.padded() + rows_ * (kChunk + shape_.padded()));
   }
 
   Partial partial_at(float* at) const {
-    const int64_t rows = (rows_ + kWidest - 1) / kWidest * kWidest;
-    return {at, at + rows, at + 2 * rows};
+    return {at, at + padded_rows(), at + 2 * padded_rows()};
   }
 
   int64_t chunks_of(int64_t b) const {
@@ -123,12 +121,14 @@ class Run {
     return {at, values, values + kChunk * shape_.padded()};
   }
 
-  // Rows before the returned one see nothing of the chunk.
-  int64_t attend(const Piece& piece, int64_t chunk, const float* queries, const AttentionScratch& scratch,
-                 const Partial& to) const {
-    const int64_t start = chunk * kChunk, first = data_.past_of(piece.b) + piece.first + 1 - start;
-    const int64_t last = first + piece.count - 1;
-    const int64_t blind = first > 0 ? 0 : (1 - first) * shape_.group;
+  // How many keys of the chunk the first position sees; none where that is not positive.
+  int64_t first_sees(const Piece& piece, int64_t chunk) const {
+    return data_.past_of(piece.b) + piece.first + 1 - chunk * kChunk;
+  }
+
+  void attend(const Piece& piece, int64_t chunk, const float* queries, const AttentionScratch& scratch,
+              const Partial& to) const {
+    const int64_t start = chunk * kChunk, first = first_sees(piece, chunk), last = first + piece.count - 1;
     const size_t at = size_t((piece.b * shape_.kv_heads + piece.h) * shape_.capacity + start) * shape_.dim * element();
     const Attended some = {queries,
                            int(piece.count * shape_.group),
@@ -138,7 +138,12 @@ class Run {
                            int(first < kChunk ? first : kChunk),
                            int(last < kChunk ? last : kChunk)};
     kernels_.attend(shape_, some, scratch, to);
-    return blind;
+  }
+
+  // Rows that see nothing of the later chunk stay as they are.
+  void merge(const Piece& piece, int64_t chunk, const Partial& sum, const Partial& later) const {
+    const int64_t first = first_sees(piece, chunk), blind = first > 0 ? 0 : (1 - first) * shape_.group;
+    kernels_.merge(shape_, int(blind), int(piece.count * shape_.group), sum, later);
   }
 
   void finish(const Piece& piece, const Partial& partial) const {
@@ -164,8 +169,8 @@ class Run {
     const int64_t chunks = (data_.past_of(piece.b) + piece.first + piece.count + kChunk - 1) / kChunk;
     attend(piece, 0, queries, scratch, sum);
     for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-      const int64_t blind = attend(piece, chunk, queries, scratch, later);
-      kernels_.merge(shape_, int(blind), int(piece.count * shape_.group), sum, later);
+      attend(piece, chunk, queries, scratch, later);
+      merge(piece, chunk, sum, later);
     }
     finish(piece, sum);
   }
@@ -181,11 +186,7 @@ class Run {
     if (left_[head].fetch_sub(1) != 1) return;
     // Whoever comes last merges them, in the order of the chunks.
     const Partial sum = partial_of(head, 0);
-    for (int64_t later = 1; later < chunks; ++later) {
-      const int64_t first = data_.past_of(piece.b) + 1 - later * kChunk;
-      const int64_t blind = first > 0 ? 0 : (1 - first) * shape_.group;
-      kernels_.merge(shape_, int(blind), int(piece.count * shape_.group), sum, partial_of(head, later));
-    }
+    for (int64_t later = 1; later < chunks; ++later) merge(piece, later, sum, partial_of(head, later));
     finish(piece, sum);
   }
 

@@ -239,6 +239,11 @@ def test_int8_is_refused_where_it_cannot_be(overrides, task, target, activations
     assert choose_cache(config, task, target, activations) == (activations if task == "causal-lm" else None)
 
 
+def test_our_own_attention_has_an_int8_cache_of_any_head():
+    config = Glm4Config.from_dict(tiny_config(head_dim=12))
+    assert choose_cache(config, "causal-lm", "cpu", "float32", "int8") == "int8"
+
+
 def test_other_caches_are_unknown():
     with pytest.raises(ExportError, match="unknown KV cache 'int4'; it is one of auto, int8"):
         choose_cache(Glm4Config.from_dict(tiny_config()), "causal-lm", "ort", "float32", "int4")

@@ -6,6 +6,7 @@ OUT ?= out
 EXTRAS := cpu,export,plugins,serve,bench,tensorrt-rtx,test,dev
 BENCH := $(OUT)/bench
 LAYERS ?= 4
+ROUNDS ?= 9
 9B := $(BENCH)/9b$(LAYERS)
 
 .DEFAULT_GOAL := help
@@ -33,9 +34,9 @@ test: $(VENV)/.installed  ## run the whole test suite
 # Beside the peers on weights of the 9B's widths, in LAYERS layers. The peers' environments and weights are kept for the next time.
 bench: $(9B)-int8/manifest.json $(9B)-int4-head/manifest.json  ## beside llama.cpp, OpenVINO and others (2 hours, 30 GB of disk)
 	benchmarks/peers/setup.sh $(BENCH)/environments $(PYTHON)
-	$(BIN)/python -m benchmarks.peers $(9B) $(9B)-int8 --environments $(BENCH)/environments --out $(9B)-peers-int8 \
+	$(BIN)/python -m benchmarks.peers $(9B) $(9B)-int8 --environments $(BENCH)/environments --out $(9B)-peers-int8 --rounds $(ROUNDS) \
 		--peers llama.cpp:q8_0,openvino:int8,openvino:int8+f32,ort-genai:int8,transformers:bf16
-	$(BIN)/python -m benchmarks.peers $(9B) $(9B)-int4-head --environments $(BENCH)/environments --out $(9B)-peers-int4 \
+	$(BIN)/python -m benchmarks.peers $(9B) $(9B)-int4-head --environments $(BENCH)/environments --out $(9B)-peers-int4 --rounds $(ROUNDS) \
 		--peers llama.cpp:q4_0,llama.cpp:q4_k_m,openvino:int4-head,openvino:int4-head+f32,ort-genai:int4
 
 $(9B)/config.json: | $(VENV)/.installed

@@ -64,30 +64,48 @@ def page(result: dict[str, Any], table: dict[str, Any], out: Path) -> str:
         f"    {result['command']}",
         "",
         f"Tokens per second, of all sequences together, medians (least to most); decode after {result['context']} tokens, "
-        f"{result['steps']} steps. Memory is each process's peak, mapped files included.",
+        f"{result['steps']} steps. Memory is each process's peak, mapped files included; made s is what exporting or converting the checkpoint "
+        "took, once.",
         "",
-        *rows(table, ("", *RATES, *COSTS.values()), figure),
+        *rows(
+            ("made s",),
+            [
+                (name, *(figure(column, row[column]) for column in (*RATES, *COSTS)), made(result, name))
+                for name, row in table.items()
+            ],
+        ),
         "",
         "Ours over each peer, the median of the rounds' ratios; for memory and loading, less is better:",
         "",
-        *rows({n: r for n, r in table.items() if n != result["ours"]}, ("", *RATES, *COSTS.values()), ratio),
+        *rows(
+            (),
+            [
+                (name, *(ratio(row[column]) for column in (*RATES, *COSTS)))
+                for name, row in table.items()
+                if name != result["ours"]
+            ],
+        ),
         "",
         f"![tokens per second]({out.with_suffix('.svg').name})",
         "",
     ]
     for name, about in result["contenders"].items():
-        made = f"made in {about['convert_s']:.0f} s" if about["convert_s"] is not None else ""
         versions = ", ".join(f"{package} {number}" for package, number in about["versions"].items())
-        lines.append(f"- {name}: {'; '.join(filter(None, (versions, about['note'], made)))}")
+        lines.append(f"- {name}: {'; '.join(filter(None, (versions, about['note'])))}")
     lines += [f"- failed: {failure}" for failure in result["failures"]]
     return "\n".join([*lines, ""])
 
 
-def rows(table: dict[str, Any], head: tuple[str, ...], cell: Any) -> list[str]:
-    body = (
-        (name, *(cell(column, row[column]) for column in (*RATES, *COSTS))) for name, row in table.items()
-    )
+def rows(beyond: tuple[str, ...], body: list[tuple[str, ...]]) -> list[str]:
+    """A table of the measured columns and those ``beyond`` them."""
+    head = ("", *RATES, *COSTS.values(), *beyond)
     return [f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *body)]
+
+
+def made(result: dict[str, Any], name: str) -> str:
+    """Seconds of a peer's conversion or of our export; empty where nothing says."""
+    seconds = result["contenders"][name]["convert_s"]
+    return "" if seconds is None else f"{seconds:.0f}"
 
 
 def figure(column: str, one: dict[str, float]) -> str:
@@ -96,7 +114,7 @@ def figure(column: str, one: dict[str, float]) -> str:
     return median if column in COSTS else f"{median} ({least}–{most})"
 
 
-def ratio(_column: str, one: dict[str, float | None]) -> str:
+def ratio(one: dict[str, float | None]) -> str:
     return "" if one["ours_over_it"] is None else f"{one['ours_over_it']:.2f}"
 
 

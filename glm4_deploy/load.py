@@ -173,11 +173,16 @@ async def _read(lines: AsyncIterator[str], sample: Sample) -> None:
     async for line in lines:
         if not line.startswith("data: ") or line == "data: [DONE]":
             continue
-        data = json.loads(line.removeprefix("data: "))
-        if "error" in data:
-            sample.error = str(data["error"].get("message"))
+        try:
+            data = json.loads(line.removeprefix("data: "))
+            if "error" in data:
+                sample.error = str(data["error"].get("message"))
+                return
+            has_text = any(choice.get("text") for choice in data["choices"])
+        except (ValueError, KeyError, AttributeError, TypeError):
+            sample.error = f"the server sent {line[:80]!r}, which is no chunk of a completion"
             return
-        if any(choice.get("text") for choice in data["choices"]):
+        if has_text:
             sample.arrivals.append(time.perf_counter())
         if data.get("usage"):
             usage = data["usage"]

@@ -21,7 +21,7 @@ from glm4_exporters.pieces import GraphPieces
 from glm4_exporters.streamed import reference_outputs
 from glm4_runtime import SamplingParams, Session
 from glm4_runtime.bundle import Manifest
-from glm4_runtime.errors import BundleError, GateError, RequestError
+from glm4_runtime.errors import GateError, RequestError, UnavailableError
 from glm4_runtime.progress import Progress, silent
 from glm4_runtime.session.memory import NUMPY_TYPES
 from glm4_runtime.tokenizer import Tokenizer
@@ -223,7 +223,7 @@ def _greedy(
         return None
     try:
         session = Session.open(bundle, max_batch_size=1)
-    except BundleError:
+    except UnavailableError:
         return None  # the manifest says which providers it needs; none of them is here
     ours: list[int] = []
     with session:

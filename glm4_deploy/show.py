@@ -2,14 +2,28 @@
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from glm4_runtime.errors import RequestError
 from glm4_runtime.progress import Progress
 
 QUIET_SECONDS = 10.0
+
+
+def require_writable(path: Path | None) -> None:
+    """Before long work: raises :class:`RequestError` where its result could not be written to ``path``."""
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise RequestError(f"{folder} does not exist; create it first")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise RequestError(f"{path} cannot be written; name another file")
 
 
 @contextlib.contextmanager

@@ -66,6 +66,8 @@ def command(
         if rate is not None
         else [{"clients": value} for value in numbers("--clients", clients, int)]
     )
+    for file in (output, plot_file):
+        show.require_writable(file)
     loads = [Load(**point, ignore_eos=not honour_eos, **load) for point in points]
     with show.shown_progress() as progress:
         report = measure(url, loads, os.environ.get("GLM4_API_KEY"), progress)

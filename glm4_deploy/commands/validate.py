@@ -135,7 +135,7 @@ def command(
     )
     write_html = _html_writer() if html is not None else None
     for path in (html, junit, sensitivity):
-        _require_folder(path)
+        show.require_writable(path)
     with show.shown_progress() as progress:
         ranking = None
         if sensitivity is not None:  # first, since it may refuse
@@ -192,11 +192,6 @@ def _html_writer() -> "Callable[[Report], str]":
     except ModuleNotFoundError as error:
         raise RequestError(f"--html needs {error.name}; install glm4-deploy[validate]") from error
     return html_page
-
-
-def _require_folder(path: Path | None) -> None:
-    if path is not None and not path.absolute().parent.is_dir():
-        raise RequestError(f"{path.absolute().parent} does not exist; create it first")
 
 
 def _rows(report: "Report") -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from glm4_deploy.validate.side_by_side import Bundle
 from glm4_deploy.validate.text import Text
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_runtime import SamplingParams, Session
-from glm4_runtime.errors import BundleError, RequestError
+from glm4_runtime.errors import RequestError, UnavailableError
 from glm4_runtime.progress import Progress
 
 PROMPTS, PROMPT_TOKENS, TOKENS = 8, 24, 48
@@ -38,8 +38,11 @@ def add_greedy(
         progress(STAGE, len(texts) * len(prompts), total)
         try:
             texts[name] = _bundle_texts(one, prompts, tokens)
-        except (BundleError, RequestError) as error:
+        except UnavailableError as error:
             notes.append(f"Greedy texts of {one.folder} were not compared: {error}")
+        except RequestError as error:  # logits that are not finite: the prompts are the reference's own
+            texts[name] = [[] for _ in prompts]
+            notes.append(f"{one.folder} could not generate a greedy text: {error}")
     texts["reference"], start = [], reference_start(checkpoint)
     for prompt in prompts:
         progress(STAGE, len(bundles) * len(prompts) + len(texts["reference"]), total)

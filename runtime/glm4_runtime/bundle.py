@@ -248,6 +248,14 @@ def read_manifest(folder: str | Path) -> Manifest:
             "export the bundle again, or install the version that wrote it"
         )
     manifest: Manifest = _decode_dataclass(Manifest, data, "manifest")
+    for name, limit in dataclasses.asdict(manifest.limits).items():
+        if limit < 1:
+            raise BundleError(
+                f"{path} says {name} {limit}, which must be at least 1; export the bundle again"
+            )
+    for profile in manifest.engine.profiles if manifest.engine is not None else ():
+        if profile.file not in manifest.files:
+            raise BundleError(f"{path} does not list the engine {profile.file!r}; export the bundle again")
     for name in manifest.files:
         if name != Path(name).name or "\0" in name or name in {MANIFEST, REPORT, "..", ".", ""}:
             raise BundleError(
@@ -269,12 +277,14 @@ def file_entry(path: Path) -> FileEntry:
 
 
 def verify_files(folder: str | Path, manifest: Manifest, *, hashes: bool = False) -> None:
-    """Hold the folder against its manifest: every file there, of its size and, on request, of its SHA-256.
+    """Hold the folder against its manifest: every file there, of its size and, on request, of its SHA-256, and
+    no tokenizer, template or defaults beside them that the manifest does not know.
 
     Raises:
         BundleError: naming each file that is missing or differs.
     """
-    wrong = []
+    unknown = [n for n in TOKENIZER_FILES if n not in manifest.files and (Path(folder) / n).exists()]
+    wrong = [f"{name} is not of this bundle" for name in unknown]
     for name, entry in sorted(manifest.files.items()):
         path = Path(folder) / name
         if not path.is_file():

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glm4_runtime.chat import ChatTemplate
-from glm4_runtime.errors import BundleError
+from glm4_runtime.errors import BundleError, RequestError
 from glm4_runtime.generate import FinishReason, generate
 from glm4_runtime.reasoning import ThoughtSplitter, begins_inside
 from glm4_runtime.sampling import SamplingParams
@@ -84,12 +84,16 @@ class Dialogue:
             self._session.max_seq_len + 1,
         )
         splitter = ThoughtSplitter(begins_inside(prompt))
-        for token in tokens:
-            thought, answer = splitter.push(token.text)
-            if token.finish_reason is not None:
-                last = splitter.flush()
-                thought, answer = thought + last[0], answer + last[1]
-            yield Piece(thought, answer, token.finish_reason)
+        try:
+            for token in tokens:
+                thought, answer = splitter.push(token.text)
+                if token.finish_reason is not None:
+                    last = splitter.flush()
+                    thought, answer = thought + last[0], answer + last[1]
+                yield Piece(thought, answer, token.finish_reason)
+        except RequestError:  # among them, logits that are not finite
+            self._steps.discard()
+            raise
 
 
 class _KeptSlot:
@@ -127,4 +131,8 @@ class _KeptSlot:
 
     def release(self) -> None:
         self._session.release(self._slot)
+        self.held = []
+
+    def discard(self) -> None:
+        self._session.discard(self._slot)
         self.held = []

@@ -23,6 +23,10 @@ class BundleError(Glm4Error):
     """A bundle that cannot be read, verified or opened on this machine."""
 
 
+class UnavailableError(BundleError):
+    """A sound bundle that nothing here can run: what it needs is not installed, or not on this machine."""
+
+
 class RequestError(Glm4Error):
     """One request that cannot be served (bad token, bad option); the session goes on unharmed."""
 

@@ -30,7 +30,7 @@ from glm4_exporters.config import Glm4Config
 from glm4_exporters.streamed import reference_outputs
 from glm4_runtime import Session
 from glm4_runtime.bundle import read_manifest
-from glm4_runtime.errors import GateError
+from glm4_runtime.errors import BundleError, GateError, UnavailableError
 
 
 @pytest.fixture(scope="module")
@@ -307,3 +307,21 @@ def test_a_wrong_matrix_fails_the_gate_of_a_quantized_bundle(tmp_path, precision
     manifest = read_manifest(bundle)
     with Checkpoint.load(DEMO) as checkpoint, pytest.raises(GateError, match=f"in {precision}: mean KL"):
         check_parity(measure_parity(bundle, manifest, checkpoint), manifest)
+
+
+def test_only_a_bundle_that_nothing_here_runs_is_left_out_of_greedy(
+    sure_bundles, sure_checkpoint, monkeypatch
+):
+    """A bundle that cannot be opened for another reason is not proved."""
+
+    def raising(error):
+        def opened(*_arguments, **_options):
+            raise error
+
+        return staticmethod(opened)
+
+    monkeypatch.setattr(Session, "open", raising(UnavailableError("no GPU here")))
+    assert measured(sure_bundles["fp32"], sure_checkpoint).greedy_agreement is None
+    monkeypatch.setattr(Session, "open", raising(BundleError("the graph cannot be loaded")))
+    with pytest.raises(BundleError, match="cannot be loaded"):
+        measured(sure_bundles["fp32"], sure_checkpoint)

@@ -104,6 +104,20 @@ def test_greedy_texts_are_compared_from_their_start(report):
     assert report.comparisons[0].metrics["greedy_prefix"] == np.median(greedy.common) / 48
 
 
+def test_a_bundle_that_generates_no_numbers_fails_its_gate(int8, tiny_checkpoint, ids, monkeypatch):
+    real = Session.decode_block
+
+    def decode_block(self, tokens):
+        slots, logits = real(self, tokens)
+        return slots, np.full_like(logits, np.nan)
+
+    monkeypatch.setattr(Session, "decode_block", decode_block)
+    found = validate(int8, tiny_checkpoint, ValidateOptions(text=ids))
+    assert found.comparisons[0].metrics["greedy_prefix"] == 0
+    assert any("could not generate" in note for note in found.notes)
+    assert found.verdict == "failed"
+
+
 def test_worst_positions_are_where_the_divergence_is_largest(report):
     kl = np.sort(report.comparisons[0].all_kl)[::-1]
     assert [one.kl for one in report.worst] == pytest.approx(kl[:10].tolist())

@@ -54,7 +54,7 @@ MANIFEST = Manifest(
         "list": [1, True],
     },
     source_sha256="0" * 64,
-    files={"model.onnx": FileEntry("1" * 64, 7)},
+    files={"model.onnx": FileEntry("1" * 64, 7), "model.engine": FileEntry("3" * 64, 8)},
     pooling="last-token, L2",
     compute_capabilities=("89", "120"),
     engine=EngineInfo(
@@ -260,6 +260,27 @@ def test_verification_names_every_file_that_is_wrong(tmp_path):
     assert "gone is missing; longer has 9 bytes, not 8. " in str(sizes.value)
     with pytest.raises(BundleError, match="changed has another SHA-256"):
         verify_files(tmp_path, manifest, hashes=True)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json"])
+def test_a_file_that_the_manifest_does_not_know_is_not_read(tmp_path, name):
+    (tmp_path / "good").write_bytes(b"12345678")
+    manifest = dataclasses.replace(MANIFEST, files={"good": file_entry(tmp_path / "good")})
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(BundleError, match=f"{name} is not of this bundle"):
+        verify_files(tmp_path, manifest)
+
+
+@pytest.mark.parametrize("name", ["/tmp/other.engine", "../other.engine"])
+def test_an_engine_is_a_file_of_the_bundle(folder, name):
+    said = refused(edit(folder, lambda data: data["engine"]["profiles"][0].update(file=name)))
+    assert f"does not list the engine {name!r}" in said
+
+
+@pytest.mark.parametrize("name", ["max_seq_len", "max_batch_size"])
+def test_a_limit_below_one_is_refused(folder, name):
+    said = refused(edit(folder, lambda data: data["limits"].update({name: 0})))
+    assert f"says {name} 0, which must be at least 1" in said
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])

@@ -328,6 +328,63 @@ def test_bad_logits_fail_their_request_only(session, scheduler, monkeypatch, val
     used_slots(scheduler)
 
 
+def test_a_newcomer_takes_nothing_from_who_fails_in_the_same_step(session, scheduler, monkeypatch):
+    """Two prompts that begin alike: the first fails by its logits in the step that lets the second in."""
+    first, second = request(40, 1), request(40, 1)
+    failing, _ = submit(scheduler, first)
+    drive(scheduler, 2)
+    assert failing.tokens
+    poisoned(
+        session,
+        monkeypatch,
+        lambda slots, logits: logits.__setitem__((0, 17), np.nan) if 0 in slots else None,
+    )
+    coming, _ = submit(scheduler, second)
+    scheduler._step()
+    monkeypatch.undo()
+    drive(scheduler)
+    assert isinstance(failing.error, ModelError)
+    assert coming.error is None
+    assert len(coming.tokens) == 8
+
+
+def test_the_memory_of_what_failed_is_zeros_again(session, scheduler, monkeypatch):
+    poisoned(session, monkeypatch, lambda _, logits: logits.__setitem__((0, 17), np.nan))
+    failing, _ = submit(scheduler, request(20, 1))
+    scheduler._step()
+    row = session._slots.row(0)
+    for array in session._cache.arrays:
+        array[row] = np.nan
+    drive(scheduler)
+    assert isinstance(failing.error, ModelError)
+    assert all(not array[row].any() for array in session._cache.arrays)
+
+
+class PanicError(BaseException):
+    """What a panic of an extension in Rust is to Python."""
+
+
+def test_the_thread_outlives_a_panic(session, monkeypatch):
+    scheduler = Scheduler(session)
+    real = session.prefill
+
+    def prefill(*arguments):
+        monkeypatch.setattr(session, "prefill", real)
+        raise PanicError("index out of bounds")
+
+    monkeypatch.setattr(session, "prefill", prefill)
+    scheduler.start()
+    try:
+        failing, _ = submit(scheduler, request(20, 1))
+        assert failing.done.wait(20)
+        assert isinstance(failing.error, ModelError)
+        after, _ = submit(scheduler, request(20, 2))
+        assert after.done.wait(20)
+        assert len(after.tokens) == 8
+    finally:
+        scheduler.stop()
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("kernel\nwith a long story")])
 def test_a_failing_step_fails_those_that_cause_it(session, scheduler, monkeypatch, error):
     """A run that has slot 2 in it fails; the others go on in runs of their own, and later together."""

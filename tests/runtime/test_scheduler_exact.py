@@ -13,6 +13,7 @@ from glm4_runtime import SamplingParams, Session
 from glm4_runtime.errors import ModelError
 from glm4_runtime.sampling import Sampler
 from glm4_runtime.scheduler import Request, Scheduler
+from glm4_runtime.scheduler.drafts import Draft
 
 SEEDS = range(24)
 TIE = 1e-4  # logits of the single run that lie so close may come out in either order, in float32
@@ -210,25 +211,24 @@ def test_a_right_draft_saves_steps_and_ends_in_time(session, single, monkeypatch
     assert stats.steps < stats.generated_tokens - stats.accepted_tokens + 8
 
 
-def test_sampling_under_drafts_keeps_the_distribution(session, single, monkeypatch):
-    """The second token over 400 seeds, with drafts and without: the same tokens, so the same distribution."""
+def test_sampling_under_drafts_takes_the_tokens_it_takes_alone(session, single, monkeypatch):
+    """Whatever is drafted, right or wrong: 60 seeds, with the likeliest tokens as drafts."""
+    prompt = (7, 8, 9, 10, 7, 8)
+    guesses = [[token.id for token in single.generate(prompt, SamplingParams(max_tokens=8, ignore_eos=True))]]
+    monkeypatch.setattr(
+        "glm4_runtime.scheduler.batch.look_up",
+        lambda ids, count: Draft(np.array(guesses[0][len(ids) - len(prompt) :][:count] or [5]), 6),
+    )
     scheduler = Scheduler(session)
     monkeypatch.setattr(scheduler._batch._speculation, "width", always(4))
-    prompt = (7, 8, 9, 10, 7, 8)
-    counts = {}
-    for seed in range(400):
-        params = SamplingParams(temperature=1.0, top_k=4, max_tokens=3, seed=seed, ignore_eos=True)
+    scheduler._batch._speculation.decoded(1.0)
+    for seed in range(60):
+        params = SamplingParams(temperature=1.0, top_k=4, max_tokens=6, seed=seed, ignore_eos=True)
         listener, _ = submit(scheduler, Request(prompt, params))
         drive(scheduler)
-        counts[tuple(listener.ids)] = counts.get(tuple(listener.ids), 0) + 1
-        if seed < 40:
-            assert listener.ids == alone(single, Request(prompt, params))
-    first = Sampler(SamplingParams(temperature=1.0, top_k=4), prompt, single.manifest.model.vocab_size)
-    expected = first.distribution(single.prefill(0, prompt)[0])
-    single.release(0)
-    for token in np.flatnonzero(expected):
-        seen = sum(count for ids, count in counts.items() if ids[0] == token) / 400
-        assert abs(seen - expected[token]) < 4 * np.sqrt(expected[token] / 400)
+        assert listener.ids == alone(single, Request(prompt, params))
+    stats = scheduler.stats()
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens  # some were right, some were not
 
 
 def test_nothing_is_drafted_for_several_requests_or_under_a_mask(session, monkeypatch):

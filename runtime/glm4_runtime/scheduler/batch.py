@@ -188,7 +188,12 @@ class Batch:
         """Give the job a slot with what is known of its prompt, unless waiting will give it more."""
         if job.slot is not None:
             return True
-        live = {other.slot: other.ids[: other.fed] for other in self._live if other.slot is not None}
+        # Whoever ended within this step has given its slot up: it is free, or kept by the cache.
+        live = {
+            other.slot: other.ids[: other.fed]
+            for other in self._live
+            if other.slot is not None and not other.ended
+        }
         if self._cache.should_wait(job.prompt_ids, live, [other.prompt_ids for other in before]):
             return False
         free = [slot for slot in self._session.free_slots() if slot not in live]
@@ -201,7 +206,7 @@ class Batch:
             elif place.source is not None:
                 self._session.copy_prefix(place.source, place.slot, place.length)
         except Exception as error:
-            self._session.release(place.slot)
+            self._session.discard(place.slot)
             self._fail_by(job, error)
             return False
         job.slot = place.slot
@@ -250,7 +255,7 @@ class Batch:
             choice = job.continuation
             taken = choice.take(row) if known is None else choice.accept(row, known)
             token = choice.add(taken)
-        except Exception as error:
+        except BaseException as error:  # a panic in an extension is no Exception
             self._fail_by(job, error)
             return
         job.append(token.id)
@@ -277,7 +282,7 @@ class Batch:
             try:
                 masking.result()
                 finished = job.request.mask.finished
-            except Exception as error:
+            except BaseException as error:  # a panic in an extension is no Exception
                 self._fail_by(job, error)
                 continue
             if finished:
@@ -296,7 +301,7 @@ class Batch:
         job.ticket.tell(event)
         self._end(job, str(event.token.finish_reason))
 
-    def _fail_by(self, job: Job, error: Exception) -> None:
+    def _fail_by(self, job: Job, error: BaseException) -> None:
         if not isinstance(error, Glm4Error):
             logger.error("a request failed within a step", exc_info=error)
         self._fail(job, model_error(error), "failed")
@@ -312,8 +317,9 @@ class Batch:
         self._figures.ended(outcome, time.monotonic() - job.admitted_at)
         if job.slot is None:
             return
-        kept = outcome not in ("failed", "stopped") and self._cache.keep(job.slot, job.ids[: job.fed].copy())
-        if not kept:
+        if outcome in ("failed", "stopped"):
+            self._session.discard(job.slot)
+        elif not self._cache.keep(job.slot, job.ids[: job.fed].copy()):
             self._session.release(job.slot)
 
 
@@ -324,7 +330,7 @@ def overdue(job: Job) -> DeadlineError:
     )
 
 
-def model_error(error: Exception) -> ModelError:
+def model_error(error: BaseException) -> ModelError:
     """What a client is told of a failure within a step: one line."""
     if isinstance(error, Glm4Error):
         return ModelError(str(error))

@@ -1,5 +1,6 @@
 """/v1/completions"""
 
+import codecs
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -25,16 +26,28 @@ from glm4_runtime.server.errors import ApiError, Json
 from glm4_runtime.server.reply import token_logprobs
 from glm4_runtime.structured import GrammarMask, ReplyFormat
 
+_UTF8 = codecs.getincrementaldecoder("utf-8")
+
 
 @dataclass
 class Continuation:
-    """The text of one choice so far; ``echo`` is what it starts with."""
+    """The text of one choice so far; ``echo`` is what it starts with.
+
+    ``characters`` is how many its tokens with log-probabilities made: their text may be held back for a while.
+    """
 
     echo: str = ""
     text: str = ""
     tokens: int = 0
     finish_reason: str | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+    characters: int = 0
+    decoder: codecs.IncrementalDecoder = field(default_factory=lambda: _UTF8("replace"))
+
+    def note(self, entry: dict[str, Any]) -> None:
+        """Keep a token's log-probabilities, and where in the text it begins."""
+        self.logprobs.append(entry | {"offset": len(self.echo) + self.characters})
+        self.characters += len(self.decoder.decode(bytes(entry["bytes"])))
 
 
 @dataclass(frozen=True)
@@ -115,19 +128,17 @@ class Answer:
             async for _ in self._steps():
                 pass
         choices = [
-            self._choice(index, choice.echo + choice.text, choice.logprobs, 0, choice.finish_reason)
+            self._choice(index, choice.echo + choice.text, choice.logprobs, choice.finish_reason)
             for index, choice in enumerate(self._choices)
         ]
         return Json(self._head | {"choices": choices, "usage": self._usage.as_json()})
 
     async def chunks(self, http: HttpRequest, with_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
         no_usage: dict[str, Any] = {"usage": None} if with_usage else {}
-        offsets = [0] * len(self._choices)
         async with watched(http, self._job):
             async for index, text, logprobs in self._steps():
                 reason = self._choices[index].finish_reason
-                choice = self._choice(index, text, logprobs, offsets[index], reason)
-                offsets[index] += sum(len(entry["token"]) for entry in logprobs)
+                choice = self._choice(index, text, logprobs, reason)
                 yield self._head | {"choices": [choice]} | no_usage
         if with_usage:
             yield self._head | {"choices": [], "usage": self._usage.as_json()}
@@ -161,26 +172,31 @@ class Answer:
         )
         if not self._with_logprobs or at_end:
             return []
-        choice.logprobs.append(token_logprobs(event, self._engine.require_grammars().token_bytes))
+        entry = token_logprobs(event, self._engine.require_grammars().token_bytes)
+        choice.note(entry)
         return choice.logprobs[-1:]
 
     def _choice(
-        self, index: int, text: str, logprobs: list[dict[str, Any]], offset: int, reason: str | None
+        self, index: int, text: str, logprobs: list[dict[str, Any]], reason: str | None
     ) -> dict[str, Any]:
-        listed = _legacy_logprobs(logprobs, offset) if self._with_logprobs else None
+        listed = legacy_logprobs(logprobs) if self._with_logprobs else None
         return {"index": index, "text": text, "logprobs": listed, "finish_reason": reason}
 
 
-def _legacy_logprobs(entries: list[dict[str, Any]], offset: int) -> dict[str, list[Any]]:
-    offsets = []
-    for entry in entries:
-        offsets.append(offset)
-        offset += len(entry["token"])
+def legacy_logprobs(entries: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """``text_offset`` counts characters: a token that completes none adds nothing to it."""
     return {
-        "tokens": [entry["token"] for entry in entries],
+        "tokens": [_legacy_name(entry) for entry in entries],
         "token_logprobs": [entry["logprob"] for entry in entries],
         "top_logprobs": [
-            {other["token"]: other["logprob"] for other in entry["top_logprobs"]} for entry in entries
+            {_legacy_name(other): other["logprob"] for other in entry["top_logprobs"]} for entry in entries
         ],
-        "text_offset": offsets,
+        "text_offset": [entry["offset"] for entry in entries],
     }
+
+
+def _legacy_name(entry: dict[str, Any]) -> str:
+    """A token's text; of one that is no text by itself, its bytes, as bytes:\\xf0\\x9f."""
+    if "\ufffd" not in entry["token"] or not entry["bytes"]:
+        return str(entry["token"])
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in entry["bytes"])

@@ -66,6 +66,10 @@ class Conversation:
         """The prompt. Raises :class:`RequestError` for what the template or its format cannot say."""
         _refuse_turn_tokens(messages, tools)
         history = list(self._history(messages))
+        # Once more as the template gets them: parts of a message are one text by now, and arguments are unescaped.
+        for turn in history:
+            for text in _texts(turn):
+                _refuse_turn_token(text, f"a message of role {turn['role']}")
         return self._template.render(history, tools or None, add_generation_prompt)
 
     def _history(self, messages: Sequence[Message]) -> Iterator[TemplateMessage]:
@@ -165,6 +169,19 @@ def _refuse_turn_tokens(messages: Sequence[Message], tools: Sequence[Mapping[str
         said = message.model_dump(exclude_none=True)
         _refuse_turn_token(json.dumps(said), f"messages[{index}]")
     _refuse_turn_token(json.dumps(tools), "tools")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text within a value as JSON has them, names of members too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, member in value.items():
+            yield name
+            yield from _texts(member)
+    elif isinstance(value, list):
+        for member in value:
+            yield from _texts(member)
 
 
 def _refuse_turn_token(text: str, where: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from glm4_runtime.chat import CHAT_TEMPLATE, ChatTemplate
-from glm4_runtime.errors import BundleError, Glm4Error, RequestError
+from glm4_runtime.errors import BundleError, DeadlineError, Glm4Error, RequestError
 from glm4_runtime.scheduler import Event, Failed, Generated, Request, Scheduler, Started, Ticket
 from glm4_runtime.server.conversation import Conversation
 from glm4_runtime.server.errors import ApiError
@@ -156,6 +156,8 @@ class Engine:
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
                 return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+        except TimeoutError as error:
+            raise DeadlineError("the request was not done by its deadline") from error
         finally:
             self._waiting -= 1
 

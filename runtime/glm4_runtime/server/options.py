@@ -1,6 +1,8 @@
 """How a server is set up: who may use it, how much of it, and for how long."""
 
+import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +51,9 @@ class ServerOptions:
         for name in ("max_body_bytes", "max_choices", "max_queue", "request_timeout", "body_timeout"):
             if getattr(self, name) <= 0:
                 raise RequestError(f"{name} is {getattr(self, name)}, but must be above 0")
+        for name in ("request_timeout", "body_timeout", "drain_timeout"):
+            if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
+                raise RequestError(f"{name} is {getattr(self, name)}, but must be a number of seconds")
         if not self.is_local and not self.api_keys and not self.allow_anonymous:
             raise RequestError(
                 f"listening on {self.host} lets other machines in: set API keys by --api-key-file or "
@@ -66,14 +71,15 @@ class ServerOptions:
 
 
 def read_api_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Keys of a file (one a line, ``#`` begins a comment) and of GLM4_API_KEYS (separated by commas)."""
+    """Keys of a file (one a line; ``#`` first or after white space begins a comment) and of GLM4_API_KEYS (separated by
+    commas)."""
     keys = environment.get(KEYS_VARIABLE, "").split(",")
     if file is not None:
         try:
             lines = file.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(f"the API keys cannot be read from {file}: {error}") from error
-        found = [line.partition("#")[0] for line in lines]
+        found = [re.split(r"(?:^|\s)#", line, maxsplit=1)[0] for line in lines]
         if not any(key.strip() for key in found):
             raise RequestError(f"{file} holds no API key; write one a line, or leave the option out")
         keys += found

@@ -9,9 +9,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+# Lists stop at their first wrong member: a body of a million wrong ones would be as many errors.
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Ids = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
+ManyIds = Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1)]
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+
+
+MOST_BIASED = 1024  # tokens of logit_bias, and of stop_token_ids
 
 
 class Body(BaseModel):
@@ -47,10 +53,10 @@ class Sampling(Body):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MOST_BIASED)] | None = None
     seed: int | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
-    stop_token_ids: list[Token] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=MOST_BIASED, fail_fast=True)] | None = None
     ignore_eos: bool = False
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
@@ -67,7 +73,7 @@ class TextPart(Body):
     text: str
 
 
-Parts = Annotated[list[TextPart], Field(min_length=1)]
+Parts = Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
 
 class CalledFunction(Body):
@@ -89,7 +95,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool", "observation"]
     content: str | Parts | None = None
     name: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Annotated[list[Call], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = Field(None, description="Left out: thoughts don't go back into history.")
 
@@ -109,6 +115,9 @@ class Message(Body):
         return self
 
 
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+
+
 class FunctionDefinition(Body):
     name: FunctionName
     description: str | None = None
@@ -119,6 +128,9 @@ class FunctionDefinition(Body):
 class Tool(Body):
     type: Literal["function"]
     function: FunctionDefinition
+
+
+Tools = Annotated[list[Tool], Field(fail_fast=True)]
 
 
 class ChosenName(Body):
@@ -185,9 +197,9 @@ class ChatRequest(Sampling):
         "web_search_options": (),
     }
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    tools: list[Tool] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -198,23 +210,13 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     UNSUPPORTED = {"suffix": ("",), "best_of": (1,)}
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[Token], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
-    )
+    prompt: str | Annotated[list[str], Field(min_length=1, fail_fast=True)] | Ids | ManyIds
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
 
 
-Inputs = (
-    Text
-    | Annotated[list[Text], Field(min_length=1)]
-    | Annotated[list[Token], Field(min_length=1)]
-    | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
-)
+Inputs = Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] | Ids | ManyIds
 
 
 class EmbeddingRequest(Body):
@@ -238,8 +240,8 @@ class TokenizeRequest(Body):
     model: Text | None = None
     prompt: str | None = None
     add_special_tokens: bool | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
     add_generation_prompt: bool | None = None
 
     @model_validator(mode="after")
@@ -255,7 +257,7 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: Text | None = None
-    tokens: Annotated[list[Token], Field(min_length=1)]
+    tokens: Ids
     skip_special_tokens: bool = False
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glm4_runtime.bundle import Manifest
-from glm4_runtime.errors import RequestError, SlotError
+from glm4_runtime.errors import ModelError, RequestError, SlotError
 from glm4_runtime.generate import Token, generate
 from glm4_runtime.kv_cache import Move, SlotTable, bucket
 from glm4_runtime.sampling import SamplingParams, TokenMask
@@ -97,6 +97,10 @@ class Session(abc.ABC):
     @abc.abstractmethod
     def _move_row(self, move: Move) -> None:
         """Copy or swap rows of every layer's cache."""
+
+    @abc.abstractmethod
+    def _clear_row(self, row: int) -> None:
+        """Set a row of every layer's cache to zeros."""
 
     @abc.abstractmethod
     def _resize_cache(self, capacity: int) -> None:
@@ -184,6 +188,16 @@ class Session(abc.ABC):
         if slot in self._slots:
             self._slots.remove(slot)
 
+    def discard(self, slot: int) -> None:
+        """Free a slot whose contents may hold NaN or infinities, and set its memory to zeros: attention may
+        multiply what lies past a sequence's end by zero, and zero times NaN would spoil who gets it next."""
+        self._require_slot(slot)
+        if slot in self._slots:
+            try:
+                self._clear_row(self._slots.row(slot))
+            finally:
+                self._slots.remove(slot)
+
     def length(self, slot: int) -> int:
         """Positions in a slot; 0 where it is not in use."""
         self._require_slot(slot)
@@ -239,6 +253,9 @@ class Session(abc.ABC):
         def released_at_the_end() -> Iterator[Token]:
             try:
                 yield from tokens
+            except RequestError:  # among them, logits that are not finite
+                steps.discard()
+                raise
             finally:
                 steps.release()
 
@@ -340,7 +357,12 @@ class Session(abc.ABC):
             raise RequestError(
                 f"{len(token_ids)} tokens exceed this session's max_seq_len {self.max_seq_len}"
             )
-        return self._run_encoder(np.asarray(token_ids, np.int64)[None])
+        result = self._run_encoder(np.asarray(token_ids, np.int64)[None])
+        if not np.isfinite(result).all():
+            raise ModelError(
+                "the model gave outputs that are not finite; export the bundle with --activations bf16 or fp32"
+            )
+        return result
 
     def _take_slot(self) -> int:
         free = self._slots.free()
@@ -418,3 +440,7 @@ class _SlotSteps:
     def release(self) -> None:
         if self._slot is not None:
             self._session.release(self._slot)
+
+    def discard(self) -> None:
+        if self._slot is not None:
+            self._session.discard(self._slot)

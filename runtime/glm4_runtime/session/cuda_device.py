@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from glm4_runtime.errors import BundleError
+from glm4_runtime.errors import BundleError, UnavailableError
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -22,7 +22,7 @@ def load_cudart() -> Any:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise BundleError(
+        raise UnavailableError(
             f"cuda-bindings cannot be imported ({error}); install glm4-deploy[tensorrt-rtx]"
         ) from error
     return runtime
@@ -39,7 +39,7 @@ class Cuda:
         self.runtime = load_cudart()
         status, count = self.runtime.cudaGetDeviceCount()
         if int(status) or not count:
-            raise BundleError(
+            raise UnavailableError(
                 f"an engine runs on an NVIDIA GPU and CUDA finds none here ({self._name(status)}); "
                 "open it on a GPU host, or export the checkpoint with --target ort"
             )

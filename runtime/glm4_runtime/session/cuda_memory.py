@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from glm4_runtime.bundle import Manifest
-from glm4_runtime.errors import BundleError
+from glm4_runtime.errors import BundleError, UnavailableError
 from glm4_runtime.kv_cache import Move
 from glm4_runtime.session.memory import CacheMemory
 
@@ -18,7 +18,9 @@ def _cudart() -> Any:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise BundleError(f"cuda-bindings cannot be imported ({error}); install glm4-deploy[cuda]") from error
+        raise UnavailableError(
+            f"cuda-bindings cannot be imported ({error}); install glm4-deploy[cuda]"
+        ) from error
     return runtime
 
 
@@ -60,6 +62,11 @@ class CudaMemory(CacheMemory):
             self._copy(target, capacity, source, capacity, self.heads, move.length)
             if move.swapped_length:
                 self._copy(source, capacity, self._spare, capacity, self.heads, move.swapped_length)
+
+    def clear(self, row: int) -> None:
+        for pointer, capacity in zip(self._pointers, self._capacities, strict=True):
+            size = self._row_bytes(capacity)
+            self._call("cudaMemset", pointer + row * size, 0, size)
 
     def views(self, first_row: int, count: int) -> list[tuple[str, str, Any, tuple[int, ...], int]]:
         element: Any = (

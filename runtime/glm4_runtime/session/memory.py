@@ -37,6 +37,10 @@ class CacheMemory(CacheLayout, abc.ABC):
         """Copy or swap two rows of every block."""
 
     @abc.abstractmethod
+    def clear(self, row: int) -> None:
+        """Set a row of every block to zeros."""
+
+    @abc.abstractmethod
     def views(self, first_row: int, count: int) -> list[tuple[str, str, Any, tuple[int, ...], int]]:
         """Name of the past, of the present, element type, shape and address of each block's rows."""
 
@@ -71,6 +75,10 @@ class HostMemory(CacheMemory):
             if move.swapped_length:
                 array[move.source, :, : move.swapped_length] = array[move.target, :, : move.swapped_length]
             array[move.target, :, : move.length] = incoming
+
+    def clear(self, row: int) -> None:
+        for array in self.arrays:
+            array[row] = 0
 
     def views(self, first_row: int, count: int) -> list[tuple[str, str, Any, tuple[int, ...], int]]:
         rows = [array[first_row : first_row + count] for array in self.arrays]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from glm4_runtime.bundle import GRAPH, Manifest
-from glm4_runtime.errors import BundleError
+from glm4_runtime.errors import BundleError, UnavailableError
 from glm4_runtime.kv_cache import Move
 from glm4_runtime.session.base import Ids, Logits, Session
 from glm4_runtime.session.bound_rows import BoundRows
@@ -33,7 +33,7 @@ def load_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise BundleError(
+        raise UnavailableError(
             f"onnxruntime cannot be imported ({error}); install glm4-deploy[cpu], or [cuda] on a GPU host"
         ) from error
     return onnxruntime
@@ -43,7 +43,7 @@ def operator_library() -> Path:
     """Our operators for ONNX Runtime, which come with the package ``glm4_plugins``; it is found, and not imported.
 
     Raises:
-        BundleError: it was installed where no C++ compiler could build it.
+        UnavailableError: it was installed where no C++ compiler could build it.
     """
     spec = find_spec(OPERATORS)
     folders = (spec.submodule_search_locations if spec else None) or ()
@@ -52,7 +52,7 @@ def operator_library() -> Path:
             path = Path(folder) / f"{LIBRARY}{suffix}"
             if path.is_file():
                 return path
-    raise BundleError(
+    raise UnavailableError(
         f"the CPU operators of {OPERATORS} were not built when glm4-deploy was installed; install a C++ compiler "
         "and glm4-deploy again, or export with --target ort"
     )
@@ -90,7 +90,7 @@ def choose_provider(
             return name, skipped
         skipped[name] = why
     reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items())
-    raise BundleError(
+    raise UnavailableError(
         f"no ONNX Runtime provider here can run this bundle ({reasons}). It runs on: {_or_none(manifest.providers)}; "
         "export with another --precision for this machine"
     )
@@ -176,6 +176,9 @@ class OrtSession(Session):
 
     def _move_row(self, move: Move) -> None:
         self._cache.move(move)
+
+    def _clear_row(self, row: int) -> None:
+        self._cache.clear(row)
 
     def _resize_cache(self, capacity: int) -> None:
         self._bindings.clear()

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glm4_runtime.bundle import COUNTERS, PRESENT_COUNTERS, EngineInfo, EngineProfile, Manifest
-from glm4_runtime.errors import BundleError
+from glm4_runtime.errors import BundleError, UnavailableError
 from glm4_runtime.kv_cache import Move
 from glm4_runtime.session.base import Ids, Logits, Session
 from glm4_runtime.session.cuda_device import Bytes, Cuda
@@ -37,17 +37,17 @@ def load_tensorrt(engine: EngineInfo) -> Any:
     """Import the TensorRT that an engine was built by, of the same version.
 
     Raises:
-        BundleError: it is missing or of another version; says what to install or to export.
+        UnavailableError: it is missing or of another version; says what to install or to export.
     """
     name = MODULES[engine.kind]
     try:
         trt = import_module(name)
     except ImportError as error:
-        raise BundleError(
+        raise UnavailableError(
             f"{name} cannot be imported ({error}); install {engine.kind}=={engine.version}"
         ) from error
     if trt.__version__ != engine.version:
-        raise BundleError(
+        raise UnavailableError(
             f"the engine was built by {engine.kind} {engine.version} and {trt.__version__} is installed; "
             f"install {engine.kind}=={engine.version}, or export the bundle again with {trt.__version__}"
         )
@@ -61,7 +61,7 @@ def require_capability(manifest: Manifest, engine: EngineInfo, found: str) -> No
     if found in built_for or (engine.later_gpus and int(found) > oldest):
         return
     option = f" --sm {found}" if engine.kind == "tensorrt-rtx" else " on this host"
-    raise BundleError(
+    raise UnavailableError(
         f"the engine was built for compute capability {', '.join(built_for)}"
         f"{' and later' if engine.later_gpus else ''} and this GPU has {found}; "
         f"export the bundle again for {engine.kind}{option}"
@@ -206,6 +206,9 @@ class TensorRtSession(Session):
 
     def _move_row(self, move: Move) -> None:
         self._cache.move(move)
+
+    def _clear_row(self, row: int) -> None:
+        self._cache.clear(row)
 
     def _fit_cache(self, needed: int) -> None:
         """The engine's capacity is fixed: the cache has it from the start."""

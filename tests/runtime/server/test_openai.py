@@ -7,6 +7,8 @@ import re
 import openai
 import pytest
 
+from glm4_runtime.server.completions import Continuation, legacy_logprobs
+
 MODEL = "glm4-tiny"
 WHO = [{"role": "user", "content": "Who are you?"}]
 GREEDY = {"model": MODEL, "messages": WHO, "temperature": 0}
@@ -340,6 +342,22 @@ def test_completions_with_logprobs(client):
     for chunk in client.completions.create(**asked, stream=True):
         offsets += chunk.choices[0].logprobs.text_offset
     assert offsets == logprobs.text_offset
+
+
+def test_pieces_of_a_character_have_names_and_offsets():
+    """An emoji over two tokens is one character of the text, and its pieces are told apart by their bytes."""
+    choice = Continuation("")
+    pieces = [b"a", b"\xf0\x9f", b"\x99\x82", b"b"]
+    for piece in pieces:
+        top = [
+            {"token": data.decode("utf-8", "replace"), "logprob": -1.0, "bytes": list(data)}
+            for data in (piece, b"\xf0", b"\xf1")
+        ]
+        choice.note(top[0] | {"top_logprobs": top})
+    listed = legacy_logprobs(choice.logprobs)
+    assert listed["tokens"] == ["a", "bytes:\\xf0\\x9f", "bytes:\\x99\\x82", "b"]
+    assert listed["text_offset"] == [0, 1, 1, 2]
+    assert [len(top) for top in listed["top_logprobs"]] == [3, 3, 3, 3]
 
 
 def test_completions_with_a_form(client):

@@ -107,3 +107,14 @@ def test_a_late_vector_is_not_waited_for(served):
         late = httpx.post(f"{server.url}/v1/embeddings", json={"model": "encoder", "input": "x"})
         assert late.status_code == 504
         assert late.json()["error"]["code"] == "request_timeout"
+
+
+def test_a_vector_that_is_not_finite_is_an_error(served, monkeypatch):
+    serving, session = served("encoder")
+    monkeypatch.setattr(
+        type(session), "_run_encoder", lambda _self, ids: np.full((1, ids.shape[1], 8), np.nan, np.float32)
+    )
+    with serving as server, session:
+        failed = httpx.post(f"{server.url}/v1/embeddings", json={"model": "encoder", "input": "x"})
+        assert failed.status_code == 500
+        assert failed.json()["error"]["type"] == "server_error"

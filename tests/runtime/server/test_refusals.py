@@ -1,6 +1,7 @@
 """What is refused, and how: a 4xx in OpenAI's shape that names the option, before any token is generated."""
 
 import json
+import time
 
 import httpx
 import openai
@@ -226,3 +227,27 @@ def test_the_client_sees_its_own_exceptions(client):
         client.chat.completions.create(model=MODEL, messages=WHO, extra_body={"guided_json": {}})
     with pytest.raises(openai.NotFoundError, match="no model 'x'"):
         client.chat.completions.create(model="x", messages=WHO)
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        ("/v1/completions", {"prompt": [{}] * 300_000}),
+        ("/v1/completions", {"prompt": "x", "stop_token_ids": ["a"] * 300_000}),
+        ("/v1/chat/completions", {"messages": [{}] * 300_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 300_000}]}),
+    ],
+)
+def test_a_list_of_wrong_members_is_not_read_to_its_end(post, path, wrong):
+    """One error is told; a million would block the event loop for as long as it takes to write them down."""
+    start = time.perf_counter()
+    refused(post(path, json={"model": MODEL} | wrong))
+    assert time.perf_counter() - start < 2
+
+
+def test_biases_are_bounded(post):
+    bias = {str(token): 1.0 for token in range(1025)}
+    assert (
+        refused(post("/v1/completions", json={"model": MODEL, "prompt": "x", "logit_bias": bias}))["param"]
+        == "logit_bias"
+    )

@@ -78,6 +78,9 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path):
     file = tmp_path / "keys"
     file.write_text("# ours\none\n\n two # a colleague's\n")
     assert read_api_keys(file, {}) == ("one", "two")
+    file.write_text("p#9fK\n#ours\none\n\n two # a colleague's\n")
+    assert read_api_keys(file, {}) == ("p#9fK", "one", "two")
+    file.write_text("# ours\none\n\n two # a colleague's\n")
     assert read_api_keys(file, {"GLM4_API_KEYS": "three, one,"}) == ("three", "one", "two")
     assert read_api_keys(None, {}) == ()
     file.write_text("# none\n")
@@ -100,6 +103,13 @@ def test_listening_beyond_this_machine_needs_a_key_or_a_word():
 def test_limits_are_above_zero(name):
     with pytest.raises(RequestError, match=name):
         ServerOptions(**{name: 0})
+
+
+@pytest.mark.parametrize("name", ["request_timeout", "body_timeout", "drain_timeout"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_times_are_seconds(name, value):
+    with pytest.raises(RequestError, match=name):
+        ServerOptions(**{name: value})
 
 
 def test_a_page_that_renames_this_machine_is_turned_away(scripted):

@@ -2,7 +2,7 @@
 
     benchmarks/peers/setup.sh out/peers
     python benchmarks/make_checkpoint.py out/9b4 --size 9b-4layers
-    glm4-deploy export out/9b4 out/9b4-int8 --max-seq-len 4096 --no-parity
+    glm4-deploy export out/9b4 out/9b4-int8 --target cpu --max-seq-len 4096 --no-parity
     python -m benchmarks.peers out/9b4 out/9b4-int8 --peers llama.cpp:q8_0,openvino:int8 --out out/peers-int8
 
 A peer is PEER:FORMAT, or PEER:FORMAT+SETTING (openvino:int8+f32). In every round each contender starts anew in

@@ -215,10 +215,11 @@ def choose_form(
     for name, scheme in schemes.items():
         _require_width(name, matrix_width(config, name), scheme, target)
         _require_integer_product(name, scheme, target, chosen)
+    fixed = any(scheme.inputs for scheme in schemes.values())  # int8-sq's products are not those it speaks of
     return Form(
         target,
         chosen,
-        {**_groups(found, table, chosen, EMBEDDING if tied else HEAD), **target.says},
+        {**_groups(found, table, chosen, EMBEDDING if tied else HEAD), **({} if fixed else target.says)},
         schemes,
         None if table is None else require_scheme(table),
         tuple(name for name, scheme in found.items() if scheme == FP8),
@@ -294,6 +295,6 @@ def _require_integer_product(name: str, scheme: Scheme, target: Target, activati
         raise ExportError(f"{name} cannot be int8-sq, which is for the matrices of layers; take int8")
     if scheme.inputs and target.dialect in ("ort", "cpu") and activations != "float32":
         raise ExportError(
-            "ONNX Runtime's integer products give fp32, so int8-sq for target ort takes no other activations; "
+            "ONNX Runtime's integer products give fp32, so int8-sq takes no other activations here; "
             "leave --activations out, or export with --precision int8"
         )

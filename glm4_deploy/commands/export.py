@@ -20,7 +20,7 @@ from glm4_runtime.bundle import Manifest
     type=click.Choice(list(TARGETS)),
     default=pipeline.DEFAULT_TARGET,
     show_default=True,
-    help="What runs it: ort (ONNX Runtime's own operators), native (standard operators only), "
+    help="What runs it: ort (ONNX Runtime's own operators), cpu (ONNX Runtime on a CPU, by our own kernels), native (standard operators only), "
     "tensorrt-rtx (an engine, built without a GPU), tensorrt (an engine, built on a GPU).",
 )
 @click.option(
@@ -28,7 +28,7 @@ from glm4_runtime.bundle import Manifest
     type=click.Choice(list(PRECISIONS)),
     default=pipeline.DEFAULT_PRECISION,
     show_default=True,
-    help="Element type of weights, activations and cache; int8 and int4 are of weights only, int8-sq and fp8 of inputs too.",
+    help="Element type of weights, activations and cache; int8 and int4 are of stored weights, int8-sq and fp8 of inputs too.",
 )
 @click.option(
     "--activations",

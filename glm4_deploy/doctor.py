@@ -84,10 +84,13 @@ def _onnxruntime() -> Finding:
 def _cpu_operators() -> Finding:
     from glm4_plugins.block_product import kernels
 
-    name, found = "run: target cpu", kernels()
+    name, advice = "run: target cpu", "install a C++ compiler, and glm4-deploy again"
+    try:
+        found = kernels()
+    except (OSError, AttributeError) as error:  # of another platform, damaged, or of another version
+        return Finding(name, False, f"its operators cannot be loaded: {error}", advice)
     if found is None:
-        advice = "install a C++ compiler, and glm4-deploy again"
-        return Finding(name, False, "its operators were not built, for want of a C++ compiler", advice)
+        return Finding(name, False, "its operators were not built when glm4-deploy was installed", advice)
     return Finding(name, True, f"{found} kernels")
 
 

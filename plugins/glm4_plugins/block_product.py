@@ -85,7 +85,7 @@ def block_product(
 
 
 def library() -> Path | None:
-    """The operator's library for ONNX Runtime; None where it was not built, for want of a C++ compiler."""
+    """The operator's library for ONNX Runtime; None where it was not built with the package."""
     folder = Path(__file__).parent
     return next((path for s in EXTENSION_SUFFIXES if (path := folder / f"cpu_operators{s}").is_file()), None)
 

@@ -10,6 +10,7 @@ import pytest
 from checkpoints import tiny_config, write_checkpoint
 from cpu_operators import needs_cpu_operators
 
+from glm4_deploy import doctor
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_exporters.pieces import GraphPieces
 from glm4_plugins import block_product
@@ -145,12 +146,27 @@ def test_without_a_compiler_nothing_is_hidden(tmp_path, checkpoint, bundle, monk
     monkeypatch.setattr(ort_session, "LIBRARY", "never_built")
     with pytest.raises(BundleError, match=r"were not built .* --target ort"):
         Session.open(bundle)
+    with pytest.raises(BundleError, match="were not built"):
+        GraphPieces(bundle).run([{"input_ids": np.array([[1]])}])
     monkeypatch.setattr("glm4_plugins.block_product.library", lambda: None)
     with pytest.raises(ExportError, match=r"were not built .* --no-parity"):
         export(checkpoint, tmp_path / "b", CPU)
     options = ExportOptions(target="cpu", max_seq_len=256, max_batch_size=6, parity=False)
     without = export(checkpoint, tmp_path / "b", options).bundle
     assert (without / "model.onnx.data").read_bytes() == (bundle / "model.onnx.data").read_bytes()
+
+
+def test_a_library_that_cannot_be_loaded_is_said_to_be_so(bundle, tmp_path, monkeypatch):
+    damaged = tmp_path / "cpu_operators.so"
+    damaged.write_bytes(b"of another platform")
+    monkeypatch.setattr(ort_session, "operator_library", lambda: damaged)
+    with pytest.raises(BundleError, match=r"cannot open .*cpu_operators"):
+        Session.open(bundle)
+    monkeypatch.setattr(block_product, "library", lambda: damaged)
+    monkeypatch.setattr(block_product, "kernels", block_product.kernels.__wrapped__)
+    found = next(f for f in doctor.examine()["findings"] if f["name"] == "run: target cpu")
+    assert not found["works"]
+    assert "cannot be loaded" in found["detail"]
 
 
 def test_a_damaged_shape_is_refused_and_not_read_past(bundle, tmp_path):

@@ -106,6 +106,17 @@ def test_kernels_agree_bit_by_bit_and_so_do_rows_alone(product, columns, width, 
         np.testing.assert_array_equal(alone, together[::5])
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", range(1, 14))
+def test_every_number_of_rows(product, bits, rows):
+    """Tiles of 6 rows, of what is left of them, and of 4-bit numbers that were unpacked for several."""
+    matrix = Matrix(64, 256, bits, 128)
+    x = np.random.default_rng(rows).standard_normal((rows, 256)).astype(np.float32)
+    together = product("portable", x, matrix)
+    for name in (None, "avx2"):
+        np.testing.assert_array_equal(product(name, x, matrix), together)
+
+
 def test_gates_agree_bit_by_bit(product):
     matrix = Matrix(384, 256, 4, 32)
     x = np.random.default_rng(1).standard_normal((50, 256)).astype(np.float32) * 3

@@ -1,6 +1,7 @@
 """Attention on the CPU: every set of kernels against the NumPy meaning, and rows against themselves in other company."""
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ KERNELS = ("avx512-vnni", "avx2", "portable")
 # Where a processor multiplies and adds in one step; the portable kernels do in two.
 FUSED = KERNELS[:2]
 CACHES = ("past_key", "past_value")
+SCALES = ("key_scale", "value_scale")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,32 @@ def test_fused_kernels_agree_bit_by_bit(attend, sizes):
         np.testing.assert_array_equal(a, b)
 
 
+def with_int8_cache(case):
+    """The case with a random int8 cache, and the scales of its keys and values."""
+    rng = np.random.default_rng(1)
+    _, kv_heads, _, dim = case["past_key"].shape
+    scales = [rng.uniform(0.01, 0.03, (kv_heads, dim)).astype(np.float32) for _ in CACHES]
+    return case | {name: rng.integers(-128, 128, case[name].shape, np.int8) for name in CACHES}, scales
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_fused_kernels_agree_bit_by_bit_over_an_int8_cache(attend, sizes):
+    case, attributes = case_of(sizes)
+    case, scales = with_int8_cache(case)
+    first, second = (attend(kernels, case, attributes, *scales) for kernels in FUSED)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_an_int8_cache_saturates_what_is_not_finite(attend, kernels):
+    case, attributes = case_of("decode of the 9B")
+    case, scales = with_int8_cache(case)
+    case["value"][0, 0, :3] = np.inf, -np.inf, np.nan
+    _, _, values = attend(kernels, case, attributes, *scales)
+    np.testing.assert_array_equal(values[0, 0, 513, :3], [127, -128, -128])
+
+
 def sequence_of(case, b, start, stop):
     """Tokens start ... stop - 1 of one sequence of a case, after those before them."""
     part = {name: array[b : b + 1] for name, array in case.items() if name not in ("cos", "sin")}
@@ -142,9 +170,7 @@ def test_an_int8_cache(attend, kernels, sizes):
     """Against attention over what the stored numbers stand for."""
     case, attributes = case_of(sizes)
     _, kv_heads, _, dim = case["past_key"].shape
-    rng = np.random.default_rng(1)
-    scales = [rng.uniform(0.01, 0.03, (kv_heads, dim)).astype(np.float32) for _ in CACHES]
-    stored = case | {name: rng.integers(-128, 128, case[name].shape, np.int8) for name in CACHES}
+    stored, scales = with_int8_cache(case)
     meant = case | {
         name: stored[name] * scale[None, :, None] for name, scale in zip(CACHES, scales, strict=True)
     }
@@ -190,6 +216,7 @@ def test_impossible_attention_is_refused(attend):
         {"past_lengths": np.array([0, 1, 2, -1], np.int32)},
         {"query_lengths": np.array([6, 1, 1, 1], np.int32)},
         {"cos": case["cos"][:100], "sin": case["sin"][:100]},
+        {"past_key": np.zeros((4, 1, 9, 1 << 17), np.float32), "past_lengths": np.zeros(4, np.int32)},
     ):
         assert attend(None, case | change, attributes) == 2, change
 
@@ -215,9 +242,11 @@ def test_very_large_scores(attend):
 # In ONNX Runtime ----------------------------------------------------------------------------------
 
 
-def node_session(attributes, cache_type=np.float32, scales=(), threads=2, past=True):
+PAST = (*CACHES, "past_lengths")
+
+
+def node_session(attributes, cache_type=np.float32, scales=(), threads=2, lacking=()):
     """The operator alone in a graph."""
-    lacking = () if past else ("past_key", "past_value", "past_lengths")
     names = [*("" if name in lacking else name for name in INPUTS), *scales]
     node = onnx.helper.make_node(OP_TYPE, names, list(OUTPUTS), domain=DOMAIN, **vars(attributes))
     types = dict.fromkeys(CACHES, cache_type) | dict.fromkeys(("past_lengths", "query_lengths"), np.int32)
@@ -254,6 +283,19 @@ def test_onnx_runtime_runs_it_on_any_number_of_threads(attend, sizes, threads):
     np.testing.assert_array_equal(found[2], expected[2])
 
 
+def test_one_session_runs_many_at_once(attend):
+    cases = [case_of("several tokens after several pasts", seed) for seed in range(8)]
+    expected = [attend(None, case, attributes)[0] for case, attributes in cases]
+    session = node_session(cases[0][1])
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            for found, wanted in zip(
+                pool.map(lambda one: session.run(None, one[0])[0], cases), expected, strict=True
+            ):
+                for b, length in enumerate(cases[0][0]["query_lengths"]):
+                    np.testing.assert_array_equal(found[b, :length], wanted[b, :length])
+
+
 def test_a_present_bound_to_its_past_is_written_in_place(attend):
     case, attributes = case_of("several tokens after several pasts")
     expected, *caches = attend(None, case, attributes)
@@ -275,13 +317,9 @@ def test_a_present_bound_to_its_past_is_written_in_place(attend):
 
 def test_onnx_runtime_takes_an_int8_cache(attend):
     case, attributes = case_of("several tokens after several pasts")
-    rng = np.random.default_rng(1)
-    scales = {
-        name: rng.uniform(0.01, 0.03, (2, 24)).astype(np.float32) for name in ("key_scale", "value_scale")
-    }
-    case |= {name: rng.integers(-128, 128, case[name].shape, np.int8) for name in CACHES}
-    expected = attend(None, case, attributes, *scales.values())
-    found = node_session(attributes, np.int8, tuple(scales)).run(None, case | scales)
+    case, scales = with_int8_cache(case)
+    expected = attend(None, case, attributes, *scales)
+    found = node_session(attributes, np.int8, SCALES).run(None, case | dict(zip(SCALES, scales, strict=True)))
     assert [array.dtype for array in found] == [np.float32, np.int8, np.int8]
     for b, length in enumerate(case["query_lengths"]):
         np.testing.assert_array_equal(found[0][b, :length], expected[0][b, :length])
@@ -295,7 +333,7 @@ def test_without_a_past():
     case["past_key"], case["past_value"] = (case[name][:, :, :70] for name in CACHES)
     expected, *_ = partial_rope_gqa_attention(**case, attributes=attributes)
     given = {name: array for name, array in case.items() if not name.startswith("past_")}
-    output, keys, _ = node_session(attributes, past=False).run(None, given)
+    output, keys, _ = node_session(attributes, lacking=PAST).run(None, given)
     np.testing.assert_allclose(output, expected, rtol=2e-5, atol=2e-5)
     assert keys.shape == case["past_key"].shape
 
@@ -322,3 +360,18 @@ def test_onnx_runtime_hears_what_is_wrong(change, why):
     session = node_session(attributes)
     with pytest.raises(Exception, match=f"PartialRopeGqaAttention: .*{why}"):
         session.run(None, case | change)
+
+
+@pytest.mark.parametrize("lacking", [PAST[:1], PAST[1:2], PAST[2:], PAST[:2], PAST[1:]])
+def test_onnx_runtime_hears_of_half_a_past(lacking):
+    case, attributes = case_of("several tokens after several pasts")
+    given = {name: array for name, array in case.items() if name not in lacking}
+    with pytest.raises(Exception, match="come together or not at all"):
+        node_session(attributes, lacking=lacking).run(None, given)
+
+
+def test_onnx_runtime_hears_of_scales_without_an_int8_cache():
+    case, attributes = case_of("several tokens after several pasts")
+    scales = {name: np.ones((2, 24), np.float32) for name in SCALES}
+    with pytest.raises(Exception, match="scales are of an int8 cache"):
+        node_session(attributes, scales=SCALES).run(None, case | scales)

@@ -1,6 +1,7 @@
 // How attention is cut into pieces of work.
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <memory>
 #include <new>
 #include <vector>
@@ -11,9 +12,13 @@ namespace glm4 {
 namespace {
 
 constexpr int64_t kRowsWorthThreads = 32;        // new positions whose keys and values are stored by several threads
+constexpr int64_t kMost = 1 << 16;               // numbers of a piece are counted in ints
 constexpr int64_t kMostPartialFloats = 8 << 20;  // 32 MB of partial results; beyond it, a piece goes through all keys
 
+enum Purpose { kScratch, kPartials };
+
 // Memory of one thread, kept from one run to the next.
+template <Purpose>
 float* thread_memory(size_t floats) {
   thread_local std::vector<float> memory;
   if (memory.size() < floats + 16) memory.resize(floats + 16);
@@ -26,11 +31,11 @@ class Run {
   Run(const AttentionKernels& kernels, const AttentionShape& shape, const AttentionData& data)
       : kernels_(kernels), shape_(shape), data_(data), rows_(shape.together() * shape.group) {
     for (int64_t b = 0; b < shape.batch; ++b) chunks_ = std::max(chunks_, chunks_of(b));
-    // One piece per sequence and head leaves threads idle: then its chunks are work by themselves.
+    // One piece per sequence and head may be too few for the threads: its chunks are then work by themselves.
     const int64_t heads = shape.batch * shape.kv_heads;
     split_ = shape.pieces() == 1 && chunks_ > 1 && heads * chunks_ * partial_floats() <= kMostPartialFloats;
     if (!split_) return;
-    partials_.resize(size_t(heads * chunks_ * partial_floats()));
+    partials_ = thread_memory<kPartials>(size_t(heads * chunks_ * partial_floats()));
     left_ = std::make_unique<std::atomic<int64_t>[]>(size_t(heads));
     for (int64_t head = 0; head < heads; ++head) left_[head] = chunks_of(head / shape.kv_heads);
   }
@@ -94,7 +99,7 @@ class Run {
         one_chunk(at / chunks_, at % chunks_);
       else  // the last positions, which see most, first
         all_chunks(at % heads, shape_.pieces() - 1 - at / heads);
-    } catch (const std::bad_alloc&) {  // which must not reach C
+    } catch (const std::exception&) {  // which must not reach C
       starved_ = true;
     }
   }
@@ -161,7 +166,7 @@ class Run {
     const int64_t left = data_.lengths[piece.b] - piece.first;
     if (left <= 0) return;
     if (piece.count > left) piece.count = left;
-    float* memory = thread_memory(scratch_floats() + 2 * size_t(partial_floats()));
+    float* memory = thread_memory<kScratch>(scratch_floats() + 2 * size_t(partial_floats()));
     const AttentionScratch scratch = scratch_at(memory);
     const float* queries = turned(piece, scratch.scores + rows_ * kChunk);
     const Partial sum = partial_at(memory + scratch_floats());
@@ -179,7 +184,7 @@ class Run {
     const Piece piece = {head / shape_.kv_heads, head % shape_.kv_heads, 0, data_.lengths[head / shape_.kv_heads]};
     const int64_t chunks = chunks_of(piece.b);
     if (chunk >= chunks) return;
-    float* memory = thread_memory(scratch_floats());
+    float* memory = thread_memory<kScratch>(scratch_floats());
     const AttentionScratch scratch = scratch_at(memory);
     const float* queries = turned(piece, scratch.scores + rows_ * kChunk);
     attend(piece, chunk, queries, scratch, partial_of(head, chunk));
@@ -191,7 +196,7 @@ class Run {
   }
 
   Partial partial_of(int64_t head, int64_t chunk) {
-    return partial_at(partials_.data() + (head * chunks_ + chunk) * partial_floats());
+    return partial_at(partials_ + (head * chunks_ + chunk) * partial_floats());
   }
 
   const AttentionKernels& kernels_;
@@ -200,7 +205,7 @@ class Run {
   const int64_t rows_;  // of a piece, at most
   int64_t chunks_ = 1;  // of the longest sequence
   bool split_ = false;
-  std::vector<float> partials_;
+  float* partials_ = nullptr;  // of every chunk, of the thread that calls
   std::unique_ptr<std::atomic<int64_t>[]> left_;  // chunks not yet done, by sequence and head
   std::atomic<bool> starved_{false};
 };
@@ -209,6 +214,8 @@ class Run {
 
 const char* refusal(const AttentionShape& shape) {
   if (shape.kv_heads <= 0 || shape.group <= 0 || shape.dim <= 0) return "num_heads is no multiple of kv_num_heads";
+  if (shape.group > kMost || shape.dim > kMost) return "more than 65536 query heads for a key head, or dims of a head";
+  if (shape.batch < 0 || shape.sequence < 0 || shape.capacity < 0) return "a size is negative";
   if (shape.rotary < 0 || shape.rotary % 2 != 0 || shape.rotary > shape.dim)
     return "rotary_embedding_dim must be even, and no more than the head size";
   return nullptr;

@@ -2,7 +2,9 @@
 //
 // Keys are attended to in chunks of 256 from the sequence's start. For each chunk a row gets its largest score, the sum
 // of its weights and the weighted sum of the values by themselves, and these are merged chunk after chunk. So a row
-// has the same bits alone, in a batch, in a prompt, in a part of one, and on any number of threads.
+// has the same bits alone, in a batch, in a prompt, in a part of one, and on any number of threads: a row of finite
+// numbers, that is. The weights of what a row does not see are zeros, and zero times a NaN or an infinity of a later
+// token of the same piece is NaN.
 //
 // The cache is float32, or int8 with a scale per head and channel: a stored number is round(x / scale), and the scales
 // are folded into the queries and into the result, so that the numbers are read as they are.

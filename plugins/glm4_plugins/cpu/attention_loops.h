@@ -229,7 +229,7 @@ void store_row(const AttentionShape& shape, const float* x, const float* cos, co
     float value = x[d];
     if (d < rotated) value = d % 2 ? x[d - 1] * sin[i] + x[d] * cos[i] : x[d] * cos[i] - x[d + 1] * sin[i];
     value /= scales[d];
-    value = value < -128.0f ? -128.0f : value > 127.0f ? 127.0f : value;
+    value = value > -128.0f ? value < 127.0f ? value : 127.0f : -128.0f;  // a NaN, too, is -128
     stored[d] = int8_t(value + 12582912.0f - 12582912.0f);  // to the nearest, ties to even
   }
 }

@@ -3,6 +3,7 @@
 // Inputs, outputs and attributes are those of operator.py, in float32; with an int8 cache, the scales of its keys and
 // values [kv_heads, head_size] follow. Where a present is bound to the memory of its past, only new rows are written.
 #include <cstring>
+#include <exception>
 #include <new>
 #include <string>
 #include <vector>
@@ -56,19 +57,21 @@ ort::Status* present(const Kernel& self, ort::Context* context, size_t index, co
   return nullptr;
 }
 
+// An optional input that is left out has no shape; data, where it holds nothing, it may not have either way.
+bool given(const Shape& shape) { return !shape.empty(); }
+
 ort::Status* compute(void* kernel, ort::Context* context) {
   const Kernel& self = *static_cast<const Kernel*>(kernel);
   void* at[kInputs];
   Shape shapes[kInputs];
-  for (size_t i = 0; i < kInputs; ++i) {
-    if (i >= kKeyScales && !self.quantized) break;
-    GLM4_RETURN(read_input(self.api, context, i, &at[i], &shapes[i]));
-  }
+  for (size_t i = 0; i < kInputs; ++i) GLM4_RETURN(read_input(self.api, context, i, &at[i], &shapes[i]));
   const Shape& query = shapes[kQuery];
   if (query.size() != 3 || query[2] <= 0 || query[2] % self.heads != 0)
     return self.error("query is not [batch, sequence, num_heads * head_size]");
   const int64_t dim = query[2] / self.heads;
-  const bool has_past = at[kPastKey] != nullptr;
+  const bool has_past = given(shapes[kPastKey]);
+  if (given(shapes[kPastValue]) != has_past || given(shapes[kPast]) != has_past)
+    return self.error("past_key, past_value and past_lengths come together or not at all");
   const int64_t capacity = has_past && shapes[kPastKey].size() == 4 ? shapes[kPastKey][2] : query[1];
   const Shape cache = {query[0], self.kv_heads, capacity, dim}, added = {query[0], query[1], self.kv_heads * dim};
   const Shape batch = {query[0]}, scales = {self.kv_heads, dim};
@@ -80,6 +83,8 @@ ort::Status* compute(void* kernel, ort::Context* context) {
     return self.error("cos and sin are not [positions, rotary_embedding_dim / 2]");
   if (self.quantized && (shapes[kKeyScales] != scales || shapes[kValueScales] != scales))
     return self.error("the cache's scales are not [kv_num_heads, head_size]");
+  if (!self.quantized && (given(shapes[kKeyScales]) || given(shapes[kValueScales])))
+    return self.error("scales are of an int8 cache, and this one is float32");
   const AttentionShape shape = {query[0], query[1], capacity, self.kv_heads, self.heads / self.kv_heads, dim,
                                 self.rotary, shapes[kCos][0], self.scale, self.quantized};
   AttentionData data = {};
@@ -113,7 +118,7 @@ ort::Operator describe() {
   op.compute_checked = [](void* kernel, ort::Context* context) -> ort::Status* {
     try {
       return compute(kernel, context);
-    } catch (const std::bad_alloc&) {  // which must not reach C
+    } catch (const std::exception&) {  // which must not reach C
       return static_cast<const Kernel*>(kernel)->api.error("PartialRopeGqaAttention: no memory for the scores");
     }
   };
@@ -158,7 +163,7 @@ GLM4_EXPORT int glm4_attention(const char* kernels, const int64_t* sizes, float 
   bool starved = false;
   try {
     glm4::attend(chosen->attention, shape, data, glm4::OneThread(), &starved);
-  } catch (const std::bad_alloc&) {
+  } catch (const std::exception&) {
     return 3;
   }
   return starved ? 3 : 0;

@@ -6,10 +6,14 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
 #pragma GCC push_options
 // As for AVX-512: attention is a third slower with it.
 #pragma GCC optimize("no-tree-pre")
 #pragma GCC target("avx2,fma")
+#endif
 
 #include "loops.h"
 
@@ -92,5 +96,9 @@ extern const Kernels kAvx2Kernels;
 const Kernels kAvx2Kernels = {"avx2", round_row, multiply_panel, gate_up, kAttention};
 
 }  // namespace glm4
+#ifdef __clang__
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 #endif

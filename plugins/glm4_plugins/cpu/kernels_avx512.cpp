@@ -7,10 +7,14 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma"))), apply_to = function)
+#else
 #pragma GCC push_options
 // GCC 12 otherwise keeps copies of a tile's sums across the loop, and spills them.
 #pragma GCC optimize("no-tree-pre")
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")
+#endif
 
 #include "loops.h"
 
@@ -149,5 +153,9 @@ extern const Kernels kAvx512Kernels;
 const Kernels kAvx512Kernels = {"avx512-vnni", round_row, multiply_panel, gate_up, kAttention};
 
 }  // namespace glm4
+#ifdef __clang__
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 #endif

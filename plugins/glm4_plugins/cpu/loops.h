@@ -25,6 +25,12 @@ void round_row(const Weights& w, const float* x, const Rounded& to, int row) {
     }
     float largest;
     std::memcpy(&largest, &most, sizeof largest);
+    if (!std::isfinite(largest)) {  // it passes on through its scale
+      std::memset(out, 0, size_t(w.block));
+      to.scales[b * kRows + row] = NAN;
+      to.starts[b * kRows + row] = 0;
+      continue;
+    }
     const float inverse = largest > kSmallest ? 127.0f / largest : 0.0f;
     int32_t sum = 0;
     for (int i = 0; i < count; ++i) {
@@ -34,8 +40,7 @@ void round_row(const Weights& w, const float* x, const Rounded& to, int row) {
       sum += number;
     }
     if (count < w.block) std::memset(out + count, 0, w.block - count);
-    // Infinities and NaNs of x pass on through its scale.
-    to.scales[b * kRows + row] = std::isfinite(largest) ? largest / 127.0f : NAN;
+    to.scales[b * kRows + row] = largest / 127.0f;
     to.starts[b * kRows + row] = -w.zero() * sum;
   }
 }

@@ -5,6 +5,7 @@
 // Output: float32 [..., columns]; gated, silu(the first half of the columns) * the second, [..., columns / 2].
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <new>
 #include <vector>
 
@@ -22,10 +23,8 @@ struct Scratch {
 
   void reserve(size_t blocks, size_t block) {
     if (numbers.size() < blocks * block) numbers.resize(blocks * block);
-    if (scales.size() < blocks) {
-      scales.resize(blocks);
-      starts.resize(blocks);
-    }
+    if (scales.size() < blocks) scales.resize(blocks);
+    if (starts.size() < blocks) starts.resize(blocks);
   }
 };
 
@@ -170,7 +169,7 @@ const ort::Operator kProductOperator = [] {
   op.compute_checked = [](void* kernel, ort::Context* context) -> ort::Status* {
     try {
       return compute(kernel, context);
-    } catch (const std::bad_alloc&) {  // which must not reach C
+    } catch (const std::exception&) {  // which must not reach C
       return static_cast<const Kernel*>(kernel)->api.error("BlockQuantizedMatMul: no memory for the rounded inputs");
     }
   };
@@ -190,16 +189,20 @@ const ort::Operator kProductOperator = [] {
 }  // namespace glm4
 
 // The product on one thread, by the kernels named, or the processor's fastest where null.
-// 0 when done, 1 where this processor does not run them, 2 where there is no such product.
+// 0 when done, 1 where this processor does not run them, 2 where there is no such product, 3 without memory.
 GLM4_EXPORT int glm4_product(const char* kernels, const float* x, int64_t rows, const uint8_t* numbers,
                              const uint16_t* scales, const float* bias, int64_t columns, int64_t width, int bits,
                              int block, int gated, float* y) {
   const glm4::Kernels* chosen = glm4::choose_kernels(kernels);
   if (chosen == nullptr) return 1;
   const glm4::Weights w = {numbers, scales, bias, columns, width, bits, block};
-  if (glm4::refusal(w, gated != 0) != nullptr) return 2;
+  if (rows < 0 || glm4::refusal(w, gated != 0) != nullptr) return 2;
   glm4::Scratch scratch;
   glm4::Product product = {chosen, w, gated != 0, x, y, rows, &scratch};
-  product.run(glm4::OneThread());
+  try {
+    product.run(glm4::OneThread());
+  } catch (const std::exception&) {
+    return 3;
+  }
   return 0;
 }

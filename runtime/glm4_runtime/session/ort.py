@@ -119,10 +119,11 @@ class OrtSession(Session):
         self.provider, self.skipped = choose_provider(manifest, ort.get_available_providers(), provider)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-        if manifest.dialect == "cpu":
-            options.register_custom_ops_library(str(operator_library()))
         options.log_severity_level = 3  # errors; what it warns of is decided above
+        library = operator_library() if manifest.dialect == "cpu" else None
         try:
+            if library is not None:
+                options.register_custom_ops_library(str(library))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self._session = ort.InferenceSession(str(folder / GRAPH), options, providers=[self.provider])

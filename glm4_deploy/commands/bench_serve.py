@@ -11,16 +11,12 @@ from glm4_deploy import show
 from glm4_deploy.commands.numbers import numbers
 from glm4_runtime.errors import RequestError
 
+CLIENTS = "1,2,4,8"
+
 
 @click.command("bench-serve")
 @click.argument("url")
-@click.option(
-    "--clients",
-    default="1,2,4,8",
-    show_default=True,
-    metavar="N,...",
-    help="Closed loops of so many clients.",
-)
+@click.option("--clients", metavar="N,...", help=f"Closed loops of so many clients.  [default: {CLIENTS}]")
 @click.option(
     "--rate", metavar="R,...", help="Open loops of so many requests per second, instead of --clients."
 )
@@ -45,7 +41,7 @@ from glm4_runtime.errors import RequestError
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def command(
     url: str,
-    clients: str,
+    clients: str | None,
     rate: str | None,
     honour_eos: bool,
     output: Path | None,
@@ -57,6 +53,8 @@ def command(
 
     Each load is so many clients that ask one request after the other, or requests that arrive at a rate.
     """
+    if clients is not None and rate is not None:
+        raise click.UsageError("--clients and --rate are two kinds of load; name one of them.")
     try:
         from glm4_deploy.load import Load, measure, plot
     except ModuleNotFoundError as error:
@@ -64,7 +62,9 @@ def command(
     points: list[dict[str, Any]] = (
         [{"rate": value} for value in numbers("--rate", rate, float)]
         if rate is not None
-        else [{"clients": value} for value in numbers("--clients", clients, int)]
+        else [
+            {"clients": value} for value in numbers("--clients", CLIENTS if clients is None else clients, int)
+        ]
     )
     for file in (output, plot_file):
         show.require_writable(file)

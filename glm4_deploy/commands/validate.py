@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from glm4_deploy import show
 from glm4_runtime.errors import GateError, RequestError
@@ -117,6 +118,8 @@ def command(
     as_json: bool,
 ) -> None:
     """Measure how far BUNDLE is from its checkpoint, and fail with exit code 3 where a gate's limit is exceeded."""
+    if no_gate and click.get_current_context().get_parameter_source("gate") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--gate judges and --no-gate does not; leave one of them out.")
     if no_gate and junit is not None:
         raise click.UsageError("--junit writes the gate's checks, and --no-gate leaves none.")
     if bits is not None and sensitivity is None:

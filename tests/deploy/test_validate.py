@@ -209,6 +209,17 @@ def test_a_failed_gate_names_each_metric_and_exits_with_3(tmp_path, int8, tiny_c
     assert "kl_mean is" in failures[0].get("message")
 
 
+@pytest.mark.parametrize(
+    "contrary", [["--no-gate", "--gate", "strict"], ["--no-gate", "--junit", "x.xml"], ["--bits", "5"]]
+)
+def test_options_that_mean_nothing_together_are_refused(int8, tiny_checkpoint, contrary):
+    result = CliRunner().invoke(
+        cli.cli, ["validate", str(int8), "--reference", str(tiny_checkpoint), *contrary]
+    )
+    assert result.exit_code == 2
+    assert "Error: --" in result.output
+
+
 def test_what_failed_is_said_line_by_line(tmp_path, int8, tiny_checkpoint, ids, capsys):
     gate = tmp_path / "gate.toml"
     gate.write_text("[int8]\nkl_mean = 1e-9\ntop1_agreement = 1.01\nperplexity_ratio = 2\n")

@@ -106,10 +106,9 @@ def _logit_bias(given: dict[str, float]) -> dict[int, float]:
 
 
 def require_choices(engine: Engine, count: int) -> None:
-    if count > engine.options.max_choices:
-        raise ApiError(
-            400, f"{count} replies were asked for; this server gives {engine.options.max_choices}", param="n"
-        )
+    most = min(engine.options.max_choices, engine.options.max_queue)  # they are queued one by one, or none is
+    if count > most:
+        raise ApiError(400, f"{count} replies were asked for; this server gives {most}", param="n")
 
 
 def require_stream_options(body: schema.Sampling) -> bool:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -169,15 +170,21 @@ def test_the_real_scheduler_ends_a_late_request(server_of, demo_bundle):
 
 
 def test_a_full_queue_is_told(server_of, demo_bundle):
-    with server_of(demo_bundle, max_queue=1) as server:
-        refused = httpx.post(
-            server.url + CHAT, json=ASKED | {"n": 16, "ignore_eos": True, "temperature": 1}, timeout=30
-        )
-        assert refused.status_code == 429
+    with server_of(demo_bundle, max_queue=2) as server:
+        pair = ASKED | {"n": 2, "ignore_eos": True, "temperature": 1}
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(
+                pool.map(lambda _: httpx.post(server.url + CHAT, json=pair, timeout=60), range(12))
+            )
+        assert {answer.status_code for answer in answers} == {200, 429}
+        refused = next(answer for answer in answers if answer.status_code == 429)
         assert refused.json()["error"]["type"] == "rate_limit_error"
         assert int(refused.headers["retry-after"]) >= 1
         again = httpx.post(server.url + CHAT, json=ASKED | {"max_tokens": 2}, timeout=30)
         assert again.status_code == 200
+        never = httpx.post(server.url + CHAT, json=pair | {"n": 3}, timeout=30)
+        assert never.status_code == 400
+        assert "this server gives 2" in never.json()["error"]["message"]
 
 
 def test_a_disconnect_frees_the_slot(server_of, demo_bundle):

@@ -43,7 +43,8 @@ READ_BUFFERS = 4  # one is read into, one is cast, two wait for their hash
 WRITE_BLOCK = 32 << 20
 WRITE_BUFFERS = 4
 TABLE_ROWS = 1 << 16
-M_MMAP_THRESHOLD, MAPPED_FROM = -3, 1 << 18  # glibc's malloc.h; bytes
+M_TRIM_THRESHOLD, KEPT = -1, 64 << 20  # glibc's malloc.h; bytes
+M_MMAP_THRESHOLD, MAPPED_FROM = -3, 2 << 20
 QUANTIZED_AT_ONCE = 1 << 18  # numbers that one thread works on, in float32: a core's own cache holds them
 
 T = TypeVar("T")
@@ -147,7 +148,7 @@ def write_weights(
         ExportError: a weight does not fit the type it is cast to.
         OSError: the disk is full.
     """
-    _map_large_blocks()
+    _keep_freed()
     total = stored_bytes(tensors)
     dtypes = {tensor.name: tensor.dtype for tensor in tensors}
     with _one_torch_thread(), _AlignedFile(path) as file, _Writer(checkpoint, edits, file, dtypes) as writer:
@@ -271,7 +272,9 @@ class _Writer:
         step = max(1, QUANTIZED_AT_ONCE // (block.shape[1] * ROWS_TOGETHER)) * ROWS_TOGETHER
         starts = range(0, len(block), step)
         jobs = [self._quantizers.submit(work, first + start, block[start : start + step]) for start in starts]
-        return (job.result() for job in jobs)
+        for job in jobs:
+            yield job.result()
+        _give_back_freed()
 
     def _read(self, canonical: str) -> Iterator[tuple[int, Tensor]]:
         """Row blocks of a tensor, hashed on another thread."""
@@ -310,14 +313,22 @@ def _require_range(name: str, flat: Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def _map_large_blocks() -> None:
-    """Let glibc map and unmap what quantizing takes and frees.
+def _keep_freed() -> None:
+    """Let glibc keep what quantizing frees for what it takes next.
 
-    Its own threshold grows with every block that is freed, until each thread's heap keeps what it once had:
-    an int4 export of a 9B held 2.4 GB. Other C libraries have no such option, and none to set.
+    By default it gives most of it back at once, and every page is then faulted in again: of an export's time
+    that was half. Other C libraries have no such options, and none to set.
     """
     with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_FROM)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, MAPPED_FROM)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT)
+
+
+def _give_back_freed() -> None:
+    """Now and then, since aligned blocks leave holes that nothing fits into: an int4 export of a 9B held 2.4 GB."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

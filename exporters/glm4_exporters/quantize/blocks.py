@@ -73,11 +73,11 @@ def pack_panels(numbers: Tensor, scheme: Scheme) -> Tensor:
     assert scheme.block is not None
     rows = _whole_panels(numbers)
     unsigned = (rows.view(torch.uint8) ^ 0x80) if scheme.bits == 8 else (rows + scheme.zero).view(torch.uint8)
-    groups = unsigned.view(-1, PANEL, numbers.shape[1] // scheme.block, scheme.block // 4, 4)
-    groups = groups.permute(0, 2, 3, 1, 4).contiguous()
+    fours = unsigned.view(torch.int32)  # the four inputs of a group move as one
     if scheme.bits == 4:
-        groups = groups[:, :, 0::2] | groups[:, :, 1::2] << 4
-    return groups.flatten(2)
+        fours = fours[:, 0::2] | fours[:, 1::2] << 4
+    groups = fours.view(len(rows) // PANEL, PANEL, numbers.shape[1] // scheme.block, -1)
+    return groups.permute(0, 2, 3, 1).contiguous().view(torch.uint8).flatten(2)
 
 
 def scale_panels(scales: Tensor) -> Tensor:

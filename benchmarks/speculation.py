@@ -1,6 +1,6 @@
 """Prompt lookup on text editing: tokens per second with drafts and without, and that the tokens are the same.
 
-    python benchmarks/speculation.py BUNDLE --out benchmarks/results/speculation
+    python benchmarks/speculation.py BUNDLE --out benchmarks/results/speculation-int8
 
 The prompt is a text of 400 tokens, the answer the same text with one token in 25 replaced, which is what an
 editing model writes. Its logits are dictated, so that it can be any model: the session runs every step in

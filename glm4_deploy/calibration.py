@@ -143,15 +143,17 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
         remedy.norm_bits,
         scales,
         calibration,
-        _input_scales(form, static, remedy) | _fp8_scales(form, calibration, smoothing),
+        _input_scales(form, static, remedy) | _fp8_scales(form, calibration, smoothing, remedy),
         report,
     )
 
 
-def _fp8_scales(form: Form, calibration: "Calibration", smoothing: Any) -> dict[str, float]:
+def _fp8_scales(form: Form, calibration: "Calibration", smoothing: Any, remedy: "Remedy") -> dict[str, float]:
+    """Of every fp8 product's input, in the model as the remedy scales it."""
     from glm4_exporters.passes.fp8_products import fp8_scale
 
-    return {name: fp8_scale(float(smoothing.input_absmax(calibration, name).max())) for name in form.fp8}
+    largest = {name: float(smoothing.input_absmax(calibration, name).max()) for name in form.fp8}
+    return {name: fp8_scale(value) for name, value in _remedied(largest, remedy).items()}
 
 
 def _static(source: Checkpoint, form: Form) -> "StaticSmoothQuant | None":
@@ -163,16 +165,20 @@ def _static(source: Checkpoint, form: Form) -> "StaticSmoothQuant | None":
 
 
 def _input_scales(form: Form, static: "StaticSmoothQuant | None", remedy: "Remedy") -> dict[str, float]:
-    """Of every product of integers, in the model as the remedy scales it: values and up reach one matrix each."""
+    """Of every product of integers, in the model as the remedy scales it."""
     if static is None:
         return {}
-    scales = {name: static.input_scales[name] for name in form.integer_products}
+    return _remedied({name: static.input_scales[name] for name in form.integer_products}, remedy)
+
+
+def _remedied(inputs: dict[str, float], remedy: "Remedy") -> dict[str, float]:
+    """Magnitudes of matrices' inputs after the remedy: values and up reach one matrix each."""
     for index, bits in remedy.layers.items():
         for matrix, k in {"self_attn.o_proj": bits.value, "mlp.down_proj": bits.up}.items():
             name = f"model.layers.{index}.{matrix}.weight"
-            if name in scales:
-                scales[name] *= 2.0**-k
-    return scales
+            if name in inputs:
+                inputs[name] *= 2.0**-k
+    return inputs
 
 
 def _awq(source: Checkpoint, form: Form) -> "Awq | None":

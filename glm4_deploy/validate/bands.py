@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import onnx
 
 from glm4_deploy.validate.drift import BlockError
+from glm4_plugins.block_product import OPERATOR
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,15 @@ def arithmetic_of(nodes: Sequence[onnx.NodeProto], types: Mapping[str, int]) -> 
     """
     found = {"float32"}
     for node in nodes:
-        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+        kinds = {types.get(name, 0) for name in (*node.input, *node.output)}
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized", OPERATOR):
             bits = next(attribute.i for attribute in node.attribute if attribute.name == "bits")
             found.add(f"int{bits}")
-        elif node.op_type in QUANTIZED_ACTIVATIONS:
+            if node.op_type == OPERATOR:
+                continue  # of its types, only the stored scales' is not float32 or the numbers'
+        elif node.op_type in QUANTIZED_ACTIVATIONS and onnx.TensorProto.FLOAT8E4M3FN not in kinds:
             found.add("int8-sq")
-        for name in (*node.input, *node.output):
-            found.add(ARITHMETIC.get(types.get(name, 0), "float32"))
+        found.update(ARITHMETIC.get(kind, "float32") for kind in kinds)
     return max(found, key=ORDER.index)
 
 

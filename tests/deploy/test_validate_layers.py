@@ -63,7 +63,7 @@ def changed(good, folder, edit):
 
 FORMS = [("ort", "fp32"), ("native", "fp32"), ("ort", "fp16"), ("native", "fp16"), ("ort", "bf16"),
          ("ort", "int8"), ("native", "int8"), ("ort", "int4"),
-         pytest.param("cpu", "int8", marks=needs_cpu_operators)]  # fmt: skip
+         *(pytest.param("cpu", form, marks=needs_cpu_operators) for form in ("int8", "int4"))]  # fmt: skip
 
 
 @pytest.mark.parametrize(("target", "precision"), FORMS)

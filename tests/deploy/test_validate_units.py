@@ -6,10 +6,11 @@ import tomllib
 from importlib.resources import files
 
 import numpy as np
+import onnx
 import pytest
 
 from glm4_deploy import show
-from glm4_deploy.validate.bands import BANDS, ORDER, find_culprit, is_out_of_band
+from glm4_deploy.validate.bands import BANDS, ORDER, arithmetic_of, find_culprit, is_out_of_band
 from glm4_deploy.validate.drift import BlockError, Error, ErrorSum
 from glm4_deploy.validate.gates import INT8_CACHE, METRICS, NAMES, PRECISIONS, ROWS, Check, load_gate
 from glm4_deploy.validate.statistics import perplexity, perplexity_ratio
@@ -117,6 +118,21 @@ def test_one_bad_position_is_enough():
 def test_a_norm_in_an_int8_bundle_is_held_to_its_own_arithmetic():
     blocks = [block(0, "input_layernorm", "float32", 0.01, 0.01)]
     assert find_culprit(blocks).error.block == "input_layernorm"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_our_own_product_computes_with_its_numbers_and_not_with_its_scales_type(bits):
+    node = onnx.helper.make_node(
+        "BlockQuantizedMatMul", ["x", "w", "scales"], ["y"], domain="glm4", bits=bits
+    )
+    types = {"x": onnx.TensorProto.FLOAT, "w": onnx.TensorProto.UINT8, "scales": onnx.TensorProto.BFLOAT16}
+    assert arithmetic_of([node], types) == f"int{bits}"
+
+
+@pytest.mark.parametrize(("stored", "expected"), [("FLOAT8E4M3FN", "fp8"), ("INT8", "int8-sq")])
+def test_a_product_of_rounded_inputs_is_of_what_they_are_rounded_to(stored, expected):
+    nodes = [onnx.helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"])]
+    assert arithmetic_of(nodes, {"zero": getattr(onnx.TensorProto, stored)}) == expected
 
 
 def test_drift_is_held_to_the_coarsest_arithmetic_so_far():

@@ -121,6 +121,10 @@ def _gpus() -> str:
 
 
 def _serving() -> Finding:
+    name = "run: serving image"
+    missing = _missing("fastapi", "uvicorn", "llguidance", "prometheus_client")
+    if missing:
+        return Finding(name, False, f"{', '.join(missing)} not installed", "pip install 'glm4-deploy[serve]'")
     # A serving image holds neither; that the runtime imports neither is held by a test.
     present = [name for name in ("torch", "onnx") if not _missing(name)]
     detail = (
@@ -128,7 +132,7 @@ def _serving() -> Finding:
         if present
         else "no torch, no onnx needed"
     )
-    return Finding("run: serving image", True, detail)
+    return Finding(name, True, detail)
 
 
 def _tensorrt_rtx() -> Finding:

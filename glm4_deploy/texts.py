@@ -101,7 +101,7 @@ def _json_lines(path: Path, file: TextIO, tokenizer: Tokenizer | None, length: i
 def _json_document(where: str, line: str) -> str | list[int]:
     try:
         value: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TextError(f"{where} is not JSON: {error}") from error
     if isinstance(value, dict):
         value = value.get("text", value.get("input_ids"))

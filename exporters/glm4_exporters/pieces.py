@@ -19,10 +19,10 @@ import onnx
 import onnxruntime as ort
 
 from glm4_exporters.checkpoint import EMBEDDING
-from glm4_plugins.block_product import DOMAIN, OPERATOR, PANEL
+from glm4_plugins.block_product import DOMAIN, OPERATOR, PANEL, library
 from glm4_runtime.bundle import GRAPH
+from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
-from glm4_runtime.session.ort import operator_library
 
 Array = npt.NDArray[Any]
 Values = dict[str, Array]
@@ -163,7 +163,13 @@ class GraphPieces:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if any(node.domain == DOMAIN for node in piece.nodes):
-            options.register_custom_ops_library(str(operator_library()))
+            operators = library()
+            if operators is None:
+                raise ExportError(
+                    "the CPU operators were not built when glm4-deploy was installed; install a C++ compiler and "
+                    "glm4-deploy again"
+                )
+            options.register_custom_ops_library(str(operators))
         names, arrays = [], []
         for name, weight in weights.items():
             tensor = graph.initializer.add()

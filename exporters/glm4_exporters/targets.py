@@ -202,7 +202,7 @@ def choose_form(
     if task == "causal-lm" and not tied:
         found[HEAD] = precision.schemes["head"]
     if recipe is not None:
-        recipe.require_used({*found, EMBEDDING, HEAD})  # those that no target of ours leaves out
+        recipe.require_used({*found, EMBEDDING})  # which some targets look up as it is: one recipe serves all
         found |= {name: own for name in found if (own := recipe.scheme_of(name)) is not None}
     found = {name: target.schemes.get(scheme, scheme) for name, scheme in found.items()}
     whole_blocks = EMBEDDING in found and not config.hidden_size % (

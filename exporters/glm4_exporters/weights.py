@@ -316,8 +316,8 @@ def _require_range(name: str, flat: Tensor, dtype: torch.dtype) -> None:
 def _keep_freed() -> None:
     """Let glibc keep what quantizing frees for what it takes next.
 
-    By default it gives most of it back at once, and every page is then faulted in again: of an export's time
-    that was half. Other C libraries have no such options, and none to set.
+    By default it gives most of it back at once, and every page is faulted in again for the next few rows.
+    Other C libraries have no such options, and none to set.
     """
     with contextlib.suppress(AttributeError):
         libc = ctypes.CDLL(None)

@@ -110,7 +110,7 @@ def load_gate(name: str, manifest: Manifest) -> Gate:
         name: ``strict``, ``default``, ``loose`` or the path of a TOML file.
 
     Raises:
-        RequestError: no such gate, or one that names what is not known, or has no row for the bundle.
+        RequestError: no such gate, or one that names what is not known, or has no limit for the bundle.
     """
     row, table = row_of(manifest), _load_table(name)
     if row not in table:
@@ -118,6 +118,11 @@ def load_gate(name: str, manifest: Manifest) -> Gate:
             f"gate {name} has no limits for {row}; it has {', '.join(table) or 'none'}. Add [{_key(row)}] to it"
         )
     limits = {name: limit for name, limit in table[row].items() if manifest.task in METRICS[name].tasks}
+    if not limits:
+        raise RequestError(
+            f"gate {name} limits nothing that is measured of a {manifest.task} bundle; add a limit to "
+            f"[{_key(row)}], or say --no-gate"
+        )
     return Gate(name, row, limits)
 
 

@@ -85,6 +85,10 @@ def test_what_is_missing_is_said_with_the_extra_that_brings_it(monkeypatch):
     assert not found["works"]
     assert found["detail"] == "torch, onnxscript not installed"
     assert "[cpu,export]" in found["advice"]
+    pretend(monkeypatch, modules={"uvicorn": False})
+    found = finding("run: serving image")
+    assert (found["works"], found["detail"]) == (False, "uvicorn not installed")
+    pretend(monkeypatch, modules={"onnxruntime": False})
     found = finding("run: ONNX Runtime")
     assert (found["works"], found["detail"]) == (False, "not installed")
     assert "[cpu]" in found["advice"]

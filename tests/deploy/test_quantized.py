@@ -15,6 +15,7 @@ from benchmarks.make_hostile_checkpoints import write_overflow
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.quantize import blocks
+from glm4_exporters.quantize.recipe import Recipe
 from glm4_exporters.reference import load_model
 from glm4_exporters.targets import choose_form
 from glm4_plugins.block_product import OPERATOR, unpack
@@ -143,6 +144,16 @@ def test_the_other_tasks_are_quantized_too(tmp_path, task, precision, target):
     result = export(folder, tmp_path / "bundle", ExportOptions(target=target, precision=precision))
     assert result.parity is not None
     assert 1e-4 < result.parity.relative_error < 0.4
+
+
+def test_a_recipe_for_a_head_that_is_the_embedding_is_refused(tmp_path):
+    folder = write_checkpoint(tmp_path / "checkpoint", tiny_config(tie_word_embeddings=True))
+    recipe = Recipe({"lm_head.weight": "int4"})
+    with (
+        Checkpoint.load(folder) as checkpoint,
+        pytest.raises(ExportError, match=r"lm_head\.weight.* fits no tensor"),
+    ):
+        choose_form(checkpoint.config, "causal-lm", "ort", "int8", recipe=recipe)
 
 
 def test_a_tied_matrix_is_stored_once(tmp_path):

@@ -67,6 +67,7 @@ def test_ids_are_taken_as_they_are(tmp_path):
         ("a.jsonl", "{}", 'line 1 must be text, {"text"'),
         ("a.jsonl", "[1, true]", "line 1 must be text"),
         ("a.jsonl", "{", "line 1 is not JSON"),
+        ("a.jsonl", "[" * 200_000, "line 1 is not JSON"),
         ("a.txt", "some text", "no tokenizer.json; give token ids"),
     ],
 )

@@ -53,6 +53,17 @@ def assert_equal(device, host, lengths):
         assert np.isfinite(array_at(one)).all()
 
 
+def test_one_row_is_cleared_and_no_other(cuda):
+    for memory in memories(cuda, "float16", 3):
+        memory.resize(8, 0)
+        for row in range(3):
+            fill(memory, np.random.default_rng(row), row, 0, 8)
+        memory.clear(1)
+        for view in memory.views(0, 3):
+            assert array_at(view)[[0, 2]].all()
+            assert not array_at(view)[1].any()
+
+
 @pytest.mark.parametrize("kv_cache", ["float32", "float16"])
 @pytest.mark.parametrize("seed", range(8))
 def test_random_operations_leave_both_memories_equal(cuda, kv_cache, seed):

@@ -1,9 +1,12 @@
 """A serving image holds neither torch nor onnx: nothing in the runtime may load them."""
 
+import ast
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import glm4_runtime
 
@@ -38,3 +41,29 @@ def test_the_runtime_loads_neither_torch_nor_onnx_nor_our_other_packages():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+ROOT = Path(__file__).parents[2]
+# What each package imports of the others, as docs/architecture.md has it.
+MAY_IMPORT = {
+    "exporters/glm4_exporters": {
+        "glm4_plugins",
+        *(f"glm4_runtime.{m}" for m in ("bundle", "errors", "progress")),
+    },
+    "runtime/glm4_runtime": set(),
+    "plugins/glm4_plugins": set(),
+}
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_package_imports_of_the_others_what_it_may(package):
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                own = name.split(".")[0] == Path(package).name
+                allowed = any(name == one or name.startswith(f"{one}.") for one in MAY_IMPORT[package])
+                assert own or allowed or not name.startswith("glm4_"), f"{file} imports {name}"

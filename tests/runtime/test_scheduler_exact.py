@@ -214,10 +214,10 @@ def test_a_right_draft_saves_steps_and_ends_in_time(session, single, monkeypatch
 def test_sampling_under_drafts_takes_the_tokens_it_takes_alone(session, single, monkeypatch):
     """Whatever is drafted, right or wrong: 60 seeds, with the likeliest tokens as drafts."""
     prompt = (7, 8, 9, 10, 7, 8)
-    guesses = [[token.id for token in single.generate(prompt, SamplingParams(max_tokens=8, ignore_eos=True))]]
+    guess = [token.id for token in single.generate(prompt, SamplingParams(max_tokens=8, ignore_eos=True))]
     monkeypatch.setattr(
         "glm4_runtime.scheduler.batch.look_up",
-        lambda ids, count: Draft(np.array(guesses[0][len(ids) - len(prompt) :][:count] or [5]), 6),
+        lambda ids, count: Draft(np.array(guess[len(ids) - len(prompt) :][:count] or [5]), 6),
     )
     scheduler = Scheduler(session)
     monkeypatch.setattr(scheduler._batch._speculation, "width", always(4))

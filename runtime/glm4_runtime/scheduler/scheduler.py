@@ -136,9 +136,8 @@ class Scheduler:
             self._leave_queue()
             self._admit()
             return self._batch.step()
-        except (
-            BaseException
-        ) as error:  # a defect of ours, or a panic in an extension: the thread must outlive it
+        except BaseException as error:
+            # A defect of ours, or a panic in an extension: the thread must outlive it.
             logger.exception("a step failed as a whole; the requests in it are failed")
             self._batch.fail_all(model_error(error), "failed")
             return True

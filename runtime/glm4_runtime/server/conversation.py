@@ -64,12 +64,10 @@ class Conversation:
         add_generation_prompt: bool = True,
     ) -> str:
         """The prompt. Raises :class:`RequestError` for what the template or its format cannot say."""
-        _refuse_turn_tokens(messages, tools)
         history = list(self._history(messages))
-        # Once more as the template gets them: parts of a message are one text by now, and arguments are unescaped.
-        for turn in history:
-            for text in _texts(turn):
-                _refuse_turn_token(text, f"a message of role {turn['role']}")
+        _refuse_turn_tokens("tools", tools)
+        for turn in history:  # as the template gets it: parts joined, arguments of calls parsed
+            _refuse_turn_tokens(f"a message of role {turn['role']}", turn)
         return self._template.render(history, tools or None, add_generation_prompt)
 
     def _history(self, messages: Sequence[Message]) -> Iterator[TemplateMessage]:
@@ -164,13 +162,6 @@ def _parsed(arguments: str) -> Any:
         raise RequestError(f"the arguments of an earlier call are not JSON: {error}") from error
 
 
-def _refuse_turn_tokens(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
-    for index, message in enumerate(messages):
-        said = message.model_dump(exclude_none=True)
-        _refuse_turn_token(json.dumps(said), f"messages[{index}]")
-    _refuse_turn_token(json.dumps(tools), "tools")
-
-
 def _texts(value: Any) -> Iterator[str]:
     """Every text within a value as JSON has them, names of members too."""
     if isinstance(value, str):
@@ -179,13 +170,13 @@ def _texts(value: Any) -> Iterator[str]:
         for name, member in value.items():
             yield name
             yield from _texts(member)
-    elif isinstance(value, list):
+    elif isinstance(value, Sequence):
         for member in value:
             yield from _texts(member)
 
 
-def _refuse_turn_token(text: str, where: str) -> None:
-    found = next((token for token in TURN_TOKENS if token in text), None)
+def _refuse_turn_tokens(where: str, said: Any) -> None:
+    found = next((token for text in _texts(said) for token in TURN_TOKENS if token in text), None)
     if found is not None:
         raise RequestError(
             f"{where} holds {found!r}, which begins a turn in this model's format; write it in another way"

@@ -10,7 +10,7 @@ ROUNDS ?= 9
 9B := $(BENCH)/9b$(LAYERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu-check lint format wheel clean
+.PHONY: help demo test test-more bench gpu-check lint format wheel clean
 
 help:  ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -28,8 +28,11 @@ demo: $(VENV)/.installed  ## export the demo checkpoint, check it against PyTorc
 	$(BIN)/glm4-deploy generate $(OUT)/demo "And it came to pass" --max-tokens 64 --temperature 0.7 --top-k 20 --seed 2 --stream
 	$(BIN)/glm4-deploy generate $(OUT)/demo "Who are you?" --chat --stream
 
-test: $(VENV)/.installed  ## run the whole test suite
+test: $(VENV)/.installed  ## run the test suite
 	$(BIN)/python -m pytest
+
+test-more: $(VENV)/.installed  ## run the tests that take minutes each: soak, kills, fuzzing
+	$(BIN)/python -m pytest -m more
 
 # Beside the peers on weights of the 9B's widths, in LAYERS layers. The peers' environments and weights are kept for the next time.
 bench: $(9B)-int8/manifest.json $(9B)-int4-head/manifest.json  ## beside llama.cpp, OpenVINO and others (2 hours, 30 GB of disk)

@@ -1,7 +1,6 @@
 """Export: a checkpoint folder becomes a bundle, proved right before it appears under its name."""
 
 import dataclasses
-import glob
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm4_deploy import __version__
+from glm4_deploy.destination import Destination, require_space
 from glm4_exporters.cache_types import cache_providers, choose_cache
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.engine import (
@@ -35,7 +35,6 @@ from glm4_exporters.quantize.recipe import read_recipe
 from glm4_exporters.targets import RECIPE_SCHEMES, Form, choose_form
 from glm4_runtime.bundle import (
     GRAPH,
-    MANIFEST,
     REPORT,
     SCHEMA_VERSION,
     WEIGHTS,
@@ -99,7 +98,7 @@ def export(
 ) -> ExportResult:
     """Make ``bundle`` from the checkpoint folder ``checkpoint``.
 
-    The bundle is written aside and renamed when it is whole and its parity proved, so that whatever ends
+    The bundle is written aside and published when it is whole and its parity proved, so that whatever ends
     an export leaves the old bundle or none.
 
     Args:
@@ -111,16 +110,18 @@ def export(
         GateError: the bundle does not compute what the reference computes.
     """
     bundle = Path(bundle)
+    destination = Destination(bundle, force)
+    destination.recover()
     clock = _Clock()
     with Checkpoint.load(checkpoint, task=options.task) as source:
         limits, form = _check_options(source, options)
-        _check_destination(bundle, force)
+        destination.check(Path(checkpoint))
         _check_installed(options)
         prepared = _prepare(source, form, options, limits, clock, progress)
         with clock("trace"):
             progress("trace the model", 0, 0)
             model = _trace(source, form, prepared)
-        with _written_aside(bundle) as folder:
+        with destination.staged() as folder:
             with clock("weights"):
                 written = _write_model(source, model, prepared, folder, progress)
             _copy_side_files(source, folder)
@@ -139,7 +140,7 @@ def export(
                 bundle, manifest, parity, engine, prepared.report, clock.seconds, _peak_rss()
             )
             _write_report(folder, options, result)
-            _publish(folder, bundle)
+            destination.publish(folder)
     return result
 
 
@@ -192,25 +193,6 @@ def _check_options(source: Checkpoint, options: ExportOptions) -> tuple[Limits, 
     return Limits(length, options.max_batch_size), form
 
 
-def _check_destination(bundle: Path, force: bool) -> None:
-    if bundle.is_symlink() or (bundle.exists() and not bundle.is_dir()):
-        raise ExportError(f"{bundle} exists and is not a folder; choose another name")
-    if bundle.is_dir() and any(bundle.iterdir()):
-        if not (bundle / MANIFEST).is_file():
-            raise ExportError(
-                f"{bundle} exists and is not a bundle, so it is not replaced; choose another name"
-            )
-        if not force:
-            raise ExportError(
-                f"{bundle} is a bundle already; replace it with --force, or choose another name"
-            )
-    parent = bundle.absolute().parent
-    if not parent.is_dir():
-        raise ExportError(f"{parent} does not exist; create it first")
-    if not os.access(parent, os.W_OK):
-        raise ExportError(f"{parent} is not writable; choose another place")
-
-
 def _check_installed(options: ExportOptions) -> None:
     _tool_versions()
     if options.parity and find_spec("onnxruntime") is None:
@@ -225,14 +207,6 @@ def _check_installed(options: ExportOptions) -> None:
                 "the CPU operators, which parity needs, were not built when glm4-deploy was installed; install a C++ "
                 "compiler and glm4-deploy again, or say --no-parity"
             )
-
-
-def _require_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ExportError(
-            f"the bundle takes {needed / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB free; make room"
-        )
 
 
 # The steps ----------------------------------------------------------------------------------------
@@ -297,7 +271,7 @@ def _write_model(
     from glm4_exporters.weights import attach, layout, stored_bytes, write_weights
 
     tensors = layout(model)
-    _require_space(folder, stored_bytes(tensors))
+    require_space(folder, stored_bytes(tensors))
     written = write_weights(source, tensors, folder / WEIGHTS, prepared.edits, progress)
     attach(model, tensors, WEIGHTS)
     ir.save(model, folder / GRAPH)
@@ -415,41 +389,6 @@ def _write_report(folder: Path, options: ExportOptions, result: ExportResult) ->
 
         report["engine"] = engine_report(result.engine.built)
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-
-
-@contextmanager
-def _written_aside(bundle: Path) -> Iterator[Path]:
-    """A fresh folder beside ``bundle``, gone again unless it was published; sweeps up after dead exports."""
-    bundle = bundle.absolute()
-    for stale in bundle.parent.glob(f".{glob.escape(bundle.name)}.*.partial"):
-        pid = stale.name.split(".")[-2]
-        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(stale, ignore_errors=True)
-    folder = bundle.parent / f".{bundle.name}.{os.getpid()}.partial"
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir()
-        yield folder
-    except OSError as error:  # a full disk shows at any of the files
-        raise ExportError(
-            f"the bundle could not be written to {bundle.parent}: {error.strerror or error}"
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _publish(folder: Path, bundle: Path) -> None:
-    """Rename a whole bundle to its name; an old one steps aside first and is deleted last."""
-    old = folder.with_name(f".{bundle.name}.old.{os.getpid()}.partial")
-    if bundle.exists():
-        bundle.rename(old)
-    try:
-        folder.rename(bundle)
-    except BaseException:
-        if old.exists() and not bundle.exists():
-            old.rename(bundle)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,7 +21,6 @@ from glm4_deploy import pipeline
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_runtime import SamplingParams, Session
-from glm4_runtime.bundle import read_manifest
 from glm4_runtime.errors import CheckpointError, ExportError
 
 FAST = ExportOptions(precision="fp32", parity=False)
@@ -78,58 +76,6 @@ def test_side_files_come_along(tmp_path, traced_once):
 # All or nothing -----------------------------------------------------------------------------------
 
 
-def test_no_force_no_replacement(tmp_path, traced_once, tiny_checkpoint):
-    bundle = tmp_path / "bundle"
-    export(tiny_checkpoint, bundle, FAST)
-    before = contents(bundle)
-    other = write_checkpoint(tmp_path / "other", tiny_config(), seed=1)
-    with pytest.raises(ExportError, match=r"is a bundle already; replace it with --force"):
-        export(other, bundle, FAST)
-    assert contents(bundle) == before
-    export(other, bundle, FAST, force=True)
-    assert contents(bundle)["model.onnx.data"] != before["model.onnx.data"]
-    assert left_in(tmp_path) == ["bundle", "other"]
-
-
-def test_what_is_no_bundle_is_never_replaced(tmp_path, tiny_checkpoint):
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "thesis.tex").write_text("...")
-    (tmp_path / "file").write_text("text")
-    (tmp_path / "link").symlink_to(tmp_path / "precious")
-    for name, reason in (
-        ("precious", "is not a bundle"),
-        ("file", "is not a folder"),
-        ("link", "is not a folder"),
-    ):
-        with pytest.raises(ExportError, match=reason):
-            export(tiny_checkpoint, tmp_path / name, FAST, force=True)
-    with pytest.raises(ExportError, match="is not a bundle"):
-        export(tiny_checkpoint, tiny_checkpoint, FAST, force=True)
-    assert (tmp_path / "precious" / "thesis.tex").read_text() == "..."
-    assert left_in(tmp_path) == ["file", "link", "precious"]
-
-
-def test_an_empty_folder_is_taken(tmp_path, traced_once, tiny_checkpoint):
-    (tmp_path / "bundle").mkdir()
-    export(tiny_checkpoint, tmp_path / "bundle", FAST)
-    assert read_manifest(tmp_path / "bundle").task == "causal-lm"
-    assert left_in(tmp_path) == ["bundle"]
-
-
-def test_where_nothing_can_be_written(tmp_path, tiny_checkpoint, monkeypatch):
-    with pytest.raises(ExportError, match="nowhere does not exist; create it first"):
-        export(tiny_checkpoint, tmp_path / "nowhere" / "bundle", FAST)
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(ExportError, match="is not writable"):
-        export(tiny_checkpoint, tmp_path / "bundle", FAST)
-    assert left_in(tmp_path) == []
-
-
-def test_a_name_too_long_for_the_folder_beside_it(tmp_path, traced_once, tiny_checkpoint):
-    with pytest.raises(ExportError, match="File name too long"):
-        export(tiny_checkpoint, tmp_path / ("b" * 250), FAST)
-
-
 def test_too_little_disk_is_refused_before_a_weight_is_read(
     tmp_path, traced_once, tiny_checkpoint, monkeypatch
 ):
@@ -163,109 +109,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     with pytest.raises(ExportError, match=r"could not be written to .*No space left on device"):
         export(tiny_checkpoint, tmp_path / "bundle", FAST)
     assert left_in(tmp_path) == []
-
-
-def test_an_old_bundle_comes_back_when_the_new_one_cannot_take_its_name(
-    tmp_path, traced_once, tiny_checkpoint, monkeypatch
-):
-    bundle = export(tiny_checkpoint, tmp_path / "bundle", FAST).bundle
-    before, real = contents(bundle), Path.rename
-
-    def rename(self, target):
-        if Path(target).name == "bundle" and ".old." not in self.name:
-            raise OSError(errno.EIO, "Input/output error")
-        return real(self, target)
-
-    monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(ExportError, match="Input/output error"):
-        export(tiny_checkpoint, bundle, FAST, force=True)
-    assert contents(bundle) == before
-    assert left_in(tmp_path) == ["bundle"]
-
-
-SLOW_EXPORT = """
-import os, signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background hands on "ignore"
-import onnx_ir as ir
-from glm4_deploy import cli, pipeline
-from glm4_exporters import weights
-
-checkpoint, bundle, graph = sys.argv[1:]
-
-def traced(source, form, prepared):
-    model = ir.load(graph)
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = None
-    return model
-
-def slow(fd, chunk, at, write=os.pwrite):
-    print("writing", flush=True)
-    time.sleep(0.2)
-    return write(fd, chunk, at)
-
-pipeline._trace, os.pwrite, weights.WRITE_BLOCK = traced, slow, 4096
-cli.main(["export", checkpoint, bundle, "--precision", "fp32", "--no-parity", "--force"])
-"""
-
-
-def test_whatever_ends_an_export_leaves_the_old_bundle_or_none(
-    tmp_path, tiny_checkpoint, tiny_bundles, traced_once
-):
-    """Real processes, ended by real signals while they write; each beside an old bundle, or none."""
-    cases = {
-        (name, number): tmp_path / f"{name} {number.name}"
-        for name in ("old", "none")
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
-        if name == "old" or number == signal.SIGKILL
-    }
-    running = {}
-    for (name, number), folder in cases.items():
-        folder.mkdir()
-        if name == "old":
-            shutil.copytree(tiny_bundles["ort"], folder / "bundle")
-        command = [sys.executable, "-c", SLOW_EXPORT, tiny_checkpoint, folder / "bundle"]
-        running[name, number] = subprocess.Popen(
-            [*map(str, command), str(tiny_bundles["ort"] / "model.onnx")],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        )  # fmt: skip
-    for (name, number), process in running.items():
-        folder = cases[name, number]
-        assert process.stdout.readline() == "writing\n", process.stderr.read()
-        assert [n for n in left_in(folder) if n.endswith(".partial")] == [f".bundle.{process.pid}.partial"]
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
-        assert "Traceback" not in errors
-        kept = ["bundle"] * (name == "old")
-        if name == "old":
-            assert contents(folder / "bundle") == contents(tiny_bundles["ort"])
-        if number == signal.SIGKILL:
-            assert process.returncode == -signal.SIGKILL
-            assert left_in(folder) == [f".bundle.{process.pid}.partial", *kept]
-            export(tiny_checkpoint, folder / "bundle", FAST, force=True)  # sweeps up
-            assert left_in(folder) == ["bundle"]
-        else:
-            assert process.returncode == 130
-            assert errors.strip().splitlines()[-1] == "glm4-deploy: interrupted"
-            assert left_in(folder) == kept
-
-
-def test_sweeping_leaves_what_a_living_export_writes_and_what_is_of_another_bundle(
-    tmp_path, traced_once, tiny_checkpoint
-):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    names = {
-        f".b[1].{dead.pid}.partial": False,
-        f".b[1].old.{dead.pid}.partial": False,
-        f".b[1].{os.getppid()}.partial": True,
-        f".b1.{dead.pid}.partial": True,
-        ".b[1].notes.partial": True,
-    }
-    for name in names:
-        (tmp_path / name).mkdir()
-    export(tiny_checkpoint, tmp_path / "b[1]", FAST)
-    assert left_in(tmp_path) == sorted(["b[1]", *(name for name, kept in names.items() if kept)])
 
 
 # Options ------------------------------------------------------------------------------------------

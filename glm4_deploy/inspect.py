@@ -45,6 +45,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
             "path": str(path),
             "task": checkpoint.task,
             "config": config.to_dict(),
+            "max_positions": config.positions,
             "tensors": len(checkpoint.tensors),
             "parameters": parameters,
             "stored_bytes": stored,

@@ -182,7 +182,7 @@ def _check_options(source: Checkpoint, options: ExportOptions) -> tuple[Limits, 
     form = dataclasses.replace(form, kv_cache=cache)
     kind = form.target.engine
     require_engine(kind, options.target, options.precision, source.task, options.engine)
-    positions = source.config.max_position_embeddings
+    positions = source.config.positions
     length = positions if options.max_seq_len is None else options.max_seq_len
     if not 1 <= length <= positions:
         raise ExportError(f"max_seq_len is {length}, but this model has 1 ... {positions} positions")
@@ -311,7 +311,7 @@ def _describe(
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
-            max_positions=config.max_position_embeddings,
+            max_positions=config.positions,
             eos_token_ids=config.eos_token_id,
             pad_token_id=config.pad_token_id,
             labels=config.id2label if task.endswith("classification") else (),

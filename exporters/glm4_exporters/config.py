@@ -111,6 +111,11 @@ class RopeParameters:
             f"yarn's beta_fast {self.beta_fast} and beta_slow {self.beta_slow} must be positive, the fast one the larger",
         )
 
+    @property
+    def positions(self) -> float:
+        """factor * original positions with ``yarn``, else 0. Thousandths are rounding errors of a given ratio."""
+        return round((self.factor or 0.0) * (self.original_max_position_embeddings or 0), 3)
+
 
 @dataclass(frozen=True)
 class Glm4Config:
@@ -171,6 +176,12 @@ class Glm4Config:
     def rotary_dim(self) -> int:
         """How many dims of each head are rotated."""
         return int(self.head_dim * self.rope.partial_rotary_factor)
+
+    @property
+    def positions(self) -> int:
+        """The longest sequence. YaRN makes room for factor * original positions, whether or not
+        ``max_position_embeddings`` says so: the released README adds ``rope_scaling`` and leaves it."""
+        return max(self.max_position_embeddings, math.floor(self.rope.positions))
 
     @property
     def scale(self) -> float:
@@ -318,6 +329,10 @@ class Glm4Config:
             size = getattr(self, name)
             most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST_SIZE
             _require(1 <= size <= most, f"{name} is {size}, but must be 1 ... {most}")
+        _require(
+            self.rope.positions <= LARGEST_SIZE,
+            f"yarn's factor {self.rope.factor} makes {self.rope.positions:g} positions, more than {LARGEST_SIZE}",
+        )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         _require(
             heads % kv_heads == 0,

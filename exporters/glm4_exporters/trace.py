@@ -96,7 +96,7 @@ class _OperatorAttention:
 class _Tables(nn.Module):
     def __init__(self, config: Glm4Config) -> None:
         super().__init__()
-        shape = (config.max_position_embeddings, config.rotary_dim // 2)
+        shape = (config.positions, config.rotary_dim // 2)
         self.cos, self.sin = nn.Buffer(torch.empty(shape)), nn.Buffer(torch.empty(shape))
 
 

@@ -61,7 +61,10 @@ from glm4_runtime.bundle import Manifest
     help="What to export; the checkpoint's own task by default.",
 )
 @click.option(
-    "--max-seq-len", type=int, metavar="N", help="Most positions of a slot; the model's own by default."
+    "--max-seq-len",
+    type=int,
+    metavar="N",
+    help="Most positions of a slot; the model's own by default (with YaRN, factor times the original ones).",
 )
 @click.option(
     "--max-batch-size",

@@ -33,7 +33,7 @@ def _checkpoint_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             f"{config['num_hidden_layers']} layers, hidden {config['hidden_size']}, MLP {config['intermediate_size']}, vocabulary {config['vocab_size']}",
         ),
         ("attention", f"{heads}{', with bias' if config['attention_bias'] else ''}"),
-        ("positions", str(config["max_position_embeddings"])),
+        ("positions", _positions(facts["max_positions"], config)),
         ("parameters", f"{facts['parameters']:,} in {facts['tensors']} tensors"),
         (
             "stored as",
@@ -51,6 +51,13 @@ def _checkpoint_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("", "weights and 8192 positions of fp16 cache in 90 % of the memory"),
         ("brings", ", ".join(facts["files"]) or "no tokenizer files"),
     ]
+
+
+def _positions(positions: int, config: dict[str, Any]) -> str:
+    rope = config["rope_parameters"]
+    if rope["rope_type"] != "yarn":
+        return str(positions)
+    return f"{positions}, by YaRN: factor {rope['factor']:g} x {rope['original_max_position_embeddings']} original positions"
 
 
 def _steps(fits: dict[str, list[str]]) -> list[tuple[str, list[str]]]:

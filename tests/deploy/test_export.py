@@ -206,6 +206,37 @@ def save_transformers(kind, folder, seed, **shape):
     return model
 
 
+def test_yarn_as_the_released_readme_has_it_reaches_factor_times_the_original_positions(tmp_path, run):
+    """``rope_scaling`` is added, and ``max_position_embeddings`` is left at the original positions."""
+    scaling = dict(type="yarn", factor=4.0, original_max_position_embeddings=64)
+    shape = dict(
+        hidden_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=40, vocab_size=301
+    )  # fmt: skip
+    checkpoint = tmp_path / "checkpoint"
+    save_transformers(
+        transformers.Glm4ForCausalLM, checkpoint, 3, **shape, max_position_embeddings=64, rope_scaling=scaling
+    )
+    # The rope section as the README writes it, and the model that transformers makes of it.
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= dict(rope_scaling=scaling, rope_theta=10000.0, partial_rotary_factor=0.5)
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    model = transformers.Glm4ForCausalLM.from_pretrained(checkpoint).eval()
+    ids = np.random.default_rng(1).integers(0, 301, 256).tolist()
+    with torch.inference_mode():
+        wanted = model(torch.tensor([ids])).logits[0].numpy()
+    for target in ("ort", "native"):
+        manifest = export(
+            checkpoint, tmp_path / target, ExportOptions(target, "fp32", max_seq_len=256)
+        ).manifest
+        assert (manifest.model.max_positions, manifest.limits.max_seq_len) == (256, 256)
+        with Session.open(tmp_path / target) as session:
+            np.testing.assert_allclose(session.prefill(0, ids, logits="all"), wanted, atol=2e-4)
+    assert "positions     256, by YaRN: factor 4 x 64 original positions\n" in run("inspect", checkpoint)[1]
+    with pytest.raises(ExportError, match=r"max_seq_len is 257, but this model has 1 \.\.\. 256 positions"):
+        export(checkpoint, tmp_path / "longer", ExportOptions(max_seq_len=257))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scores_and_greedy_tokens_are_those_of_transformers(tmp_path, shape):
     model = save_transformers(transformers.Glm4ForCausalLM, tmp_path / "checkpoint", 3, **SHAPES[shape])

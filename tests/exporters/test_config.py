@@ -101,6 +101,30 @@ def test_yarn_in_either_form(section, key):
     assert isinstance(rope.factor, float)
 
 
+@pytest.mark.parametrize(
+    ("changes", "positions"),
+    [
+        ({}, 256),
+        ({"rope_scaling": YARN}, 256),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": 256}}, 1024),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, 1024),
+        ({"rope_scaling": YARN | {"factor": None}}, 256),
+        ({"rope_scaling": YARN | {"factor": 2.5, "original_max_position_embeddings": 255}}, 637),
+        ({"rope_scaling": YARN | {"factor": 2.0}, "max_position_embeddings": 512}, 512),
+        ({"rope_scaling": YARN | {"factor": None, "original_max_position_embeddings": 3}, "max_position_embeddings": 100}, 100),
+        (
+            {
+                "rope_scaling": YARN | {"original_max_position_embeddings": 32768},
+                "max_position_embeddings": 32768,
+            },
+            131072,
+        ),
+    ],
+)  # fmt: skip
+def test_yarn_makes_room_for_factor_times_the_original_positions(changes, positions):
+    assert parse(**changes).positions == positions
+
+
 def test_absent_fields_with_a_safe_default():
     absent = (
         "attention_dropout", "use_cache", "initializer_range", "tie_word_embeddings", "head_dim", "rope_theta",
@@ -133,6 +157,7 @@ def test_labels_are_in_the_order_of_their_numbers():
         {"rope_scaling": {"type": "yarn", "factor": 4.0}},
         {"rope_scaling": YARN},
         {"rope_scaling": YARN | {"factor": None}},
+        {"rope_scaling": YARN | {"original_max_position_embeddings": 256}},  # as the released README has it
         {"rope_scaling": YARN | {"attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2, "truncate": False}},
         {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.5, "factor": 3}},
         {"rope_scaling": YARN | {"rope_theta": 300.0, "partial_rotary_factor": 1.0}, "rope_theta": 300.0,
@@ -332,6 +357,8 @@ def test_other_rope_types(rope_type):
         ({"rope_scaling": {"type": "yarn"}}, "yarn without a factor"),
         ({"rope_scaling": YARN | {"factor": 0.5}}, "must be at least 1"),
         ({"rope_scaling": YARN | {"factor": "4"}}, "rope_scaling.factor is"),
+        ({"rope_scaling": YARN | {"factor": 1e9}}, "makes 6.4e+10 positions, more than 2147483647"),
+        ({"rope_scaling": YARN | {"factor": 1e308}}, "makes inf positions"),
         ({"rope_scaling": YARN | {"factor": None, "original_max_position_embeddings": 512}}, "factor is 0.5"),
         ({"rope_scaling": YARN | {"original_max_position_embeddings": 0}}, "must be a positive integer"),
         ({"rope_scaling": YARN | {"attention_factor": -1.0}}, "attention_factor is -1.0"),

@@ -3,17 +3,21 @@
 import contextlib
 import json
 import shutil
+from pathlib import Path
 
 import openai
 import pytest
+from checkpoints import tiny_config, write_checkpoint
 from scripted import ScriptedScheduler
 
+from glm4_deploy.pipeline import ExportOptions, export
 from glm4_runtime.bundle import file_entry
 from glm4_runtime.server import ServerOptions
 from glm4_runtime.server.run import serving
 from glm4_runtime.session import Session
 
 MODEL = "glm4-tiny"
+DEMO = Path(__file__).parents[3] / "demo" / "glm4-tiny"
 
 
 def client_of(server, **options):
@@ -69,3 +73,20 @@ def scripted(demo_bundle):
             return scheduler, running, client
 
         yield serve
+
+
+@pytest.fixture(scope="session")
+def bundle_of(tmp_path_factory):
+    """A function: the bundle of a random checkpoint for a task, with the demo's tokenizer."""
+    folder = tmp_path_factory.mktemp("pooled")
+
+    def make(task):
+        if not (folder / task).exists():
+            config = tiny_config(vocab_size=2048, pad_token_id=2038, eos_token_id=[2038, 2045, 2047])
+            checkpoint = write_checkpoint(folder / f"{task}-checkpoint", config, task=task)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(DEMO / name, checkpoint)
+            export(checkpoint, folder / task, ExportOptions(precision="fp32", task=task, parity=False))
+        return folder / task
+
+    return make

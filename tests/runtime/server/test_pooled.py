@@ -1,37 +1,16 @@
 """Embeddings and classification: the bundles that have no scheduler."""
 
 import base64
-import shutil
-from pathlib import Path
 
 import httpx
 import numpy as np
 import openai
 import pytest
-from checkpoints import LABELS, tiny_config, write_checkpoint
+from checkpoints import LABELS
 
-from glm4_deploy.pipeline import ExportOptions, export
 from glm4_runtime.session import Session
 
-DEMO = Path(__file__).parents[3] / "demo" / "glm4-tiny"
 TEXTS = ["Call me Ishmael.", "The raven"]
-
-
-@pytest.fixture(scope="module")
-def bundle_of(tmp_path_factory):
-    """A function: the bundle of a random checkpoint for a task, with the demo's tokenizer."""
-    folder = tmp_path_factory.mktemp("pooled")
-
-    def make(task):
-        if not (folder / task).exists():
-            config = tiny_config(vocab_size=2048, pad_token_id=2038, eos_token_id=[2038, 2045, 2047])
-            checkpoint = write_checkpoint(folder / f"{task}-checkpoint", config, task=task)
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copy(DEMO / name, checkpoint)
-            export(checkpoint, folder / task, ExportOptions(precision="fp32", task=task, parity=False))
-        return folder / task
-
-    return make
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""A TensorRT whose engines are ONNX graphs run by ONNX Runtime, in the memory of a :mod:`fake_cuda`.
+"""Both TensorRTs, with engines that are ONNX graphs run by ONNX Runtime, in the memory of a :mod:`fake_cuda`.
 
-It has what the session uses of ``tensorrt_rtx``, and refuses what TensorRT refuses: shapes outside the profile,
-tensors without an address or at an odd one, a cache that is not updated in place, activations of no memory.
+``FakeTensorRt`` has what the session uses of the full one and no other name, ``FakeRtx`` what TensorRT-RTX has
+more. Both refuse what TensorRT refuses: shapes outside the profile, tensors without an address or at an odd one,
+a cache that is not updated in place, activations of no memory.
 """
 
 import ctypes
@@ -28,7 +29,7 @@ from glm4_runtime.bundle import (
     write_manifest,
 )
 
-VERSION = "1.7.1.116"
+VERSIONS = {"tensorrt-rtx": "1.7.1.116", "tensorrt": "11.4.0.106"}
 TYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -39,7 +40,15 @@ TYPES = {
 ACTIVATION_BYTES = 4096
 
 
-def make_engine_bundle(folder, profiles, capacity, later_gpus=False, counters=None):
+def make_engine_bundle(
+    folder,
+    profiles,
+    capacity,
+    later_gpus=False,
+    counters=None,
+    kind="tensorrt-rtx",
+    capabilities=("80", "89"),
+):
     """Turn a native bundle's folder into an engine bundle whose engine is its graph.
 
     With ``counters``, one whose attention is our plugin: it has so many of them, and computes as the graph does.
@@ -49,18 +58,18 @@ def make_engine_bundle(folder, profiles, capacity, later_gpus=False, counters=No
     described = {"graph": str(folder / GRAPH), "profiles": axes, "counters": counters}
     (folder / ENGINE).write_text(json.dumps(described))
     static = {
-        kind: tuple(
+        side: tuple(
             dataclasses.replace(s, shape=tuple(capacity if a == "capacity" else a for a in s.shape))
-            for s in getattr(manifest, kind)
+            for s in getattr(manifest, side)
         )
-        for kind in ("inputs", "outputs")
+        for side in ("inputs", "outputs")
     }
     if counters is not None:
         static["inputs"] += (TensorSpec(COUNTERS, "int32", (counters,)),)
         static["outputs"] += (TensorSpec(PRESENT_COUNTERS, "int32", (counters,)),)
     engine = EngineInfo(
-        kind="tensorrt-rtx",
-        version=VERSION,
+        kind=kind,
+        version=VERSIONS[kind],
         layout="shared",
         later_gpus=later_gpus,
         attention="native" if counters is None else "plugin",
@@ -73,10 +82,10 @@ def make_engine_bundle(folder, profiles, capacity, later_gpus=False, counters=No
     files = {**manifest.files, ENGINE: file_entry(folder / ENGINE)}
     made = dataclasses.replace(
         manifest,
-        dialect="tensorrt-rtx",
+        dialect=kind,
         engine=engine,
         files=files,
-        compute_capabilities=("80", "89"),
+        compute_capabilities=capabilities,
         **static,
     )
     write_manifest(folder, made)
@@ -84,19 +93,17 @@ def make_engine_bundle(folder, profiles, capacity, later_gpus=False, counters=No
 
 
 class FakeTensorRt(types.ModuleType):
-    __version__ = VERSION
+    """Full TensorRT."""
+
+    __version__ = VERSIONS["tensorrt"]
+    module = "tensorrt"
     ExecutionContextAllocationStrategy = enum.Enum("Strategy", "STATIC ON_PROFILE_CHANGE USER_MANAGED")
-    DynamicShapesKernelSpecializationStrategy = enum.Enum("Kernels", "LAZY EAGER NONE")
-    EngineValidity = enum.Enum("EngineValidity", "VALID SUBOPTIMAL INVALID")
-    EngineInvalidityDiagnostics = enum.IntFlag(
-        "EngineInvalidityDiagnostics", {"VERSION_MISMATCH": 1, "UNSUPPORTED_CC": 2, "OLD_CUDA_DRIVER": 4}
-    )
 
     class ILogger:
         ERROR = 1
 
     def __init__(self, cuda):
-        super().__init__("tensorrt_rtx")
+        super().__init__(self.module)
         self.cuda, self.reasons, self.in_place, self.contexts = cuda, 0, True, []
         self.compiled = []
 
@@ -104,9 +111,25 @@ class FakeTensorRt(types.ModuleType):
         return FakeRuntime(self)
 
 
-def install(monkeypatch, cuda):
-    fake = FakeTensorRt(cuda)
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
+class FakeRtx(FakeTensorRt):
+    """TensorRT-RTX."""
+
+    __version__ = VERSIONS["tensorrt-rtx"]
+    module = "tensorrt_rtx"
+    ComputeCapability = enum.Enum("ComputeCapability", "NONE CURRENT SM75 SM80 SM86 SM89 SM120 SM121")
+    DynamicShapesKernelSpecializationStrategy = enum.Enum("Kernels", "LAZY EAGER NONE")
+    EngineValidity = enum.Enum("EngineValidity", "VALID SUBOPTIMAL INVALID")
+    EngineInvalidityDiagnostics = enum.IntFlag(
+        "EngineInvalidityDiagnostics", {"VERSION_MISMATCH": 1, "UNSUPPORTED_CC": 2, "OLD_CUDA_DRIVER": 4}
+    )
+
+    def Runtime(self, logger):
+        return FakeRtxRuntime(self)
+
+
+def install(monkeypatch, cuda, kind="tensorrt-rtx"):
+    fake = {"tensorrt-rtx": FakeRtx, "tensorrt": FakeTensorRt}[kind](cuda)
+    monkeypatch.setitem(sys.modules, fake.module, fake)
     return fake
 
 
@@ -114,12 +137,17 @@ class FakeRuntime:
     def __init__(self, trt):
         self.trt = trt
 
+    def deserialize_cuda_engine(self, data):
+        return FakeEngine(self.trt, json.loads(bytes(data)))
+
+
+class FakeRtxRuntime(FakeRuntime):
     def get_engine_validity(self, data):
         kinds = self.trt.EngineValidity
         return (kinds.INVALID if self.trt.reasons else kinds.VALID), self.trt.reasons
 
     def deserialize_cuda_engine(self, data):
-        return FakeEngine(self.trt, json.loads(bytes(data)))
+        return FakeRtxEngine(self.trt, json.loads(bytes(data)))
 
 
 class FakeEngine:
@@ -148,8 +176,18 @@ class FakeEngine:
     def create_runtime_config(self):
         return FakeConfig(self.trt)
 
+    def create_execution_context(self, strategy_or_config):
+        context = FakeContext(self, strategy_or_config)
+        self.trt.contexts.append(context)
+        return context
+
+
+class FakeRtxEngine(FakeEngine):
+    def create_runtime_config(self):
+        return FakeRtxConfig(self.trt)
+
     def create_execution_context(self, config):
-        context = FakeContext(self, config)
+        context = FakeRtxContext(self, config)
         self.trt.contexts.append(context)
         return context
 
@@ -171,8 +209,17 @@ class FakeCache:
 
 
 class FakeConfig:
+    __slots__ = ("strategy", "trt")  # an attribute that full TensorRT has not cannot be set
+
     def __init__(self, trt):
         self.trt = trt
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.strategy = strategy
+
+
+class FakeRtxConfig(FakeConfig):
+    __slots__ = ("cache", "dynamic_shapes_kernel_specialization_strategy")
 
     def create_runtime_cache(self):
         return FakeCache(self.trt.cuda.capability)
@@ -180,14 +227,12 @@ class FakeConfig:
     def set_runtime_cache(self, cache):
         self.cache = cache
 
-    def set_execution_context_allocation_strategy(self, strategy):
-        self.strategy = strategy
-
 
 class FakeContext:
-    def __init__(self, engine, config):
-        assert config.strategy.name == "USER_MANAGED"
-        self.engine, self.config = engine, config
+    def __init__(self, engine, strategy_or_config):
+        strategy = getattr(strategy_or_config, "strategy", strategy_or_config)
+        assert strategy.name == "USER_MANAGED"
+        self.engine, self.config, self.memory = engine, strategy_or_config, None
         self.shapes, self.addresses, self.runs = {}, {}, []
 
     def set_device_memory(self, memory, size):
@@ -213,9 +258,6 @@ class FakeContext:
         self.addresses[name] = address
         return name in self.engine.inputs or name in self.engine.outputs
 
-    def is_stream_capturable(self, stream):
-        return bool(self.runs) and self.runs[-1] == self.shapes
-
     def execute_async_v3(self, stream):
         assert self.memory, "no activations"
         engine, shapes, addresses = self.engine, dict(self.shapes), dict(self.addresses)
@@ -227,12 +269,9 @@ class FakeContext:
                 assert addresses[name] == addresses[past], "not in place"
         cuda = engine.trt.cuda
         if stream in cuda.recording:
-            assert self.is_stream_capturable(stream), "captured before it ran with these shapes"
+            assert self.runs[-1:] == [shapes], "captured before it ran with these shapes"
         self.runs.append(shapes)
-        kernel = str(shapes["input_ids"]).encode()
-        if kernel not in self.config.cache.compiled:
-            self.config.cache.compiled.add(kernel)
-            engine.trt.compiled.append(kernel)
+        self.compile(shapes)
 
         def job():
             inputs = {
@@ -246,6 +285,20 @@ class FakeContext:
 
         cuda.enqueue(stream, job)
         return True
+
+    def compile(self, shapes):
+        """A full TensorRT's kernels are in its engine."""
+
+
+class FakeRtxContext(FakeContext):
+    def is_stream_capturable(self, stream):
+        return bool(self.runs) and self.runs[-1] == self.shapes
+
+    def compile(self, shapes):
+        kernel = str(shapes["input_ids"]).encode()
+        if kernel not in self.config.cache.compiled:
+            self.config.cache.compiled.add(kernel)
+            self.engine.trt.compiled.append(kernel)
 
 
 def _array(cuda, address, dtype, shape):

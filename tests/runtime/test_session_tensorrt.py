@@ -1,6 +1,7 @@
 """The session on engines, its protocol against the reference, on a TensorRT and a CUDA made of host memory."""
 
 import shutil
+import sys
 
 import fake_cuda
 import fake_tensorrt
@@ -31,17 +32,26 @@ def cuda(monkeypatch):
     return fake_cuda.install(monkeypatch, fake_cuda.FakeCuda())
 
 
+@pytest.fixture(scope="module", params=["tensorrt-rtx", "tensorrt"])
+def kind(request):
+    return request.param
+
+
+rtx_only = pytest.mark.parametrize("kind", ["tensorrt-rtx"], indirect=True)
+full_only = pytest.mark.parametrize("kind", ["tensorrt"], indirect=True)
+
+
 @pytest.fixture
-def tensorrt(monkeypatch, tmp_path, cuda):
+def tensorrt(monkeypatch, tmp_path, cuda, kind):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return fake_tensorrt.install(monkeypatch, cuda)
+    return fake_tensorrt.install(monkeypatch, cuda, kind)
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory, tiny_bundles):
+def bundle(tmp_path_factory, tiny_bundles, kind):
     folder = tmp_path_factory.mktemp("engine") / "bundle"
     shutil.copytree(tiny_bundles["native"], folder)
-    return fake_tensorrt.make_engine_bundle(folder, (PREFILL, DECODE), CAPACITY)
+    return fake_tensorrt.make_engine_bundle(folder, (PREFILL, DECODE), CAPACITY, kind=kind)
 
 
 @pytest.fixture
@@ -123,6 +133,14 @@ def test_all_contexts_share_weights_and_activations(session, tensorrt):
     assert len(tensorrt.contexts) == 5
     assert len({id(context.engine) for context in tensorrt.contexts}) == 1
     assert len({context.memory for context in tensorrt.contexts}) == 1
+
+
+@rtx_only
+def test_kernels_of_a_step_are_made_before_it_is_recorded(session, tensorrt):
+    for slot in range(4):
+        session.prefill(slot, ids(5, seed=slot))
+    for rows in range(1, 5):
+        session.decode(dict.fromkeys(range(rows), 5))
     kinds = [
         context.config.dynamic_shapes_kernel_specialization_strategy.name for context in tensorrt.contexts
     ]
@@ -143,6 +161,7 @@ def test_the_cache_is_allocated_once_and_everything_is_given_back(bundle, tensor
     session.close()  # a second time is harmless
 
 
+@rtx_only
 def test_compiled_kernels_are_kept_for_the_next_session(bundle, tensorrt, cuda, tmp_path):
     for tokens, compiled in ((ids(9), 1), (ids(9), 0), (ids(32), 1), (ids(32), 0)):
         tensorrt.compiled.clear()
@@ -156,6 +175,7 @@ def test_compiled_kernels_are_kept_for_the_next_session(bundle, tensorrt, cuda, 
     assert stored.read_bytes().startswith(b"(8, 9):")
 
 
+@rtx_only
 def test_a_cache_that_cannot_be_written_harms_nothing(bundle, tensorrt, tmp_path):
     (tmp_path / "cache").write_text("not a folder")
     with Session.open(bundle) as session:
@@ -200,18 +220,18 @@ def test_widths_are_few(width, limit, padded):
     assert padded_width(width, limit) == padded
 
 
-def test_classification_and_encoding(tmp_path, tensorrt):
-    for task, kind in (("token-classification", "classify"), ("encoder", "encode")):
+def test_classification_and_encoding(tmp_path, tensorrt, kind):
+    for task, method in (("token-classification", "classify"), ("encoder", "encode")):
         source = write_checkpoint(tmp_path / f"{task}-source", tiny_config(), task=task)
         options = ExportOptions(target="native", precision="fp32", task=task, parity=False)
         export(source, tmp_path / task, options)
         tokens = ids(21)
         with Session.open(tmp_path / task) as session:
-            wanted = getattr(session, kind)(tokens)
+            wanted = getattr(session, method)(tokens)
         profile = EngineProfile("encode", "", 0, {"batch": (1, 1, 1), "sequence": (1, 32, 256)})
-        fake_tensorrt.make_engine_bundle(tmp_path / task, (profile,), None)
+        fake_tensorrt.make_engine_bundle(tmp_path / task, (profile,), None, kind=kind)
         with Session.open(tmp_path / task) as session:
-            close(getattr(session, kind)(tokens), wanted)
+            close(getattr(session, method)(tokens), wanted)
         assert tensorrt.contexts[-1].runs[0]["input_ids"] == (1, 32)
 
 
@@ -224,9 +244,12 @@ KV_HEADS = 2
 def plugin_bundle(tmp_path_factory, tiny_bundles):
     folder = tmp_path_factory.mktemp("plugin") / "bundle"
     shutil.copytree(tiny_bundles["native"], folder)
-    return fake_tensorrt.make_engine_bundle(folder, (PREFILL, DECODE), CAPACITY, counters=ROWS * KV_HEADS)
+    return fake_tensorrt.make_engine_bundle(
+        folder, (PREFILL, DECODE), CAPACITY, counters=ROWS * KV_HEADS, kind="tensorrt"
+    )
 
 
+@full_only
 def test_the_plugins_counters_are_one_buffer_of_zeros(plugin_bundle, tensorrt, cuda, reference):
     """Memory comes as garbage, and the stand-in refuses counters that are not zero or lie at two addresses."""
     tokens = ids(40)
@@ -249,6 +272,7 @@ def test_the_plugins_counters_are_one_buffer_of_zeros(plugin_bundle, tensorrt, c
     assert (cuda.blocks, cuda.pinned, cuda.queues, cuda.graphs) == ({}, {}, {}, {})
 
 
+@full_only
 def test_counters_that_are_not_zeroed_are_noticed(plugin_bundle, tensorrt, monkeypatch):
     """The test above could not fail otherwise."""
     monkeypatch.setattr(Cuda, "allocate_zeroed", Cuda.allocate)
@@ -266,16 +290,17 @@ def test_a_host_without_a_gpu_is_told(bundle, tensorrt, cuda):
     assert cuda.queues == {}
 
 
-def test_another_version_is_refused_with_what_to_do(bundle, tensorrt):
-    tensorrt.__version__ = "1.8.0.1"
+def test_another_version_is_refused_with_what_to_do(bundle, tensorrt, kind):
+    built_by, tensorrt.__version__ = tensorrt.__version__, "1.8.0.1"
     with pytest.raises(
         BundleError,
-        match=r"built by tensorrt-rtx 1\.7\.1\.116 and 1\.8\.0\.1 is installed; install tensorrt-rtx==1\.7\.1\.116, or export",
+        match=rf"built by {kind} {built_by} and 1\.8\.0\.1 is installed; install {kind}=={built_by}, or export",
     ):
         Session.open(bundle)
 
 
-@pytest.mark.parametrize(("capability", "said"), [((7, 5), "75"), ((9, 0), "90")])
+@rtx_only
+@pytest.mark.parametrize(("capability", "said"), [((7, 5), "75"), ((8, 6), "86"), ((12, 0), "120")])
 def test_another_gpu_is_refused_with_what_to_export(bundle, tensorrt, cuda, capability, said):
     cuda.capability = capability
     with pytest.raises(
@@ -285,19 +310,48 @@ def test_another_gpu_is_refused_with_what_to_export(bundle, tensorrt, cuda, capa
     assert (cuda.blocks, cuda.queues) == ({}, {})
 
 
+@full_only
+def test_full_tensorrt_builds_for_its_own_gpu(bundle, tensorrt, cuda):
+    cuda.capability = (9, 0)
+    with pytest.raises(BundleError, match=r"80, 89 and this GPU has 90; .*for tensorrt on this host"):
+        Session.open(bundle)
+
+
+def _later(bundle, folder):
+    shutil.copytree(bundle, folder)
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(manifest.replace('"later_gpus": false', '"later_gpus": true'))
+    return folder
+
+
+@rtx_only
 def test_later_gpus_are_taken_where_the_engine_says_so(tmp_path, bundle, tensorrt, cuda):
-    shutil.copytree(bundle, tmp_path / "later")
-    manifest = (tmp_path / "later" / "manifest.json").read_text()
-    (tmp_path / "later" / "manifest.json").write_text(
-        manifest.replace('"later_gpus": false', '"later_gpus": true')
-    )
+    later = _later(bundle, tmp_path / "later")
     cuda.capability = (12, 1)
-    Session.open(tmp_path / "later").close()
-    cuda.capability = (7, 5)
-    with pytest.raises(BundleError, match="80, 89 and later and this GPU has 75"):
-        Session.open(tmp_path / "later")
+    Session.open(later).close()
+    for capability, said in (((7, 5), "75"), ((8, 6), "86")):
+        cuda.capability = capability
+        with pytest.raises(BundleError, match=f"80, 89 and later and this GPU has {said}"):
+            Session.open(later)
 
 
+@rtx_only
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (8, 7), (13, 0)])
+def test_a_gpu_that_rtx_does_not_name_is_told_what_runs_there(tmp_path, bundle, tensorrt, cuda, capability):
+    """Whatever the engine was built for: TensorRT-RTX has no kernels there, so no --sm can help."""
+    cuda.capability = capability
+    for folder in (bundle, _later(bundle, tmp_path / "later")):
+        with pytest.raises(BundleError) as caught:
+            Session.open(folder)
+        said = str(caught.value)
+        assert f"no kernels for compute capability {''.join(map(str, capability))}" in said
+        assert "it has them for 75, 80, 86, 89, 120, 121" in said
+        assert "--target tensorrt on this host, or with --target ort --precision fp16" in said
+        assert "--sm" not in said
+    assert (cuda.blocks, cuda.queues) == ({}, {})
+
+
+@rtx_only
 def test_what_tensorrt_finds_wrong_is_passed_on(bundle, tensorrt, cuda):
     tensorrt.reasons = 1 | 4
     with pytest.raises(
@@ -326,7 +380,8 @@ def test_options_that_mean_nothing_are_refused(bundle, tensorrt, option):
         Session.open(bundle, **option)
 
 
-def test_without_tensorrt_the_package_is_named(bundle, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
-    with pytest.raises(BundleError, match=r"install tensorrt-rtx==1\.7\.1\.116"):
+def test_without_tensorrt_the_package_is_named(bundle, tensorrt, kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, tensorrt.module, None)
+    with pytest.raises(BundleError, match=rf"install {kind}=={tensorrt.__version__}") as caught:
         Session.open(bundle)
+    assert ("NVIDIA's package index" in str(caught.value)) == (kind == "tensorrt")

@@ -105,19 +105,38 @@ def _cuda() -> Finding:
         )
     if _missing("cuda"):
         return Finding(name, False, "cuda-bindings is not installed", "pip install 'glm4-deploy[cuda]'")
+    missing = _missing_cuda_libraries()
+    if missing:
+        return Finding(name, False, f"{gpus}, but {missing}", "pip install 'glm4-deploy[cuda]'")
     return Finding(name, True, gpus)
 
 
+def _missing_cuda_libraries() -> str:
+    """What of NVIDIA's libraries the CUDA provider would not find; empty where all load."""
+    from glm4_runtime.errors import UnavailableError
+    from glm4_runtime.session.ort import load_onnxruntime, preload_cuda
+
+    try:
+        return preload_cuda(load_onnxruntime())
+    except UnavailableError as error:
+        return str(error)
+
+
 def _gpus() -> str:
+    return "; ".join(_asked_of_gpus("name,memory.total"))
+
+
+def _asked_of_gpus(fields: str) -> list[str]:
+    """A line per GPU from NVIDIA's tool, of the driver; none where it does not answer."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return ""
-    command = [program, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+        return []
+    command = [program, f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.SubprocessError):  # a driver that hangs or is broken is none
-        return ""
-    return "; ".join(found.stdout.strip().splitlines()) if found.returncode == 0 else ""
+        return []
+    return found.stdout.strip().splitlines() if found.returncode == 0 else []
 
 
 def _serving() -> Finding:
@@ -150,10 +169,9 @@ def _tensorrt_rtx() -> Finding:
 
 def _tensorrt() -> Finding:
     name = "export: target tensorrt"
-    if _missing("tensorrt", "polygraphy"):
-        return Finding(
-            name, False, "not installed", "pip install 'glm4-deploy[export,tensorrt]' on a GPU host"
-        )
+    missing = _missing("tensorrt", "polygraphy", "triton")
+    if missing:
+        return Finding(name, False, f"{', '.join(missing)} not installed", FULL_TENSORRT)
     if not _gpus():
         return Finding(name, False, "no NVIDIA GPU or driver found (nvidia-smi)", "run on a GPU host")
     return Finding(name, True, f"tensorrt {_version('tensorrt')} on {_gpus()}")
@@ -172,7 +190,15 @@ def _engines() -> Finding:
     gpus = _gpus()
     if not gpus:
         return Finding(name, False, "no NVIDIA GPU or driver found (nvidia-smi)", "run on a GPU host")
+    from glm4_exporters.engine import ENGINE_KINDS
+
+    named = ENGINE_KINDS["tensorrt-rtx"].capabilities
+    unnamed = [cc for cc in _asked_of_gpus("compute_cap") if cc.replace(".", "") not in named]
+    if installed == ["tensorrt-rtx"] and unnamed:
+        detail = f"{gpus}: tensorrt-rtx has no kernels for compute capability {unnamed[0]}"
+        return Finding(name, False, detail, f"{FULL_TENSORRT}, or export with --target ort --precision fp16")
     return Finding(name, True, f"{', '.join(installed)} on {gpus}")
 
 
+FULL_TENSORRT = "on a GPU host: pip install 'glm4-deploy[export,tensorrt]' with NVIDIA's package index as --extra-index-url"
 CHECKS = (_export, _onnxruntime, _cpu_operators, _cuda, _serving, _tensorrt_rtx, _tensorrt, _engines)

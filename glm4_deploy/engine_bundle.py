@@ -143,6 +143,7 @@ def engine_report(built: BuiltEngine) -> dict[str, Any]:
         "build_peak_rss_bytes": built.peak_rss_bytes,
         "build_peak_anonymous_bytes": built.peak_anonymous_bytes,
         "kernels": built.kernels,
+        "warnings": list(built.warnings),
         "parity": "measured on the ONNX graph that the engine was built from, by ONNX Runtime on the CPU",
     }
 

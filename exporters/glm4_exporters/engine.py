@@ -56,6 +56,7 @@ class EngineKind:
         times: it times kernels while it builds, which needs a GPU and makes a timing cache worth keeping.
         attention: how attention can be run, the usual way first.
         input_major: it multiplies by integers [in, out] where they lie, and copies those that are [out, in].
+        index: where pip finds its libraries, if not on the public index: the end of "install PACKAGE".
     """
 
     module: str
@@ -65,6 +66,7 @@ class EngineKind:
     times: bool
     attention: tuple[str, ...]
     input_major: bool
+    index: str = ""
 
 
 ENGINE_KINDS = {
@@ -85,8 +87,12 @@ ENGINE_KINDS = {
         times=True,
         attention=("plugin", "native"),
         input_major=False,  # not measured
+        index=" with NVIDIA's package index as --extra-index-url (docs/tensorrt.md)",
     ),
 }
+
+# What runs on a GPU that TensorRT-RTX does not name, as 9.0 and 10.0.
+ELSEWHERE = "Other GPUs run --target tensorrt, exported on them, or --target ort --precision fp16"
 
 # NVIDIA's support matrix of TensorRT-RTX 1.7: the oldest compute capability with kernels for a precision.
 OLDEST_CAPABILITY = {"fp16": 75, "bf16": 80, "int8": 80, "int8-sq": 80, "int4": 80, "fp8": 89}
@@ -146,6 +152,7 @@ class BuiltEngine:
         layers, float32: as in :class:`~glm4_runtime.bundle.EngineInfo`.
         kernels: per profile, the built engine's layers by type, those of attention by the kernel's name.
         peak_rss_bytes: of the process, the mapped weights included; ``peak_anonymous_bytes`` without them.
+        warnings: what went wrong beside the engine, a line each.
     """
 
     files: Mapping[str, FileEntry]
@@ -155,6 +162,7 @@ class BuiltEngine:
     kernels: Mapping[str, Mapping[str, int]]
     peak_rss_bytes: int
     peak_anonymous_bytes: int
+    warnings: tuple[str, ...] = ()
 
 
 def require_engine(
@@ -190,10 +198,13 @@ def require_engine(
         raise ExportError(
             f"{kind_name} times no kernels while it builds, so a timing cache would do nothing; leave it out"
         )
-    for module, package in ((kind.module, kind_name), ("polygraphy", "polygraphy")):
+    by_plugin = engine_attention(kind_name, task, options) == "plugin"  # Triton compiles its kernels
+    for module in (*["triton"] * by_plugin, kind.module, "polygraphy"):
         if find_spec(module) is None:
-            extra = f"glm4-deploy[{kind_name}]"
-            raise ExportError(f"{package} is not installed, which target {target} needs; install {extra}")
+            raise ExportError(
+                f"{module} is not installed, which target {target} needs; "
+                f"install glm4-deploy[{kind_name}]{kind.index}"
+            )
     if kind.times:
         _require_builder(kind)
         _require_gpu(target, precision)
@@ -206,7 +217,8 @@ def _require_capabilities(kind_name: str, precision: str, asked: Sequence[str]) 
     for sm in asked:
         if sm not in known:
             raise ExportError(
-                f"{kind_name} has no compute capability {sm!r}; it builds for {', '.join(known)} (89 means 8.9)"
+                f"{kind_name} has no compute capability {sm!r}; it builds for {', '.join(known)} (89 means 8.9). "
+                f"{ELSEWHERE}"
             )
         if int(sm) < OLDEST_CAPABILITY[precision]:
             raise ExportError(
@@ -223,7 +235,7 @@ def _require_builder(kind: EngineKind) -> None:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ExportError(
             f"{kind.package} is installed but has no builder that starts here ({reason}); "
-            "install NVIDIA's complete package on a GPU host, or export for tensorrt-rtx"
+            f"install it again on a GPU host{kind.index}, or export for tensorrt-rtx"
         )
 
 
@@ -282,7 +294,8 @@ def engine_version(kind_name: str) -> str:
         return version(kind.package)
     except PackageNotFoundError:
         raise ExportError(
-            f"{kind_name} is not installed, which target {kind_name} needs; install glm4-deploy[{kind_name}]"
+            f"{kind_name} is not installed, which target {kind_name} needs; "
+            f"install glm4-deploy[{kind_name}]{kind.index}"
         ) from None
 
 
@@ -423,6 +436,7 @@ def _follow(process: "subprocess.Popen[str]", plan: EnginePlan, progress: Progre
         kernels=answer["kernels"],
         peak_rss_bytes=answer["peak_rss_bytes"],
         peak_anonymous_bytes=memory[0],
+        warnings=tuple(answer["warnings"]),
     )
 
 

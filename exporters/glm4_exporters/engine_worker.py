@@ -5,11 +5,13 @@
 Run by :func:`glm4_exporters.engine.build_engine`, in the folder of the graph.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
 import os
 import re
+import resource
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -67,7 +69,8 @@ def _build(trt: Any, log: Any, plan: Mapping[str, Any], say: Say) -> dict[str, A
     if plan["plugin"] is not None:
         importlib.import_module(plan["plugin"])
     files = dict.fromkeys(profile["file"] for profile in plan["profiles"])
-    answer: dict[str, Any] = {"files": {}, "kernels": {}}
+    capability = gpu_capability() if ENGINE_KINDS[plan["kind"]].times else None
+    answer: dict[str, Any] = {"files": {}, "kernels": {}, "warnings": []}
     for done, name in enumerate(files):
         builder, definition, parser = _parse(trt, log, plan["kind"], plan["graphs"][name])
         network = Network(trt, definition)
@@ -82,17 +85,22 @@ def _build(trt: Any, log: Any, plan: Mapping[str, Any], say: Say) -> dict[str, A
         names = [profile["name"] for profile in profiles]
         if not ENGINE_KINDS[plan["kind"]].times:  # the full TensorRT lists its layers in another form
             answer["kernels"] |= check_compiled(log.layers, names, plan["operators"])
-        _save_timing_cache(plan, config)
+        if plan["timing_cache"] is not None:
+            warning = save_timing_cache(config, Path(plan["timing_cache"]))
+            answer["warnings"] += [warning] if warning else []
         del parser
     _reporter(say, len(files), len(files))(0.0)
     answer["peak_rss_bytes"] = _peak_rss()
-    answer["capabilities"] = [gpu_capability()] if ENGINE_KINDS[plan["kind"]].times else []
+    answer["capabilities"] = [capability] if capability else []
     return answer
 
 
 def _peak_rss() -> int:
-    """Of this program; getrusage would count the process that started it as well."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    """Of this program, in bytes. getrusage, which counts the process that started it as well, is the second choice."""
+    try:
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):  # some sandboxes do not tell
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _reporter(say: Say, done: int, files: int) -> Callable[[float], None]:
@@ -160,7 +168,6 @@ def _config(
         "profiles": [],
         "progress_monitor": monitor,
         "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,  # so that layers keep the graph's names
-        "load_timing_cache": plan["timing_cache"],
     }
     if plan["plugin"] is not None:  # without it TensorRT refuses a plugin that writes into an input
         options["preview_features"] = [trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03]
@@ -172,11 +179,15 @@ def _config(
             made.add(spec["name"], *map(tuple, shapes))
         options["profiles"].append(made)
     if not plan["capabilities"]:
-        return CreateConfig(**options)(builder, definition)
-    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+        config = CreateConfig(**options)(builder, definition)
+    else:
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
-    pairs = [(int(sm[:-1]), int(sm[-1])) for sm in plan["capabilities"]]
-    return CreateConfigRTX(compute_capabilities=pairs, **options)(builder, definition)
+        pairs = [(int(sm[:-1]), int(sm[-1])) for sm in plan["capabilities"]]
+        config = CreateConfigRTX(compute_capabilities=pairs, **options)(builder, definition)
+    if plan["timing_cache"] is not None:
+        load_timing_cache(config, Path(plan["timing_cache"]))
+    return config
 
 
 def _write(
@@ -210,15 +221,30 @@ def _write(
     return {"sha256": writer.digest.hexdigest(), "bytes": writer.size}
 
 
-def _save_timing_cache(plan: Mapping[str, Any], config: Any) -> None:
-    if plan["timing_cache"] is None:
-        return
-    from polygraphy.backend.trt.util import get_timing_cache_data
+def load_timing_cache(config: Any, path: Path) -> None:
+    """Let the build reuse timings. A cache of another TensorRT or GPU is left aside: it saves time only."""
+    with contextlib.suppress(OSError):
+        stored = config.create_timing_cache(path.read_bytes())
+        if stored is not None:
+            config.set_timing_cache(stored, ignore_mismatch=False)
 
-    path = Path(plan["timing_cache"])
+
+def save_timing_cache(config: Any, path: Path) -> str | None:
+    """Write the build's timings, aside and renamed. The engine is there already, so a failure is only told.
+
+    Returns:
+        Why the file was not written, in one line, or None.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(get_timing_cache_data(config))
-    aside.replace(path)
+    try:
+        with config.get_timing_cache().serialize() as timings:
+            aside.write_bytes(timings)
+        aside.replace(path)
+    except Exception as error:  # the bindings raise their own
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        return f"the timing cache {path} was not written: {' '.join(str(error).split())}"
+    return None
 
 
 def _monitor(trt: Any, report: Callable[[float], None]) -> Any:

@@ -147,6 +147,7 @@ def command(
         return
     if bundle is None:
         raise click.UsageError("Missing argument 'BUNDLE', the folder to make.")
+    show.require_writable(Path(timing_cache) if timing_cache else None)
     with show.shown_progress() as progress:
         result = pipeline.export(checkpoint, bundle, options, force=force, progress=progress)
     if as_json:
@@ -159,7 +160,7 @@ def _runs_on(manifest: Manifest) -> str:
     if manifest.engine is None:
         return ", ".join(manifest.providers) or "none of ONNX Runtime's providers; another conforming runtime"
     gpus = ", ".join(f"{sm[:-1]}.{sm[-1]}" for sm in manifest.compute_capabilities)
-    later = " and later" if manifest.engine.later_gpus else ""
+    later = " and newer ones that it names" if manifest.engine.later_gpus else ""
     return f"{manifest.engine.kind} {manifest.engine.version}, GPUs of compute capability {gpus}{later}"
 
 
@@ -189,6 +190,7 @@ def _rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
         rows.append(("KV cache", f"int8, calibrated on {tokens} tokens: {text}"))
     if result.engine is not None:
         rows.append(("engine build", f"{show.size(result.engine.built.peak_rss_bytes)} at its peak"))
+        rows += [("warning", warning) for warning in result.engine.built.warnings]
     if parity is None:
         return [*rows, ("parity", "not measured (--no-parity)")]
     errors = [f"max error {parity.max_abs_error:.2e}", f"mean {parity.mean_abs_error:.2e}"]

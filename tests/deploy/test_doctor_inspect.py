@@ -94,13 +94,14 @@ def test_what_is_missing_is_said_with_the_extra_that_brings_it(monkeypatch):
     assert "[cpu]" in found["advice"]
 
 
-def gpu(monkeypatch, answer):
+def gpu(monkeypatch, answer, capability="8.9"):
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
 
     def run(command, **options):
         if isinstance(answer, Exception):
             raise answer
-        return subprocess.CompletedProcess(command, 0, answer, "")
+        asked = capability if "--query-gpu=compute_cap" in command else answer
+        return subprocess.CompletedProcess(command, 0, asked, "")
 
     monkeypatch.setattr(subprocess, "run", run)
 
@@ -116,7 +117,47 @@ def test_the_cuda_provider(monkeypatch):
     assert "[cuda]" in found["advice"]
     pretend(monkeypatch, installed=("onnxruntime-gpu",), missing=("onnxruntime",), modules={"cuda": object()})
     monkeypatch.setattr(doctor, "_version", lambda name: "1" if name == "onnxruntime-gpu" else None)
+    said = "Failed to load libcudnn.so.9: cannot open shared object file"
+    monkeypatch.setattr("onnxruntime.preload_dlls", lambda: print(said))
+    found = finding("run: CUDA provider")
+    assert (found["works"], found["detail"]) == (False, f"NVIDIA L4, 23034 MiB, but {said}")
+    assert "[cuda]" in found["advice"]
+    monkeypatch.setattr("onnxruntime.preload_dlls", lambda: None)
     assert finding("run: CUDA provider")["works"]
+
+
+@pytest.mark.parametrize("missing", ["triton", "tensorrt", "polygraphy"])
+def test_full_tensorrt_needs_nvidias_index_and_triton(monkeypatch, missing):
+    there = dict.fromkeys(("triton", "tensorrt", "polygraphy"), object())
+    pretend(monkeypatch, installed=("tensorrt",), modules=there | {missing: False})
+    found = finding("export: target tensorrt")
+    assert (found["works"], found["detail"]) == (False, f"{missing} not installed")
+    assert "[export,tensorrt]' with NVIDIA's package index as --extra-index-url" in found["advice"]
+    pretend(monkeypatch, installed=("tensorrt",), modules=there)
+    gpu(monkeypatch, "NVIDIA L4, 23034 MiB\n")
+    assert finding("export: target tensorrt")["works"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "works"),
+    [
+        ("8.9", ("tensorrt-rtx",), True),
+        ("12.1", ("tensorrt-rtx",), True),
+        ("9.0", ("tensorrt-rtx",), False),
+        ("9.0", ("tensorrt-rtx", "tensorrt"), True),
+        ("9.0", ("tensorrt",), True),
+    ],
+)
+def test_rtx_engines_have_no_kernels_for_hopper(monkeypatch, capability, packages, works):
+    gpu(monkeypatch, "NVIDIA H100, 81559 MiB\n", capability)
+    others = {"tensorrt", "tensorrt-rtx"} - set(packages)
+    pretend(monkeypatch, installed=packages, missing=others, modules={"cuda": object()})
+    found = finding("run: TensorRT engines")
+    assert found["works"] is works
+    if not works:
+        assert "tensorrt-rtx has no kernels for compute capability 9.0" in found["detail"]
+        assert "glm4-deploy[export,tensorrt]" in found["advice"]
+        assert "--target ort --precision fp16" in found["advice"]
 
 
 @pytest.mark.parametrize(

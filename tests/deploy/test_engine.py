@@ -306,13 +306,64 @@ def test_a_builder_that_dies_is_said_and_leaves_no_process(engine_bundle, monkey
     assert started[0].poll() is not None
 
 
+# Timings, kept for the next build: those of TensorRT-RTX, which are empty but have the same calls ---------
+
+
+def timed_plan(folder, timing_cache):
+    """A plan whose engine has a file name of its own, since an engine is never overwritten."""
+    name = f"{timing_cache.name}.engine"
+    graph = _fixed(folder)
+    plan = plan_of(folder, graph.name)
+    operators = {node.name: node.op_type for node in ir.load(graph).graph}
+    profiles = tuple(dataclasses.replace(p, file=name) for p in plan.profiles)
+    return dataclasses.replace(
+        plan,
+        graphs={name: graph.name},
+        profiles=profiles,
+        operators=operators,
+        timing_cache=str(timing_cache),
+    )
+
+
+def test_timings_are_written_and_read_again(engine_bundle, tmp_path):
+    folder, path = engine_bundle[0], tmp_path / "first"
+    assert build_engine(folder, timed_plan(folder, path)).warnings == ()
+    written = path.read_bytes()
+    assert written
+    assert [entry.name for entry in tmp_path.iterdir()] == ["first"]  # nothing aside is left
+    path.rename(tmp_path / "second")
+    assert build_engine(folder, timed_plan(folder, tmp_path / "second")).warnings == ()
+    assert (tmp_path / "second").read_bytes() == written
+
+
+@pytest.mark.parametrize("state", ["a folder", "a damaged cache", "no folder"])
+def test_a_timing_cache_costs_no_finished_engine(engine_bundle, tmp_path, state):
+    folder, path = engine_bundle[0], tmp_path / state
+    if state == "a folder":
+        path.mkdir()
+    elif state == "a damaged cache":
+        path.write_bytes(b"no timings at all")
+    else:
+        path = tmp_path / "missing" / state
+    built = build_engine(folder, timed_plan(folder, path))
+    assert (folder / f"{state}.engine").stat().st_size == built.files[f"{state}.engine"].bytes > 0
+    if state == "a damaged cache":  # left aside, and written anew
+        assert built.warnings == ()
+        assert path.read_bytes() != b"no timings at all"
+    else:
+        assert built.warnings[0].startswith(f"the timing cache {path} was not written: ")
+
+
 # Refusals before any work ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (dict(options=options(sm=("90",))), r"no compute capability '90'; it builds for 75, 80, 86, 89, 120"),
+        (
+            dict(options=options(sm=("90",))),
+            r"no compute capability '90'; it builds for 75, 80, 86, 89, 120, 121 .* --target ort --precision fp16",
+        ),
         (dict(options=options("bf16", sm=("75",))), "bf16 needs compute capability 80 or newer"),
         (dict(options=options(layout="both")), "unknown engine layout 'both'; the layouts are shared, split"),
         (dict(options=options(timing_cache="f")), "times no kernels while it builds"),
@@ -352,8 +403,13 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, module):
 def test_full_tensorrt_needs_a_gpu(tmp_path, monkeypatch):
     wanted = ExportOptions(target="tensorrt", parity=False)
     monkeypatch.setattr(engine_module, "find_spec", lambda _: None)
-    with pytest.raises(ExportError, match=r"tensorrt is not installed.*glm4-deploy\[tensorrt\]"):
-        export(DEMO, tmp_path / "bundle", wanted)
+    with pytest.raises(ExportError, match=r"triton is not installed.*glm4-deploy\[tensorrt\] with NVIDIA's"):
+        export(DEMO, tmp_path / "bundle", wanted)  # our plugin's compiler comes first
+    native = dataclasses.replace(wanted, engine=EngineOptions(attention="native"))
+    with pytest.raises(
+        ExportError, match=r"tensorrt is not installed.*glm4-deploy\[tensorrt\] with NVIDIA's"
+    ):
+        export(DEMO, tmp_path / "bundle", native)
     monkeypatch.setattr(engine_module, "find_spec", lambda _: True)
     with pytest.raises(ExportError, match="no builder that starts here"):  # as on a host with the stub alone
         export(DEMO, tmp_path / "bundle", wanted)

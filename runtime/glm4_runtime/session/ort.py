@@ -1,5 +1,7 @@
 """The session on ONNX Runtime: KV in one buffer per layer and side, bound in place as past and present."""
 
+import contextlib
+import io
 import os
 import warnings
 from collections.abc import Sequence
@@ -37,6 +39,19 @@ def load_onnxruntime() -> Any:
             f"onnxruntime cannot be imported ({error}); install glm4-deploy[cpu], or [cuda] on a GPU host"
         ) from error
     return onnxruntime
+
+
+def preload_cuda(ort: Any) -> str:
+    """Load NVIDIA's libraries from their packages, for hosts that have a driver and nothing else of CUDA.
+
+    Returns:
+        What did not load, in one line, as ONNX Runtime tells it; empty where all is there.
+    """
+    if not hasattr(ort, "preload_dlls"):  # onnxruntime before 1.21
+        return ""
+    with contextlib.redirect_stdout(io.StringIO()) as said:  # it prints
+        ort.preload_dlls()
+    return " ".join(said.getvalue().split())
 
 
 def operator_library() -> Path:
@@ -117,6 +132,8 @@ class OrtSession(Session):
         super().__init__(folder, manifest, max_seq_len, max_batch_size, prefill_chunk)
         ort = load_onnxruntime()
         self.provider, self.skipped = choose_provider(manifest, ort.get_available_providers(), provider)
+        self._on_cpu = self.provider == "CPUExecutionProvider"
+        missing = "" if self._on_cpu else preload_cuda(ort)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.log_severity_level = 3  # errors; what it warns of is decided above
@@ -133,10 +150,9 @@ class OrtSession(Session):
             ) from error
         if self._session.get_providers()[0] != self.provider:
             raise BundleError(
-                f"{self.provider} is installed but did not start here (driver or libraries missing); "
-                "run glm4-deploy doctor, or ask for CPUExecutionProvider"
+                f"{self.provider} is installed but did not start here ({missing[:200] or 'the driver is missing or too old'}); "
+                "install glm4-deploy[cuda], run glm4-deploy doctor, or ask for CPUExecutionProvider"
             )
-        self._on_cpu = self.provider == "CPUExecutionProvider"
         if manifest.kv_cache is not None:
             self._cache = self._new_cache()
         self._bindings: dict[tuple[int, int], BoundRows] = {}

@@ -1,7 +1,5 @@
 """glm4-deploy chat BUNDLE"""
 
-import contextlib
-import importlib
 import sys
 import time
 from pathlib import Path
@@ -9,12 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+from glm4_deploy.typed import is_command, message_reader
 from glm4_runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from glm4_runtime.dialogue import Dialogue
 
-_HELP = "/new starts over, /exit or Ctrl-D ends, Ctrl-C stops an answer."
+_HELP = (
+    "/new starts over, /help shows this line, /exit or Ctrl-D ends. Ctrl-C stops an answer. "
+    "Alt+Enter breaks the line; pasted lines are one message."
+)
 _THOUGHT, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -43,7 +45,8 @@ def command(
 ) -> None:
     """Talk with BUNDLE in the terminal.
 
-    /new starts over, /exit or Ctrl-D ends, Ctrl-C stops an answer.
+    /new starts over, /help names the commands, /exit or Ctrl-D ends, Ctrl-C stops an answer.
+    From a pipe, each line is a message.
     """
     from glm4_runtime import SamplingParams, Session
     from glm4_runtime.dialogue import Dialogue
@@ -54,26 +57,28 @@ def command(
     ) as session:
         dialogue = Dialogue(session, params, system)
         if sys.stdin.isatty():
-            with contextlib.suppress(ModuleNotFoundError):  # where it is built in, lines can be edited
-                importlib.import_module("readline")
             click.echo(_HELP, err=True)
-        while (text := _line()) is not None:
-            if text == "/new":
-                dialogue.forget()
-            elif text == "/exit":
-                break
-            elif text:
-                _answer(dialogue, text, hide_thoughts)
+        _talk(dialogue, hide_thoughts)
 
 
-def _line() -> str | None:
-    """What the user says; None at the end."""
-    try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except (EOFError, KeyboardInterrupt):
-        if sys.stdin.isatty():
-            click.echo()
-        return None
+def _talk(dialogue: "Dialogue", hide_thoughts: bool) -> None:
+    read = message_reader()
+    while (message := read()) is not None:
+        command = message.strip() if is_command(message) else None
+        if command == "/exit":
+            break
+        if command == "/new":
+            dialogue.forget()
+        elif command == "/help":
+            click.echo(_HELP, err=True)
+        elif command is not None:
+            click.echo(
+                f"glm4-deploy: there is no command {command}; there are /new, /help and /exit. "
+                "To send this as a message, put a space in front",
+                err=True,
+            )
+        elif message.strip():
+            _answer(dialogue, message.strip(), hide_thoughts)
 
 
 def _answer(dialogue: "Dialogue", text: str, hide_thoughts: bool) -> None:

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import select
+import subprocess
 import sys
 
 import pytest
@@ -105,6 +108,42 @@ def test_chat_answers_line_by_line(run, demo_bundle, monkeypatch):
     assert lines[0] == "I am glm4-tiny, a very small model for demonstrations. I have read a few old books."
     assert len(lines) == 3
     assert lines[2].startswith("Hello!")
+
+
+def test_chat_answers_commands_that_it_does_not_know(run, demo_bundle, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("/help\n/quit\n/etc/hosts is a file\n /new\n"))
+    code, out, err = run("chat", demo_bundle, "--max-tokens", 4)
+    assert code == 0
+    assert err.startswith("/new starts over, /help shows this line, /exit or Ctrl-D ends.")
+    assert "there is no command /quit; there are /new, /help and /exit" in err
+    assert err.count("there is no command") == 1
+    assert len(out.splitlines()) >= 2  # the path and the word with a space in front are messages
+
+
+def test_chat_takes_pasted_lines_as_one_message(demo_bundle):
+    pty = pytest.importorskip("pty", reason="needs a pseudo-terminal")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "glm4_deploy", "chat", str(demo_bundle), "--max-tokens", "5"]
+    environment = os.environ | {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        shown = _shown_until(ours, b"\x1b[?2004h")  # bracketed paste is on: the prompt is ready
+        os.write(ours, b"\x1b[200~first line\rsecond line\x1b[201~\r/exit\r")
+        shown += _shown_until(ours, None)
+        assert process.wait(60) == 0
+    os.close(ours)
+    assert shown.count(b"first after") == 1  # the figures of one answer
+
+
+def _shown_until(terminal, mark):
+    """What a terminal shows until ``mark``, or until its program has ended."""
+    shown = b""
+    while (mark is None or mark not in shown) and select.select([terminal], [], [], 60)[0]:
+        try:
+            shown += os.read(terminal, 4096)
+        except OSError:  # the program closed its end
+            break
+    return shown
 
 
 def test_chat_goes_on_after_a_refusal(run, demo_bundle, monkeypatch):

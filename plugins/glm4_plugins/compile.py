@@ -123,20 +123,41 @@ def assembled(ptx: str, capability: int) -> tuple[int, int]:
     Raises:
         RuntimeError: the assembler refuses the program.
     """
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-
     with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx)
-        architecture = sm_arch_from_capability(capability)
-        run = subprocess.run(
-            [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", source, "-o", cubin],
-            capture_output=True,
-            text=True,
-        )
-    if run.returncode:
-        raise RuntimeError(f"ptxas refuses the kernel: {run.stderr.strip().splitlines()[0]}")
-    registers = re.search(r"Used (\d+) registers", run.stderr)
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", run.stderr)
+        said = _assemble(ptx, capability, Path(folder, "kernel.cubin"))
+    registers = re.search(r"Used (\d+) registers", said)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
     assert registers is not None
     return int(registers[1]), sum(map(int, spills))
+
+
+def disassembled(ptx: str, capability: int) -> str:
+    """The machine code (SASS) of a kernel, as text, by the tools that Triton brings.
+
+    Raises:
+        RuntimeError: the assembler refuses the program.
+    """
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        _assemble(ptx, capability, cubin)
+        tool = knobs.nvidia.nvdisasm.path
+        return subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
+
+
+def _assemble(ptx: str, capability: int, cubin: Path) -> str:
+    """Write ``cubin``; what the assembler says of it."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    source = cubin.with_suffix(".ptx")
+    source.write_text(ptx)
+    architecture = sm_arch_from_capability(capability)
+    run = subprocess.run(
+        [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", source, "-o", cubin],
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode:
+        raise RuntimeError(f"ptxas refuses the kernel: {run.stderr.strip().splitlines()[0]}")
+    return run.stderr

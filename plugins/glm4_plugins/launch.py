@@ -3,7 +3,9 @@
 Nothing here needs Triton, torch or TensorRT; all three ways to launch the kernel go through it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Protocol
 
 PHASES = {"shared": 0, "prefill": 1, "decode": 2}
@@ -215,3 +217,80 @@ def grid(shape: KernelShape, tiles: Tiles, batch: Any, sequence: Any, capacity: 
 def partials_shape(shape: KernelShape, decode_blocks: int) -> tuple[int, int, int]:
     """The scratch of the decode branch, float32: two pieces a block; head_dim sums, a maximum and a total each."""
     return (2 * decode_blocks, shape.rows, shape.head_dim + 2)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What falls to the blocks of one launch, in tiles of keys.
+
+    Attributes:
+        phase: the branch that all blocks take.
+        blocks: how many of them have work.
+        rows: rows (token, head of the group) of a block.
+        keys: keys of a tile.
+        tiles: whole tiles of cached keys that a block walks over which also has the new tokens.
+        ragged: tiles of cached keys that are not whole, 0 or 1.
+        new_tiles, mean_new_tiles: tiles of new keys of the block with most of them, and of all blocks.
+        pieces: the most pieces, each of one head of one sequence, that a block works on.
+        merges: partial results that the last block of a head joins, a number for each level; empty if none.
+    """
+
+    phase: str
+    blocks: int
+    rows: int
+    keys: int
+    tiles: int
+    ragged: int
+    new_tiles: float
+    mean_new_tiles: float
+    pieces: int
+    merges: tuple[int, ...]
+
+
+def share(shape: KernelShape, tiles: Tiles, pasts: Sequence[int], sequence: int) -> Share:
+    """How a launch on caches of ``pasts`` keys divides: the kernel's own arithmetic, for estimates and tests."""
+    phase = shape.phase
+    if phase == "shared":
+        phase = "decode" if sequence <= shape.decode_tokens else "prefill"
+    if phase == "decode":
+        return _decode_share(shape, tiles, pasts)
+    rows, keys, heads = tiles.block_m, tiles.block_n, len(pasts) * shape.kv_num_heads
+    ends = [
+        min((row + rows - 1) // shape.group + 1, sequence) for row in range(0, sequence * shape.group, rows)
+    ]
+    new_tiles = [-(-end // keys) for end in ends]
+    mean = sum(new_tiles) / len(new_tiles)
+    blocks = len(ends) * heads
+    return Share(
+        "prefill", blocks, rows, keys, max(pasts) // keys, _ragged(pasts, keys), max(new_tiles), mean, 1, ()
+    )
+
+
+def _decode_share(shape: KernelShape, tiles: Tiles, pasts: Sequence[int]) -> Share:
+    ragged, whole = _ragged(pasts, tiles.decode_n), max(pasts) // tiles.decode_n
+    _, size = _tiles_of_heads(shape, tiles, pasts)
+    spans = blocks_of_heads(shape, tiles, pasts)
+    blocks = spans[-1][1] + 1
+    pieces = max(sum(first <= block <= last for first, last in spans) for block in range(blocks))
+    merged = max(last - first + 1 for first, last in spans)
+    most = max(min(size - 1 - ragged, whole), 0)
+    merges = (merged,) if merged > 1 else ()
+    return Share("decode", blocks, shape.rows, tiles.decode_n, most, ragged, 0, 0, pieces, merges)
+
+
+def blocks_of_heads(shape: KernelShape, tiles: Tiles, pasts: Sequence[int]) -> list[tuple[int, int]]:
+    """The first and the last block that work on each head of each sequence in the decode branch."""
+    heads, size = _tiles_of_heads(shape, tiles, pasts)
+    return [
+        ((end - own) // size, (end - 1) // size) for end, own in zip(accumulate(heads), heads, strict=True)
+    ]
+
+
+def _tiles_of_heads(shape: KernelShape, tiles: Tiles, pasts: Sequence[int]) -> tuple[list[int], int]:
+    """Tiles of each head, its new tokens' among them, and how many a block takes."""
+    heads = [-(-past // tiles.decode_n) + 1 for past in pasts for _ in range(shape.kv_num_heads)]
+    return heads, max(-(-sum(heads) // tiles.decode_blocks), tiles.min_tiles)
+
+
+def _ragged(pasts: Sequence[int], keys: int) -> int:
+    return int(any(past % keys for past in pasts))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from attention_cases import interpreter, random_case, rounded, run_kernel, run_operator
 
-from glm4_plugins.launch import Tiles, choices
+from glm4_plugins.launch import KernelShape, Tiles, blocks_of_heads, choices, share
 from glm4_plugins.operator import partial_rope_gqa_attention
 
 pytest.importorskip("triton", reason="needs the plugins extra")
@@ -107,6 +107,28 @@ def test_blocks_may_run_in_any_order(run, sequence):
     for other in shuffled:
         for ours, theirs in zip(other[:4], in_turn[:4], strict=True):
             np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("pasts", [[0], [40], [160], [330, 3], [150, 33, 0, 16], [16] * 9])
+def test_the_kernel_divides_its_work_as_share_says(run, pasts):
+    """Each piece of a head that several blocks work on is one written part of the scratch."""
+    ones = [1] * len(pasts)
+    case, attributes = random_case(21, len(pasts), 1, 2, 8, 64, 32, pasts, ones)
+    partials = run(rounded(case, "float16"), attributes, SMALL)[4]
+    shape = KernelShape(16, 2, 64, 1.0, len(pasts))
+    spans = blocks_of_heads(shape, SMALL, pasts)
+    slots = {
+        2 * block + (block == first)
+        for first, last in spans
+        if first < last
+        for block in range(first, last + 1)
+    }
+    written = (~np.isnan(partials.reshape(-1)[: 10 * 16 * 64].reshape(10, -1))).all(1)
+    assert set(np.flatnonzero(written)) == slots
+    part = share(shape, SMALL, pasts, 1)
+    assert part.merges == ((max(last - first for first, last in spans) + 1,) if slots else ())
+    assert (part.phase, part.rows, part.ragged) == ("decode", 16, any(past % 16 for past in pasts))
+    assert part.blocks <= SMALL.decode_blocks
 
 
 def test_one_block_does_everything(run):

@@ -1,11 +1,44 @@
 """glm4-deploy serve BUNDLE"""
 
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import click
 
 from glm4_runtime.errors import BundleError
+
+Command = Callable[..., None]
+
+
+def _seconds(name: str, default: float, words: str) -> Callable[[Command], Command]:
+    return click.option(
+        f"--{name}-timeout", type=float, default=default, show_default=True, metavar="SECONDS", help=words
+    )
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """Before requests are taken there is nothing to finish, and a library that loads may swallow an exception."""
+    os.write(2, b"glm4-deploy: interrupted\n")
+    os._exit(130)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {found: signal.signal(found, _leave) for found in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for found, handler in before.items():
+            signal.signal(found, handler)
 
 
 @click.command("serve")
@@ -31,15 +64,35 @@ from glm4_runtime.errors import BundleError
 @click.option(
     "--max-body-bytes", type=click.IntRange(min=1), default=4 * 2**20, show_default=True, metavar="N"
 )
-@click.option("--request-timeout", type=float, default=600.0, show_default=True, metavar="SECONDS")
-@click.option("--body-timeout", type=float, default=30.0, show_default=True, metavar="SECONDS")
+@_seconds("request", 600.0, "Ends a request that takes longer.")
+@_seconds("header", 10.0, "Ends a connection whose request has not begun, or has half a header.")
+@_seconds("body", 30.0, "Ends a request whose body takes longer to arrive.")
+@_seconds("send", 60.0, "Ends a connection whose client does not read its answer.")
+@_seconds("idle", 5.0, "Ends a connection without another request; behind a proxy, longer than the proxy's.")
+@_seconds("drain", 30.0, "What running requests get after SIGTERM.")
 @click.option(
-    "--drain-timeout",
-    type=float,
-    default=30.0,
+    "--allow-host",
+    "allow_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Another name that this server may be called by, such as a proxy's; may be given several times.",
+)
+@click.option(
+    "--allow-origin",
+    "allow_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="An origin whose web pages may use this server, such as https://chat.example; may be given several times.",
+)
+@click.option(
+    "--path-prefix", default="", metavar="PATH", help="Where a reverse proxy shows this server, as /llm."
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning"]),
+    default="info",
     show_default=True,
-    metavar="SECONDS",
-    help="What running requests get after SIGTERM.",
+    help="debug also logs health probes.",
 )
 @click.option("--log-prompts", is_flag=True, help="Write prompts and answers to the log, too.")
 @click.option("--provider", metavar="NAME", help="An ONNX Runtime execution provider.")
@@ -58,17 +111,18 @@ def command(
     **options: Any,
 ) -> None:
     """Serve BUNDLE by OpenAI's API, with a chat page at /, until SIGTERM or Ctrl-C."""
-    try:
-        from glm4_runtime.server import ServerOptions, read_api_keys
-        from glm4_runtime.server.run import open_and_serve
-    except ModuleNotFoundError as error:
-        raise BundleError(f"serving needs {error.name}: pip install 'glm4-deploy[serve,cpu]'") from error
-    open_and_serve(
-        bundle,
-        ServerOptions(api_keys=read_api_keys(api_key_file), **options),
-        provider=provider,
-        threads=threads,
-        max_seq_len=max_seq_len,
-        max_batch_size=max_batch_size,
-        verify=verify,
-    )
+    with _ended_by_signals():
+        try:
+            from glm4_runtime.server import ServerOptions, read_api_keys
+            from glm4_runtime.server.run import open_and_serve
+        except ModuleNotFoundError as error:
+            raise BundleError(f"serving needs {error.name}: pip install 'glm4-deploy[serve,cpu]'") from error
+        open_and_serve(
+            bundle,
+            ServerOptions(api_keys=read_api_keys(api_key_file), **options),
+            provider=provider,
+            threads=threads,
+            max_seq_len=max_seq_len,
+            max_batch_size=max_batch_size,
+            verify=verify,
+        )

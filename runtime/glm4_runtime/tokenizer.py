@@ -9,6 +9,7 @@ from typing import Any
 import tokenizers
 
 from glm4_runtime.errors import BundleError, RequestError
+from glm4_runtime.token_bound import TokenBound
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -17,6 +18,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 _PREFIX = "[gMASK]"
 # What a byte-level decoder shows for bytes that aren't UTF-8, or not yet.
 _REPLACEMENT = "\ufffd"
+# Characters that take some 10 ms to encode.
+_LONG_TEXT = 8192
 
 
 class Tokenizer:
@@ -34,6 +37,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._bound: TokenBound | None = None  # made at first use, as only a server needs it
         self.special_tokens: Mapping[str, str] = MappingProxyType(dict(special_tokens or {}))
         self.special_ids = frozenset(
             token for token, added in backend.get_added_tokens_decoder().items() if added.special
@@ -62,10 +66,20 @@ class Tokenizer:
                 f"the text is not valid Unicode: half a surrogate pair at {error.start}"
             ) from error
         prefixed = text.startswith(_PREFIX)
-        ids: list[int] = self._backend.encode(
-            text, add_special_tokens=add_special_tokens and not prefixed
-        ).ids
+        special = add_special_tokens and not prefixed
+        # of the library's ways to encode, the one for batches lets other threads run meanwhile
+        if len(text) > _LONG_TEXT:
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special)
+        else:
+            encoding = self._backend.encode(text, add_special_tokens=special)
+        ids: list[int] = encoding.ids
         return ids
+
+    def least_tokens(self, text: str) -> int:
+        """Tokens that :meth:`encode` gives at least, without encoding; 0 where that is not known."""
+        if self._bound is None:
+            self._bound = TokenBound(self.to_json())
+        return self._bound.least(text)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; bytes that aren't UTF-8 come as U+FFFD, ids without a token as nothing."""

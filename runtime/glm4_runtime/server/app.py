@@ -1,5 +1,6 @@
 """The routes, and what stands before them."""
 
+import asyncio
 import base64
 import hashlib
 import re
@@ -18,11 +19,15 @@ from starlette.responses import HTMLResponse, Response
 
 from glm4_runtime.errors import Glm4Error
 from glm4_runtime.server import chat, completions, log, pooled, schema, tokens
+from glm4_runtime.server.bodies import Bodies
 from glm4_runtime.server.engine import Engine
 from glm4_runtime.server.errors import ApiError, Json, api_error, error_response
 from glm4_runtime.server.guard import Guarded, Recorded
+from glm4_runtime.server.proxy import Prefixed, shared_with
 
 _PAGE = "page.html"
+# Seconds between two pieces of a body.
+_LONGEST_SILENCE = 10.0
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorBody, "description": text}
     for status, text in {
@@ -46,12 +51,13 @@ def create_app(engine: Engine) -> FastAPI:
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
-        await engine.prepare(engine.close)
+        await asyncio.to_thread(engine.close)
 
     app = FastAPI(
         title="glm4-deploy",
         description="A GLM-4-0414 bundle behind OpenAI's API.",
         lifespan=lifespan,
+        servers=[{"url": engine.options.path_prefix}] if engine.options.path_prefix else None,
         docs_url=None,  # these pages load their scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
@@ -66,19 +72,21 @@ def create_app(engine: Engine) -> FastAPI:
     _add_operations(app, engine)
     document = app.openapi
     app.openapi = lambda: _without_422(document())  # type: ignore[method-assign]
-    options = engine.options
     paths = [route.path for route in app.routes if hasattr(route, "path")]
-    app.user_middleware = [
-        Middleware(Recorded, metrics=engine.metrics, routes=paths),
-        Middleware(
-            Guarded,
-            api_keys=options.api_keys,
-            host_names=options.host_names,
-            max_body_bytes=options.max_body_bytes,
-            body_timeout=options.body_timeout,
-        ),
-    ]
+    app.user_middleware = _middleware(engine, paths)
     return app
+
+
+def _middleware(engine: Engine, paths: list[str]) -> list[Middleware]:
+    """What a request passes before a route, the first first."""
+    options = engine.options
+    bodies = Bodies(options.max_body_bytes, options.body_timeout, min(options.body_timeout, _LONGEST_SILENCE))
+    return [
+        *([Middleware(Prefixed, prefix=options.path_prefix)] if options.path_prefix else []),
+        Middleware(Recorded, engine=engine, routes=paths),
+        *shared_with(options.allow_origins),
+        Middleware(Guarded, api_keys=options.api_keys, host_names=options.host_names, bodies=bodies),
+    ]
 
 
 def _add_api(app: FastAPI, engine: Engine) -> None:
@@ -102,7 +110,7 @@ def _add_api(app: FastAPI, engine: Engine) -> None:
     async def models() -> Response:
         return Json({"object": "list", "data": [_model(engine)]})
 
-    @app.get("/v1/models/{name}", tags=["openai"], summary="One model.")
+    @app.get("/v1/models/{name:path}", tags=["openai"], summary="One model.")
     async def model(name: str) -> Response:
         engine.require_model(name)
         return Json(_model(engine))

@@ -77,8 +77,7 @@ def _plan(engine: Engine, body: schema.ChatRequest, deadline: float) -> Plan:
     max_tokens = _max_tokens(body)
     offer = _offer(body)
     prompt = engine.conversation.render(body.messages, definitions(offer.tools))
-    ids = tuple(engine.tokenizer.encode(prompt, add_special_tokens=False))
-    engine.require_prompt(ids)
+    ids = engine.encode(prompt, add_special_tokens=False)
     inside = begins_inside(prompt)
     max_calls = 1 if body.parallel_tool_calls is False else None
     form = _form(body, offer, max_calls or MAX_CALLS)

@@ -72,7 +72,7 @@ async def answered(
     engine.require_running()
     deadline = time.monotonic() + engine.options.request_timeout
     with_usage = require_stream_options(body)
-    planned = await engine.prepare(lambda: plan(engine, body, deadline))
+    planned = await engine.prepare(lambda: plan(engine, body, deadline), slow=body.has_form)
     log.record()["user"] = body.user
     if engine.options.log_prompts:
         log.record()["prompts"] = list(planned.prompts)

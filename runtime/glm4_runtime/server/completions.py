@@ -67,9 +67,10 @@ def as_list(given: Any) -> list[Any]:
 
 
 def encoded(engine: Engine, given: str | Sequence[int]) -> tuple[int, ...]:
-    ids = tuple(engine.tokenizer.encode(given)) if isinstance(given, str) else tuple(given)
-    engine.require_prompt(ids)
-    return ids
+    if isinstance(given, str):
+        return engine.encode(given)
+    engine.require_prompt(given)
+    return tuple(given)
 
 
 def _plan(engine: Engine, body: schema.CompletionRequest, deadline: float) -> Plan:

@@ -15,6 +15,7 @@ from glm4_runtime.errors import BundleError, DeadlineError, Glm4Error, RequestEr
 from glm4_runtime.scheduler import Event, Failed, Generated, Request, Scheduler, Started, Ticket
 from glm4_runtime.server.conversation import Conversation
 from glm4_runtime.server.errors import ApiError
+from glm4_runtime.server.lanes import Lanes
 from glm4_runtime.server.metrics import Metrics
 from glm4_runtime.server.options import ServerOptions
 from glm4_runtime.session import Session
@@ -49,7 +50,7 @@ class Engine:
         self.tokenizer: Tokenizer = session.tokenizer
         self.name = options.served_name or session.folder.resolve().name
         self.created = int(time.time())
-        self.draining = False
+        self.draining = self._hurried = False
         self.turn_token = _turn_token(self.tokenizer)
         self.defaults = _sampling_defaults(session.folder)
         self.metrics = Metrics(self._stats)
@@ -59,6 +60,7 @@ class Engine:
         )
         self._worker = None if generates else ThreadPoolExecutor(1, "glm4-session")
         self._waiting = 0
+        self._lanes = Lanes()
         self._drain: threading.Thread | None = None
         self.conversation = _conversation(session.folder) if generates else None
         self.grammars = (
@@ -76,23 +78,42 @@ class Engine:
         if self._scheduler is not None:
             self._scheduler.start()
 
-    def drain(self) -> None:
-        """Turn new requests away, and end the running ones after the time they are given; returns at once."""
-        if self._drain is None:
-            self.draining = True
-            self._drain = threading.Thread(target=self._stop, name="glm4-drain", daemon=True)
+    def drain(self, at_once: bool = False) -> None:
+        """Turn new requests away, and end the running ones after the time they are given; returns at once.
+
+        Args:
+            at_once: give the running ones no time. May follow a call that gave them some.
+        """
+        if self._drain is None or (at_once and not self._hurried):
+            self.draining, self._hurried = True, at_once
+            seconds = 0.0 if at_once else self.options.drain_timeout
+            self._drain = threading.Thread(target=self._stop, args=(seconds,), name="glm4-drain", daemon=True)
             self._drain.start()
+
+    @property
+    def drained(self) -> bool:
+        """Whether :meth:`drain` was called and nothing runs any more."""
+        return self._drain is not None and not self._drain.is_alive()
+
+    @property
+    def load(self) -> dict[str, Any]:
+        """How many requests run and wait."""
+        stats = self._stats()
+        if stats is None:
+            return {"waiting": self._waiting}
+        return {"active": stats.active, "queued": stats.queued}
 
     def close(self) -> None:
         """Wait for :meth:`drain`, and free the session."""
         self.drain()
         assert self._drain is not None
         self._drain.join()
+        self._lanes.close()
         self.session.close()
 
-    def _stop(self) -> None:
+    def _stop(self, seconds: float) -> None:
         if self._scheduler is not None:
-            self._scheduler.stop(self.options.drain_timeout)
+            self._scheduler.stop(seconds)
         if self._worker is not None:
             self._worker.shutdown(cancel_futures=True)
 
@@ -124,20 +145,44 @@ class Engine:
 
     def require_prompt(self, ids: Sequence[int]) -> None:
         """Raises :class:`ApiError` for a prompt that is empty or longer than the server takes."""
-        limit = self.options.max_prompt_tokens or self.session.max_seq_len
-        limit = min(limit, self.session.max_seq_len)
-        if len(ids) > limit:
-            raise ApiError(
-                400,
-                f"the prompt has {len(ids)} tokens; this server takes {limit}",
-                code="context_length_exceeded",
-            )
+        if len(ids) > self.prompt_limit:
+            raise self._too_long(str(len(ids)))
         if not ids:
             raise ApiError(400, "the prompt is empty: it needs at least one token")
 
-    async def prepare(self, work: Callable[[], T]) -> T:
-        """Run what takes a while (rendering, encoding, compiling a grammar) off the event loop."""
-        return await asyncio.to_thread(work)
+    @property
+    def prompt_limit(self) -> int:
+        """Tokens of the longest prompt."""
+        longest = self.session.max_seq_len
+        return min(self.options.max_prompt_tokens or longest, longest)
+
+    def _too_long(self, tokens: str) -> ApiError:
+        return ApiError(
+            400,
+            f"the prompt has {tokens} tokens; this server takes {self.prompt_limit}",
+            code="context_length_exceeded",
+        )
+
+    async def prepare(self, work: Callable[[], T], slow: bool = False) -> T:
+        """Run what takes a while (rendering, encoding, compiling a grammar) off the event loop.
+
+        Args:
+            slow: whether it may take long, so that quick work must not wait for it.
+        """
+        return await self._lanes.run(work, slow)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """The ids of a prompt. A text that is certainly too long is refused before it is encoded.
+
+        Raises:
+            ApiError: longer than the server takes, or empty.
+        """
+        least = self.tokenizer.least_tokens(text)
+        if least > self.prompt_limit:
+            raise self._too_long(f"at least {least}")
+        ids = tuple(self.tokenizer.encode(text, add_special_tokens))
+        self.require_prompt(ids)
+        return ids
 
     def generate(self, requests: Sequence[Request]) -> "Job":
         """Start all requests, or none. Raises what the scheduler raises."""

@@ -1,6 +1,7 @@
 """Errors as OpenAI's clients expect them: a status, and {"error": {message, type, param, code}}."""
 
 import json
+import re
 from typing import Any
 
 from starlette.responses import Response
@@ -22,6 +23,9 @@ _KINDS = {
     504: ("timeout_error", "request_timeout"),
 }
 
+# As repr() writes a text, and as JSON does.
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*(?:'|$)|"(?:[^"\\]|\\.)*(?:"|$)""")
+
 
 class ApiError(Glm4Error):
     """A refusal with the status that it goes out with."""
@@ -34,9 +38,18 @@ class ApiError(Glm4Error):
         param: str | None = None,
         code: str | None = None,
         retry_after: float | None = None,
+        foreign: bool = False,
     ) -> None:
+        """``foreign``: what follows the first colon of the message may be the words of a template or a grammar."""
         super().__init__(message)
         self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+        self._foreign = foreign
+
+    @property
+    def without_quotes(self) -> str:
+        """The message without what it quotes of the request."""
+        text = str(self).partition(": ")[0] if self._foreign else str(self)
+        return _QUOTED.sub("'...'", text)[:300]
 
     @property
     def body(self) -> dict[str, Any]:
@@ -61,7 +74,7 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, StoppedError):
         return ApiError(503, str(error))
     if isinstance(error, RequestError):
-        return ApiError(400, str(error))
+        return ApiError(400, str(error), foreign=True)
     return ApiError(500, "the server failed on this request; its log says why")
 
 
@@ -72,6 +85,16 @@ class Json(Response):
 
     def render(self, content: Any) -> bytes:
         return encode(content)
+
+    @classmethod
+    def encoded(cls, content: bytes) -> "Json":
+        """A response of what is JSON already."""
+        return _Encoded(content)
+
+
+class _Encoded(Json):
+    def render(self, content: bytes) -> bytes:
+        return content
 
 
 def encode(content: Any) -> bytes:

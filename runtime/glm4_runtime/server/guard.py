@@ -3,7 +3,6 @@
 Plain ASGI, so that streams and disconnects reach the routes as they are.
 """
 
-import asyncio
 import hashlib
 import hmac
 import re
@@ -14,21 +13,23 @@ from collections.abc import Collection
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from glm4_runtime.server import log
-from glm4_runtime.server.engine import ClientGoneError
+from glm4_runtime.server import lanes, log
+from glm4_runtime.server.bodies import Bodies
+from glm4_runtime.server.engine import ClientGoneError, Engine
 from glm4_runtime.server.errors import ApiError, error_response
-from glm4_runtime.server.metrics import Metrics
 
 # The page asks for the key itself, and whoever watches over the process has none.
 _OPEN = frozenset({"/", "/health", "/health/live", "/health/ready"})
+# What is asked every few seconds by programs that watch over the server.
+_PROBES = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 _PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Recorded:
     """One line of the log and one count for each request; the last place that an error can reach."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Collection[str]) -> None:
-        self._app, self._metrics, self._routes = app, metrics, frozenset(routes)
+    def __init__(self, app: ASGIApp, engine: Engine, routes: Collection[str]) -> None:
+        self._app, self._engine, self._routes = app, engine, frozenset(routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,7 +44,10 @@ class Recorded:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if self._engine.draining:
+                    headers["connection"] = "close"
             await send(message)
 
         try:
@@ -57,12 +61,13 @@ class Recorded:
         finally:
             seconds = time.perf_counter() - began
             path = scope["path"] if scope["path"] in self._routes else "other"
-            self._metrics.requests.labels(path, str(status or 499)).inc()
+            self._engine.metrics.requests.labels(path, str(status or 499)).inc()
             if path.startswith("/v1/") and scope["method"] == "POST":
-                self._metrics.request_seconds.observe(seconds)
+                self._engine.metrics.request_seconds.observe(seconds)
             method, shown = scope["method"], scope["path"][:200]
             log.write(
                 "request",
+                "debug" if scope["path"] in _PROBES and status < 500 else "info",
                 **fields
                 | {"method": method, "path": shown, "status": status or 499, "seconds": round(seconds, 4)},
             )
@@ -77,13 +82,11 @@ class Guarded:
         *,
         api_keys: Collection[str],
         host_names: Collection[str] | None,
-        max_body_bytes: int,
-        body_timeout: float,
+        bodies: Bodies,
     ) -> None:
-        self._app = app
+        self._app, self._bodies = app, bodies
         self._digests = [_digest(key.encode()) for key in api_keys]
         self._host_names = host_names
-        self._max_body_bytes, self._body_timeout = max_body_bytes, body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -94,12 +97,12 @@ class Guarded:
             self._require_host(headers)
             if scope["path"] not in _OPEN:
                 self._require_key(headers)
-            body = await self._body(headers, receive)
+            async with self._bodies.reading(_declared_length(headers), receive) as body:
+                lanes.note_body(len(body))
+                await self._app(scope, _replayed(body, receive), send)
         except ApiError as error:
             log.refusal(error, error)
             await error_response(error)(scope, receive, send)
-            return
-        await self._app(scope, _replayed(body, receive), send)
 
     def _require_host(self, headers: Headers) -> None:
         """A web page elsewhere can have its own name point to this machine: then the browser sends that name."""
@@ -120,28 +123,10 @@ class Guarded:
         if scheme.lower() != "bearer" or not any(matches):
             raise ApiError(401, "a valid API key is needed: send it as 'Authorization: Bearer KEY'")
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        too_long = ApiError(
-            413, f"the body is longer than the {self._max_body_bytes} bytes this server takes"
-        )
-        length = headers.get("content-length", "")
-        if length.isdigit() and int(length) > self._max_body_bytes:
-            raise too_long
-        body = bytearray()
-        try:
-            async with asyncio.timeout(self._body_timeout):
-                more = True
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientGoneError
-                    body += message.get("body", b"")
-                    more = message.get("more_body", False)
-                    if len(body) > self._max_body_bytes:
-                        raise too_long
-        except TimeoutError as error:
-            raise ApiError(408, f"the body did not arrive within {self._body_timeout:g} seconds") from error
-        return bytes(body)
+
+def _declared_length(headers: Headers) -> int | None:
+    length = headers.get("content-length", "")
+    return int(length) if length.isascii() and length.isdigit() else None
 
 
 def _digest(key: bytes) -> bytes:

@@ -1,11 +1,14 @@
 """What Prometheus reads: what the server measured itself, and the scheduler's counters at that moment."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from glm4_runtime.server.connections import Connections
 
 _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
 _INTER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -49,6 +52,10 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"glm4_{name}_seconds", text, buckets=buckets, registry=self._registry)
 
+    def watch(self, connections: "Connections") -> None:
+        """Report these connections, too."""
+        self._registry.register(_ConnectionCollector(connections))
+
     def render(self) -> bytes:
         return generate_latest(self._registry)
 
@@ -67,3 +74,17 @@ class _SchedulerCollector(Collector):
         for outcome, count in stats.requests.items():
             outcomes.add_metric([outcome], count)
         yield outcomes
+
+
+class _ConnectionCollector(Collector):
+    def __init__(self, connections: "Connections") -> None:
+        self._connections = connections
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily("glm4_connections", "Open connections.", value=len(self._connections))
+        ended = CounterMetricFamily(
+            "glm4_connections_ended", "Connections that the server ended, by the limit.", labels=["limit"]
+        )
+        for limit, count in self._connections.ended.items():
+            ended.add_metric([limit], count)
+        yield ended

@@ -14,6 +14,18 @@ KEYS_VARIABLE = "GLM4_API_KEYS"
 # Names under which a browser reaches this machine itself; another one may be a page's attempt at rebinding.
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
+LOG_LEVELS = ("debug", "info", "warning")
+
+_COUNTS = ("max_body_bytes", "max_choices", "max_queue")
+_TIMES = (
+    "request_timeout",
+    "header_timeout",
+    "body_timeout",
+    "send_timeout",
+    "idle_timeout",
+    "drain_timeout",
+)
+
 
 @dataclass(frozen=True)
 class ServerOptions:
@@ -28,8 +40,16 @@ class ServerOptions:
         max_choices: the most replies of one request, over all its prompts.
         max_queue: how many requests may wait for a slot before others are turned away.
         request_timeout: seconds from arrival until a request is ended.
+        header_timeout: seconds that a client may take to send the header of a request.
         body_timeout: seconds that a client may take to send its body.
+        send_timeout: seconds for which a client may leave its answer unread.
+        idle_timeout: seconds for which a connection is kept after an answer.
         drain_timeout: seconds that running requests get to finish after SIGTERM.
+        allow_hosts: names that this server may be called by, besides those of this machine. Where it listens beyond
+            this machine and none is given, any name.
+        allow_origins: origins whose web pages may use this server from a browser, as ``https://name``.
+        path_prefix: the path under which a reverse proxy shows this server, as ``/llm``; empty for none.
+        log_level: the least important lines that the log has: debug, info or warning.
         log_prompts: whether the log holds what was asked and answered.
     """
 
@@ -43,17 +63,33 @@ class ServerOptions:
     max_choices: int = 16
     max_queue: int = 64
     request_timeout: float = 600.0
+    header_timeout: float = 10.0
     body_timeout: float = 30.0
+    send_timeout: float = 60.0
+    idle_timeout: float = 5.0
     drain_timeout: float = 30.0
+    allow_hosts: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
+    path_prefix: str = ""
+    log_level: str = "info"
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "max_choices", "max_queue", "request_timeout", "body_timeout"):
-            if getattr(self, name) <= 0:
+        for name in (*_COUNTS, *_TIMES):
+            if getattr(self, name) <= 0 and name != "drain_timeout":
                 raise RequestError(f"{name} is {getattr(self, name)}, but must be above 0")
-        for name in ("request_timeout", "body_timeout", "drain_timeout"):
+        for name in _TIMES:
             if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
                 raise RequestError(f"{name} is {getattr(self, name)}, but must be a number of seconds")
+        if self.log_level not in LOG_LEVELS:
+            raise RequestError(
+                f"log_level is {self.log_level!r}, but must be one of: {', '.join(LOG_LEVELS)}"
+            )
+        _require_prefix(self.path_prefix)
+        for origin in self.allow_origins:
+            _require_origin(origin)
+        for name in self.allow_hosts:
+            _require_host_name(name)
         if not self.is_local and not self.api_keys and not self.allow_anonymous:
             raise RequestError(
                 f"listening on {self.host} lets other machines in: set API keys by --api-key-file or "
@@ -67,7 +103,30 @@ class ServerOptions:
     @property
     def host_names(self) -> frozenset[str] | None:
         """The names a request may call this server by; None for any."""
-        return frozenset(LOOPBACK) if self.is_local else None
+        if not self.is_local and not self.allow_hosts:
+            return None
+        return frozenset(LOOPBACK) | {name.lower() for name in self.allow_hosts}
+
+
+def _require_prefix(prefix: str) -> None:
+    if prefix and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix):
+        raise RequestError(
+            f"path_prefix is {prefix[:100]!r}, but must be a path without a slash at its end, such as /llm"
+        )
+
+
+def _require_origin(origin: str) -> None:
+    """``*`` is no origin: it would let every page that a user opens work with this server."""
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d+)?", origin):
+        raise RequestError(
+            f"{origin[:100]!r} is no origin; write each as a browser sends it, such as https://chat.example or "
+            "http://localhost:3000, in small letters and without a path"
+        )
+
+
+def _require_host_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", name):
+        raise RequestError(f"{name[:100]!r} is no host name; write it without a port, such as llm.example")
 
 
 def read_api_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:

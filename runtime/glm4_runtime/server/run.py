@@ -1,54 +1,97 @@
 """A bundle behind HTTP until a signal ends it."""
 
 import contextlib
+import errno
 import logging
+import signal
+import socket
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
+from glm4_runtime.errors import RequestError
 from glm4_runtime.scheduler import Scheduler
 from glm4_runtime.server import log
 from glm4_runtime.server.app import create_app
+from glm4_runtime.server.connections import ConnectionLimits, Connections
 from glm4_runtime.server.engine import Engine
 from glm4_runtime.server.options import ServerOptions
 from glm4_runtime.session import Session
 
-# Connections at one time; each costs a file.
-_MOST_CONNECTIONS = 1024
+# Connections at one time; each costs a file. So many files are left for all else.
+_MOST_CONNECTIONS, _OTHER_FILES = 1024, 128
+# What a request may take beyond its own limits.
+_GRACE = 5.0
+# uvicorn looks every 0.1 s for what is to be done; connections are looked at every fifth time.
+_SWEEP_TICKS = 5
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which at a signal also tells the engine to let running requests finish."""
+    """uvicorn, which at a signal goes on answering until the engine has finished what runs."""
 
     def __init__(self, engine: Engine) -> None:
         options = engine.options
+        log.configure(options.log_level, options.log_prompts)
+        self._engine = engine
+        self._signals: list[int] = []
+        self._drain_began: float | None = None
+        self._connections = Connections(_limits(options))
+        engine.metrics.watch(self._connections)
         super().__init__(
             uvicorn.Config(
                 create_app(engine),
-                host=options.host,
-                port=options.port,
+                http=self._connections.protocol,  # type: ignore[arg-type]  # called as a class would be
+                ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                limit_concurrency=_MOST_CONNECTIONS,
-                # the scheduler ends what is left after drain_timeout, and clients are told; this is for the rest
-                timeout_graceful_shutdown=int(options.drain_timeout) + 5,
+                timeout_keep_alive=options.idle_timeout,  # type: ignore[arg-type]  # seconds, whole or not
+                # what runs has ended by then: this is for clients that do not read the rest of their answers
+                timeout_graceful_shutdown=int(_GRACE),
             )
         )
-        self._engine = engine
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  uvicorn's signature
+        """Note a signal; :meth:`on_tick` acts on it, outside of whatever the signal interrupted."""
+        self._signals.append(sig)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % _SWEEP_TICKS == 0:
+            self._connections.sweep()
+        if self._signals and self._drain_began is None:
+            self._begin_to_drain()
+        elif self._signals.count(signal.SIGINT) > 1:  # Ctrl-C again: whoever waits has seen enough
+            self._engine.drain(at_once=True)
+        if self._engine.drained:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    def _begin_to_drain(self) -> None:
+        self._drain_began = time.monotonic()
+        seconds = self._engine.options.drain_timeout
+        log.write(
+            "draining",
+            signal=signal.Signals(self._signals[0]).name,
+            drain_seconds=seconds,
+            **self._engine.load,
+        )
         self._engine.drain()
-        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
         if self.started:
             log.write("listening", model=self._engine.name, url=self.url)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        await super().shutdown(sockets)
+        began = self._drain_began or time.monotonic()
+        log.write("stopped", seconds=round(time.monotonic() - began, 3))
 
     @property
     def url(self) -> str:
@@ -57,29 +100,126 @@ class Server(uvicorn.Server):
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def serve(session: Session, options: ServerOptions) -> None:
-    """Answer requests until SIGTERM or SIGINT, then finish what runs."""
+def _limits(options: ServerOptions) -> ConnectionLimits:
+    return ConnectionLimits(
+        most=_affordable(_MOST_CONNECTIONS),
+        header=options.header_timeout,
+        request=options.header_timeout + options.body_timeout + options.request_timeout + _GRACE,
+        send=options.send_timeout,
+    )
+
+
+def _affordable(connections: int) -> int:
+    """As many connections as the process may have files for, whose number is raised where it may be."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows, which has no such limit
+        return connections
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return connections
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return max(1, allowed - _OTHER_FILES)
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets for every address of ``host``, bound to one port and not listening yet.
+
+    Raises:
+        RequestError: the port is in use or not allowed, or the host is not this machine.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in dict.fromkeys(addresses):
+            with contextlib.suppress(_NoSuchFamilyError):
+                found = _bound(family, kind, protocol, (address[0], port, *address[2:]))
+                sockets.append(found)
+                port = found.getsockname()[1]  # of port 0, the one that the first address got
+    except OSError as error:
+        for bound in sockets:
+            bound.close()
+        raise _cannot_listen(host, port, error) from error
+    if not sockets:
+        raise RequestError(f"cannot listen on {host}: this machine has no such address")
+    return sockets
+
+
+class _NoSuchFamilyError(Exception):
+    """IPv6 where the system has none."""
+
+
+def _bound(family: int, kind: int, protocol: int, address: tuple[Any, ...]) -> socket.socket:
+    try:
+        found = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise _NoSuchFamilyError from error
+    try:
+        if sys.platform != "win32":  # there it would share a port that is in use
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        found.bind(address)
+    except OSError as error:
+        found.close()
+        if error.errno == errno.EADDRNOTAVAIL and family == socket.AF_INET6:
+            raise _NoSuchFamilyError from error
+        raise
+    return found
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> RequestError:
+    advice = {
+        errno.EADDRINUSE: "another program listens there; end it, or choose another port by --port",
+        errno.EACCES: "ports below 1024 need a privilege; choose another by --port",
+        errno.EADDRNOTAVAIL: "this machine has no such address; see --host",
+    }.get(error.errno or 0, error.strerror or str(error))
+    return RequestError(f"cannot listen on {host}, port {port}: {advice}")
+
+
+def serve(session: Session, options: ServerOptions, sockets: Sequence[socket.socket] | None = None) -> None:
+    """Answer requests until SIGTERM or SIGINT, then finish what runs.
+
+    Args:
+        sockets: of :func:`bind`; bound here where None.
+    """
     logging.basicConfig(handlers=[log.Handler()], level=logging.WARNING)
+    listening = bind(options.host, options.port) if sockets is None else list(sockets)
     server = Server(Engine(session, options))
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal once more after a clean end
-        server.run()
+    try:
+        server.run(listening)
+    except OSError as error:  # another server was bound at the same time, and listened first
+        raise _cannot_listen(options.host, options.port, error) from error
 
 
 @contextlib.contextmanager
 def serving(session: Session, options: ServerOptions, scheduler: Scheduler | None = None) -> Iterator[Server]:
     """A server on a thread of its own, for as long as the block runs; ``scheduler`` as for :class:`Engine`."""
+    listening = bind(options.host, options.port)
     server = Server(Engine(session, options, scheduler))
-    thread = threading.Thread(target=server.run, name="glm4-http", daemon=True)
+    thread = threading.Thread(target=server.run, args=(listening,), name="glm4-http", daemon=True)
     thread.start()
     try:
         while not server.started and thread.is_alive():
             thread.join(0.01)
         yield server
     finally:
-        server.handle_exit(15, None)
+        server.handle_exit(signal.SIGTERM, None)
         thread.join()
 
 
 def open_and_serve(bundle: str | Path, options: ServerOptions, **session_options: Any) -> None:
-    """Open a bundle (options as for :meth:`Session.open`) and serve it."""
-    serve(Session.open(bundle, **session_options), options)
+    """Open a bundle (options as for :meth:`Session.open`) and serve it.
+
+    The port is taken first: a model takes minutes to load, a port in use is known at once.
+    """
+    sockets = bind(options.host, options.port)
+    try:
+        session = Session.open(bundle, **session_options)
+    except BaseException:
+        for bound in sockets:
+            bound.close()
+        raise
+    serve(session, options, sockets)

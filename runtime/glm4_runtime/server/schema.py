@@ -63,6 +63,11 @@ class Sampling(Body):
     stream_options: "StreamOptions | None" = None
     user: str | None = Field(None, description="Whom the request is for; written to the server's log.")
 
+    @property
+    def has_form(self) -> bool:
+        """Whether the form of the reply is prescribed: then a grammar is compiled, which may take long."""
+        return False
+
 
 class StreamOptions(Body):
     include_usage: bool = False
@@ -206,6 +211,12 @@ class ChatRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
+    @property
+    def has_form(self) -> bool:
+        called = isinstance(self.tool_choice, ChosenTool) or self.tool_choice == "required"
+        strict = any(tool.function.strict for tool in self.tools or ())
+        return called or strict or self.response_format is not None
+
 
 class CompletionRequest(Sampling):
     UNSUPPORTED = {"suffix": ("",), "best_of": (1,)}
@@ -214,6 +225,10 @@ class CompletionRequest(Sampling):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
+
+    @property
+    def has_form(self) -> bool:
+        return self.response_format is not None
 
 
 Inputs = Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] | Ids | ManyIds

@@ -1,0 +1,186 @@
+"""One client's connection, and all of them together: how many there may be, and how long each may take.
+
+uvicorn ends a connection that is silent after an answer. The rest is here: a client that sends no request, half of
+one, or does not read its answer, and clients that are too many.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+# A connection that was told to close may take so long to hand its last bytes over.
+_LINGER = 5.0
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+)
+
+
+class Phase(Enum):
+    """What a connection is doing."""
+
+    IDLE = "idle"  # between two requests
+    HEADER = "header"  # a request is expected or its header has begun
+    BODY = "body"
+    ANSWER = "answer"
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """
+    Attributes:
+        most: connections at one time; a new one then ends the one whose request has been unfinished for longest.
+        header: seconds until the header of a request is whole.
+        request: seconds from the header of a request to the end of its answer.
+        send: seconds for which a client may leave its answer unread.
+    """
+
+    most: int
+    header: float
+    request: float
+    send: float
+
+
+class Connections:
+    """All open connections. Runs on the event loop only.
+
+    Attributes:
+        ended: how many were ended, by reason: header, request, send, evicted, full.
+    """
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        self._limits = limits
+        self._open: dict[Connection, None] = {}
+        # those without a whole request, the longest waiting first
+        self._unfinished: dict[Connection, None] = {}
+        self.ended = dict.fromkeys(("header", "request", "send", "evicted", "full"), 0)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def protocol(self, **options: Any) -> "Connection":
+        """A new connection, as uvicorn asks for one."""
+        return Connection(self, **options)
+
+    def opened(self, connection: "Connection") -> bool:
+        """Take a new connection in; False where no other can make room for it."""
+        if len(self._open) >= self._limits.most:
+            if not self._unfinished:
+                self.ended["full"] += 1
+                return False
+            self._end(next(iter(self._unfinished)), "evicted")
+        self._open[connection] = self._unfinished[connection] = None
+        return True
+
+    def closed(self, connection: "Connection") -> None:
+        self._open.pop(connection, None)
+        self._unfinished.pop(connection, None)
+
+    def changed(self, connection: "Connection") -> None:
+        """Note that a connection is in another phase."""
+        if connection.phase is Phase.ANSWER:
+            self._unfinished.pop(connection, None)
+        elif connection.phase is not Phase.BODY:
+            self._unfinished.pop(connection, None)
+            self._unfinished[connection] = None
+
+    def sweep(self) -> None:
+        """End the connections whose time is up."""
+        now = time.monotonic()
+        for connection in list(self._open):
+            reason = self._overdue(connection, now)
+            if reason is not None:
+                self._end(connection, reason)
+
+    def _overdue(self, connection: "Connection", now: float) -> str | None:
+        limits = self._limits
+        if connection.closing_for(now) > _LINGER or connection.unread_for(now) > limits.send:
+            return "send"
+        spent = now - connection.since
+        if connection.phase is Phase.HEADER and spent > limits.header:
+            return "header"
+        return (
+            "request" if connection.phase in (Phase.BODY, Phase.ANSWER) and spent > limits.request else None
+        )
+
+    def _end(self, connection: "Connection", reason: str) -> None:
+        self.ended[reason] += 1
+        self.closed(connection)
+        connection.transport.abort()
+
+
+class Connection(H11Protocol):
+    """uvicorn's connection, which says what it is doing.
+
+    Attributes:
+        phase: see :class:`Phase`.
+        since: ``time.monotonic()`` when the request that it is about began.
+    """
+
+    def __init__(self, connections: Connections, **options: Any) -> None:
+        super().__init__(**options)
+        self._connections = connections
+        self.phase = Phase.HEADER
+        self.since = time.monotonic()
+        self._unread_since: float | None = None
+        self._closing_since: float | None = None
+
+    def closing_for(self, now: float) -> float:
+        """Seconds since the connection was first seen closing."""
+        if not self.transport.is_closing():
+            return 0
+        self._closing_since = self._closing_since or now
+        return now - self._closing_since
+
+    def unread_for(self, now: float) -> float:
+        """Seconds since the client last read enough of its answer."""
+        return 0 if self._unread_since is None else now - self._unread_since
+
+    # What uvicorn and the transport call --------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if not self._connections.opened(self):
+            transport.write(_FULL)
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.closed(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.phase is Phase.IDLE:
+            self._enter(Phase.HEADER)
+        super().data_received(data)
+        self._look()
+
+    def on_response_complete(self) -> None:
+        self._enter(Phase.IDLE)
+        super().on_response_complete()  # which takes the next request, if it is here already
+        self._look()
+
+    def pause_writing(self) -> None:
+        self._unread_since = time.monotonic()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._unread_since = None
+        super().resume_writing()
+
+    def _look(self) -> None:
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            self._enter(Phase.BODY if cycle.more_body else Phase.ANSWER)
+        elif self.conn.trailing_data[0]:  # the next header came with this request, and is not whole
+            self._enter(Phase.HEADER)
+
+    def _enter(self, phase: Phase) -> None:
+        if phase is self.phase:
+            return
+        if phase in (Phase.HEADER, Phase.IDLE) or self.phase is Phase.IDLE:
+            self.since = time.monotonic()
+        self.phase = phase
+        self._connections.changed(self)

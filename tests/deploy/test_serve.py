@@ -42,6 +42,18 @@ def test_serve_passes_its_options_on(run, monkeypatch, tmp_path):
         1.5,
     ]
     arguments += ["--body-timeout", 2.5, "--drain-timeout", 3.5, "--log-prompts", "--served-name", "glm"]
+    arguments += [
+        "--header-timeout",
+        4.5,
+        "--send-timeout",
+        5.5,
+        "--idle-timeout",
+        6.5,
+        "--log-level",
+        "debug",
+    ]
+    arguments += ["--allow-host", "a.example", "--allow-host", "b.example", "--path-prefix", "/llm"]
+    arguments += ["--allow-origin", "https://a.example"]
     arguments += ["--threads", 1, "--max-batch-size", 2, "--verify"]
     assert run("serve", tmp_path, *arguments)[0] == 0
     assert seen["options"] == ServerOptions(
@@ -55,7 +67,14 @@ def test_serve_passes_its_options_on(run, monkeypatch, tmp_path):
         max_queue=5,
         request_timeout=1.5,
         body_timeout=2.5,
+        header_timeout=4.5,
+        send_timeout=5.5,
+        idle_timeout=6.5,
         drain_timeout=3.5,
+        allow_hosts=("a.example", "b.example"),
+        allow_origins=("https://a.example",),
+        path_prefix="/llm",
+        log_level="debug",
         log_prompts=True,
     )
     assert seen["session"]["verify"] is True
@@ -68,11 +87,14 @@ def test_serve_passes_its_options_on(run, monkeypatch, tmp_path):
         (["--host", "0.0.0.0"], "--allow-anonymous"),
         (["--request-timeout", "0"], "request_timeout is 0"),
         (["--api-key-file", "no such file"], "cannot be read"),
+        (["--allow-origin", "*"], "is no origin"),
+        (["--path-prefix", "llm/"], "path_prefix"),
+        (["--allow-host", "http://a.example"], "no host name"),
         ([], "not a bundle"),
     ],
 )
 def test_serve_refuses_in_one_line(run, tmp_path, arguments, words):
-    code, out, err = run("serve", tmp_path / "nothing", *arguments)
+    code, out, err = run("serve", tmp_path / "nothing", "--port", 0, *arguments)
     assert (code, out) == (1, "")
     assert words in err
     assert err.count("\n") == 1

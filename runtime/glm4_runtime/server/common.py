@@ -155,12 +155,15 @@ class Usage:
 def note_answer(job: Job, usage: Usage, reasons: list[str | None]) -> None:
     """Put a request's figures into its line of the log."""
     first = None if job.first_token is None else round(job.first_token - job.began, 4)
+    spent = 0.0 if job.first_token is None else time.perf_counter() - job.first_token
+    further = usage.completion - 1
     log.record().update(
         prompt_tokens=usage.prompt,
         cached_tokens=usage.cached,
         completion_tokens=usage.completion,
         finish_reasons=reasons,
         first_token_seconds=first,
+        tokens_per_second=round(further / spent, 1) if further > 0 and spent > 0 else None,
     )
 
 

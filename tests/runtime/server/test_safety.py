@@ -256,6 +256,68 @@ def test_the_words_are_logged_where_asked_for(scripted, monkeypatch):
     assert line["answers"][0]["content"] == "answer"
 
 
+def test_the_log_says_why_a_request_was_refused(scripted, monkeypatch):
+    log = kept_log(monkeypatch)
+    _, server, _ = scripted()
+    cases = {
+        "option": (ASKED | {"password": 1}, "password: there is no such option", "password"),
+        "value": (
+            ASKED | {"temperature": -1},
+            "temperature must be a finite number of at least 0, not -1.0",
+            None,
+        ),
+        "model": (
+            ASKED | {"model": "password"},
+            "there is no model '...' here; this server has '...'",
+            "model",
+        ),
+        "grammar": (
+            ASKED | {"response_format": {"type": "regex", "regex": "[password"}},
+            "this format cannot be enforced",
+            None,
+        ),
+    }
+    for name, (body, reason, param) in cases.items():
+        httpx.post(server.url + CHAT, json=body, headers={"X-Request-Id": name})
+        text, line = logged_request(log, name)
+        assert (line["error"], line.get("param")) == (reason, param)
+    assert text.replace("password: there is no", "").replace('"param": "password"', "").count("password") == 0
+
+
+def test_the_whole_reason_is_logged_where_words_are(scripted, monkeypatch):
+    log = kept_log(monkeypatch)
+    _, server, _ = scripted(log_prompts=True)
+    httpx.post(server.url + CHAT, json=ASKED | {"model": "password"}, headers={"X-Request-Id": "whole"})
+    assert "no model 'password'" in logged_request(log, "whole")[1]["error"]
+
+
+def test_the_log_has_tokens_per_second(server, client, monkeypatch):
+    log = kept_log(monkeypatch)
+    more = {"extra_headers": {"X-Request-Id": "fast-1"}, "extra_body": {"ignore_eos": True}}
+    client.chat.completions.create(**ASKED, max_tokens=40, **more)
+    _, line = logged_request(log, "fast-1")
+    decoding = line["seconds"] - line["first_token_seconds"]
+    assert line["tokens_per_second"] >= 39 / decoding * 0.99
+
+
+@pytest.mark.parametrize("level", ["info", "debug", "warning"])
+def test_probes_are_logged_for_those_who_look_for_faults(scripted, monkeypatch, level):
+    log = kept_log(monkeypatch)
+    _, server, _ = scripted(log_level=level)
+    for path in ("/health", "/health/live", "/health/ready", "/metrics"):
+        assert httpx.get(server.url + path).status_code == 200
+    httpx.get(f"{server.url}/v1/models")
+    wanted = {
+        "debug": ["/health", "/health/live", "/health/ready", "/metrics", "/v1/models"],
+        "info": ["/v1/models"],
+        "warning": [],
+    }[level]
+    eventually(
+        lambda: [json.loads(line).get("path") for line in log.getvalue().splitlines()[-5:] if "path" in line],
+        wanted,
+    )
+
+
 def test_request_ids_are_ours_unless_plain(scripted):
     _, server, _ = scripted()
     assert httpx.get(f"{server.url}/health", headers={"X-Request-Id": "a-1"}).headers["x-request-id"] == "a-1"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from glm4_deploy import pipeline, show
+from glm4_deploy import hub, pipeline, show
 from glm4_deploy.engine_bundle import engine_report
 from glm4_exporters.cache_types import KV_CACHES
 from glm4_exporters.engine import ATTENTIONS, LAYOUTS, EngineOptions
@@ -98,6 +98,9 @@ from glm4_runtime.bundle import Manifest
     metavar="FILE",
     help="Kernel timings to reuse and extend; for target tensorrt.",
 )
+@click.option(
+    "--revision", metavar="NAME", help="A branch, tag or commit, where CHECKPOINT is a name on the hub."
+)
 @click.option("--keep-onnx", is_flag=True, help="Keep the graph and weights an engine was built from.")
 @click.option("--no-parity", is_flag=True, help="Do not compare the bundle with PyTorch; the report says so.")
 @click.option("--force", is_flag=True, help="Replace the bundle if there is one.")
@@ -121,13 +124,17 @@ def command(
     engine_layout: str,
     attention: str | None,
     timing_cache: str | None,
+    revision: str | None,
     keep_onnx: bool,
     no_parity: bool,
     force: bool,
     print_key: bool,
     as_json: bool,
 ) -> None:
-    """Make a bundle from the checkpoint folder CHECKPOINT, and prove that it computes what PyTorch does."""
+    """Make a bundle from CHECKPOINT, and prove that it computes what PyTorch does.
+
+    CHECKPOINT is a folder, or a name on the hub, as THUDM/GLM-4-9B-0414.
+    """
     engine = EngineOptions(sm, engine_layout, attention, timing_cache, keep_onnx)
     options = pipeline.ExportOptions(
         target=target,
@@ -143,13 +150,14 @@ def command(
         engine=engine,
     )
     if print_key:
-        click.echo(pipeline.cache_key(checkpoint, options))
+        click.echo(pipeline.cache_key(hub.local_folder(checkpoint, revision), options))
         return
     if bundle is None:
         raise click.UsageError("Missing argument 'BUNDLE', the folder to make.")
     show.require_writable(Path(timing_cache) if timing_cache else None)
     with show.shown_progress() as progress:
-        result = pipeline.export(checkpoint, bundle, options, force=force, progress=progress)
+        folder = hub.local_folder(checkpoint, revision, progress)
+        result = pipeline.export(folder, bundle, options, force=force, progress=progress)
     if as_json:
         show.print_json(_as_json(result))
     else:

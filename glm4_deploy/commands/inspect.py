@@ -5,22 +5,33 @@ from typing import Any
 
 import click
 
-from glm4_deploy import show
+from glm4_deploy import hub, show
 from glm4_deploy.inspect import inspect
 
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--revision", metavar="NAME", help="A branch, tag or commit, where PATH is a name on the hub.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def command(path: Path, as_json: bool) -> None:
-    """Say what the checkpoint or bundle at PATH is; reads headers and manifests only."""
-    facts = inspect(path)
+def command(path: Path, revision: str | None, as_json: bool) -> None:
+    """Say what the checkpoint or bundle at PATH is; reads headers and manifests only.
+
+    PATH is a folder, or a name on the hub, as THUDM/GLM-4-9B-0414.
+    """
+    facts = _facts(path, revision)
     if as_json:
         show.print_json(facts)
     elif facts["kind"] == "bundle":
         show.print_rows(f"bundle {path}", _bundle_rows(facts))
     else:
         show.print_rows(f"checkpoint {path}", _checkpoint_rows(facts))
+
+
+def _facts(path: Path, revision: str | None) -> dict[str, Any]:
+    if not hub.is_hub_name(path):
+        return inspect(hub.local_folder(path, revision))
+    with hub.headers_only(path.as_posix(), revision) as folder:
+        return inspect(folder) | {"path": path.as_posix()}
 
 
 def _checkpoint_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from glm4_deploy import show
+from glm4_deploy import hub, show
 from glm4_runtime.errors import GateError, RequestError
 from glm4_runtime.progress import Progress
 
@@ -28,7 +28,10 @@ SHOWN = 5  # of the ranking; all of it is in --json and in the recipe
     required=True,
     type=click.Path(path_type=Path),
     metavar="CHECKPOINT",
-    help="The checkpoint it was made from.",
+    help="The checkpoint it was made from: a folder, or a name on the hub.",
+)
+@click.option(
+    "--revision", metavar="NAME", help="A branch, tag or commit, where the reference is a name on the hub."
 )
 @click.option(
     "--text",
@@ -102,6 +105,7 @@ SHOWN = 5  # of the ranking; all of it is in --json and in the recipe
 def command(
     bundle: Path,
     reference: Path,
+    revision: str | None,
     text: Path | None,
     against: Path | None,
     layers: bool,
@@ -140,13 +144,14 @@ def command(
     for path in (html, junit, sensitivity):
         show.require_writable(path)
     with show.shown_progress() as progress:
+        folder = hub.local_folder(reference, revision, progress)
         ranking = None
         if sensitivity is not None:  # first, since it may refuse
             from glm4_deploy.validate.sensitivity import save_recipe
 
-            ranking = _rank(reference, text, length, max_tokens, bits, progress)
+            ranking = _rank(folder, text, length, max_tokens, bits, progress)
             save_recipe(sensitivity, ranking)
-        report = validate(bundle, reference, options, progress)
+        report = validate(bundle, folder, options, progress)
         report.sensitivity = ranking
     if html is not None and write_html is not None:
         html.write_text(write_html(report), "utf-8")

@@ -1,0 +1,215 @@
+"""Checkpoints and adapters by their names on a model hub, as ``THUDM/GLM-4-9B-0414``.
+
+huggingface_hub downloads: its cache, its resumed downloads, its access token and its environment variables
+(``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``) work as everywhere.
+"""
+
+import glob
+import json
+import os
+import re
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from glm4_runtime.errors import CheckpointError, Glm4Error
+from glm4_runtime.progress import Progress, silent
+
+CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What is small and may be needed. Pickles are never in these lists.
+SMALL_FILES = (
+    CONFIG,
+    INDEX,
+    ADAPTER_CONFIG,
+    "generation_config.json",
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+# What a hub's name looks like: an owner and a repository.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+
+
+def is_hub_name(path: str | Path) -> bool:
+    """Whether ``path`` names a repository on the hub. A folder or file of that name wins."""
+    return _NAME.fullmatch(str(path)) is not None and not Path(path).exists()
+
+
+def local_folder(path: str | Path, revision: str | None = None, progress: Progress = silent) -> Path:
+    """The folder itself, or the downloaded one where ``path`` is a hub's name.
+
+    Raises:
+        CheckpointError: the name is not on the hub, the hub cannot be reached, or it holds no safetensors.
+    """
+    if is_hub_name(path):
+        return download(Path(path).as_posix(), revision, progress)
+    if revision is not None:
+        raise CheckpointError(
+            f"--revision is for a name on the hub; {path} is not one, or a folder has that name"
+        )
+    return Path(path)
+
+
+def download(name: str, revision: str | None = None, progress: Progress = silent) -> Path:
+    """Download a checkpoint or an adapter, or take what an earlier download left; returns its folder.
+
+    Args:
+        revision: a branch, a tag or a commit; the main branch by default.
+    """
+    folder = _fetch(name, revision, SMALL_FILES, silent)
+    commit = folder.name
+    wanted = _weight_files(folder)
+    _fetch(name, commit, wanted, progress)
+    if not any((folder / file).is_file() for file in wanted):
+        raise CheckpointError(_without_weights(name, commit))
+    return folder
+
+
+@contextmanager
+def headers_only(name: str, revision: str | None = None) -> Iterator[Path]:
+    """A folder like :func:`download`'s whose weights are holes: their headers are read, and nothing more."""
+    folder = _fetch(name, revision, SMALL_FILES, silent)
+    with tempfile.TemporaryDirectory() as temporary:
+        made = Path(temporary) / Path(name).name
+        made.mkdir()
+        for file in folder.iterdir():
+            if file.is_file() and file.name in SMALL_FILES:
+                (made / file.name).write_bytes(file.read_bytes())
+        for file_name in _weight_files(folder):
+            header = _header(name, folder.name, file_name)
+            if header is not None:
+                _write_hollow(made / file_name, header)
+        if not any(made.glob("*.safetensors")):
+            raise CheckpointError(_without_weights(name, folder.name))
+        yield made
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The names of the weight files, by the index where there is one."""
+    if not (folder / INDEX).is_file():
+        return [ADAPTER_WEIGHTS] if (folder / ADAPTER_CONFIG).is_file() else [WEIGHTS]
+    try:
+        names = {*json.loads((folder / INDEX).read_bytes())["weight_map"].values()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{folder / INDEX} is not an index of safetensors files") from None
+    wrong = [
+        file for file in names if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{folder / INDEX} names {str(wrong[0])[:80]!r}, which is not a safetensors file beside it"
+        )
+    return sorted(names)
+
+
+def _fetch(name: str, revision: str | None, files: Iterable[str], progress: Progress) -> Path:
+    """The snapshot's folder, with those of ``files`` that the repository has."""
+    hub = _library()
+    patterns = [glob.escape(file) for file in files]
+    with _told(name, revision):
+        return Path(
+            hub.snapshot_download(
+                name, revision=revision, allow_patterns=patterns, tqdm_class=_bars(progress)
+            )
+        )
+
+
+def _header(name: str, commit: str, file: str) -> dict[str, Any] | None:
+    """A safetensors file's header, read without its data; None where there is no such file."""
+    hub = _library()
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with _told(name, commit):
+        try:
+            found = hub.HfApi().parse_safetensors_file_metadata(name, file, revision=commit)
+        except EntryNotFoundError:
+            return None
+    return {
+        key: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tensor.data_offsets}
+        for key, tensor in found.tensors.items()
+    }
+
+
+def _write_hollow(path: Path, header: dict[str, Any]) -> None:
+    """A safetensors file whose data is a hole in the file: it takes no room on the disk."""
+    text = json.dumps(header).encode()
+    data = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + data)
+
+
+def _without_weights(name: str, commit: str) -> str:
+    hub = _library()
+    with _told(name, commit):
+        files = hub.HfApi().list_repo_files(name, revision=commit)
+    pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    ggufs = [file for file in files if file.endswith(".gguf")]
+    if pickles:
+        return f"{name} holds pickles ({pickles[0][:80]}) and no safetensors; pickles can run code and are not loaded: save it as safetensors"
+    if ggufs:
+        return f"{name} holds GGUF files ({ggufs[0][:80]}); name the original checkpoint in safetensors"
+    return f"{name} holds no {WEIGHTS} and no {INDEX}; name a checkpoint in safetensors"
+
+
+@contextmanager
+def _told(name: str, revision: str | None) -> Iterator[None]:
+    """Turn the library's errors into one line each."""
+    from huggingface_hub import errors
+
+    at = f"{name} at revision {revision}" if revision else name
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"{name} is gated: accept its terms on its page, then set HF_TOKEN or run 'hf auth login'"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"there is no folder {name} here and no {name} on the hub, or it is private; "
+            "check the name, or set HF_TOKEN or run 'hf auth login'"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(
+            f"{name} has no revision {revision!r}; name a branch, a tag or a commit of it"
+        ) from None
+    except errors.LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"the hub cannot be reached, and {at} is not whole in the local cache; go online and repeat the command"
+        ) from None
+    except Exception as error:  # of its HTTP client too, which is another one from version to version
+        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"{at} could not be downloaded: {reason[:200]}; repeat the command, and the download goes on"
+        ) from error
+
+
+def _bars(progress: Progress) -> type:
+    """A class in place of tqdm's bars that reports bytes to ``progress``."""
+    from tqdm.std import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def display(self, **_where: Any) -> None:
+            if self.unit == "B" and self.n:
+                progress("download", int(self.n), int(self.total or 0))
+
+    return Bar
+
+
+def _library() -> Any:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        raise Glm4Error(
+            "names on the hub need huggingface_hub: pip install 'glm4-deploy[hub]', or name a folder"
+        ) from error
+    return huggingface_hub

@@ -5,6 +5,7 @@ huggingface_hub downloads: its cache, its resumed downloads, its access token an
 """
 
 import glob
+import io
 import json
 import os
 import re
@@ -197,6 +198,9 @@ def _bars(progress: Progress) -> type:
     from tqdm.std import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options | {"file": io.StringIO()})
+
         def display(self, **_where: Any) -> None:
             if self.unit == "B" and self.n:
                 progress("download", int(self.n), int(self.total or 0))

@@ -10,7 +10,7 @@ ROUNDS ?= 9
 9B := $(BENCH)/9b$(LAYERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-more bench gpu-check lint format wheel clean
+.PHONY: help demo test test-more foreign-names bench gpu-check lint format wheel clean
 
 help:  ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -33,6 +33,14 @@ test: $(VENV)/.installed  ## run the test suite
 
 test-more: $(VENV)/.installed  ## run the tests that take minutes each: soak, kills, fuzzing
 	$(BIN)/python -m pytest -m more
+
+# The suite holds the names that we use of these packages against their pinned versions.
+FOREIGN := tensorrt-cu13-bindings tensorrt-lean-cu13-libs tensorrt-rtx tensorrt-rtx-cu13 tensorrt-rtx-cu13-bindings \
+	tensorrt-rtx-cu13-libs polygraphy cuda-bindings cuda-pathfinder
+foreign-names: $(VENV)/.installed  ## hold the names that we use of TensorRT and CUDA against their newest versions (250 MB)
+	rm -rf $(OUT)/newest
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OUT)/newest $(FOREIGN)
+	PYTHONPATH=$(CURDIR)/$(OUT)/newest $(BIN)/python -m pytest -s tests/deploy/test_foreign_names.py
 
 # Beside the peers on weights of the 9B's widths, in LAYERS layers. The peers' environments and weights are kept for the next time.
 bench: $(9B)-int8/manifest.json $(9B)-int4-head/manifest.json  ## beside llama.cpp, OpenVINO and others (2 hours, 30 GB of disk)

@@ -38,6 +38,17 @@ TYPES = {
     "tensor(int32)": np.int32,
 }
 ACTIVATION_BYTES = 4096
+# What the classes below stand for, by kind: none has a public name that its original lacks.
+ORIGINALS = {
+    "tensorrt": {
+        "FakeTensorRt": "", "FakeRuntime": "Runtime", "FakeEngine": "ICudaEngine", "FakeConfig": "IRuntimeConfig",
+        "FakeContext": "IExecutionContext",
+    },
+    "tensorrt-rtx": {
+        "FakeRtx": "", "FakeRtxRuntime": "Runtime", "FakeRtxEngine": "ICudaEngine", "FakeCache": "IRuntimeCache",
+        "FakeRtxConfig": "IRuntimeConfig", "FakeRtxContext": "IExecutionContext",
+    },
+}  # fmt: skip
 
 
 def make_engine_bundle(
@@ -96,14 +107,14 @@ class FakeTensorRt(types.ModuleType):
     """Full TensorRT."""
 
     __version__ = VERSIONS["tensorrt"]
-    module = "tensorrt"
+    _module = "tensorrt"
     ExecutionContextAllocationStrategy = enum.Enum("Strategy", "STATIC ON_PROFILE_CHANGE USER_MANAGED")
 
     class ILogger:
         ERROR = 1
 
     def __init__(self, cuda):
-        super().__init__(self.module)
+        super().__init__(self._module)
         self.cuda, self.reasons, self.in_place, self.contexts = cuda, 0, True, []
         self.compiled = []
 
@@ -115,7 +126,7 @@ class FakeRtx(FakeTensorRt):
     """TensorRT-RTX."""
 
     __version__ = VERSIONS["tensorrt-rtx"]
-    module = "tensorrt_rtx"
+    _module = "tensorrt_rtx"
     ComputeCapability = enum.Enum("ComputeCapability", "NONE CURRENT SM75 SM80 SM86 SM89 SM120 SM121")
     DynamicShapesKernelSpecializationStrategy = enum.Enum("Kernels", "LAZY EAGER NONE")
     EngineValidity = enum.Enum("EngineValidity", "VALID SUBOPTIMAL INVALID")
@@ -129,7 +140,7 @@ class FakeRtx(FakeTensorRt):
 
 def install(monkeypatch, cuda, kind="tensorrt-rtx"):
     fake = {"tensorrt-rtx": FakeRtx, "tensorrt": FakeTensorRt}[kind](cuda)
-    monkeypatch.setitem(sys.modules, fake.module, fake)
+    monkeypatch.setitem(sys.modules, fake._module, fake)
     return fake
 
 
@@ -209,28 +220,28 @@ class FakeCache:
 
 
 class FakeConfig:
-    __slots__ = ("strategy", "trt")  # an attribute that full TensorRT has not cannot be set
+    __slots__ = ("_strategy", "_trt")  # an attribute that full TensorRT has not cannot be set
 
     def __init__(self, trt):
-        self.trt = trt
+        self._trt = trt
 
     def set_execution_context_allocation_strategy(self, strategy):
-        self.strategy = strategy
+        self._strategy = strategy
 
 
 class FakeRtxConfig(FakeConfig):
-    __slots__ = ("cache", "dynamic_shapes_kernel_specialization_strategy")
+    __slots__ = ("_cache", "dynamic_shapes_kernel_specialization_strategy")
 
     def create_runtime_cache(self):
-        return FakeCache(self.trt.cuda.capability)
+        return FakeCache(self._trt.cuda.capability)
 
     def set_runtime_cache(self, cache):
-        self.cache = cache
+        self._cache = cache
 
 
 class FakeContext:
     def __init__(self, engine, strategy_or_config):
-        strategy = getattr(strategy_or_config, "strategy", strategy_or_config)
+        strategy = getattr(strategy_or_config, "_strategy", strategy_or_config)
         assert strategy.name == "USER_MANAGED"
         self.engine, self.config, self.memory = engine, strategy_or_config, None
         self.shapes, self.addresses, self.runs = {}, {}, []
@@ -271,7 +282,7 @@ class FakeContext:
         if stream in cuda.recording:
             assert self.runs[-1:] == [shapes], "captured before it ran with these shapes"
         self.runs.append(shapes)
-        self.compile(shapes)
+        self._compile(shapes)
 
         def job():
             inputs = {
@@ -286,7 +297,7 @@ class FakeContext:
         cuda.enqueue(stream, job)
         return True
 
-    def compile(self, shapes):
+    def _compile(self, shapes):
         """A full TensorRT's kernels are in its engine."""
 
 
@@ -294,10 +305,10 @@ class FakeRtxContext(FakeContext):
     def is_stream_capturable(self, stream):
         return bool(self.runs) and self.runs[-1] == self.shapes
 
-    def compile(self, shapes):
+    def _compile(self, shapes):
         kernel = str(shapes["input_ids"]).encode()
-        if kernel not in self.config.cache.compiled:
-            self.config.cache.compiled.add(kernel)
+        if kernel not in self.config._cache.compiled:
+            self.config._cache.compiled.add(kernel)
             self.engine.trt.compiled.append(kernel)
 
 

@@ -18,9 +18,9 @@ import numpy
 
 FACTORY = "void* {}(void) {{ return 0; }}"
 LIBRARIES = {
-    "libnvinfer.so.11": ("createInferBuilder_INTERNAL", "getBuilderPluginRegistry"),
-    "libnvinfer_plugin.so.11": ("initLibNvInferPlugins",),
-    "libnvonnxparser.so.11": (
+    "libnvinfer": ("createInferBuilder_INTERNAL", "getBuilderPluginRegistry"),
+    "libnvinfer_plugin": ("initLibNvInferPlugins",),
+    "libnvonnxparser": (
         "createNvOnnxParser_INTERNAL",
         "createNvOnnxParserRefitter_INTERNAL",
         "getNvOnnxParserVersion",
@@ -40,21 +40,29 @@ def missing():
     return None if shutil.which("gcc") else "there is no gcc"
 
 
+def _lean():
+    """The lean runtime's library, whose suffix is TensorRT's major version."""
+    folder = Path(importlib.util.find_spec("tensorrt_lean_libs").submodule_search_locations[0])
+    (found,) = folder.glob("libnvinfer_lean.so.*")
+    return found
+
+
 def build(folder):
     """Compile the three libraries into ``folder``."""
-    lean = Path(importlib.util.find_spec("tensorrt_lean_libs").submodule_search_locations[0])
-    for library, functions in LIBRARIES.items():
+    lean = _lean()
+    for name, functions in LIBRARIES.items():
+        library = f"{name}.so{lean.suffix}"
         source = Path(folder, f"{library}.c")
         source.write_text("\n".join(FACTORY.format(name) for name in functions))
-        linked = [str(lean / "libnvinfer_lean.so.11"), f"-Wl,-rpath,{lean}"] if "infer.so" in library else []
+        linked = [str(lean), f"-Wl,-rpath,{lean.parent}"] if name == "libnvinfer" else []
         flags = ["-shared", "-fPIC", f"-Wl,-soname,{library}", "-Wl,--no-as-needed"]
         subprocess.run(["gcc", *flags, source, *linked, "-o", Path(folder, library)], check=True)
 
 
 def load(folder):
     """``tensorrt`` and ``tensorrt.plugin`` become importable in this process."""
-    for library in LIBRARIES:
-        ctypes.CDLL(str(Path(folder, library)), mode=ctypes.RTLD_GLOBAL)
+    for name in LIBRARIES:
+        ctypes.CDLL(str(Path(folder, f"{name}.so{_lean().suffix}")), mode=ctypes.RTLD_GLOBAL)
     sys.modules["tensorrt"] = importlib.import_module("tensorrt_bindings")
     sys.modules["tensorrt.plugin"] = importlib.import_module("tensorrt_bindings.plugin")
     return sys.modules["tensorrt"]

@@ -140,8 +140,8 @@ class _Plugin:
         return kernel.name, kernel.ptx, launch, sizes
 
 
-def _largest(shape: Any) -> tuple[int, ...]:
-    return tuple(shape.max) if shape.is_dynamic else tuple(shape)
+def _largest(dimensions: Any) -> tuple[int, ...]:
+    return tuple(dimensions.max) if dimensions.is_dynamic else tuple(dimensions)
 
 
 def _signed(

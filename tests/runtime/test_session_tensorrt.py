@@ -381,7 +381,7 @@ def test_options_that_mean_nothing_are_refused(bundle, tensorrt, option):
 
 
 def test_without_tensorrt_the_package_is_named(bundle, tensorrt, kind, monkeypatch):
-    monkeypatch.setitem(sys.modules, tensorrt.module, None)
+    monkeypatch.setitem(sys.modules, tensorrt._module, None)
     with pytest.raises(BundleError, match=rf"install {kind}=={tensorrt.__version__}") as caught:
         Session.open(bundle)
     assert ("NVIDIA's package index" in str(caught.value)) == (kind == "tensorrt")

@@ -15,30 +15,30 @@ from glm4_runtime.session.kernel_cache import KernelCache
 ELSEWHERE = "export the checkpoint with --target tensorrt on this host, or with --target ort --precision fp16"
 
 
-def load_tensorrt(engine: EngineInfo) -> Any:
+def load_tensorrt(info: EngineInfo) -> Any:
     """Import the TensorRT that an engine was built by, of the same version.
 
     Raises:
         UnavailableError: it is missing or of another version; says what to install or to export.
     """
-    name = KINDS[engine.kind].module
+    name = KINDS[info.kind].module
     try:
         trt = import_module(name)
     except ImportError as error:
         raise UnavailableError(
-            f"{name} cannot be imported ({error}); install {engine.kind}=={engine.version}"
-            f"{KINDS[engine.kind].where}"
+            f"{name} cannot be imported ({error}); install {info.kind}=={info.version}"
+            f"{KINDS[info.kind].where}"
         ) from error
-    if trt.__version__ != engine.version:
+    if trt.__version__ != info.version:
         raise UnavailableError(
-            f"the engine was built by {engine.kind} {engine.version} and {trt.__version__} is installed; "
-            f"install {engine.kind}=={engine.version}, or export the bundle again with {trt.__version__}"
+            f"the engine was built by {info.kind} {info.version} and {trt.__version__} is installed; "
+            f"install {info.kind}=={info.version}, or export the bundle again with {trt.__version__}"
         )
     return trt
 
 
 def require_capability(
-    manifest: Manifest, engine: EngineInfo, found: str, named: Collection[str] | None
+    manifest: Manifest, info: EngineInfo, found: str, named: Collection[str] | None
 ) -> None:
     """Refuse a GPU that the engine was not built for.
 
@@ -52,18 +52,18 @@ def require_capability(
     if named is not None and found not in named:
         known = ", ".join(sorted(named, key=int))
         raise UnavailableError(
-            f"{engine.kind} {engine.version} has no kernels for compute capability {found}, which this GPU has; "
+            f"{info.kind} {info.version} has no kernels for compute capability {found}, which this GPU has; "
             f"it has them for {known}. To use this GPU, {ELSEWHERE}"
         )
     built_for = manifest.compute_capabilities
     newest = max(map(int, built_for))
-    if found in built_for or (engine.later_gpus and int(found) > newest):
+    if found in built_for or (info.later_gpus and int(found) > newest):
         return
     option = f" --sm {found}" if named is not None else " on this host"
     raise UnavailableError(
         f"the engine was built for compute capability {', '.join(built_for)}"
-        f"{' and later' if engine.later_gpus else ''} and this GPU has {found}; "
-        f"export the bundle again for {engine.kind}{option}"
+        f"{' and later' if info.later_gpus else ''} and this GPU has {found}; "
+        f"export the bundle again for {info.kind}{option}"
     )
 
 

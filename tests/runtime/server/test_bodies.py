@@ -1,6 +1,7 @@
 """How the bodies of requests share memory and time."""
 
 import asyncio
+import itertools
 import time
 
 import pytest
@@ -162,7 +163,7 @@ def test_large_bodies_are_parsed_one_at_a_time_with_a_pause_between():
             now = time.perf_counter()
             worst, last, turns = max(worst, now - last), now, turns + 1
         assert turns > 20
-        pauses = [after[0] - before[1] for before, after in zip(spans, spans[1:], strict=False)]
+        pauses = [after[0] - before[1] for before, after in itertools.pairwise(spans)]
         assert len(pauses) == 2
         assert min(pauses) >= 0.055
 

@@ -92,10 +92,14 @@ def test_a_header_has_its_time(scripted, connect, data):
 def test_bytes_that_trickle_give_a_header_no_more_time(scripted, connect):
     _, server, _ = scripted(header_timeout=0.5)
     connection = connect(server, HALF)
-    with pytest.raises(OSError, match=r"."):
+
+    def send_slowly():
         for _ in range(100):
             connection.sendall(b"a")
             time.sleep(0.1)
+
+    with pytest.raises(OSError, match=r"."):
+        send_slowly()
 
 
 def test_a_connection_is_kept_between_requests(scripted, connect):

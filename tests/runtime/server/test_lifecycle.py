@@ -47,7 +47,7 @@ def test_a_port_that_another_server_took_meanwhile_is_told(run, demo_bundle, mon
     (one,) = bind("127.0.0.1", 0)
     (other,) = bind("127.0.0.1", one.getsockname()[1])
     one.listen()
-    monkeypatch.setattr(module, "bind", lambda host, port: [other])
+    monkeypatch.setattr(module, "bind", lambda *_where: [other])
     code, _, err = run("serve", demo_bundle, "--port", 1234)
     assert code == 1
     assert err.splitlines()[-1].startswith(

@@ -3,7 +3,7 @@
 prepared = prepare(checkpoint, form, text, progress)
 prepared.edits          # for the weights' writer
 prepared.norm_bits      # for the canonical graph
-prepared.input_scales   # for the products in fp8 or of integers
+prepared.input_scales   # for the products whose format rounds their inputs
 prepared.cache_scales   # for the lowered graph
 prepared.report         # for report.json
 """
@@ -55,7 +55,7 @@ class Prepared:
         norm_bits: k by the scope of each norm whose input is scaled by 2^-k.
         cache_scales: of every layer, where the cache is int8.
         calibration: the statistics; None where nothing needed any.
-        input_scales: by name of each matrix whose input is rounded, to fp8 or int8, the scale of what it reads.
+        input_scales: the scale of its input, by name of each matrix whose format rounds its input.
         report: for ``report.json``.
     """
 
@@ -143,32 +143,35 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
         remedy.norm_bits,
         scales,
         calibration,
-        _input_scales(form, static, remedy) | _fp8_scales(form, calibration, smoothing, remedy),
+        _input_scales(form, calibration, smoothing, static, remedy),
         report,
     )
 
 
-def _fp8_scales(form: Form, calibration: "Calibration", smoothing: Any, remedy: "Remedy") -> dict[str, float]:
-    """Of every fp8 product's input, in the model as the remedy scales it."""
-    from glm4_exporters.passes.fp8_products import fp8_scale
-
-    largest = {name: float(smoothing.input_absmax(calibration, name).max()) for name in form.fp8}
-    return {name: fp8_scale(value) for name, value in _remedied(largest, remedy).items()}
-
-
 def _static(source: Checkpoint, form: Form) -> "StaticSmoothQuant | None":
-    """The search for smoothing and input scales of the products of integers; None where there are none."""
+    """The search for smoothing and input scales together; None where no format asks for it."""
     from glm4_exporters.quantize.static import StaticSmoothQuant
 
-    wanted = set(form.integer_products)
+    wanted = {name for name, rounding in form.rounded_inputs.items() if rounding.searched}
     return StaticSmoothQuant(source.config, lambda names: not wanted.isdisjoint(names)) if wanted else None
 
 
-def _input_scales(form: Form, static: "StaticSmoothQuant | None", remedy: "Remedy") -> dict[str, float]:
-    """Of every product of integers, in the model as the remedy scales it."""
-    if static is None:
-        return {}
-    return _remedied({name: static.input_scales[name] for name in form.integer_products}, remedy)
+def _input_scales(
+    form: Form,
+    calibration: "Calibration",
+    smoothing: "Smoothing",
+    static: "StaticSmoothQuant | None",
+    remedy: "Remedy",
+) -> dict[str, float]:
+    """Of every product that rounds its input, in the model as the remedy scales it."""
+    rounded, searched = form.rounded_inputs, {} if static is None else static.input_scales
+    largest = {
+        name: float(smoothing.input_absmax(calibration, name).max())
+        for name, rounding in rounded.items()
+        if not rounding.searched
+    }
+    found = {name: rounded[name].scale(absmax) for name, absmax in _remedied(largest, remedy).items()}
+    return found | _remedied({name: searched[name] for name in rounded if name not in found}, remedy)
 
 
 def _remedied(inputs: dict[str, float], remedy: "Remedy") -> dict[str, float]:
@@ -182,20 +185,19 @@ def _remedied(inputs: dict[str, float], remedy: "Remedy") -> dict[str, float]:
 
 
 def _awq(source: Checkpoint, form: Form) -> "Awq | None":
-    """The search for scales of what is stored in 4 bits; None where nothing is."""
+    """The search for scales of what is stored in fewer than 8 bits; None where nothing is."""
     import torch
 
-    from glm4_exporters.quantize import blocks
     from glm4_exporters.quantize.awq import Awq
 
-    low = {name: scheme for name, scheme in form.schemes.items() if scheme.bits < 8}
+    low = {name: each for name, each in form.formats.items() if each.bits < 8}
     if not low:
         return None
-    scheme = next(iter(low.values()))
+    first = next(iter(low.values()))
 
     def quantized(weight: "torch.Tensor", importance: "torch.Tensor") -> "torch.Tensor":
-        numbers, scales = blocks.quantize(weight, scheme, torch.bfloat16, importance)
-        return blocks.dequantize(numbers, scales, scheme, weight.shape[1])
+        encoded = first.encode(weight, torch.bfloat16, importance=importance)
+        return first.decode(encoded, weight.shape[1])
 
     return Awq(
         source.config, wanted=lambda names: not low.keys().isdisjoint(names), quantize_dequantize=quantized
@@ -205,14 +207,12 @@ def _awq(source: Checkpoint, form: Form) -> "Awq | None":
 def _rounded(
     source: Checkpoint, form: Form, text: Text, smoothing: "Smoothing", progress: Progress
 ) -> "dict[str, Rounded]":
-    """The numbers of every matrix, found in a second walk."""
-    from glm4_exporters.passes.quantize_weights import scale_type
+    """The parts of every matrix, found in a second walk."""
+    from glm4_exporters.element_types import TORCH_TYPES, scale_type
     from glm4_exporters.quantize.gptq import round_matrices
-    from glm4_exporters.trace import ir_type
-    from glm4_exporters.weights import TORCH_TYPES
 
-    stored = TORCH_TYPES[scale_type(ir_type(form.activations))]
-    return round_matrices(source, text.sequences, form.schemes, form.table, smoothing, stored, progress)
+    stored = TORCH_TYPES[scale_type(form.activations)]
+    return round_matrices(source, text.sequences, form.formats, form.table, smoothing, stored, progress)
 
 
 def require_text(given: str | None, precision: str) -> None:

@@ -1,14 +1,12 @@
 """The last step of an export to an engine: a proven ONNX bundle becomes an engine bundle."""
 
 import dataclasses
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm4_exporters.engine import (
-    ENGINE_KINDS,
     PLUGIN_MODULE,
     BuiltEngine,
     EngineOptions,
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 ENGINE_GRAPH = "engine.{}.onnx"  # graphs as the parser gets them, there only while the engine is built
-KEPT_WEIGHTS = "kept.data"  # the weights as the graph that stays in the bundle has them, likewise
 
 
 @dataclass(frozen=True)
@@ -57,16 +54,12 @@ def make_engine(
     import onnx_ir as ir
 
     from glm4_exporters.passes.fix_capacity import FixCapacity
-    from glm4_exporters.passes.input_major import InputMajor
     from glm4_exporters.passes.split_products import SplitProducts
 
     capacity = engine_capacity(manifest.limits.max_seq_len)
     operators: dict[str, str] = {}
-    input_major = ENGINE_KINDS[kind].input_major
-    if input_major and options.keep_onnx:
-        shutil.copyfile(folder / WEIGHTS, folder / KEPT_WEIGHTS)
     for phase, model in models.items():
-        for change in (FixCapacity(capacity), *([InputMajor(folder)] * input_major), SplitProducts()):
+        for change in (FixCapacity(capacity), SplitProducts()):
             change(model)
         ir.save(model, folder / ENGINE_GRAPH.format(phase))
         operators |= {str(node.name): node.op_type for node in model.graph}
@@ -74,8 +67,6 @@ def make_engine(
     built = build_engine(folder, plan, progress)
     for phase in models:
         (folder / ENGINE_GRAPH.format(phase)).unlink()
-    if (folder / KEPT_WEIGHTS).exists():
-        (folder / KEPT_WEIGHTS).replace(folder / WEIGHTS)
     if not options.keep_onnx:
         for name in (GRAPH, WEIGHTS):
             (folder / name).unlink()

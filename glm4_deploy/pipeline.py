@@ -22,6 +22,7 @@ from glm4_deploy.destination import Destination, require_space
 from glm4_exporters.cache_types import cache_providers, choose_cache
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.engine import (
+    ENGINE_KINDS,
     EngineOptions,
     engine_attention,
     engine_version,
@@ -32,7 +33,7 @@ from glm4_exporters.engine import (
 )
 from glm4_exporters.graph_io import graph_io
 from glm4_exporters.quantize.recipe import read_recipe
-from glm4_exporters.targets import RECIPE_SCHEMES, Form, choose_form
+from glm4_exporters.targets import RECIPE_FORMATS, Form, choose_form
 from glm4_runtime.bundle import (
     GRAPH,
     REPORT,
@@ -72,7 +73,7 @@ class ExportOptions:
     parity: bool = True
     activations: str | None = None  # of a quantized bundle; the target's choice where None
     calibration: str | None = None  # a file of text or token ids
-    recipe: str | None = None  # a file of schemes by tensor
+    recipe: str | None = None  # a file of formats by tensor
     kv_cache: str = "auto"  # the activations' type, or int8
     engine: EngineOptions = field(default_factory=EngineOptions)
 
@@ -173,10 +174,10 @@ def cache_key(checkpoint: str | Path, options: ExportOptions) -> str:
 def _check_options(source: Checkpoint, options: ExportOptions) -> tuple[Limits, Form]:
     from glm4_deploy.calibration import require_text
 
-    recipe = read_recipe(Path(options.recipe), RECIPE_SCHEMES) if options.recipe is not None else None
+    recipe = read_recipe(Path(options.recipe), RECIPE_FORMATS) if options.recipe is not None else None
     asked = options.target, options.precision, options.activations
     form = choose_form(source.config, source.task, *asked, recipe)
-    if form.fp8 or form.integer_products:
+    if form.needs_text:
         require_text(options.calibration, options.precision)
     cache = choose_cache(source.config, source.task, options.target, form.activations, options.kv_cache)
     form = dataclasses.replace(form, kv_cache=cache)
@@ -234,7 +235,7 @@ def _trace(
 ) -> "ir.Model":
     """The graph in the target's dialect, or with its attention by our plugin."""
     from glm4_exporters.passes import lower
-    from glm4_exporters.passes.fp8_products import Fp8Products
+    from glm4_exporters.passes.input_major import InputMajor
     from glm4_exporters.passes.packed_products import PackedProducts
     from glm4_exporters.passes.quantize_cache import QuantizeCache
     from glm4_exporters.passes.quantize_inputs import QuantizeInputs
@@ -251,14 +252,14 @@ def _trace(
     if prepared.cache_scales:
         QuantizeCache(prepared.cache_scales)(model)
     if form.target.dialect == "cpu":
-        PackedProducts(form.schemes)(model)
-    if form.schemes:
-        QuantizeWeights(form.target.dialect, form.schemes)(model)
-    if form.fp8:
-        Fp8Products({name: prepared.input_scales[name] for name in form.fp8})(model)
-    if form.integer_products:
-        scales = {name: prepared.input_scales[name] for name in form.integer_products}
-        QuantizeInputs(form.target.dialect, scales)(model)
+        PackedProducts(form.formats)(model)
+    if form.formats:
+        products = {"ort": "fused", "cpu": "packed", "native": "standard"}[form.target.dialect]
+        QuantizeWeights(products, form.formats)(model)
+    if prepared.input_scales:
+        QuantizeInputs(prepared.input_scales, unsigned=form.target.dialect != "native")(model)
+    if form.target.engine is not None and ENGINE_KINDS[form.target.engine].input_major:
+        InputMajor()(model)
     return model
 
 

@@ -107,8 +107,10 @@ class GraphPieces:
         weights = [name for name in piece.reads if name in self._initializers]
         if piece.name == "embedding" and any(_is_table(name) for name in weights):
             return self._run_embedding(piece, weights, values)
-        if piece.name == "head" and len({self._rows(name) for name in weights}) == 1 < self._rows(weights[0]):
-            return self._run_head(piece, weights, values)
+        axis = _output_axis(piece)
+        sizes = {self._size(name, axis) for name in weights}
+        if piece.name == "head" and len(sizes) == 1 and max(sizes) > 1:
+            return self._run_head(piece, weights, axis, values)
         return self._execute(piece, {name: self._read(name) for name in weights}, values)
 
     def _run_embedding(self, piece: Piece, weights: list[str], values: list[Values]) -> list[Values]:
@@ -118,14 +120,18 @@ class GraphPieces:
         renumbered = [batch | {"input_ids": np.searchsorted(used, batch["input_ids"])} for batch in values]
         return self._execute(piece, arrays, renumbered)
 
-    def _run_head(self, piece: Piece, weights: list[str], values: list[Values]) -> list[Values]:
-        """In blocks of vocabulary rows, joined along the last axis."""
-        rows, parts = self._rows(weights[0]), []
+    def _run_head(self, piece: Piece, weights: list[str], axis: int, values: list[Values]) -> list[Values]:
+        """In blocks of the vocabulary, which is the weights' axis ``axis``, joined along the last axis."""
+        rows, parts = self._size(weights[0], axis), []
         step = HEAD_ROWS // max(_COUNTED.get(node.op_type, ("", 1))[1] for node in piece.nodes)
         for start in range(0, rows, step):
-            block = np.arange(start, min(start + step, rows))
-            arrays = {name: self._read(name, block) for name in weights}
-            parts.append(self._execute(_of_rows(piece, start, len(block)), arrays, values))
+            end = min(start + step, rows)
+            block = range(start, end)
+            if axis == 0:
+                arrays = {name: self._read(name, np.array(block)) for name in weights}
+            else:
+                arrays = {name: self._read_columns(name, block) for name in weights}
+            parts.append(self._execute(_of_rows(piece, start, end - start), arrays, values))
         return [
             {name: np.concatenate([part[i][name] for part in parts], axis=-1) for name in parts[0][i]}
             for i in range(len(values))
@@ -192,10 +198,10 @@ class GraphPieces:
         )
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    def _rows(self, name: str) -> int:
-        """A weight's first axis; 0 for a scalar."""
+    def _size(self, name: str, axis: int) -> int:
+        """Of one axis of a weight; 0 for a scalar."""
         dims = self._initializers[name].dims
-        return int(dims[0]) if dims else 0
+        return int(dims[axis]) if dims else 0
 
     def _read(self, name: str, rows: Array | None = None) -> "_Weight":
         """A weight from the data file, or some of its rows (ascending)."""
@@ -209,10 +215,24 @@ class GraphPieces:
             if rows is None:
                 rows = np.arange(tensor.dims[0] if tensor.dims else 1)
             data = np.concatenate(list(_row_runs(file, offset, dtype, width, rows)))
-        dims = (len(rows), *tensor.dims[1:]) if tensor.dims else ()
+        return self._weight(tensor, (len(rows), *tensor.dims[1:]) if tensor.dims else (), data)
+
+    def _weight(self, tensor: onnx.TensorProto, dims: tuple[int, ...], data: Array) -> "_Weight":
         if self._widen and tensor.data_type == onnx.TensorProto.BFLOAT16:
             return _Weight(onnx.TensorProto.FLOAT, dims, data.astype(np.float32).reshape(dims))
         return _Weight(tensor.data_type, dims, data if tensor.data_type in _PACKED else data.reshape(dims))
+
+    def _read_columns(self, name: str, columns: range) -> "_Weight":
+        """A part of a weight's last axis, whose ends are even where two numbers lie in a byte."""
+        tensor = self._initializers[name]
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        *rows, width = tensor.dims
+        packed = tensor.data_type in _PACKED
+        dtype = np.uint8 if packed else onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        shape, offset = (*rows, width // (1 + packed)), int(place.get("offset", 0))
+        stored = np.memmap(self._folder / place["location"], dtype, "r", offset, shape)
+        part = stored[..., columns.start // (1 + packed) : columns.stop // (1 + packed)]
+        return self._weight(tensor, (*rows, len(columns)), np.ascontiguousarray(part))
 
 
 @dataclass(frozen=True)
@@ -227,6 +247,13 @@ class _Weight:
 _COUNTED = {"MatMulNBits": ("N", 1), OPERATOR: ("columns", PANEL)}
 _PACKED = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 _WITHOUT_NUMPY_TYPE = (*_PACKED, onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT8E4M3FN)
+
+
+def _output_axis(piece: Piece) -> int:
+    """The axis of a piece's matrix that its outputs lie on: the last one where a product reads it [in, out] as stored."""
+    made = {name: node for node in piece.nodes for name in node.output}
+    products = [made.get(node.input[1]) for node in piece.nodes if node.op_type == "MatMul"]
+    return -1 if any(node is not None and node.op_type == "DequantizeLinear" for node in products) else 0
 
 
 def _stored_rows(tensor: onnx.TensorProto) -> tuple[Any, int]:

@@ -6,15 +6,14 @@ from dataclasses import dataclass, field
 
 from glm4_exporters.checkpoint import EMBEDDING, HEAD
 from glm4_exporters.config import Glm4Config
+from glm4_exporters.formats import FORMATS, Format, InputRounding, require_format
 from glm4_exporters.quantize.recipe import Recipe
-from glm4_exporters.quantize.schemes import SCHEMES, Scheme, require_scheme
 from glm4_runtime.errors import ExportError
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 ACTIVATIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 GROUPS = ("embedding", "layers", "head")
-FP8 = "fp8"  # a scheme of products, their inputs included; the others are of weights alone
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Target:
         precisions: that it can have.
         quantized_activations: the activations' type of a quantized bundle, unless told otherwise.
         providers: by activations' type, those of ONNX Runtime that have every kernel the graph needs.
-        schemes: other schemes than the precision's own, by name, where this target has faster kernels.
+        formats: other formats than the precision's own, by name, where this target has faster kernels.
         own: precisions that are stored otherwise here than elsewhere.
         lookups: whether a table can be looked up in its quantized form.
         says: what the manifest adds to the groups' precisions.
@@ -36,7 +35,7 @@ class Target:
     precisions: tuple[str, ...]
     quantized_activations: str
     providers: Mapping[str, tuple[str, ...]]
-    schemes: Mapping[str, str] = field(default_factory=dict)
+    formats: Mapping[str, str] = field(default_factory=dict)
     own: Mapping[str, "Precision"] = field(default_factory=dict)
     lookups: bool = False
     says: Mapping[str, str] = field(default_factory=dict)
@@ -45,18 +44,20 @@ class Target:
 
 @dataclass(frozen=True)
 class Precision:
-    """Stored types by group: of everything, or the schemes of matrices, where ``activations`` is None.
+    """How the tensors of a model are stored.
 
-    ``matrices`` have another scheme than the other ones of their layer.
+    Attributes:
+        activations: the type of every tensor; None where ``formats`` names the format of each group of matrices.
+        matrices: formats of matrices that have another one than the rest of their layer.
     """
 
     activations: str | None
-    schemes: Mapping[str, str] = field(default_factory=dict)
+    formats: Mapping[str, str] = field(default_factory=dict)
     matrices: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def quantized(self) -> bool:
-        return bool(self.schemes)
+        return bool(self.formats)
 
 
 @dataclass(frozen=True)
@@ -64,26 +65,29 @@ class Form:
     """A target in a precision, with every choice made.
 
     Attributes:
-        activations: element type of activations and of weights that have no scheme.
+        activations: element type of activations and of weights that have no format.
         groups: what each group of tensors is stored as, for the manifest.
-        schemes: by canonical name of the matrix.
-        table: how the embedding is looked up; None where it is as it was, though a tied head may have a scheme.
-        fp8: names of the matrices that are multiplied in fp8, inputs and all.
+        formats: by canonical name of the matrix.
+        table: how the embedding is looked up; None: the lookup table is not quantized. A tied head still may be.
         kv_cache: element type of the cache; None for a task without one.
     """
 
     target: Target
     activations: str
     groups: Mapping[str, str]
-    schemes: Mapping[str, Scheme]
-    table: Scheme | None = None
-    fp8: tuple[str, ...] = ()
+    formats: Mapping[str, Format]
+    table: Format | None = None
     kv_cache: str | None = None
 
     @property
-    def integer_products(self) -> tuple[str, ...]:
-        """Names of the matrices whose inputs are rounded too."""
-        return tuple(name for name, scheme in self.schemes.items() if scheme.inputs)
+    def rounded_inputs(self) -> dict[str, InputRounding]:
+        """What the inputs of products are rounded to, by name of the matrix; the others read them as they are."""
+        return {name: form.inputs for name, form in self.formats.items() if form.inputs is not None}
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether a matrix cannot be stored without calibration text."""
+        return any(form.needs_text for form in self.formats.values())
 
 
 PRECISIONS = {
@@ -92,7 +96,7 @@ PRECISIONS = {
     "bf16": Precision("bfloat16"),
     "int8": Precision(None, {"embedding": "int8", "layers": "int8", "head": "int8"}),
     "int4": Precision(None, {"embedding": "int8", "layers": "int4", "head": "int8"}),
-    "fp8": Precision(None, {"embedding": "int8", "layers": FP8, "head": "int8"}),
+    "fp8": Precision(None, {"embedding": "int8", "layers": "fp8", "head": "int8"}),
     # What down_proj reads is a product of two activations: its few huge values leave one scale no room for the rest.
     "int8-sq": Precision(
         None, {"embedding": "int8", "layers": "int8-sq", "head": "int8"}, {"mlp.down_proj": "int8"}
@@ -146,9 +150,11 @@ TARGETS = {
 }
 
 
-# What a recipe may name: the others are a target's own way to store one of these.
-RECIPE_SCHEMES = tuple(
-    name for name in SCHEMES if not any(name in target.schemes.values() for target in TARGETS.values())
+# What a recipe may name: formats that every target stores, without a target's own way to store one of them.
+RECIPE_FORMATS = tuple(
+    name
+    for name, form in FORMATS.items()
+    if form.portable and not any(name in target.formats.values() for target in TARGETS.values())
 )
 
 
@@ -179,7 +185,7 @@ def choose_form(
 
     Args:
         activations: ``fp32``, ``fp16`` or ``bf16``, for a quantized precision; the target's choice where None.
-        recipe: schemes of single matrices, in place of the precision's own.
+        recipe: formats of single matrices, in place of the precision's own.
 
     Raises:
         ExportError: a combination that cannot be exported; says what can.
@@ -190,7 +196,7 @@ def choose_form(
         if recipe is not None:
             raise ExportError(f"precision {precision_name} quantizes nothing, so it takes no --recipe")
         return Form(target, chosen, dict.fromkeys(GROUPS, chosen), {})
-    layers = precision.schemes["layers"]
+    layers = precision.formats["layers"]
     found = {
         f"model.layers.{layer}.{matrix}.weight": precision.matrices.get(matrix, layers)
         for layer in range(config.num_hidden_layers)
@@ -198,40 +204,39 @@ def choose_form(
     }
     tied = config.tie_word_embeddings and task == "causal-lm"
     if target.lookups or tied:  # a tied matrix, under its first name, is the head's
-        found[EMBEDDING] = precision.schemes["head" if tied else "embedding"]
+        found[EMBEDDING] = precision.formats["head" if tied else "embedding"]
     if task == "causal-lm" and not tied:
-        found[HEAD] = precision.schemes["head"]
+        found[HEAD] = precision.formats["head"]
     if recipe is not None:
         recipe.require_used({*found, EMBEDDING})  # which some targets look up as it is: one recipe serves all
-        found |= {name: own for name in found if (own := recipe.scheme_of(name)) is not None}
-    found = {name: target.schemes.get(scheme, scheme) for name, scheme in found.items()}
+        found |= {name: own for name in found if (own := recipe.format_of(name)) is not None}
+    found = {name: target.formats.get(form, form) for name, form in found.items()}
     whole_blocks = EMBEDDING in found and not config.hidden_size % (
-        require_scheme(found[EMBEDDING]).block or 1
+        require_format(found[EMBEDDING]).block or 1
     )
     table = found[EMBEDDING] if target.lookups and whole_blocks else None
     if table is None and not tied:
         found.pop(EMBEDDING, None)
-    schemes = {name: require_scheme(scheme) for name, scheme in found.items() if scheme != FP8}
-    for name, scheme in schemes.items():
-        _require_width(name, matrix_width(config, name), scheme, target)
-        _require_integer_product(name, scheme, target, chosen)
-    fixed = any(scheme.inputs for scheme in schemes.values())  # int8-sq's products are not those it speaks of
+    formats = {name: require_format(form) for name, form in found.items()}
+    for name, form in formats.items():
+        _require_width(name, matrix_width(config, name), form, target)
+        _require_integer_product(name, form, target, chosen)
+    fixed = any(form.inputs for form in formats.values())  # int8-sq's products are not those it speaks of
     return Form(
         target,
         chosen,
         {**_groups(found, table, chosen, EMBEDDING if tied else HEAD), **({} if fixed else target.says)},
-        schemes,
-        None if table is None else require_scheme(table),
-        tuple(name for name, scheme in found.items() if scheme == FP8),
+        formats,
+        None if table is None else require_format(table),
     )
 
 
 def _groups(found: Mapping[str, str], table: str | None, activations: str, head: str) -> dict[str, str]:
-    """What each group is stored as; the layers' schemes with the most matrices first."""
-    layers = Counter(scheme for name, scheme in found.items() if name.startswith("model.layers."))
+    """What each group is stored as; the layers' formats with the most matrices first."""
+    layers = Counter(form for name, form in found.items() if name.startswith("model.layers."))
     return {
         "embedding": table or activations,
-        "layers": ", ".join(scheme for scheme, _ in layers.most_common()),
+        "layers": ", ".join(form for form, _ in layers.most_common()),
         "head": found.get(head, activations),
     }
 
@@ -276,24 +281,24 @@ def _activations(
     return chosen
 
 
-def _require_width(name: str, width: int, scheme: Scheme, target: Target) -> None:
-    if scheme.bits == 4 and target.dialect == "native" and width % 2:
+def _require_width(name: str, width: int, form: Format, target: Target) -> None:
+    if form.bits == 4 and target.dialect == "native" and width % 2:
         raise ExportError(
             f"{name} has {width} inputs per row, an odd number, which 4-bit numbers two to a byte "
             "do not fit in the native dialect; export with --precision int8, or --target ort"
         )
-    if scheme.block is not None and target.engine is not None and width % scheme.block:
+    if form.block is not None and target.engine is not None and width % form.block:
         # TensorRT divides the width by the number of scales, and would take other blocks than were written.
         raise ExportError(
-            f"{name} has {width} inputs per row, which is no multiple of the {scheme.block} numbers under one scale "
+            f"{name} has {width} inputs per row, which is no multiple of the {form.block} numbers under one scale "
             f"that {target.engine} needs; export with --precision int8, or --target ort"
         )
 
 
-def _require_integer_product(name: str, scheme: Scheme, target: Target, activations: str) -> None:
-    if scheme.inputs and not name.startswith("model.layers."):
+def _require_integer_product(name: str, form: Format, target: Target, activations: str) -> None:
+    if form.inputs and not name.startswith("model.layers."):
         raise ExportError(f"{name} cannot be int8-sq, which is for the matrices of layers; take int8")
-    if scheme.inputs and target.dialect in ("ort", "cpu") and activations != "float32":
+    if form.inputs and target.dialect in ("ort", "cpu") and activations != "float32":
         raise ExportError(
             "ONNX Runtime's integer products give fp32, so int8-sq takes no other activations here; "
             "leave --activations out, or export with --precision int8"

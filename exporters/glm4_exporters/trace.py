@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glm4_exporters.checkpoint import EMBEDDING, HEAD
 from glm4_exporters.config import Glm4Config
+from glm4_exporters.element_types import TORCH_TYPES, ir_type
 from glm4_exporters.graph_io import GraphIO, graph_io
 from glm4_exporters.passes.split_sequences import SplitSequences
 from glm4_exporters.reference import MODELS, Glm4ForSequenceClassification, Glm4RMSNorm
@@ -31,13 +32,6 @@ from glm4_plugins.operator import DOMAIN, OP_TYPE, VERSION
 OPSET = 24
 ROTARY_COS, ROTARY_SIN = "rotary.cos", "rotary.sin"
 
-TORCH_TYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-}
 # Any sizes that differ from each other and from 0 and 1, which torch.export would take as constants.
 EXAMPLE_SIZES = {"batch": 2, "sequence": 3, "capacity": 7, "positions": 5}
 
@@ -212,11 +206,6 @@ def _name_inputs_and_outputs(graph: ir.Graph, io: GraphIO) -> None:
             value.shape = ir.Shape(spec.shape)
             value.type = ir.TensorType(ir_type(spec.dtype))
             value.metadata_props.clear()
-
-
-def ir_type(dtype: str) -> ir.DataType:
-    """Our name of an element type as onnx_ir's."""
-    return ir.DataType["FLOAT" if dtype == "float32" else dtype.upper()]
 
 
 def _name_initializers(graph: ir.Graph, task: str) -> None:

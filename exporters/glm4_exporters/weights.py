@@ -1,10 +1,12 @@
 """Checkpoint tensors into the bundle's one data file: read in row blocks, cast or quantized, hashed, written.
 
 The file is the concatenation of the graph's weights in the graph's order, each at a multiple of 4096
-bytes, so that a runtime can map it; a quantized matrix is its integers, then its scales. Memory is a fixed
+bytes, so that a runtime can map it. A stored matrix is its format's parts. Memory is a fixed
 set of buffers, whatever the model's size. The calling thread casts a block while others read the next, hash
-the source, hash the file and write it; integers and fp8 numbers are made by as many threads as there are cores.
-A matrix in fp8 is read twice, first for its largest magnitude.
+the source, hash the file and write it; stored formats are encoded by as many threads as there are cores.
+Two things are in memory until their place in the file comes: the parts of a matrix that are not written first, its
+scales as a rule, and the codes of a matrix that is stored transposed. A format that needs the largest magnitude of a
+matrix has it read twice.
 """
 
 import contextlib
@@ -13,23 +15,23 @@ import hashlib
 import mmap
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from glm4_exporters.aligned_file import ALIGNMENT, AlignedFile
 from glm4_exporters.checkpoint import ROWS_TOGETHER, Checkpoint
 from glm4_exporters.config import Glm4Config
+from glm4_exporters.element_types import TORCH_TYPES, type_name
+from glm4_exporters.formats.base import Encoded
 from glm4_exporters.passes.builder import fixed
-from glm4_exporters.passes.fp8_products import SCALE_SUFFIX, fp8_scale, fp8_values
-from glm4_exporters.passes.quantize_weights import SCALES, Source
-from glm4_exporters.quantize import blocks
-from glm4_exporters.quantize.gptq import Rounded
+from glm4_exporters.passes.stored import Matrix, Source, source_of
 from glm4_exporters.quantize.smooth import Smoothing
 from glm4_exporters.reference import rotary_tables
 from glm4_exporters.trace import ROTARY_COS, ROTARY_SIN
@@ -37,23 +39,14 @@ from glm4_runtime.bundle import FileEntry
 from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
 
-ALIGNMENT = 4096
 READ_BLOCK = 32 << 20
 READ_BUFFERS = 4  # one is read into, one is cast, two wait for their hash
-WRITE_BLOCK = 32 << 20
-WRITE_BUFFERS = 4
 TABLE_ROWS = 1 << 16
 M_TRIM_THRESHOLD, KEPT = -1, 64 << 20  # glibc's malloc.h; bytes
 M_MMAP_THRESHOLD, MAPPED_FROM = -3, 2 << 20
-QUANTIZED_AT_ONCE = 1 << 18  # numbers that one thread works on, in float32: a core's own cache holds them
+ENCODED_AT_ONCE = 1 << 18  # numbers that one thread works on, in float32: a core's own cache holds them
 
 T = TypeVar("T")
-
-TORCH_TYPES = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-}
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,21 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    source: Source | None = None  # what it is made from, where it is part of a quantized matrix
+    source: Source | None = None  # the part of a stored matrix that it is
+
+    @property
+    def type_name(self) -> str:
+        return type_name(self.dtype)
+
+
+class Found(Protocol):
+    """The parts of a matrix that were found before its file is written, as by GPTQ."""
+
+    def rows(self, first: int, count: int) -> Encoded:
+        """Of ``count`` rows; scales of any float type."""
+
+    def written(self) -> None:
+        """Called when the matrix is in the file."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +81,11 @@ class Edits:
 
     Attributes:
         smoothing: multipliers per row and column.
-        rounded: matrices whose numbers are found already, by name.
+        found: parts of matrices, by name, in place of what their format's ``encode`` would give.
     """
 
     smoothing: Smoothing = field(default_factory=Smoothing)
-    rounded: Mapping[str, Rounded] = field(default_factory=dict)
+    found: Mapping[str, Found] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ def layout(model: ir.Model) -> list[StoredTensor]:
         assert value.shape is not None
         shape = tuple(fixed(axis) for axis in value.shape)
         nbytes = int(torch.Size(shape).numel() * value.dtype.itemsize)  # of half a byte, sometimes
-        source = value.meta.get("source")
+        source = source_of(value)
         offset = places.setdefault(source or name, end)
         tensors.append(StoredTensor(name, value.dtype, shape, offset, nbytes, source))
         end = max(end, offset + -(-nbytes // ALIGNMENT) * ALIGNMENT)
@@ -150,8 +157,7 @@ def write_weights(
     """
     _keep_freed()
     total = stored_bytes(tensors)
-    dtypes = {tensor.name: tensor.dtype for tensor in tensors}
-    with _one_torch_thread(), _AlignedFile(path) as file, _Writer(checkpoint, edits, file, dtypes) as writer:
+    with _one_torch_thread(), AlignedFile(path) as file, _Writer(checkpoint, edits, file) as writer:
         for tensor in tensors:
             if tensor.offset < file.position:
                 continue  # another reader of what lies there already
@@ -165,113 +171,90 @@ def write_weights(
 class _Writer:
     """Appends one tensor of a layout after the other."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, edits: Edits, file: "_AlignedFile", dtypes: Mapping[str, ir.DataType]
-    ) -> None:
-        self._checkpoint, self._edits, self._file, self._dtypes = checkpoint, edits, file, dtypes
+    def __init__(self, checkpoint: Checkpoint, edits: Edits, file: AlignedFile) -> None:
+        self._checkpoint, self._edits, self._file = checkpoint, edits, file
         self._buffers = [
             torch.frombuffer(mmap.mmap(-1, READ_BLOCK), dtype=torch.uint8) for _ in range(READ_BUFFERS)
         ]
         self._hasher = ThreadPoolExecutor(1, "hash source")
-        self._quantizers = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "quantize")
+        self._encoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "encode")
         self._hashes: dict[str, str] = {}
-        self._scales: list[Tensor] = []  # of the matrix whose integers were written last
-        self._fp8_scales: dict[str, Tensor] = {}  # by their own name, until they are written
+        self._waiting: dict[
+            Source, list[Tensor]
+        ] = {}  # packed parts whose place in the file is still to come
 
     def __enter__(self) -> "_Writer":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for threads in (self._hasher, self._quantizers):
+        for threads in (self._hasher, self._encoders):
             threads.shutdown(wait=True, cancel_futures=True)
 
     def write(self, tensor: StoredTensor) -> None:
-        if tensor.source is not None and tensor.source.part == SCALES:
-            for scales in self._scales:
-                self._file.append(scales.reshape(-1), scales.dtype)
-            self._scales = []
-        elif tensor.source is not None:
-            self._write_codes(tensor.source, tensor)
-        elif tensor.dtype == ir.DataType.FLOAT8E4M3FN:
-            self._write_fp8(tensor.name)
-        elif tensor.name in self._fp8_scales:
-            self._file.append(self._fp8_scales.pop(tensor.name).reshape(1), TORCH_TYPES[tensor.dtype])
+        if tensor.source is not None:
+            self._write_part(tensor.source)
         elif tensor.name in (ROTARY_COS, ROTARY_SIN):
             for block in _table_blocks(self._checkpoint.config, tensor):
-                self._file.append(block, TORCH_TYPES[tensor.dtype])
+                self._file.append(block, TORCH_TYPES[tensor.type_name])
         else:
-            name, dtype = self._checkpoint.name_of(tensor.name), TORCH_TYPES[tensor.dtype]
+            name, dtype = self._checkpoint.name_of(tensor.name), TORCH_TYPES[tensor.type_name]
             for first, block in self._read(tensor.name):
                 flat = self._edits.smoothing.apply(tensor.name, block, first).reshape(-1)
                 _require_range(name, flat, dtype)
                 self._file.append(flat, dtype)
 
-    def _write_codes(self, source: Source, tensor: StoredTensor) -> None:
-        """The integers of a matrix; its scales, which follow it in the file, are kept until then."""
-        scheme, dtype = source.scheme, TORCH_TYPES[source.scale_type]
-        layout = blocks.LAYOUTS[source.layout]
-        found, limit = self._edits.rounded.get(source.tensor), torch.finfo(dtype).max
+    def _write_part(self, source: Source) -> None:
+        """A part of a matrix; the matrix is encoded where its first part is written, and the others wait."""
+        chunks: Iterable[Tensor] | None = self._waiting.pop(source, None)
+        if chunks is None:
+            chunks = self._encoded(source)
+        part = source.matrix.parts[source.part]
+        for piece in source.matrix.arrangement.written(chunks, part):
+            self._file.append(piece.reshape(-1).view(torch.uint8), torch.uint8)
 
-        def quantized(first: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-            width = rows.shape[1]
+    def _encoded(self, wanted: Source) -> Iterator[Tensor]:
+        """The wanted part, packed, some rows at a time."""
+        matrix, largest = wanted.matrix, None
+        found = self._edits.found.get(matrix.name)
+        if found is None and matrix.format.needs_largest:
+            largest = self._largest(matrix.name)
+
+        def packed(first: int, rows: Tensor) -> Encoded:
             if found is None:
-                wide = self._edits.smoothing.apply(source.tensor, rows, first).float()
-                numbers, scales = blocks.quantize(wide, scheme, dtype)
+                wide = self._edits.smoothing.apply(matrix.name, rows, first).float()
+                encoded = matrix.format.encode(wide, TORCH_TYPES[matrix.scale_type], largest=largest)
             else:
-                part = slice(first, first + len(rows))
-                numbers, scales = found.numbers[part], found.scales[part].to(dtype)
-            if not bool((scales.abs() <= limit).all()):
-                raise ExportError(
-                    f"a scale of tensor {source.tensor} is beyond {str(dtype)[6:]}'s {limit:g}; "
-                    "export with --activations fp32"
-                )
-            # A product's operator reads whole blocks, the other two exactly the matrix.
-            whole = numbers if len(tensor.shape) == 3 else numbers[:, :width]
-            return layout.numbers(whole, scheme), layout.scales(scales)
+                encoded = found.rows(first, len(rows))
+            return _packed(matrix, encoded)
 
-        for first, block in self._read(source.tensor):
-            for codes, scales in self._in_parts(quantized, first, block):
-                self._scales.append(scales)
-                self._file.append(codes.reshape(-1), torch.uint8)
+        plain, begun = matrix.parts, set()
+        for first, block in self._read(matrix.name):
+            for parts in self._in_parts(packed, first, block):
+                for name, chunk in parts.items():
+                    if (
+                        plain[name].shape or name not in begun
+                    ):  # a part of the whole matrix comes with all rows
+                        self._waiting.setdefault(Source(matrix, name), []).append(chunk)
+                        begun.add(name)
+                yield from self._waiting.pop(wanted, ())
         if found is not None:
-            found.leave_to_files()
+            found.written()
 
-    def _write_fp8(self, name: str) -> None:
-        """The numbers of a matrix; its one scale, which follows somewhere in the file, is kept until then."""
-        scale_name = f"{name}{SCALE_SUFFIX}"
-        scale_type = TORCH_TYPES[self._dtypes[scale_name]]
-
-        def wide(first: int, rows: Tensor) -> Tensor:
-            return self._edits.smoothing.apply(name, rows, first).float()
+    def _largest(self, name: str) -> float:
+        """The largest magnitude of a matrix as it is stored."""
 
         def largest(first: int, rows: Tensor) -> float:
-            low, high = wide(first, rows).aminmax()
+            low, high = self._edits.smoothing.apply(name, rows, first).float().aminmax()
             return max(-float(low), float(high))
 
-        absmax = max(
-            max(self._in_parts(largest, first, block))
-            for first, block in self._checkpoint.row_blocks(self._checkpoint.name_of(name), *self._buffers)
-        )
-        stored = torch.tensor(fp8_scale(absmax)).to(scale_type)
-        if not bool(stored.isfinite()):
-            raise ExportError(
-                f"tensor {name} holds {absmax:g}, whose fp8 scale is beyond {str(scale_type)[6:]}; "
-                "export with --activations bf16"
-            )
-        self._fp8_scales[scale_name] = stored
-
-        def numbers(first: int, rows: Tensor) -> Tensor:
-            return fp8_values(wide(first, rows), float(stored)).view(torch.uint8)
-
-        for first, block in self._read(name):
-            for part in self._in_parts(numbers, first, block):
-                self._file.append(part.reshape(-1), torch.uint8)
+        blocks = self._checkpoint.row_blocks(self._checkpoint.name_of(name), *self._buffers)
+        return max(max(self._in_parts(largest, first, block)) for first, block in blocks)
 
     def _in_parts(self, work: Callable[[int, Tensor], T], first: int, block: Tensor) -> Iterator[T]:
         """``work`` on the rows of a block, whose first is row ``first`` of its matrix, a few on each thread."""
-        step = max(1, QUANTIZED_AT_ONCE // (block.shape[1] * ROWS_TOGETHER)) * ROWS_TOGETHER
+        step = max(1, ENCODED_AT_ONCE // (block.shape[1] * ROWS_TOGETHER)) * ROWS_TOGETHER
         starts = range(0, len(block), step)
-        jobs = [self._quantizers.submit(work, first + start, block[start : start + step]) for start in starts]
+        jobs = [self._encoders.submit(work, first + start, block[start : start + step]) for start in starts]
         for job in jobs:
             yield job.result()
         _give_back_freed()
@@ -299,6 +282,27 @@ class _Writer:
                 f"{canonical} {header.dtype} {list(header.shape)} {self._hashes[canonical]}\n".encode()
             )
         return digest.hexdigest()
+
+
+def _packed(matrix: Matrix, encoded: Encoded) -> Encoded:
+    """Encoded rows as the matrix's arrangement packs them.
+
+    Raises:
+        ExportError: a scale that its type does not hold.
+    """
+    packed = {}
+    for name, part in matrix.parts.items():
+        values = encoded[name]
+        if part.scaled_by is None:
+            dtype = TORCH_TYPES[part.dtype]
+            values, limit = values.to(dtype), torch.finfo(dtype).max
+            if not bool((values.float().abs() <= limit).all()):
+                raise ExportError(
+                    f"a scale of tensor {matrix.name} is beyond {part.dtype}'s {limit:g}; "
+                    "export with --activations bf16 or fp32"
+                )
+        packed[name] = matrix.arrangement.pack(name, values, part, matrix.format)
+    return packed
 
 
 def _require_range(name: str, flat: Tensor, dtype: torch.dtype) -> None:
@@ -346,88 +350,3 @@ def _table_blocks(config: Glm4Config, tensor: StoredTensor) -> Iterator[Tensor]:
     for start in range(0, tensor.shape[0], TABLE_ROWS):
         positions = torch.arange(start, min(start + TABLE_ROWS, tensor.shape[0]))
         yield rotary_tables(config, positions)[tensor.name == ROTARY_SIN].reshape(-1)
-
-
-class _AlignedFile:
-    """Appends to a file through page-aligned buffers that two threads hash and write.
-
-    Written past the page cache where the file system allows it: a bundle is as large as the memory of the
-    machine that makes it, and copying it through the cache costs a core.
-    """
-
-    def __init__(self, path: Path) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        try:
-            self._fd = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o644)
-        except OSError:
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
-            self._fd = os.open(path, flags, 0o644)
-        self._memory = [mmap.mmap(-1, WRITE_BLOCK) for _ in range(WRITE_BUFFERS)]
-        self._views = [torch.frombuffer(m, dtype=torch.uint8) for m in self._memory]
-        self._busy: list[list[Future[None]]] = [[] for _ in range(WRITE_BUFFERS)]
-        self._current, self._fill, self._written = 0, 0, 0
-        self._hash = hashlib.sha256()
-        self._threads = [ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("hash", "write")]
-
-    def __enter__(self) -> "_AlignedFile":
-        return self
-
-    def append(self, flat: Tensor, dtype: torch.dtype) -> None:
-        """Append the elements of a 1-D tensor, cast to ``dtype``."""
-        done = 0
-        while done < flat.numel():
-            count = min(flat.numel() - done, (WRITE_BLOCK - self._fill) // dtype.itemsize)
-            end = self._fill + count * dtype.itemsize
-            self._views[self._current][self._fill : end].view(dtype).copy_(flat[done : done + count])
-            done, self._fill = done + count, end
-            if self._fill == WRITE_BLOCK:
-                self._flush()
-
-    def pad(self) -> None:
-        """Fill with zeros to the next aligned offset."""
-        end = -(-self._fill // ALIGNMENT) * ALIGNMENT
-        self._views[self._current][self._fill : end].zero_()
-        self._fill = end
-        if self._fill == WRITE_BLOCK:
-            self._flush()
-
-    @property
-    def position(self) -> int:
-        """Bytes appended so far."""
-        return self._written + self._fill
-
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
-
-    def _flush(self) -> None:
-        chunk, at = memoryview(self._memory[self._current])[: self._fill], self._written
-        jobs: list[Callable[[], None]] = [lambda: self._hash.update(chunk), lambda: self._write(chunk, at)]
-        self._busy[self._current] = [
-            thread.submit(job) for thread, job in zip(self._threads, jobs, strict=True)
-        ]
-        self._written += self._fill
-        self._current, self._fill = (self._current + 1) % WRITE_BUFFERS, 0
-        self._wait(self._current)
-
-    def _wait(self, index: int) -> None:
-        for job in self._busy[index]:
-            job.result()
-        self._busy[index] = []
-
-    def _write(self, chunk: memoryview, at: int) -> None:
-        while chunk:
-            written = os.pwrite(self._fd, chunk, at)
-            chunk, at = chunk[written:], at + written
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._flush()
-                for index in range(WRITE_BUFFERS):
-                    self._wait(index)
-                os.fsync(self._fd)
-        finally:
-            for thread in self._threads:
-                thread.shutdown(wait=True, cancel_futures=True)
-            os.close(self._fd)

@@ -53,7 +53,7 @@ from glm4_runtime.bundle import Manifest
     "--recipe",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="Schemes of single matrices, as validate --sensitivity writes them.",
+    help="Formats of single matrices, as validate --sensitivity writes them.",
 )
 @click.option(
     "--task",

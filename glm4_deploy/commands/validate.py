@@ -226,7 +226,7 @@ def _rows(report: "Report") -> list[tuple[str, str]]:
         from glm4_deploy.validate.sensitivity import HIGH, LOW
 
         found = report.sensitivity
-        spared = [loss.name for loss in found.losses if found.recipe.scheme_of(loss.name) == HIGH]
+        spared = [loss.name for loss in found.losses if found.recipe.format_of(loss.name) == HIGH]
         rows.append(
             (
                 "sensitivity",

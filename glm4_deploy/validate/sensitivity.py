@@ -6,14 +6,14 @@ from typing import Any
 
 from glm4_deploy.validate.text import choose_text
 from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.formats import Format, require_format
 from glm4_exporters.quantize.recipe import Recipe, keep_sensitive, write_recipe
-from glm4_exporters.quantize.schemes import Scheme, require_scheme
 from glm4_exporters.quantize.sensitivity import TensorLoss, measure
 from glm4_runtime.errors import RequestError
 from glm4_runtime.progress import Progress, silent
 
 LOW, HIGH = "int4", "int8"
-EXTRA_BITS = 0.5  # above the low scheme's own, where nobody says how many
+EXTRA_BITS = 0.5  # above the low format's own, where nobody says how many
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Sensitivity:
                     "name": loss.name,
                     "mean_kl": loss.kl,
                     "elements": loss.elements,
-                    "scheme": self.recipe.scheme_of(loss.name),
+                    "scheme": self.recipe.format_of(loss.name),
                 }
                 for loss in self.losses
             ],
@@ -66,10 +66,10 @@ def rank_tensors(
 
     Raises:
         ExportError: another task than causal-lm, or no room for the walk.
-        RequestError: ``mean_bits`` that no mixture of the two schemes has.
+        RequestError: ``mean_bits`` that no mixture of the two formats has.
     """
-    low, high = require_scheme(LOW), require_scheme(HIGH)
-    bits = {name: scheme.bits_per_weight() for name, scheme in ((LOW, low), (HIGH, high))}
+    low, high = require_format(LOW), require_format(HIGH)
+    bits = {name: form.bits_per_weight() for name, form in ((LOW, low), (HIGH, high))}
     wanted = bits[LOW] + EXTRA_BITS if mean_bits is None else mean_bits
     if not bits[LOW] <= wanted <= bits[HIGH]:
         raise RequestError(
@@ -86,13 +86,10 @@ def save_recipe(path: Path, found: Sensitivity) -> None:
     write_recipe(path, found.recipe, found.losses)
 
 
-def _round_trip(scheme: Scheme) -> Any:
+def _round_trip(form: Format) -> Any:
     import torch
 
-    from glm4_exporters.quantize import blocks
-
     def values(_name: str, rows: torch.Tensor) -> torch.Tensor:
-        numbers, scales = blocks.quantize(rows.float(), scheme, torch.bfloat16)
-        return blocks.dequantize(numbers, scales, scheme, rows.shape[1])
+        return form.decode(form.encode(rows.float(), torch.bfloat16), rows.shape[1])
 
     return values

@@ -442,7 +442,7 @@ import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background hands on "ignore"
 import onnx_ir as ir
 from glm4_deploy import cli, pipeline
-from glm4_exporters import weights
+from glm4_exporters import aligned_file
 
 checkpoint, bundle, graph = sys.argv[1:]
 
@@ -458,7 +458,7 @@ def slow(fd, chunk, at, write=os.pwrite):
     time.sleep(0.2)
     return write(fd, chunk, at)
 
-pipeline._trace, os.pwrite, weights.WRITE_BLOCK = traced, slow, 4096
+pipeline._trace, os.pwrite, aligned_file.WRITE_BLOCK = traced, slow, 4096
 cli.main(["export", checkpoint, bundle, "--precision", "fp32", "--no-parity", "--force"])
 """
 

@@ -14,7 +14,6 @@ from cpu_operators import CPU_TARGET
 from benchmarks.make_hostile_checkpoints import write_overflow
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
 from glm4_exporters.checkpoint import Checkpoint
-from glm4_exporters.quantize import blocks
 from glm4_exporters.quantize.recipe import Recipe
 from glm4_exporters.reference import load_model
 from glm4_exporters.targets import choose_form
@@ -78,11 +77,10 @@ def stored_matrices(bundle):
     return found
 
 
-def expected_matrix(checkpoint, name, scheme):
-    """A matrix as the scheme rounds it, straight from the checkpoint."""
+def expected_matrix(checkpoint, name, form):
+    """A matrix as its format rounds it, straight from the checkpoint."""
     weight = checkpoint.read(checkpoint.name_of(name)).float()
-    numbers, scales = blocks.quantize(weight, scheme, torch.bfloat16)
-    return blocks.dequantize(numbers, scales, scheme, weight.shape[1]).numpy()
+    return form.decode(form.encode(weight, torch.bfloat16), weight.shape[1]).numpy()
 
 
 def with_stored_weights(checkpoint, stored):
@@ -106,9 +104,9 @@ def test_a_bundle_computes_its_stored_integers(tmp_path, shape, target, precisio
     with Checkpoint.load(folder) as checkpoint, Session.open(bundle, verify=True) as session:
         form = choose_form(checkpoint.config, "causal-lm", target, precision)
         stored = stored_matrices(bundle)
-        assert stored.keys() == form.schemes.keys()
+        assert stored.keys() == form.formats.keys()
         for name, matrix in stored.items():
-            np.testing.assert_array_equal(matrix, expected_matrix(checkpoint, name, form.schemes[name]))
+            np.testing.assert_array_equal(matrix, expected_matrix(checkpoint, name, form.formats[name]))
         model = with_stored_weights(checkpoint, stored)
         # ONNX Runtime rounds activations to 8 bits per block inside its kernels, in both dialects.
         with torch.inference_mode():
@@ -167,7 +165,7 @@ def test_a_tied_matrix_is_stored_once(tmp_path):
     assert sizes[False] - sizes[True] >= 4096 * 128
 
 
-def test_stored_bytes_are_what_the_scheme_says(tmp_path, tiny_checkpoint):
+def test_stored_bytes_are_what_the_format_says(tmp_path, tiny_checkpoint):
     found = {}
     for precision in ("fp32", "int8", "int4"):
         options = ExportOptions(precision=precision, parity=False)
@@ -244,7 +242,7 @@ def test_the_cache_key_holds_the_texts_content(tmp_path, tiny_checkpoint, ids_fi
     assert cache_key(tiny_checkpoint, options) != before
 
 
-def test_a_recipe_gives_single_matrices_another_scheme(tmp_path, tiny_checkpoint):
+def test_a_recipe_gives_single_matrices_another_format(tmp_path, tiny_checkpoint):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('[tensors]\n"model.layers.1.self_attn.*" = "int8"\n')
     options = ExportOptions(precision="int4", recipe=str(recipe), parity=False)
@@ -287,12 +285,12 @@ def test_a_model_that_overflows_fp16_is_scaled_back_and_right(tmp_path):
     assert result.parity.mean_kl < 1e-5
 
 
-@pytest.mark.parametrize("scheme", ["int8-channel", "int4-signed"])
-def test_a_recipe_cannot_name_a_targets_own_scheme(tmp_path, tiny_checkpoint, scheme):
+@pytest.mark.parametrize("name", ["int8-channel", "int4-signed", "fp8"])
+def test_a_recipe_cannot_name_a_targets_own_format(tmp_path, tiny_checkpoint, name):
     """They hold for some targets only: TensorRT wants positive scales, and lookups want blocks."""
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(f'[tensors]\n"model.embed_tokens.weight" = "{scheme}"\n')
-    with pytest.raises(ExportError, match=f"the scheme '{scheme}'; there are int8, int8-sq, int4"):
+    recipe.write_text(f'[tensors]\n"model.embed_tokens.weight" = "{name}"\n')
+    with pytest.raises(ExportError, match=f"the format '{name}'; there are int8, int8-sq, int4"):
         export(tiny_checkpoint, tmp_path / "b", ExportOptions(precision="int4", recipe=str(recipe)))
 
 

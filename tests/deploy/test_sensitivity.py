@@ -14,7 +14,7 @@ from glm4_deploy.pipeline import ExportOptions, export
 from glm4_deploy.validate.sensitivity import rank_tensors
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.quantize.recipe import read_recipe
-from glm4_exporters.targets import RECIPE_SCHEMES
+from glm4_exporters.targets import RECIPE_FORMATS
 from glm4_runtime.errors import RequestError
 
 DEMO = Path(__file__).parents[2] / "demo" / "glm4-tiny"
@@ -42,9 +42,9 @@ def test_the_fragile_matrix_leads_and_is_spared(tmp_path, fragile_checkpoint):
     assert ranking[0]["name"] == FRAGILE
     assert ranking[0]["scheme"] == "int8"
     assert len(ranking) == 26
-    schemes = read_recipe(recipe, RECIPE_SCHEMES)
+    formats = read_recipe(recipe, RECIPE_FORMATS)
     sizes = {row["name"]: row["elements"] for row in ranking}
-    bits = {name: {"int8": 8.125, "int4": 4.5}[str(schemes.scheme_of(name))] for name in sizes}
+    bits = {name: {"int8": 8.125, "int4": 4.5}[str(formats.format_of(name))] for name in sizes}
     assert sum(bits[n] * sizes[n] for n in sizes) / sum(sizes.values()) <= 4.8
     for target in ("ort", "native"):
         options = ExportOptions(target=target, precision="int4", recipe=str(recipe), parity=False)

@@ -13,10 +13,13 @@ import torch
 from checkpoints import random_tensors, tiny_config
 
 from glm4_exporters.config import Glm4Config
+from glm4_exporters.formats import CODES, FORMATS
 from glm4_exporters.passes import lower
 from glm4_exporters.passes.fix_capacity import FixCapacity
-from glm4_exporters.passes.fp8_products import FP8_MAX, SCALE_SUFFIX, Fp8Products, fp8_scale, fp8_values
+from glm4_exporters.passes.quantize_inputs import QuantizeInputs
+from glm4_exporters.passes.quantize_weights import QuantizeWeights
 from glm4_exporters.passes.split_products import SplitProducts
+from glm4_exporters.passes.stored import source_of
 from glm4_exporters.reference import rotary_tables
 from glm4_exporters.trace import ROTARY_COS, ROTARY_SIN, trace
 from glm4_runtime import ExportError
@@ -24,6 +27,7 @@ from glm4_runtime import ExportError
 MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")  # fmt: skip
 
 
+FORMAT = FORMATS["fp8"]
 CONFIG = Glm4Config.from_dict(tiny_config())
 
 
@@ -37,35 +41,32 @@ def traced(activations):
     return lower(trace(CONFIG, "causal-lm", activations), "native")
 
 
-def weight_scale(tensors, name):
-    return fp8_scale(float(tensors[name].abs().max()))
-
-
 def quantized(config, activations, scales):
     """The tiny model's native graph with fp8 products, its weights in it."""
     model = traced(activations).clone()
-    Fp8Products(scales)(model)
+    QuantizeWeights("standard", dict.fromkeys(scales, FORMAT))(model)
+    QuantizeInputs(scales, unsigned=False)(model)
     tensors = random_tensors(config, "causal-lm", torch.float32, seed=0)
     cos, sin = rotary_tables(config, torch.arange(config.max_position_embeddings))
     tensors |= {ROTARY_COS: cos, ROTARY_SIN: sin}
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:
             continue
-        source = name.removesuffix(SCALE_SUFFIX)
-        if value.dtype == ir.DataType.FLOAT8E4M3FN:
-            values = fp8_values(tensors[name], weight_scale(tensors, name))
-            array = values.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
-        elif source in scales:
-            array = np.asarray(weight_scale(tensors, source), value.dtype.numpy())
-        else:
+        source = source_of(value)
+        if source is None:
             array = tensors[name].numpy().astype(value.dtype.numpy())
-        value.const_value = ir.tensor(array, name=name)
+        else:
+            matrix = tensors[source.matrix.name]
+            part = FORMAT.encode(matrix, torch.float32, largest=float(matrix.abs().max()))[source.part]
+            codes = source.part == CODES
+            array = part.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn) if codes else part.numpy()
+        value.const_value = ir.tensor(array.astype(value.dtype.numpy()), name=name)
     return model
 
 
 def all_scales(config, absmax=8.0):
     return {
-        f"model.layers.{i}.{m}.weight": fp8_scale(absmax)
+        f"model.layers.{i}.{m}.weight": FORMAT.inputs.scale(absmax)
         for i in range(config.num_hidden_layers)
         for m in MATRICES
     }
@@ -79,7 +80,7 @@ def test_the_form(config):
     layers = config.num_hidden_layers
     assert count["QuantizeLinear"] == 4 * layers  # q, k and v share one
     assert count["DequantizeLinear"] == (4 + 6) * layers
-    weight = model.graph.initializers["model.layers.1.mlp.down_proj.weight"]
+    weight = model.graph.initializers["model.layers.1.mlp.down_proj.weight.codes"]
     assert (weight.dtype, list(weight.shape)) == (ir.DataType.FLOAT8E4M3FN, [64, 96])
     assert list(model.graph.initializers["model.layers.1.mlp.down_proj.weight.scale"].shape) == []
     assert model.graph.initializers["lm_head.weight"].dtype == ir.DataType.FLOAT16
@@ -91,21 +92,6 @@ def test_weights_without_a_scale_stay(config):
     assert Counter(n.op_type for n in model.graph)["QuantizeLinear"] == 1
     with pytest.raises(ExportError, match=r"no product of the graph reads model\.layers\.9"):
         quantized(config, "float16", {"model.layers.9.mlp.down_proj.weight": 0.1})
-
-
-def test_values_are_within_half_a_step():
-    values = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 7
-    scale = fp8_scale(float(values.abs().max()))
-    quantized_values = fp8_values(values, scale)
-    assert quantized_values.float().abs().max() == FP8_MAX
-    normal = values.abs() > scale * 2.0**-6  # below, the steps are of one size
-    error = (quantized_values.float() * scale - values).abs()
-    assert (error[normal] <= values[normal].abs() * 2.0**-4).all()  # 3 bits after the first
-    assert (error[~normal] <= scale * 2.0**-10).all()
-    assert fp8_scale(0.0) > 0  # a scale of zero is refused
-    assert (
-        fp8_values(torch.tensor([1e9]), scale).float() == FP8_MAX
-    )  # saturates, where the cast alone gives NaN
 
 
 def test_it_computes_what_the_model_does_to_fp8s_accuracy(config):

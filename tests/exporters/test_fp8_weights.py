@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from glm4_exporters import weights as weights_module
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
+from glm4_exporters.formats import FORMATS
+from glm4_exporters.formats.float8 import FP8_MAX
 from glm4_exporters.passes import lower
-from glm4_exporters.passes.fp8_products import FP8_MAX, Fp8Products, fp8_values
+from glm4_exporters.passes.quantize_weights import QuantizeWeights
 from glm4_exporters.quantize.smooth import Smoothing
 from glm4_exporters.trace import trace
 from glm4_exporters.weights import Edits, attach, layout, write_weights
@@ -31,7 +33,7 @@ def traced():
 def written(model, folder, tensors=TENSORS, edits=None):
     """The graph's fp8 weights and scales, by name, as a runtime reads them."""
     model = model.clone()
-    Fp8Products({DOWN: 0.1, GATE_UP: 0.1})(model)
+    QuantizeWeights("standard", dict.fromkeys((DOWN, GATE_UP), FORMATS["fp8"]))(model)
     source = write_checkpoint(folder / "source", tiny_config())
     save_file(tensors, source / "model.safetensors")
     with Checkpoint.load(source) as checkpoint:
@@ -40,25 +42,25 @@ def written(model, folder, tensors=TENSORS, edits=None):
     attach(model, places, "weights")
     ir.save(model, folder / "model.onnx")
     found = ir.load(folder / "model.onnx").graph.initializers
-    names = [name for name in found if name.startswith((DOWN, GATE_UP)) and "input_scale" not in name]
+    names = [name for name in found if name.startswith((DOWN, GATE_UP))]
     return {name: found[name].const_value.numpy() for name in names}, result
 
 
 def expected(matrix):
     scale = np.float16(max(float(matrix.abs().max()) / FP8_MAX, 2.0**-14))
-    numbers = fp8_values(matrix.float(), float(scale)).view(torch.uint8).numpy()
-    return numbers.view(ml_dtypes.float8_e4m3fn), scale
+    numbers = (matrix.float() / float(scale)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return numbers.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), scale
 
 
 def test_numbers_and_scales_are_those_of_the_largest_magnitude(traced, tmp_path):
     arrays, _ = written(traced, tmp_path)
-    assert set(arrays) == {DOWN, f"{DOWN}.scale", GATE_UP, f"{GATE_UP}.scale"}
+    assert set(arrays) == {f"{name}.{part}" for name in (DOWN, GATE_UP) for part in ("codes", "scale")}
     for name in (DOWN, GATE_UP):
         numbers, scale = expected(TENSORS[name])
         assert (arrays[f"{name}.scale"].shape, arrays[f"{name}.scale"].dtype) == ((), np.float16)
         assert arrays[f"{name}.scale"] == scale
-        assert (arrays[name].view(np.uint8) == numbers.view(np.uint8)).all()
-        assert np.abs(arrays[name].astype(np.float32)).max() == FP8_MAX
+        assert (arrays[f"{name}.codes"].view(np.uint8) == numbers.view(np.uint8)).all()
+        assert np.abs(arrays[f"{name}.codes"].astype(np.float32)).max() == FP8_MAX
 
 
 def test_the_scale_is_of_the_matrix_as_it_is_stored(traced, tmp_path):
@@ -68,14 +70,14 @@ def test_the_scale_is_of_the_matrix_as_it_is_stored(traced, tmp_path):
     arrays, _ = written(traced, tmp_path, edits=Edits(smoothing))
     numbers, scale = expected(TENSORS[DOWN] * torch.from_numpy(rows)[:, None])
     assert arrays[f"{DOWN}.scale"] == scale
-    assert (arrays[DOWN].view(np.uint8) == numbers.view(np.uint8)).all()
+    assert (arrays[f"{DOWN}.codes"].view(np.uint8) == numbers.view(np.uint8)).all()
 
 
 def test_blocks_change_nothing(traced, tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
     whole, first = written(traced, tmp_path / "whole")
     monkeypatch.setattr(weights_module, "READ_BLOCK", 2 * 4096)
-    monkeypatch.setattr(weights_module, "QUANTIZED_AT_ONCE", 640)
+    monkeypatch.setattr(weights_module, "ENCODED_AT_ONCE", 640)
     (tmp_path / "parts").mkdir()
     parts, second = written(traced, tmp_path / "parts")
     assert all(whole[name].tobytes() == parts[name].tobytes() for name in whole)
@@ -85,11 +87,14 @@ def test_blocks_change_nothing(traced, tmp_path, monkeypatch):
 def test_a_matrix_of_zeros_has_a_scale(traced, tmp_path):
     arrays, _ = written(traced, tmp_path, TENSORS | {DOWN: torch.zeros_like(TENSORS[DOWN])})
     assert arrays[f"{DOWN}.scale"] == 2.0**-14
-    assert not arrays[DOWN].astype(np.float32).any()
+    assert not arrays[f"{DOWN}.codes"].astype(np.float32).any()
 
 
 def test_a_scale_beyond_float16_is_refused(traced, tmp_path):
     huge = TENSORS[DOWN].clone()
     huge[3, 5] = 1e9
-    with pytest.raises(ExportError, match=r"down_proj\.weight holds 1e\+09, .*float16; .*--activations bf16"):
+    with pytest.raises(
+        ExportError,
+        match=r"scale of tensor .*down_proj\.weight is beyond float16's 65504; .*--activations bf16",
+    ):
         written(traced, tmp_path, TENSORS | {DOWN: huge})

@@ -6,9 +6,9 @@ import torch
 from checkpoints import tiny_config, write_checkpoint
 
 from glm4_exporters.checkpoint import EMBEDDING, HEAD, Checkpoint
-from glm4_exporters.quantize import blocks, gptq
+from glm4_exporters.formats import CODES, FORMATS, SCALES
+from glm4_exporters.quantize import gptq
 from glm4_exporters.quantize.gptq import Rounded, _Moments, round_matrices
-from glm4_exporters.quantize.schemes import SCHEMES
 from glm4_exporters.quantize.smooth import Smoothing
 from glm4_exporters.reference import load_model
 from glm4_exporters.targets import choose_form
@@ -19,7 +19,7 @@ SHAPES = {
     "no multiple of a block": {"hidden_size": 72, "intermediate_size": 100},
     "tied": {"tie_word_embeddings": True},
 }
-SCHEME = SCHEMES["int4-signed"]
+FORMAT = FORMATS["int4-signed"]
 
 
 def correlated(tokens, width, seed=0):
@@ -29,8 +29,8 @@ def correlated(tokens, width, seed=0):
 
 
 def room(rows, width):
-    return Rounded(torch.zeros(rows, SCHEME.stored_width(width), dtype=torch.int8),
-                   torch.zeros(rows, SCHEME.blocks(width)))  # fmt: skip
+    return Rounded(torch.zeros(rows, FORMAT.stored_width(width), dtype=torch.int8),
+                   torch.zeros(rows, FORMAT.blocks(width)))  # fmt: skip
 
 
 def product_error(x, found, wanted):
@@ -44,9 +44,9 @@ def test_products_are_nearer_than_by_rounding_alone(width, window, monkeypatch):
     x = correlated(512, width)
     w = torch.randn(40, width, generator=torch.Generator().manual_seed(1))
     result = room(40, width)
-    values = torch.cat([rows for _, rows in _Moments([x], [x]).rounded(w, SCHEME, torch.bfloat16, result)])
-    torch.testing.assert_close(values, blocks.dequantize(result.numbers, result.scales, SCHEME, width))
-    plain = blocks.dequantize(*blocks.quantize(w, SCHEME, torch.bfloat16), SCHEME, width)
+    values = torch.cat([rows for _, rows in _Moments([x], [x]).rounded(w, FORMAT, torch.bfloat16, result)])
+    torch.testing.assert_close(values, FORMAT.decode({CODES: result.codes, SCALES: result.scales}, width))
+    plain = FORMAT.decode(FORMAT.encode(w, torch.bfloat16), width)
     assert product_error(x, values, x @ w.T) < 0.7 * product_error(x, plain, x @ w.T)
 
 
@@ -55,7 +55,7 @@ def test_what_was_lost_before_a_matrix_is_made_up_for():
     seen = exact * 0.8  # as if everything before had shrunk it
     w = torch.randn(40, 64, generator=torch.Generator().manual_seed(1))
     moments = _Moments([exact], [seen])
-    values = torch.cat([rows for _, rows in moments.rounded(w, SCHEMES["int8"], torch.float32, _int8_room())])
+    values = torch.cat([rows for _, rows in moments.rounded(w, FORMATS["int8"], torch.float32, _int8_room())])
     assert product_error(seen, values, exact @ w.T) < 0.01 < product_error(seen, w, exact @ w.T)
 
 
@@ -70,28 +70,25 @@ def test_a_model_of_any_shape_is_nearer_than_by_rounding_alone(tmp_path, shape):
     sequences = [rng.integers(0, 320, length).tolist() for length in (48, 48, 31, 48)]
     with Checkpoint.load(folder) as checkpoint:
         form = choose_form(checkpoint.config, "causal-lm", "native", "int4")
-        found = round_matrices(checkpoint, sequences, form.schemes, None, Smoothing(), torch.bfloat16)
-        assert found.keys() == form.schemes.keys() - {EMBEDDING}
+        found = round_matrices(checkpoint, sequences, form.formats, None, Smoothing(), torch.bfloat16)
+        assert found.keys() == form.formats.keys() - {EMBEDDING}
         assert (HEAD in found) == (not checkpoint.config.tie_word_embeddings)
         ids = torch.tensor([sequences[0]])
         with torch.inference_mode():
             truth = load_model(checkpoint)(ids).logits
             errors = [
-                (_with(checkpoint, form.schemes, rounded)(ids).logits - truth).square().mean().item()
+                (_with(checkpoint, form.formats, rounded)(ids).logits - truth).square().mean().item()
                 for rounded in (found, {})
             ]
     assert errors[0] < 0.9 * errors[1]
 
 
-def _with(checkpoint, schemes, found):
+def _with(checkpoint, formats, found):
     """The reference with rounded matrices: those of ``found``, or else each rounded by itself."""
     model = load_model(checkpoint)
     for name, parameter in model.named_parameters():
-        if name in schemes and name != EMBEDDING:
-            scheme, width = schemes[name], parameter.shape[1]
-            if name in found:
-                numbers, scales = found[name].numbers, found[name].scales
-            else:
-                numbers, scales = blocks.quantize(parameter.detach(), scheme, torch.bfloat16)
-            parameter.copy_(blocks.dequantize(numbers, scales, scheme, width))
+        if name in formats and name != EMBEDDING:
+            form, (rows, width) = formats[name], parameter.shape
+            own = form.encode(parameter.detach(), torch.bfloat16)
+            parameter.copy_(form.decode(found[name].rows(0, rows) if name in found else own, width))
     return model

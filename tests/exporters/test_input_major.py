@@ -1,104 +1,119 @@
-"""Integer weights transposed in their file: the same numbers, each weight in its place."""
+"""Integer weights [in, out] in the data file: the same numbers, each weight in its place."""
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from checkpoints import tiny_config, write_checkpoint
 
-from glm4_exporters.passes.input_major import BLOCK_ROWS, InputMajor
+from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.config import Glm4Config
+from glm4_exporters.formats import FORMATS, Integers
+from glm4_exporters.passes import lower
+from glm4_exporters.passes.input_major import InputMajor
+from glm4_exporters.passes.quantize_weights import QuantizeWeights
+from glm4_exporters.trace import trace
+from glm4_exporters.weights import attach, layout, write_weights
 
-WIDTH, ROWS = BLOCK_ROWS + 32, {"alone": 6, "left": 4, "right": 8}
-READS = {"alone": "x", "left": "z", "right": "z"}  # two products of z
-
-
-def model(folder, block=0, element=np.int8, rows_of=ROWS):
-    """Three products by weights [out, in] that lie in a data file."""
-    rng = np.random.default_rng(0)
-    inputs = {name: value(name, np.zeros((2, WIDTH), np.float32)) for name in ("x", "z")}
-    nodes, constants, outputs = [], [], []
-    for name, rows in rows_of.items():
-        w = constant(f"{name}.w", rng.integers(-7, 8, (rows, WIDTH)).astype(element))
-        s = constant(
-            f"{name}.s", rng.random((rows, WIDTH // block) if block else rows).astype(np.float32) + 0.5
-        )
-        attributes = {"axis": 1, "block_size": block} if block else {"axis": 0}
-        wide = ir.node("DequantizeLinear", [w, s], attributes, name=f"{name}/DequantizeLinear")
-        turned = ir.node("Transpose", wide.outputs, {"perm": [1, 0]}, name=f"{name}/Transpose")
-        y = value(f"{name}.y", np.zeros((2, rows), np.float32))
-        read = inputs[READS[name]]
-        nodes += [wide, turned, ir.node("MatMul", [read, turned.outputs[0]], name=name, outputs=[y])]
-        constants += [w, s]
-        outputs.append(y)
-    graph = ir.Graph(
-        list(inputs.values()), outputs, nodes=nodes, initializers=constants, opset_imports={"": 24}, name="g"
-    )
-    ir.save(ir.Model(graph, ir_version=10), folder / "g.onnx", external_data="data", size_threshold_bytes=0)
-    return ir.load(folder / "g.onnx")
+CONFIG = Glm4Config.from_dict(tiny_config(num_hidden_layers=1))
+ALONE = ("self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+TOGETHER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+NAMES = [f"model.layers.0.{name}.weight" for name in (*ALONE, *TOGETHER)] + ["lm_head.weight"]
 
 
-def value(name, like):
-    return ir.Value(
-        name=name, type=ir.TensorType(ir.DataType.from_numpy(like.dtype)), shape=ir.Shape(like.shape)
-    )
+@pytest.fixture(scope="module")
+def traced():
+    return lower(trace(CONFIG, "causal-lm", "float16"), "native")
 
 
-def constant(name, array):
-    made = value(name, array)
-    made.const_value = ir.tensor(array, name=name)
-    return made
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("source") / "model", tiny_config(num_hidden_layers=1))
+
+
+def quantized(traced, form):
+    model = traced.clone()
+    QuantizeWeights("standard", dict.fromkeys(NAMES, form))(model)
+    return model
+
+
+def written(model, source, path):
+    """The model with its data in ``path.data``."""
+    with Checkpoint.load(source) as checkpoint:
+        places = layout(model)
+        write_weights(checkpoint, places, path.with_suffix(".data"))
+    attach(model, places, f"{path.stem}.data")
+    ir.save(model, path.with_suffix(".onnx"))
+    return ir.load(path.with_suffix(".onnx")).graph.initializers
 
 
 def run(path):
-    rng = np.random.default_rng(1)
-    given = {name: rng.standard_normal((2, WIDTH)).astype(np.float32) for name in ("x", "z")}
     plain = onnxruntime.SessionOptions()  # as it is written: optimized, int4 products round their inputs
     plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(path, plain, providers=["CPUExecutionProvider"]).run(None, given)
+    session = onnxruntime.InferenceSession(path, plain, providers=["CPUExecutionProvider"])
+    ids, none = np.arange(4, 10)[None], np.zeros(1, np.int32)
+    inputs = {"input_ids": ids, "past_lengths": none, "query_lengths": none + 6, "logits_indices": ids - 4}
+    empty = np.zeros((1, 2, 6, 16), np.float16)
+    past = {value.name: empty for value in session.get_inputs() if value.name.startswith("past_key")}
+    return session.run(["logits"], inputs | past)[0]
 
 
-FORMS = {"int8": {}, "int4 in blocks": dict(block=32, element=ml_dtypes.int4)}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_lone_products_weight_is_transposed_where_it_lies(tmp_path, form):
-    loaded = model(tmp_path, **FORMS[form])
-    tensors = loaded.graph.initializers
-    wanted, size = run(tmp_path / "g.onnx"), (tmp_path / "data").stat().st_size
-    before = {name: np.array(tensors[name].const_value.numpy()) for name in ("alone.w", "alone.s", "left.w")}
-    assert InputMajor(tmp_path)(loaded).modified
-    ir.save(loaded, tmp_path / "turned.onnx")
-    for actual, expected in zip(run(tmp_path / "turned.onnx"), wanted, strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-3)
-    assert (tmp_path / "data").stat().st_size == size
-    again = ir.load(tmp_path / "turned.onnx").graph.initializers
-    np.testing.assert_array_equal(again["alone.w"].const_value.numpy(), before["alone.w"].T)
-    np.testing.assert_array_equal(again["alone.s"].const_value.numpy(), before["alone.s"].T)
-    np.testing.assert_array_equal(again["left.w"].const_value.numpy(), before["left.w"])  # it has a neighbour
-    turned = [node.name for node in loaded.graph if node.op_type == "Transpose"]
-    assert turned == ["left/Transpose", "right/Transpose"]
-    assert not InputMajor(tmp_path)(loaded).modified
+@pytest.mark.parametrize("name", ["int8-channel", "int4"])
+def test_weights_of_lone_products_are_transposed(traced, source, tmp_path, name):
+    rows = written(quantized(traced, FORMATS[name]), source, tmp_path / "rows")
+    model = quantized(traced, FORMATS[name])
+    assert InputMajor()(model).modified
+    left = [node.name for node in model.graph if node.op_type == "Transpose" and "proj" in node.name]
+    assert len(left) == len(TOGETHER)
+    columns = written(model, source, tmp_path / "columns")
+    for weight in NAMES:
+        turned = not any(name in weight for name in TOGETHER)
+        for part in ("codes", "scales"):
+            one, other = (tensors[f"{weight}.{part}"].const_value.numpy() for tensors in (rows, columns))
+            np.testing.assert_array_equal(one.T if turned else one, other)
+    np.testing.assert_allclose(
+        run(tmp_path / "columns.onnx"), run(tmp_path / "rows.onnx"), rtol=1e-2, atol=1e-2
+    )
+    assert not InputMajor()(model).modified
 
 
 @pytest.mark.parametrize(
     "form",
-    [
-        dict(block=32),
-        dict(element=np.uint8),
-        dict(element=ml_dtypes.int4),
-        dict(block=32, element=ml_dtypes.int4, rows_of=ROWS | {"alone": 7}),
-    ],
-    ids=["int8 in blocks", "uint8", "int4 per row", "int4 of odd rows"],
+    [Integers(8, 32, (1.0,)), Integers(4, None, (1.0,)), FORMATS["fp8"]],
+    ids=["int8 in blocks", "int4 per row", "fp8"],
 )
-def test_other_weights_stay_as_they_are(tmp_path, form):
-    loaded = model(tmp_path, **form)
-    data = (tmp_path / "data").read_bytes()
-    assert not InputMajor(tmp_path)(loaded).modified
-    assert (tmp_path / "data").read_bytes() == data
+def test_other_weights_stay_as_they_are(traced, form):
+    assert not InputMajor()(quantized(traced, form)).modified
 
 
-def test_a_weight_of_two_readers_stays_as_it_is(tmp_path):
-    loaded = model(tmp_path)
-    wide = next(node for node in loaded.graph if node.name == "alone/DequantizeLinear")
-    loaded.graph.append(ir.node("Neg", wide.outputs, name="reader"))
-    assert not InputMajor(tmp_path)(loaded).modified
+def test_int4_of_an_odd_number_of_rows_stays_as_it_is(traced):
+    model = quantized(traced, FORMATS["int4"])
+    for value in model.graph.initializers.values():
+        if value.dtype == ir.DataType.INT4:
+            value.shape = ir.Shape([7, value.shape[1]])
+    assert not InputMajor()(model).modified
+
+
+def test_a_weight_of_two_readers_stays_as_it_is(traced):
+    model = quantized(traced, FORMATS["int8-channel"])
+    wide = [node.outputs[0] for node in model.graph if node.op_type == "DequantizeLinear"]
+    for value in wide:
+        model.graph.append(ir.node("Neg", [value], name=f"{value.name}/reader"))
+    assert not InputMajor()(model).modified
+
+
+def test_parts_may_lie_in_any_order(traced, source, tmp_path):
+    """Scales in front of their codes, and a matrix's parts far from one another."""
+    plain = quantized(traced, FORMATS["int8-channel"])
+    whole = written(plain, source, tmp_path / "plain")
+    model = quantized(traced, FORMATS["int8-channel"])
+    tensors = dict(model.graph.initializers)
+    for name in tensors:
+        model.graph.initializers.pop(name)
+    for name in sorted(tensors, key=lambda name: (not name.endswith("scales"), name)):
+        model.graph.initializers[name] = tensors[name]
+    other = written(model, source, tmp_path / "other")
+    assert next(iter(other)).endswith("scales")
+    for name, value in whole.items():
+        if value.const_value is not None:
+            np.testing.assert_array_equal(value.const_value.numpy(), other[name].const_value.numpy())

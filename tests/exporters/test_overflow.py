@@ -11,9 +11,10 @@ from checkpoints import tiny_config, write_checkpoint
 from tokenizers import Tokenizer
 
 from benchmarks.make_hostile_checkpoints import write_overflow
-from glm4_deploy.calibration import _fp8_scales
+from glm4_deploy.calibration import _input_scales
 from glm4_exporters.checkpoint import Checkpoint
-from glm4_exporters.passes.fp8_products import FP8_MAX
+from glm4_exporters.formats import FORMATS
+from glm4_exporters.formats.float8 import FP8_MAX
 from glm4_exporters.quantize.calibrate import calibrate
 from glm4_exporters.quantize.overflow import (
     LIMIT,
@@ -131,7 +132,9 @@ def test_remedies_of_every_kind_leave_the_function_to_the_bit(tmp_path, bias):
     assert SAFE / 2 < largest[0]["product"] / 2 ** remedy.layers[0].up <= SAFE
     # an fp8 product's input is scaled by what the scaled model gives it
     down = "model.layers.0.mlp.down_proj.weight"
-    scales = _fp8_scales(SimpleNamespace(fp8=(down,)), raised, remedy.weights, remedy)
+    scales = _input_scales(
+        SimpleNamespace(rounded_inputs={down: FORMATS["fp8"].inputs}), raised, remedy.weights, None, remedy
+    )
     assert scales[down] * FP8_MAX == pytest.approx(largest[0]["product"] / 2 ** remedy.layers[0].up)
     for one, other in zip(
         logits(remedied_model(checkpoint, Remedy()), SEQUENCES),

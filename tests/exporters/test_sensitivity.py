@@ -96,8 +96,8 @@ LOW, HIGH = ("int4", 4.5), ("int8", 8.5)
 )
 def test_what_loses_most_per_bit_is_kept(mean_bits, kept):
     recipe = keep_sensitive(LOSSES, LOW, HIGH, mean_bits)
-    assert {name for name, scheme in recipe.schemes.items() if scheme == "int8"} == kept
-    bits = sum({"int4": 4.5, "int8": 8.5}[recipe.schemes[loss.name]] * loss.elements for loss in LOSSES) / 210
+    assert {name for name, form in recipe.formats.items() if form == "int8"} == kept
+    bits = sum({"int4": 4.5, "int8": 8.5}[recipe.formats[loss.name]] * loss.elements for loss in LOSSES) / 210
     assert bits <= mean_bits
 
 
@@ -115,9 +115,9 @@ def test_what_is_written_is_read(tmp_path):
 
 def test_the_first_line_that_fits_decides():
     recipe = Recipe({"*.3.*": "int8", "model.layers.*": "int4"})
-    assert recipe.scheme_of("model.layers.3.mlp.down_proj.weight") == "int8"
-    assert recipe.scheme_of("model.layers.13.mlp.down_proj.weight") == "int4"
-    assert recipe.scheme_of("lm_head.weight") is None
+    assert recipe.format_of("model.layers.3.mlp.down_proj.weight") == "int8"
+    assert recipe.format_of("model.layers.13.mlp.down_proj.weight") == "int4"
+    assert recipe.format_of("lm_head.weight") is None
 
 
 def test_a_line_that_fits_nothing_is_refused():
@@ -135,8 +135,8 @@ def test_a_line_that_fits_nothing_is_refused():
         ("", r"needs a table \[tensors\]"),
         ("[tensors]\n", r"needs a table \[tensors\]"),
         ('[tensors]\na = "int8"\n[other]\n', "holds other"),
-        ('[tensors]\na = "int7"\n', r"scheme 'int7'; there are int4, int8"),
-        ("[tensors]\na = 8\n", "scheme 8"),
+        ('[tensors]\na = "int7"\n', r"format 'int7'; there are int4, int8"),
+        ("[tensors]\na = 8\n", "format 8"),
         ('[tensors]\nmodel.layers = "int8"\n', "without quotes"),
     ],
 )

@@ -10,14 +10,15 @@ import torch
 from checkpoints import random_tensors, tiny_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from glm4_exporters import weights
+from glm4_exporters import aligned_file, weights
 from glm4_exporters.checkpoint import Checkpoint, expected_tensors
 from glm4_exporters.config import Glm4Config
+from glm4_exporters.element_types import TORCH_TYPES, ir_type
 from glm4_exporters.trace import ROTARY_COS, ROTARY_SIN, trace
 from glm4_runtime.errors import CheckpointError, ExportError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-IR_TYPES = {kind: name for name, kind in weights.TORCH_TYPES.items()}
+IR_TYPES = {kind: ir_type(name) for name, kind in TORCH_TYPES.items()}
 
 
 def model_of(checkpoint, dtype=torch.float32):
@@ -42,7 +43,7 @@ def written(folder, path, dtype=torch.float32):
 
 def stored(path, tensor):
     data = bytearray(path.read_bytes()[tensor.offset : tensor.offset + tensor.nbytes])
-    return torch.frombuffer(data, dtype=weights.TORCH_TYPES[tensor.dtype]).reshape(tensor.shape)
+    return torch.frombuffer(data, dtype=TORCH_TYPES[tensor.type_name]).reshape(tensor.shape)
 
 
 def same_bits(one, other):
@@ -104,7 +105,7 @@ def test_buffers_of_any_size_write_the_same_file(
     """The embedding takes 80 KiB here: rows straddle every boundary of the small buffers."""
     _, whole = written(tiny_checkpoint, tmp_path / "whole", torch.bfloat16)
     monkeypatch.setattr(weights, "READ_BLOCK", read_block)
-    monkeypatch.setattr(weights, "WRITE_BLOCK", write_block)
+    monkeypatch.setattr(aligned_file, "WRITE_BLOCK", write_block)
     _, parts = written(tiny_checkpoint, tmp_path / "parts", torch.bfloat16)
     assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
     assert parts == whole
@@ -115,7 +116,7 @@ def test_a_real_buffer_boundary_is_crossed(tmp_path):
     config = tiny_config(vocab_size=160_001, num_hidden_layers=1)
     folder = write_checkpoint(tmp_path / "checkpoint", config)
     tensors, said = written(folder, tmp_path / "data")
-    assert said.file.bytes > 2 * weights.WRITE_BLOCK
+    assert said.file.bytes > 2 * aligned_file.WRITE_BLOCK
     original = load_file(folder / "model.safetensors")
     for tensor in tensors:
         if tensor.name in original:
@@ -249,7 +250,7 @@ def test_short_writes_are_continued(tmp_path, tiny_checkpoint, monkeypatch):
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_failing_write_surfaces(tmp_path, tiny_checkpoint, monkeypatch, after):
     """The write happens on another thread; its error must not be lost there, nor the file be called whole."""
-    monkeypatch.setattr(weights, "WRITE_BLOCK", 8192)
+    monkeypatch.setattr(aligned_file, "WRITE_BLOCK", 8192)
     real, calls = os.pwrite, []
 
     def full(fd, chunk, at):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from cpu_operators import needs_cpu_operators
 
-from glm4_exporters.quantize import blocks
-from glm4_exporters.quantize.schemes import SCHEMES
+from glm4_exporters.formats import CODES, FORMATS, SCALES
+from glm4_exporters.formats.arrangements import pack_panels, scale_panels
 from glm4_plugins.block_product import block_product, kernels, library, pack, stored_shape, unpack
 
 pytestmark = needs_cpu_operators
@@ -159,17 +159,18 @@ def test_this_processor_runs_the_kernels_it_is_said_to(product):
     product(kernels(), np.zeros((1, 128), np.float32), Matrix(64, 128, 8, 128))
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "int4-wide-signed"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-wide-signed"])
 @pytest.mark.parametrize("rows", [64, 70, 1])
-def test_the_writer_packs_as_the_operator_reads(scheme, rows):
-    scheme = SCHEMES[scheme]
+def test_the_writer_packs_as_the_operator_reads(name, rows):
+    form = FORMATS[name]
     weight = torch.from_numpy(np.random.default_rng(rows).standard_normal((rows, 200)).astype(np.float32))
-    numbers, scales = blocks.quantize(weight, scheme, torch.bfloat16)
-    unsigned = (numbers.numpy().astype(np.int16) + scheme.zero).astype(np.uint8)
-    packed = blocks.pack_panels(numbers, scheme).numpy()
-    np.testing.assert_array_equal(packed, pack(unsigned, scheme.bits, scheme.block))
-    np.testing.assert_array_equal(unpack(packed, scheme.bits)[:rows], numbers.numpy())
-    assert not unpack(packed, scheme.bits)[rows:].any()
-    panels = blocks.scale_panels(scales)
+    parts = form.encode(weight, torch.bfloat16)
+    numbers, scales = parts[CODES], parts[SCALES]
+    unsigned = (numbers.numpy().astype(np.int16) + form.zero).astype(np.uint8)
+    packed = pack_panels(numbers, form).numpy()
+    np.testing.assert_array_equal(packed, pack(unsigned, form.bits, form.block))
+    np.testing.assert_array_equal(unpack(packed, form.bits)[:rows], numbers.numpy())
+    assert not unpack(packed, form.bits)[rows:].any()
+    panels = scale_panels(scales)
     assert panels.shape == (*packed.shape[:2], 64)
     assert torch.equal(panels.transpose(1, 2).flatten(0, 1)[:rows], scales)

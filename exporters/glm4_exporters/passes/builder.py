@@ -1,5 +1,7 @@
 """What passes share: a builder that names new nodes and constants as the rest of the graph is named."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -36,16 +38,14 @@ class Builder:
         """A small constant as an initializer with its data in the graph; equal ones are stored once."""
         array = np.asarray(value, dtype)
         name = "constant." + "_".join(map(str, array.reshape(-1).tolist())) + f".{array.dtype}.{array.ndim}"
+        return self.named(name, array)
+
+    def named(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        """An initializer with its data in the graph, under a name that tells its value."""
         if name not in self.graph.initializers:
-            tensor = ir.tensor(array, name=name)
-            self.graph.register_initializer(
-                ir.Value(
-                    name=name,
-                    type=ir.TensorType(tensor.dtype),
-                    shape=ir.Shape(array.shape),
-                    const_value=tensor,
-                )
-            )
+            tensor = ir.tensor(np.ascontiguousarray(array) if array.ndim else array, name=name)
+            kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
+            self.graph.register_initializer(ir.Value(name=name, type=kind, shape=shape, const_value=tensor))
         return self.graph.initializers[name]
 
 

@@ -4,56 +4,61 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from glm4_exporters.formats.arrangements import PANELS
+from glm4_exporters.formats.base import CODES, SCALES, Format
+from glm4_exporters.formats.integers import Integers
 from glm4_exporters.passes.builder import MICROSOFT, Builder, fixed, scope_of
-from glm4_exporters.passes.quantize_weights import CODES, SCALES, stored
-from glm4_exporters.quantize.schemes import PANELS, Scheme
-from glm4_plugins.block_product import DOMAIN, OPERATOR, PANEL, VERSION, stored_shape
+from glm4_exporters.passes.stored import store
+from glm4_plugins.block_product import DOMAIN, OPERATOR, PANEL, VERSION
 
 
 class PackedProducts(ir.passes.InPlacePass):
-    """Replace FusedMatMul by the weights named in ``schemes``.
+    """Replace FusedMatMul by the weights named in ``formats`` that are integers in blocks.
 
-    A matrix that is looked up too, a tied head, is left to whoever can read both from one place; so is one with a
-    scale per row, whose product takes integers of its own.
+    Two kinds of matrices are left to ``QuantizeWeights``: a tied head, which is looked up too and read by both
+    operators from one place, and matrices of other formats.
     """
 
-    def __init__(self, schemes: Mapping[str, Scheme]) -> None:
-        self._schemes = dict(schemes)
+    def __init__(self, formats: Mapping[str, Format]) -> None:
+        self._formats = dict(formats)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph, modified = model.graph, False
         for node in list(graph):
             weight = node.inputs[1] if (node.domain, node.op_type) == (MICROSOFT, "FusedMatMul") else None
-            scheme = self._schemes.get(str(weight.name)) if weight is not None else None
-            if weight is None or scheme is None or scheme.block is None or len(weight.uses()) > 1:
+            form = self._formats.get(str(weight.name)) if weight is not None else None
+            if (
+                weight is None
+                or not isinstance(form, Integers)
+                or form.block is None
+                or len(weight.uses()) > 1
+            ):
                 continue
-            self._replace(graph, node, weight, scheme)
+            self._replace(graph, node, weight, form)
             graph.initializers.pop(str(weight.name))
             modified = True
         if modified:
             model.opset_imports[DOMAIN] = VERSION
         return ir.passes.PassResult(model, modified)
 
-    def _replace(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, scheme: Scheme) -> None:
+    def _replace(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, form: Integers) -> None:
         assert weight.shape is not None
-        assert scheme.block is not None
+        assert form.block is not None
         columns, width = (fixed(axis) for axis in weight.shape)
         added = _bias_after(node)
         old = [node] if added is None else [node, added[0]]
         gate = _gate_after(old[-1], columns)
         new = Builder(graph, scope_of(gate[-1] if gate else node))
-        panels, blocks, size = stored_shape(columns, width, scheme.bits, scheme.block)
-        numbers = stored(graph, weight, CODES, scheme, (panels, blocks, size), layout=PANELS)
-        scales = stored(graph, weight, SCALES, scheme, (panels, blocks, PANEL), layout=PANELS)
-        inputs = [node.inputs[0], numbers, scales, *([] if added is None else [added[1]])]
+        parts = store(graph, weight, form, PANELS)
+        inputs = [node.inputs[0], parts[CODES], parts[SCALES], *([] if added is None else [added[1]])]
         new.op(
             OPERATOR,
             *inputs,
             domain=DOMAIN,
             columns=columns,
             width=width,
-            bits=scheme.bits,
-            block_size=scheme.block,
+            bits=form.bits,
+            block_size=form.block,
             gated=int(bool(gate)),
         )
         old += gate

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from glm4_exporters.passes.builder import MICROSOFT, scope_of
+from glm4_exporters.passes.builder import MICROSOFT, Builder, scope_of
 from glm4_exporters.quantize.kv_cache import CacheScales
 from glm4_plugins.operator import DOMAIN, INPUTS, OP_TYPE
 
@@ -57,22 +57,13 @@ class QuantizeCache(ir.passes.InPlacePass):
 
 
 def _quantize(graph: ir.Graph, node: ir.Node, scales: CacheScales) -> None:
-    form = FORMS[node.domain, node.op_type]
+    form, b = FORMS[node.domain, node.op_type], Builder(graph, scope_of(node))
     for value in (*node.inputs[3:5], *node.outputs[1:3]):  # past and present, of keys and of values
         assert value is not None, "attention without a cache"
         value.type = ir.TensorType(ir.DataType.INT8)
     node.resize_inputs(form.key_scale + 2)
     for i, (name, array) in enumerate((("key", scales.key), ("value", scales.value))):
-        scale = _initializer(graph, f"{scope_of(node)}.{name}_scale", form.shape(array))
+        scale = b.named(f"{b.scope}.{name}_scale", form.shape(array))
         node.replace_input_with(form.key_scale + i, scale)
     for attribute in ir.convenience.convert_attributes(form.attributes):
         node.attributes.add(attribute)
-
-
-def _initializer(graph: ir.Graph, name: str, array: Floats) -> ir.Value:
-    """A small tensor with its data in the graph."""
-    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
-    value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
-    graph.register_initializer(value)
-    return value

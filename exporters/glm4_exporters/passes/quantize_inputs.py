@@ -1,81 +1,86 @@
-"""Products of integer weights become products of integers: their inputs get QuantizeLinear and DequantizeLinear.
+"""Inputs of products get QuantizeLinear and DequantizeLinear, where the weight's format rounds them.
 
-    x -> QuantizeLinear -> DequantizeLinear ----------------\\
-    w [out, in] int8 -> DequantizeLinear(axis 0) -> Transpose -> MatMul
+    x -> QuantizeLinear -> DequantizeLinear -------\\
+    codes [out, in] -> DequantizeLinear -> Transpose -> MatMul
 
-ONNX Runtime 1.32 runs this as QuantizeLinear and MatMulIntegerToFloat, and takes the Transpose through the
-DequantizeLinear by itself. Where q, k and v share one input it does so only if that is unsigned. TensorRT
-takes no unsigned numbers and no zero points. In both the steps are the same.
+Integers: ONNX Runtime 1.32 runs this as QuantizeLinear and MatMulIntegerToFloat, and takes the Transpose through the
+DequantizeLinear by itself. Where q, k and v share one input it does so only if the input is unsigned. TensorRT takes no
+unsigned integers and no zero points. In both the steps are the same. float8: TensorRT-RTX multiplies in fp8
+(``tests/exporters/test_engine_quantization.py`` holds it).
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
+from glm4_exporters.element_types import ir_type
+from glm4_exporters.formats.base import InputRounding
 from glm4_exporters.passes.builder import Builder, scope_of
-from glm4_exporters.passes.quantize_weights import Source
+from glm4_exporters.passes.stored import Source, source_of
 from glm4_runtime.errors import ExportError
-
-# Per dialect, what stands for 0; its type is that of the integers.
-ZEROS: dict[str, np.integer[Any]] = {"ort": np.uint8(128), "cpu": np.uint8(128), "native": np.int8(0)}
 
 
 class QuantizeInputs(ir.passes.InPlacePass):
-    """Quantize what some integer matrices read, under one scale each. Runs after ``QuantizeWeights``.
+    """Round what some matrices read, under one scale each. Runs after ``QuantizeWeights``.
 
     Args:
-        dialect: decides whether inputs are signed.
-        scales: by canonical name of the matrix. Products of one input and one scale share its integers.
+        scales: by canonical name of the matrix. Products of one input and one scale share the rounded input.
+        unsigned: whether integers are stored around 128.
 
     Raises:
         ExportError: a matrix that no product of the graph reads.
     """
 
-    def __init__(self, dialect: str, scales: Mapping[str, float]) -> None:
-        self._zero, self._scales = np.asarray(ZEROS[dialect]), dict(scales)
+    def __init__(self, scales: Mapping[str, float], *, unsigned: bool) -> None:
+        self._scales, self._unsigned = dict(scales), unsigned
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph, found = model.graph, set()
         known: dict[tuple[int, float], ir.Value] = {}
         for node in list(graph):
-            name, dtype = _matrix_of(node)
-            if dtype is None or name not in self._scales:
+            source, dtype = _matrix_of(node)
+            if source is None or dtype is None or source.matrix.name not in self._scales:
                 continue
+            name, x = source.matrix.name, node.inputs[0]
             found.add(name)
-            x, scale = node.inputs[0], self._scales[name]
             assert x is not None
-            if (id(x), scale) not in known:
-                b = Builder(graph, f"{scope_of(node)}/input")
-                step = _constant(graph, f"{name}.input_scale", np.asarray(scale, dtype.numpy()))
-                zero = _constant(graph, f"constant.{self._zero.dtype}_zero", self._zero)
-                integers = b.op("QuantizeLinear", x, step, zero)
-                known[id(x), scale] = b.op("DequantizeLinear", integers, step, zero)
-                graph.insert_before(node, b.nodes)
-            node.replace_input_with(0, known[id(x), scale])
+            key = id(x), self._scales[name]
+            if key not in known:
+                known[key] = self._rounded(graph, node, source, dtype)
+            node.replace_input_with(0, known[key])
         lost = sorted(self._scales.keys() - found)
         if lost:
-            raise ExportError(f"no product of the graph reads {', '.join(lost)} as integers")
+            raise ExportError(
+                f"no product of the graph reads {', '.join(lost)}; calibrate the model that is exported"
+            )
         return ir.passes.PassResult(model, bool(found))
 
+    def _rounded(self, graph: ir.Graph, node: ir.Node, source: Source, dtype: ir.DataType) -> ir.Value:
+        """The input of a product, rounded, in the type ``dtype``."""
+        rounding, name = source.matrix.format.inputs, source.matrix.name
+        assert rounding is not None
+        b = Builder(graph, f"{scope_of(node)}/input")
+        step = b.named(f"{name}.input_scale", np.asarray(self._scales[name], dtype.numpy()))
+        zero = self._zero(rounding)
+        parameters = step, b.named(f"constant.{zero.dtype}_zero", zero)
+        value = b.op("DequantizeLinear", b.op("QuantizeLinear", node.inputs[0], *parameters), *parameters)
+        graph.insert_before(node, b.nodes)
+        return value
 
-def _matrix_of(node: ir.Node) -> tuple[str, ir.DataType | None]:
-    """The integer matrix that a MatMul reads through DequantizeLinear and Transpose: its name, and as what type."""
+    def _zero(self, rounding: InputRounding) -> "np.ndarray[tuple[()], np.dtype[np.generic]]":
+        """What stands for 0; its type is that of the rounded numbers."""
+        if self._unsigned and rounding.dtype == "int8":
+            return np.asarray(128, np.uint8)
+        return np.asarray(0, ir_type(rounding.dtype).numpy())
+
+
+def _matrix_of(node: ir.Node) -> tuple[Source | None, ir.DataType | None]:
+    """The matrix that a MatMul reads through DequantizeLinear and Transpose, and the type of its values."""
     value, dtype = (node.inputs[1] if node.op_type == "MatMul" else None), None
     for operator in ("Transpose", "DequantizeLinear"):
         producer = value.producer() if value is not None else None
         if producer is None or producer.op_type != operator:
-            return "", None
+            return None, None
         value, dtype = producer.inputs[0], producer.outputs[0].dtype
-    source = value.meta.get("source") if value is not None else None
-    return (source.tensor, dtype) if isinstance(source, Source) else ("", None)
-
-
-def _constant(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-    if name not in graph.initializers:
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([]), const_value=tensor)
-        graph.register_initializer(value)
-    return graph.initializers[name]
+    return source_of(value), dtype

@@ -5,7 +5,7 @@ The method of "AWQ: Activation-aware Weight Quantization for LLM Compression and
 W s, and dividing by s again, causes in the product with the sampled input. Beside the paper's scales,
 those that also shrink with the channel's largest weight are tried.
 
-    search = Awq(config, quantize_dequantize=scheme)
+    search = Awq(config, quantize_dequantize=rounded)
     calibrate(checkpoint, sequences, search)
     search.smoothing.apply(name, block, first_row)      # before the block is quantized
 """

@@ -5,8 +5,8 @@ al., 2022), on the model as it is rounded so far: a matrix sees the inputs that 
 to where its product with those comes closest to the exact model's product with the exact inputs, so that what
 was lost before it is made up for, too.
 
-    rounded = round_matrices(checkpoint, sequences, schemes, table, smoothing, torch.bfloat16, progress)
-    numbers, scales = rounded["model.layers.0.mlp.down_proj.weight"]
+    rounded = round_matrices(checkpoint, sequences, form.formats, form.table, smoothing, torch.bfloat16, progress)
+    rounded["model.layers.0.mlp.down_proj.weight"].rows(0, 64)    # codes and scales of 64 rows
 
 One layer is in memory, exact and rounded, and what the sequences that fit ``MOST_BYTES`` are at one place of
 both models. What is found lies in temporary files.
@@ -28,9 +28,10 @@ from torch.nn import functional as F
 from glm4_exporters import streamed
 from glm4_exporters.checkpoint import EMBEDDING, HEAD, Checkpoint, expected_tensors
 from glm4_exporters.config import Glm4Config
-from glm4_exporters.quantize import blocks
+from glm4_exporters.formats import CODES, SCALES, Encoded, Format, Integers
+from glm4_exporters.formats.rounding import quantize
+from glm4_exporters.formats.rounding import rounded as round_codes
 from glm4_exporters.quantize.calibrate import LAYER_SITES, BlockedAttention
-from glm4_exporters.quantize.schemes import Scheme
 from glm4_exporters.quantize.smooth import Smoothing
 from glm4_exporters.reference import Glm4DecoderLayer
 from glm4_runtime.errors import ExportError
@@ -46,13 +47,17 @@ FEEDBACK_DAMPING, MOVE_DAMPING = 0.01, 0.05
 
 @dataclass(frozen=True)
 class Rounded:
-    """int8 [rows, blocks * block] and float32 scales [rows, blocks] of a matrix, as ``blocks.quantize`` gives."""
+    """The parts of a matrix of integers: codes int8 [rows, blocks * block] and scales float32 [rows, blocks]."""
 
-    numbers: Tensor
+    codes: Tensor
     scales: Tensor
     files: tuple[np.memmap[Any, Any], ...] = ()  # that they lie in
 
-    def leave_to_files(self) -> None:
+    def rows(self, first: int, count: int) -> Encoded:
+        part = slice(first, first + count)
+        return {CODES: self.codes[part], SCALES: self.scales[part]}
+
+    def written(self) -> None:
         """Give back the memory of what the files hold; it comes again when it is read."""
         for file in self.files:
             file.flush()
@@ -63,13 +68,13 @@ class Rounded:
 def round_matrices(
     checkpoint: Checkpoint,
     sequences: Sequence[Sequence[int]],
-    schemes: Mapping[str, Scheme],
-    table: Scheme | None,
+    formats: Mapping[str, Format],
+    table: Format | None,
     smoothing: Smoothing,
     scale_type: torch.dtype,
     progress: Progress = silent,
 ) -> dict[str, Rounded]:
-    """Round every matrix of ``schemes`` but the embedding.
+    """Round every matrix of ``formats`` that GPTQ may round, but the embedding.
 
     Args:
         table: what embeddings are looked up in; None where they are as they were.
@@ -79,7 +84,8 @@ def round_matrices(
     """
     config = checkpoint.config
     shapes = expected_tensors(config, checkpoint.task)
-    results = {n: _room(shapes[n], s) for n, s in schemes.items() if n != EMBEDDING and shapes.get(n)}
+    fitted = {name: form for name, form in formats.items() if isinstance(form, Integers) and form.fitted}
+    results = {n: _room(shapes[n], f) for n, f in fitted.items() if n != EMBEDDING and shapes.get(n)}
     _require_space(results.values())
     sequences = those_that_fit(sequences, config)
     attends = {length: BlockedAttention(config, length) for length in {len(ids) for ids in sequences}}
@@ -98,13 +104,13 @@ def round_matrices(
             moments = _Moments([next(walk) for walk in walks[0]], [next(walk) for walk in walks[1]])
             for matrix in matrices:
                 name, weight = f"model.layers.{index}.{matrix}.weight", own.get_parameter(f"{matrix}.weight")
-                if name in schemes:
-                    for start, rows in moments.rounded(weight.data, schemes[name], scale_type, results[name]):
+                if name in results:
+                    for start, rows in moments.rounded(weight.data, fitted[name], scale_type, results[name]):
                         weight.data[start : start + len(rows)] = rows
-                    results[name].leave_to_files()
+                    results[name].written()
         exact, rounded = ([next(walk) for walk in side] for side in walks)
     if HEAD in results:
-        _round_head(checkpoint, (exact, rounded), schemes[HEAD], smoothing, scale_type, results[HEAD])
+        _round_head(checkpoint, (exact, rounded), fitted[HEAD], smoothing, scale_type, results[HEAD])
     progress("round matrices", config.num_hidden_layers, config.num_hidden_layers)
     return results
 
@@ -112,7 +118,7 @@ def round_matrices(
 def _round_head(
     checkpoint: Checkpoint,
     states: tuple[list[Tensor], list[Tensor]],
-    scheme: Scheme,
+    form: Integers,
     smoothing: Smoothing,
     scale_type: torch.dtype,
     result: Rounded,
@@ -124,10 +130,10 @@ def _round_head(
     buffer = torch.empty(streamed.READ_BLOCK, dtype=torch.uint8)
     for first, block in checkpoint.row_blocks(checkpoint.name_of(HEAD), buffer):
         rows = slice(first, first + len(block))
-        part = Rounded(result.numbers[rows], result.scales[rows])
-        for _ in moments.rounded(smoothing.apply(HEAD, block, first).float(), scheme, scale_type, part):
+        part = Rounded(result.codes[rows], result.scales[rows])
+        for _ in moments.rounded(smoothing.apply(HEAD, block, first).float(), form, scale_type, part):
             pass  # nothing reads the logits
-    result.leave_to_files()
+    result.written()
 
 
 def _inputs(layer: Glm4DecoderLayer, x: Tensor, attend: BlockedAttention) -> Generator[Tensor]:
@@ -179,44 +185,44 @@ class _Moments:
             across.addmm_(wanted[:, window].T, seen[:, window])
 
     def rounded(
-        self, weight: Tensor, scheme: Scheme, scale_type: torch.dtype, result: Rounded
+        self, weight: Tensor, form: Integers, scale_type: torch.dtype, result: Rounded
     ) -> Iterator[tuple[int, Tensor]]:
         """Round float32 ``weight`` into ``result``; gives the rows' values, some at a time, with the first's index."""
         for start in range(0, len(weight), ROWS):
             rows = weight[start : start + ROWS].clone()
             for window, move in zip(self._windows, self._moves, strict=True):
                 rows[:, window] += rows[:, window] @ move
-            numbers, scales = self._numbers(rows, scheme, scale_type)
+            encoded = self._encoded(rows, form, scale_type)
             part = slice(start, start + len(rows))
-            result.numbers[part], result.scales[part] = numbers, scales.float()
-            yield start, blocks.dequantize(numbers, scales, scheme, weight.shape[1])
+            result.codes[part], result.scales[part] = encoded[CODES], encoded[SCALES].float()
+            yield start, form.decode(encoded, weight.shape[1])
 
-    def _numbers(self, rows: Tensor, scheme: Scheme, scale_type: torch.dtype) -> tuple[Tensor, Tensor]:
-        if scheme.bits == 8 or scheme.block is None:
-            return blocks.quantize(rows, scheme, scale_type)  # too little is lost to be worth the feedback
+    def _encoded(self, rows: Tensor, form: Integers, scale_type: torch.dtype) -> Encoded:
+        if form.bits == 8 or form.block is None:
+            return form.encode(rows, scale_type)  # too little is lost to be worth the feedback
         parts = [
-            _round_window(rows[:, window], own.diagonal(), factor, scheme, scale_type)
+            _round_window(rows[:, window], own.diagonal(), factor, form, scale_type)
             for window, own, factor in zip(self._windows, self._own, self._factors, strict=True)
         ]
-        numbers, scales = zip(*parts, strict=True)
-        return torch.cat(numbers, 1), torch.cat(scales, 1)
+        codes, scales = zip(*parts, strict=True)
+        return {CODES: torch.cat(codes, 1), SCALES: torch.cat(scales, 1)}
 
 
 def _round_window(
-    weight: Tensor, importance: Tensor, factor: Tensor, scheme: Scheme, scale_type: torch.dtype
+    weight: Tensor, importance: Tensor, factor: Tensor, form: Integers, scale_type: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Column after column, each one's error spread over those behind it; scales are found a block at a time."""
-    assert scheme.block is not None
+    assert form.block is not None
     left, width = weight.clone(), weight.shape[1]
     numbers, scales = [], []
-    for start in range(0, width, scheme.block):
-        end = min(start + scheme.block, width)
+    for start in range(0, width, form.block):
+        end = min(start + form.block, width)
         block, inner = left[:, start:end], factor[start:end, start:end]
-        _, scale = blocks.quantize(block, scheme, scale_type, importance[start:end])
+        _, scale = quantize(block, form, scale_type, importance[start:end])
         errors = torch.empty_like(block)
-        codes = torch.zeros(len(block), scheme.block, dtype=torch.int8)
+        codes = torch.zeros(len(block), form.block, dtype=torch.int8)
         for i in range(end - start):
-            code = blocks.rounded(block[:, i : i + 1], scale.float(), scheme)
+            code = round_codes(block[:, i : i + 1], scale.float(), form)
             errors[:, i : i + 1] = (block[:, i : i + 1] - code * scale.float()) / inner[i, i]
             block[:, i + 1 :] -= errors[:, i : i + 1] * inner[i, i + 1 :]
             codes[:, i : i + 1] = code.to(torch.int8)
@@ -234,7 +240,7 @@ def _feedback(own: Tensor, tokens: int) -> Tensor:
 
 
 def _move(own: Tensor, across: Tensor, tokens: int) -> Tensor:
-    """M for which W + W M multiplies the rounded model's input most nearly to what W makes of the exact one's."""
+    """Least-squares M so that (W + W·M)·x_rounded ≈ W·x_exact."""
     difference = across.double() - own.double()
     move: Tensor = torch.linalg.solve(_damped(own, MOVE_DAMPING, tokens), difference.T).T
     return move.float()
@@ -247,12 +253,9 @@ def _damped(own: Tensor, share: float, tokens: int) -> Tensor:
     return wide
 
 
-def _as_stored(x: Tensor, scheme: Scheme | None, scale_type: torch.dtype) -> Tensor:
-    """Embeddings [1, S, H] as a table of this scheme gives them."""
-    if scheme is None:
-        return x.clone()
-    numbers, scales = blocks.quantize(x[0], scheme, scale_type)
-    return blocks.dequantize(numbers, scales, scheme, x.shape[2])[None]
+def _as_stored(x: Tensor, form: Format | None, scale_type: torch.dtype) -> Tensor:
+    """Embeddings [1, S, H] as a table of this format gives them."""
+    return x.clone() if form is None else form.decode(form.encode(x[0], scale_type), x.shape[2])[None]
 
 
 def _smooth(layer: Glm4DecoderLayer, scope: str, smoothing: Smoothing) -> None:
@@ -268,7 +271,7 @@ def those_that_fit(sequences: Sequence[Sequence[int]], config: Glm4Config) -> li
 
 def _require_space(results: Iterable[Rounded]) -> None:
     """Files are sparse until they are written, so it is their sizes that must fit."""
-    needed = sum(r.numbers.numel() + 4 * r.scales.numel() for r in results)
+    needed = sum(r.codes.numel() + 4 * r.scales.numel() for r in results)
     folder = tempfile.gettempdir()
     if needed > (free := shutil.disk_usage(folder).free):
         raise ExportError(
@@ -277,12 +280,12 @@ def _require_space(results: Iterable[Rounded]) -> None:
         )
 
 
-def _room(shape: Sequence[int], scheme: Scheme) -> Rounded:
+def _room(shape: Sequence[int], form: Integers) -> Rounded:
     """Temporary files that are gone with the tensors."""
     rows, width = shape
-    with tempfile.TemporaryFile() as numbers, tempfile.TemporaryFile() as scales:
+    with tempfile.TemporaryFile() as codes, tempfile.TemporaryFile() as scales:
         files = (
-            np.memmap(numbers, np.int8, "w+", shape=(rows, scheme.stored_width(width))),
-            np.memmap(scales, np.float32, "w+", shape=(rows, scheme.blocks(width))),
+            np.memmap(codes, np.int8, "w+", shape=(rows, form.stored_width(width))),
+            np.memmap(scales, np.float32, "w+", shape=(rows, form.blocks(width))),
         )
         return Rounded(torch.from_numpy(files[0]), torch.from_numpy(files[1]), files)

@@ -1,4 +1,4 @@
-"""Which scheme each tensor gets, as a TOML file that people may write and edit.
+"""Which format each tensor gets, as a TOML file that people may write and edit.
 
     [tensors]
     "model.layers.3.mlp.down_proj.weight" = "int8"
@@ -25,13 +25,13 @@ TABLE = "tensors"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Schemes by name or pattern, in the file's order."""
+    """Formats by name or pattern, in the file's order."""
 
-    schemes: Mapping[str, str]
+    formats: Mapping[str, str]
 
-    def scheme_of(self, name: str) -> str | None:
-        """The scheme of the first line that fits, or None."""
-        return next((scheme for pattern, scheme in self.schemes.items() if fnmatchcase(name, pattern)), None)
+    def format_of(self, name: str) -> str | None:
+        """The format of the first line that fits, or None."""
+        return next((form for pattern, form in self.formats.items() if fnmatchcase(name, pattern)), None)
 
     def require_used(self, names: Iterable[str]) -> None:
         """Refuse lines that fit no tensor: a misspelt name would be ignored in silence.
@@ -40,7 +40,7 @@ class Recipe:
             ExportError: naming them.
         """
         known = list(names)
-        idle = [pattern for pattern in self.schemes if not any(fnmatchcase(name, pattern) for name in known)]
+        idle = [pattern for pattern in self.formats if not any(fnmatchcase(name, pattern) for name in known)]
         if idle:
             raise ExportError(
                 f"the recipe's {_listed(idle)} fits no tensor that can be quantized; "
@@ -48,8 +48,8 @@ class Recipe:
             )
 
 
-def read_recipe(path: Path, schemes: Collection[str]) -> Recipe:
-    """Read a recipe whose schemes are among ``schemes``.
+def read_recipe(path: Path, formats: Collection[str]) -> Recipe:
+    """Read a recipe whose formats are among ``formats``.
 
     Raises:
         ExportError: the file cannot be read or is no recipe.
@@ -66,20 +66,20 @@ def read_recipe(path: Path, schemes: Collection[str]) -> Recipe:
     table = content.get(TABLE)
     if not isinstance(table, dict) or not table:
         raise ExportError(f'the recipe {path} needs a table [{TABLE}] with lines such as "NAME" = "int8"')
-    for name, scheme in table.items():
-        if isinstance(scheme, dict):
+    for name, form in table.items():
+        if isinstance(form, dict):
             raise ExportError(f'the recipe {path} has {name} without quotes; write "{name}..." = "int8"')
-        if scheme not in schemes:
+        if form not in formats:
             raise ExportError(
-                f"the recipe {path} gives {name} the scheme {scheme!r}; there are {', '.join(schemes)}"
+                f"the recipe {path} gives {name} the format {form!r}; there are {', '.join(formats)}"
             )
     return Recipe(table)
 
 
 def write_recipe(path: Path, recipe: Recipe, losses: Sequence["TensorLoss"] = ()) -> None:
     """Write a recipe, each line with its measured loss where there is one."""
-    kl = {loss.name: f"  # mean KL {loss.kl:.3g} when the low scheme quantizes it" for loss in losses}
-    lines = [f'"{name}" = "{scheme}"{kl.get(name, "")}' for name, scheme in recipe.schemes.items()]
+    kl = {loss.name: f"  # mean KL {loss.kl:.3g} when the low format quantizes it" for loss in losses}
+    lines = [f'"{name}" = "{form}"{kl.get(name, "")}' for name, form in recipe.formats.items()]
     path.write_text("\n".join([f"[{TABLE}]", *lines, ""]), "utf-8")
 
 
@@ -89,8 +89,8 @@ def keep_sensitive(
     """The recipe that gives ``high`` to the matrices that lose most per bit, up to ``mean_bits`` on average.
 
     Args:
-        losses: measured with the low scheme.
-        low: name and bits per weight of the scheme that most matrices get.
+        losses: measured with the low format.
+        low: name and bits per weight of the format that most matrices get.
         high: the same of the one that is kept for the sensitive ones.
         mean_bits: bits per weight over all matrices, scales counted.
 
@@ -101,12 +101,12 @@ def keep_sensitive(
     if mean_bits < low[1]:
         raise ExportError(f"{mean_bits:g} bits per weight cannot be: {low[0]} alone takes {low[1]:g}")
     left = (mean_bits - low[1]) * total
-    schemes = {}
+    formats = {}
     for loss in sorted(losses, key=lambda loss: -loss.kl_per_element):
         extra = loss.elements * (high[1] - low[1])
-        schemes[loss.name] = high[0] if extra <= left else low[0]
+        formats[loss.name] = high[0] if extra <= left else low[0]
         left -= extra if extra <= left else 0
-    return Recipe(schemes)
+    return Recipe(formats)
 
 
 def _listed(names: Sequence[str]) -> str:

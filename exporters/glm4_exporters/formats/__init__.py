@@ -1,0 +1,53 @@
+"""Stored formats: one object says all of one format, and this table names them. Needs no torch.
+
+A new format is a class in a file of this package and a row here. Its parts, its rows' encoding and decoding and what its
+products do to their inputs are asked of the object; no code elsewhere names it.
+"""
+
+from collections.abc import Mapping
+
+from glm4_exporters.formats.base import CODES, SCALES, Encoded, Format, InputRounding, Part
+from glm4_exporters.formats.float8 import Float8
+from glm4_exporters.formats.integers import Integers
+from glm4_runtime.errors import ExportError
+
+_INT8_INPUTS = InputRounding("int8", 127, searched=True)
+
+# int8's error is a rounding that a search cannot lower; int4's is, by what it clips.
+FORMATS: Mapping[str, Format] = {
+    "int8": Integers(bits=8, block=128, ranges=(1.0,)),
+    "int8-channel": Integers(bits=8, block=None, ranges=(1.0, 0.9)),
+    "int8-sq": Integers(bits=8, block=None, ranges=(1.0, 0.9), inputs=_INT8_INPUTS),
+    "int4": Integers(bits=4, block=32, ranges=(0.95, 0.8)),
+    "int4-fine": Integers(bits=4, block=16, ranges=(0.95, 0.8)),
+    "int4-wide": Integers(bits=4, block=64, ranges=(0.95, 0.8)),
+    "int4-signed": Integers(bits=4, block=32, ranges=(1.0, 0.85), signed_scales=True),
+    "int4-fine-signed": Integers(bits=4, block=16, ranges=(1.0, 0.85), signed_scales=True),
+    "int4-wide-signed": Integers(bits=4, block=64, ranges=(1.0, 0.85), signed_scales=True),
+    "fp8": Float8(),
+}
+
+
+def require_format(name: str) -> Format:
+    """The row of the table.
+
+    Raises:
+        ExportError: an unknown name; lists the known ones.
+    """
+    if name not in FORMATS:
+        raise ExportError(f"unknown format {name!r}; the formats are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+__all__ = [
+    "CODES",
+    "FORMATS",
+    "SCALES",
+    "Encoded",
+    "Float8",
+    "Format",
+    "InputRounding",
+    "Integers",
+    "Part",
+    "require_format",
+]

@@ -1,0 +1,129 @@
+"""How the parts of a matrix lie in the data file, for the operator that reads them.
+
+    ROWS       as the format says, codes of less than a byte two in a byte: DequantizeLinear
+    COLUMNS    the same, transposed: DequantizeLinear with the inputs on axis 0
+    UNSIGNED   integers with their zero in the middle, rows in whole blocks: MatMulNBits, GatherBlockQuantized
+    PANELS     the same in panels of 64 rows: ``glm4::BlockQuantizedMatMul``
+
+``pack`` works on some rows, on any thread. ``written`` then gives what goes into the file, in order.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from glm4_exporters.formats.base import BITS, CODES, Format, Part
+from glm4_exporters.formats.integers import Integers
+from glm4_plugins.block_product import PANEL, stored_shape
+
+COLUMN_BLOCK = 512  # columns that are transposed at once: of a vocabulary's head in 78 MB
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Rows one after the other, exactly as wide as the matrix."""
+
+    def part(self, _name: str, part: Part, _form: Format) -> Part:
+        """The part as the file holds it."""
+        return part
+
+    def pack(self, _name: str, values: Tensor, part: Part, _form: Format) -> Tensor:
+        """Some rows of a part, as bytes or numbers in the order of the file."""
+        rows = _exact(values, part)
+        return pack_pairs(rows) if BITS[part.dtype] < 8 else rows
+
+    def written(self, chunks: Iterable[Tensor], _part: Part) -> Iterator[Tensor]:
+        """What ``pack`` gave for all rows, as it is written."""
+        yield from chunks
+
+
+class _Columns(Arrangement):
+    """The transpose. A whole part is in memory while it is written."""
+
+    def part(self, _name: str, part: Part, _form: Format) -> Part:
+        return replace(part, shape=part.shape[::-1])
+
+    def pack(self, _name: str, values: Tensor, part: Part, _form: Format) -> Tensor:
+        return _exact(values, part)
+
+    def written(self, chunks: Iterable[Tensor], part: Part) -> Iterator[Tensor]:
+        whole = torch.cat(list(chunks)) if part.shape else next(iter(chunks))
+        if whole.dim() < 2:
+            yield whole
+            return
+        for start in range(0, whole.shape[1], COLUMN_BLOCK):
+            turned = whole[:, start : start + COLUMN_BLOCK].t().contiguous()
+            yield pack_pairs(turned) if BITS[part.dtype] < 8 else turned
+
+
+class _Unsigned(Arrangement):
+    """Codes uint8 [rows, blocks, bytes]; the block that a row ends in is filled up with zeros."""
+
+    def part(self, name: str, part: Part, form: Format) -> Part:
+        if name != CODES:
+            return part
+        assert isinstance(form, Integers)
+        assert form.block is not None
+        rows, width = part.shape
+        return Part("uint8", (rows, form.blocks(width), form.block * form.bits // 8), part.scaled_by)
+
+    def pack(self, name: str, values: Tensor, part: Part, form: Format) -> Tensor:
+        assert isinstance(form, Integers)
+        return _pack_unsigned(values, form) if name == CODES else values
+
+
+class _Panels(Arrangement):
+    """Panels of 64 rows, the last filled up with zeros: codes uint8 [panels, blocks, bytes], scales [panels, blocks, 64]."""
+
+    def part(self, name: str, part: Part, form: Format) -> Part:
+        assert isinstance(form, Integers)
+        assert form.block is not None
+        rows, columns = part.shape
+        if name == CODES:
+            return Part("uint8", stored_shape(rows, columns, form.bits, form.block), part.scaled_by)
+        return replace(part, shape=(-(-rows // PANEL), columns, PANEL))
+
+    def pack(self, name: str, values: Tensor, part: Part, form: Format) -> Tensor:
+        assert isinstance(form, Integers)
+        return pack_panels(values, form) if name == CODES else scale_panels(values)
+
+
+ROWS, COLUMNS, UNSIGNED, PANELS = Arrangement(), _Columns(), _Unsigned(), _Panels()
+
+
+def _exact(values: Tensor, part: Part) -> Tensor:
+    """Without the codes past the width of the matrix."""
+    return values[:, : part.shape[1]].contiguous() if len(part.shape) == 2 else values
+
+
+def pack_pairs(codes: Tensor) -> Tensor:
+    """4-bit codes [rows, width] of one byte each, two in a byte, the first in the low half."""
+    pairs = codes.contiguous().view(torch.int16)  # the second code in the high byte
+    return ((pairs & 0x0F) | ((pairs >> 4) & 0xF0)).to(torch.uint8)
+
+
+def _pack_unsigned(codes: Tensor, form: Integers) -> Tensor:
+    return codes.view(torch.uint8) ^ 0x80 if form.bits == 8 else pack_pairs(codes + form.zero)
+
+
+def pack_panels(codes: Tensor, form: Integers) -> Tensor:
+    """int8 codes [rows, blocks * block] -> uint8 [panels, blocks, bytes]."""
+    assert form.block is not None
+    rows = _whole_panels(codes)
+    unsigned = (rows.view(torch.uint8) ^ 0x80) if form.bits == 8 else (rows + form.zero).view(torch.uint8)
+    fours = unsigned.view(torch.int32)  # the four inputs of a group move as one
+    if form.bits == 4:
+        fours = fours[:, 0::2] | fours[:, 1::2] << 4
+    groups = fours.view(len(rows) // PANEL, PANEL, codes.shape[1] // form.block, -1)
+    return groups.permute(0, 2, 3, 1).contiguous().view(torch.uint8).flatten(2)
+
+
+def scale_panels(scales: Tensor) -> Tensor:
+    """Scales [rows, blocks] -> [panels, blocks, 64], zero past the rows."""
+    return _whole_panels(scales).view(-1, PANEL, scales.shape[1]).transpose(1, 2).contiguous()
+
+
+def _whole_panels(rows: Tensor) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % PANEL)).contiguous()

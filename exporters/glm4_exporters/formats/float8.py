@@ -1,0 +1,52 @@
+"""float8_e4m3fn under one scale per matrix, with inputs of the same kind.
+
+Scales per output channel build as well, but TensorRT-RTX 1.7 multiplies by them after the product was rounded to the
+activations' type. Sums of weights of up to 448 leave float16's range there. With one scale, both factors are applied in
+float32, before the rounding.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from glm4_exporters.formats.base import CODES, Encoded, Format, InputRounding, Part
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+FP8, FP8_MAX = "float8e4m3fn", 448.0
+SCALE = "scale"
+INPUTS = InputRounding(FP8, FP8_MAX)
+
+
+@dataclass(frozen=True)
+class Float8(Format):
+    """Codes in float8_e4m3fn [rows, width], and one scale [] that the matrix's largest magnitude decides."""
+
+    bits: int = 8
+    block: int | None = None
+    inputs: InputRounding | None = INPUTS
+    needs_largest: ClassVar[bool] = True
+    portable: ClassVar[bool] = False
+
+    def parts(self, rows: int, width: int, scale_type: str) -> dict[str, Part]:
+        return {CODES: Part(FP8, (rows, width), SCALE), SCALE: Part(scale_type, ())}
+
+    def encode(
+        self,
+        rows: "Tensor",
+        scale_type: "torch.dtype",
+        *,
+        importance: "Tensor | None" = None,
+        largest: float | None = None,
+    ) -> Encoded:
+        """``codes`` float8_e4m3fn [rows, width] and ``scale`` []; values beyond the range saturate."""
+        import torch
+
+        assert largest is not None
+        scale = torch.tensor(max(largest, FP8_MAX * 2.0**-14) / FP8_MAX).to(scale_type)
+        codes = (rows / float(scale)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        return {CODES: codes, SCALE: scale}
+
+    def decode(self, parts: Encoded, width: int) -> "Tensor":
+        return parts[CODES].float() * parts[SCALE].float()

@@ -1,0 +1,110 @@
+"""The parts of a stored matrix as initializers of a graph. Their data is written later, by ``weights``."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from glm4_exporters.element_types import ir_type, scale_type, type_name
+from glm4_exporters.formats.arrangements import Arrangement
+from glm4_exporters.formats.base import CODES, Format, Part
+from glm4_exporters.passes.builder import Builder, fixed
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix [rows, width] as the data file holds it.
+
+    Attributes:
+        name: its canonical name.
+        scale_type: of scales that the format leaves to the activations' type.
+    """
+
+    name: str
+    rows: int
+    width: int
+    format: Format
+    arrangement: Arrangement
+    scale_type: str
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """By name, as the format says them."""
+        return self.format.parts(self.rows, self.width, self.scale_type)
+
+    def stored(self, part: str) -> Part:
+        """A part as the file holds it."""
+        return self.arrangement.part(part, self.parts[part], self.format)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an initializer is made from; it stands in ``value.meta["source"]``."""
+
+    matrix: Matrix
+    part: str
+
+
+def source_of(value: ir.Value | None) -> Source | None:
+    """The matrix that an initializer is a part of; None for any other value."""
+    found = None if value is None else value.meta.get("source")
+    return found if isinstance(found, Source) else None
+
+
+def store(
+    graph: ir.Graph, weight: ir.Value, form: Format, arrangement: Arrangement, *, as_table: bool = False
+) -> dict[str, ir.Value]:
+    """The initializers of a weight's parts, the same ones for whoever asks again.
+
+    Args:
+        as_table: codes [rows, bytes], in place of the arrangement's shape.
+    """
+    assert weight.shape is not None
+    assert weight.dtype is not None
+    rows, width = (fixed(axis) for axis in weight.shape)
+    matrix = Matrix(str(weight.name), rows, width, form, arrangement, scale_type(type_name(weight.dtype)))
+    values = {}
+    for name in matrix.parts:
+        part, flat = matrix.stored(name), as_table and name == CODES
+        shape = (rows, part.nbytes // rows) if flat else part.shape
+        values[name] = _initializer(graph, f"{matrix.name}.{name}" + ".table" * flat, part.dtype, shape)
+        values[name].meta["source"] = Source(matrix, name)
+    return values
+
+
+def _initializer(graph: ir.Graph, name: str, dtype: str, shape: tuple[int, ...]) -> ir.Value:
+    if name not in graph.initializers:
+        graph.initializers[name] = ir.Value(
+            name=name, type=ir.TensorType(ir_type(dtype)), shape=ir.Shape(shape)
+        )
+    return graph.initializers[name]
+
+
+def dequantize(b: Builder, weight: ir.Value, form: Format, parts: dict[str, ir.Value]) -> ir.Value:
+    """``codes`` [rows, width] by DequantizeLinear, in the weight's type."""
+    assert weight.dtype is not None
+    source = source_of(parts[CODES])
+    assert source is not None
+    plain, dtype = source.matrix.parts, weight.dtype
+
+    def values(name: str) -> ir.Value:
+        """Of a part: times the part that scales it, which may be scaled itself."""
+        scaled_by, value = plain[name].scaled_by, parts[name]
+        if scaled_by is None:
+            return value if value.dtype == dtype else b.op("Cast", value, to=int(dtype))
+        scales = values(scaled_by)
+        return b.op("DequantizeLinear", value, scales, **_axis(form, plain[scaled_by]))
+
+    wide = values(CODES)
+    wide.dtype, wide.shape = weight.dtype, weight.shape
+    return wide
+
+
+def _axis(form: Format, scales: Part) -> dict[str, Any]:
+    """DequantizeLinear's attributes for one scale, for one per row, and for one per block of a row."""
+    forms: tuple[dict[str, Any], ...] = (
+        {},
+        {"axis": 0, "block_size": 0},
+        {"axis": 1, "block_size": form.block or 0},
+    )
+    return forms[len(scales.shape)]

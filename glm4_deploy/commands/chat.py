@@ -49,8 +49,10 @@ def command(
     From a pipe, each line is a message.
     """
     from glm4_runtime import SamplingParams, Session
+    from glm4_runtime.chat import start_template_worker
     from glm4_runtime.dialogue import Dialogue
 
+    start_template_worker()
     params = SamplingParams(**sampling)  # type: ignore[arg-type]
     with Session.open(
         bundle, provider=provider, threads=threads, max_seq_len=max_seq_len, max_batch_size=1

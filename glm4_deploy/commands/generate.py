@@ -66,6 +66,10 @@ def command(
     params = SamplingParams(**sampling)  # type: ignore[arg-type]
     text = _standard_input() if prompt == "-" else prompt
     opening = time.monotonic()
+    if chat:
+        from glm4_runtime.chat import start_template_worker
+
+        start_template_worker()
     with Session.open(
         bundle, provider=provider, threads=threads, max_seq_len=max_seq_len, max_batch_size=1, verify=verify
     ) as session:

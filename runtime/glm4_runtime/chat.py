@@ -1,28 +1,34 @@
 """A conversation as the prompt the model was trained on, by the checkpoint's own chat template.
 
-The template is code that came with the checkpoint: it runs in Jinja's sandbox, sees plain data only, and
-whatever it raises is the failure of one request.
+The template is code that came with the checkpoint. It is compiled and rendered in a worker process, under limits of
+time, memory and output, in Jinja's sandbox. It sees plain data only, and its errors fail one request.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from glm4_runtime.errors import BundleError, RequestError
+from glm4_runtime.errors import BundleError, OvertimeError, RequestError
 from glm4_runtime.tokenizer import TOKENIZER_CONFIG, read_tokenizer_config, special_token_names
+from glm4_runtime.workers.pool import WorkerPool
+from glm4_runtime.workers.worker import Limits, WorkerError
 
 CHAT_TEMPLATE = "chat_template.jinja"
 
 # The names under which a checkpoint lists several templates.
 _DEFAULT = "default"
 _TOOL_USE = "tool_use"
+
+# GLM-4's own are 2 to 10 kB.
+_LONGEST_TEMPLATE = 2**20
+_WORKERS = WorkerPool(
+    "glm4_runtime.workers.templates", Limits(seconds=1, deadline=20, memory=256 * 2**20, answer=16 * 2**20)
+)
+
+
+def start_template_worker() -> None:
+    """Start a process that renders templates while something else is done; the first template needs one."""
+    _WORKERS.start()
 
 
 class ChatTemplate:
@@ -36,13 +42,12 @@ class ChatTemplate:
     def __init__(
         self, source: str | Mapping[str, str], special_tokens: Mapping[str, str] | None = None
     ) -> None:
-        sources = {_DEFAULT: source} if isinstance(source, str) else source
-        environment = _environment()
-        self._templates = {name: _compiled(environment, name, text) for name, text in sources.items()}
-        if _DEFAULT not in self._templates:
+        self._sources = {_DEFAULT: source} if isinstance(source, str) else dict(source)
+        if _DEFAULT not in self._sources:
             raise BundleError(
-                f"there is no chat template named {_DEFAULT!r}, only: {', '.join(self._templates) or 'none'}"
+                f"there is no chat template named {_DEFAULT!r}, only: {', '.join(self._sources) or 'none'}"
             )
+        _check(self._sources)
         self._special_tokens = dict(special_tokens or {})
 
     @classmethod
@@ -70,7 +75,7 @@ class ChatTemplate:
         conversation = _checked_messages(messages)
         if tools is not None and not (_is_list(tools) and all(isinstance(tool, Mapping) for tool in tools)):
             raise RequestError("tools must be a list of JSON objects")
-        name = _TOOL_USE if tools and _TOOL_USE in self._templates else _DEFAULT
+        name = _TOOL_USE if tools and _TOOL_USE in self._sources else _DEFAULT
         variables = {
             **self._special_tokens,
             **kwargs,
@@ -79,12 +84,38 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return self._templates[name].render(variables)
-        except TemplateError as error:
-            raise RequestError(f"the chat template refuses this conversation: {_one_line(error)}") from error
-        except Exception as error:  # foreign code fed with a user's data: nothing it raises is our defect
-            reason = f"{type(error).__name__}: {_one_line(error)}"
-            raise RequestError(f"the chat template fails on this conversation: {reason}") from error
+            answer = _WORKERS.call({"sources": self._sources, "name": name, "variables": variables})
+        except WorkerError as error:
+            kind = OvertimeError if error.overtime else RequestError
+            raise kind(f"the chat template cannot render this conversation: {error}") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"a chat template takes plain JSON data only: {error}") from error
+        if "text" not in answer:
+            does, reason = next((_FAILURES[kind], reason) for kind, reason in answer.items())
+            raise RequestError(f"the chat template {does} this conversation: {reason}")
+        text: str = answer["text"]
+        return text
+
+
+# The worker's word for how rendering failed.
+_FAILURES = {"refused": "refuses", "failed": "fails on"}
+
+
+def _check(sources: Mapping[str, str]) -> None:
+    """Raises :class:`BundleError` for what is not a template, or costs too much to compile."""
+    for name, source in sources.items():
+        if len(source) > _LONGEST_TEMPLATE:
+            raise BundleError(
+                f"the chat template {name!r} has {len(source)} characters; at most {_LONGEST_TEMPLATE} are read"
+            )
+    try:
+        wrong = _WORKERS.call({"sources": dict(sources), "name": None}).get("invalid")
+    except WorkerError as error:
+        raise BundleError(f"the chat template cannot be compiled: {error}") from error
+    if wrong is not None:
+        raise BundleError(
+            f"the chat template {wrong['name']!r} is not valid at line {wrong['line']}: {wrong['reason']}"
+        )
 
 
 def _source(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str]:
@@ -145,59 +176,3 @@ def _text(content: Any, where: str) -> str:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
-def _compiled(environment: ImmutableSandboxedEnvironment, name: str, source: str) -> Template:
-    try:
-        return environment.from_string(source)
-    except TemplateSyntaxError as error:
-        raise BundleError(
-            f"the chat template {name!r} is not valid at line {error.lineno}: {_one_line(error)}"
-        ) from error
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """What chat templates are written for: the settings, filters and functions that all servers give them."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-class _GenerationTag(Extension):
-    """``{% generation %}`` marks what the assistant said, for training; a prompt only needs what is inside."""
-
-    tags = {"generation"}  # noqa: RUF012  declared so by Jinja
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Plain JSON: Jinja's own filter escapes for HTML and sorts the keys, which no model was trained on."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)

@@ -51,6 +51,10 @@ class DeadlineError(Glm4Error):
     """A request that was not done by its deadline."""
 
 
+class OvertimeError(RequestError, DeadlineError):
+    """A request whose preparation took longer than any request's may."""
+
+
 class StoppedError(Glm4Error):
     """A request that came, or was not done, when the scheduler stopped."""
 

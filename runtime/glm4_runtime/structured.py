@@ -4,9 +4,11 @@ One grammar describes the whole turn: a thought where the model is in one, then 
 writes before its answer and the answer.
 """
 
+import contextlib
 import json
-import re
+import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,17 +17,24 @@ import llguidance
 import numpy as np
 import numpy.typing as npt
 
-from glm4_runtime.errors import RequestError
+from glm4_runtime.errors import QueueFullError, RequestError
+from glm4_runtime.format_limits import require_plain
+from glm4_runtime.grammar_trials import GrammarTrials
+from glm4_runtime.stacks import run_with_stack
 from glm4_runtime.tokenizer import Tokenizer
+from glm4_runtime.workers.grammars import COMPILING_STACK, compiled, reason
 
 # The most calls of one constrained reply: a model that repeats itself must come to an end.
 MAX_CALLS = 16
 
 # A model in doubt writes white space for ever where JSON lets it: one space, or a line and its indentation.
 _JSON_OPTIONS = {"whitespace_pattern": r"[ ]?|\n[ ]{0,32}"}
-# A line of the grammar, shown under an error.
-_LISTED = re.compile(r"\d+ \|")
 _FREE = "start: ANY\nANY: /(.|\\n)*/"
+
+# Bytes that all compiled grammars hold together, as their trials found.
+_MOST_HELD = 512 * 2**20
+# A grammar whose trial took more seconds is compiled while no other such grammar is.
+_QUICK = 0.05
 
 
 @dataclass(frozen=True)
@@ -66,9 +75,14 @@ class GrammarMask:
     """Which tokens may come next in one sequence (the scheduler's ``TokenMask``)."""
 
     def __init__(
-        self, matcher: llguidance.LLMatcher, vocab_size: int, observe: Callable[[float], None] | None = None
+        self,
+        matcher: llguidance.LLMatcher,
+        vocab_size: int,
+        share: "_Share",
+        observe: Callable[[float], None] | None = None,
     ) -> None:
         self._matcher = matcher
+        self._share = share
         self._observe = observe
         # added to the logits, which is quicker than setting those that are forbidden
         self._bias = np.zeros(vocab_size, np.float32)
@@ -97,7 +111,7 @@ class GrammarMask:
         """Why the grammar cannot be followed any further, where that is so."""
         if not self._matcher.is_error():
             return None
-        return f"the reply's grammar cannot be followed: {_reason(self._matcher)}"
+        return f"the reply's grammar cannot be followed: {reason(self._matcher)}"
 
     @property
     def finished(self) -> bool:
@@ -105,8 +119,9 @@ class GrammarMask:
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
     def copy(self) -> "GrammarMask":
-        """The same state for another sequence."""
-        return GrammarMask(self._matcher.deep_copy(), len(self._bias), self._observe)
+        """The same state for another sequence. Raises :class:`QueueFullError` where memory for it is short."""
+        share = self._share.another()
+        return GrammarMask(self._matcher.deep_copy(), len(self._bias), share, self._observe)
 
     def _compute(self) -> None:
         if not self._matcher.is_stopped():
@@ -115,8 +130,43 @@ class GrammarMask:
             self._bias[:] = np.where(allowed, np.float32(0), np.float32(-np.inf))
 
 
+class _Memory:
+    """What compiled grammars may hold together, in bytes."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held = most, 0
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> None:
+        with self._lock:
+            if self._held + size > self._most:
+                raise QueueFullError(
+                    "the formats of other requests fill the memory for formats", retry_after=5
+                )
+            self._held += size
+
+    def give(self, size: int) -> None:
+        with self._lock:
+            self._held -= size
+
+
+class _Share:
+    """One grammar's part of the memory, given back when nothing refers to it any more."""
+
+    def __init__(self, memory: _Memory, size: int) -> None:
+        memory.take(size)
+        self._memory, self._size = memory, size
+        weakref.finalize(self, memory.give, size)
+
+    def another(self) -> "_Share":
+        return _Share(self._memory, self._size)
+
+
 class GrammarCompiler:
-    """Turns formats into masks for one tokenizer; usable from any thread."""
+    """Turns formats into masks for one tokenizer; usable from any thread.
+
+    A format that is new is tried in a worker process first.
+    """
 
     def __init__(
         self,
@@ -125,12 +175,15 @@ class GrammarCompiler:
         eos_token_ids: Sequence[int],
         observe: Callable[[float], None] | None = None,
     ) -> None:
+        self._trials = GrammarTrials(vocab_size, tokenizer.control_tokens, eos_token_ids)
+        self._trials.warm()
         self._tokens = llguidance.LLTokenizer(
             tokenizer.to_json(), n_vocab=vocab_size, eos_token=list(eos_token_ids)
         )
         self._vocab_size = vocab_size
         self._observe = observe
-        self._limits = llguidance.LLParserLimits(verbose_errors=False)
+        self._memory = _Memory(_MOST_HELD)
+        self._slow = threading.Lock()
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; of a control token, its name."""
@@ -140,16 +193,22 @@ class GrammarCompiler:
     def compile(self, reply: ReplyFormat, thinking: bool) -> GrammarMask:
         """The mask at the beginning of a reply that starts inside a thought or not.
 
-        Raises :class:`RequestError` for a schema or grammar that is not valid, or that llguidance cannot do.
+        Raises :class:`RequestError` for a schema or grammar that is not valid, that llguidance cannot do, or that
+        costs too much, and :class:`QueueFullError` where too many others are being compiled.
         """
         try:
+            require_plain(reply)
             grammar = json.dumps({"grammars": _grammars(reply, thinking)})
-            matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0, limits=self._limits)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"this format cannot be enforced: {error}") from error
-        if matcher.is_error():
-            raise RequestError(f"this format cannot be enforced: {_reason(matcher)}")
-        return GrammarMask(matcher, self._vocab_size, self._observe)
+        trial = self._trials.require(grammar)
+        share = _Share(self._memory, trial.held)
+        with self._slow if trial.seconds > _QUICK else contextlib.nullcontext():
+            try:
+                matcher = run_with_stack(lambda: compiled(self._tokens, grammar), COMPILING_STACK)
+            except ValueError as error:
+                raise RequestError(f"this format cannot be enforced: {error}") from error
+        return GrammarMask(matcher, self._vocab_size, share, self._observe)
 
 
 def _grammars(reply: ReplyFormat, thinking: bool) -> list[dict[str, Any]]:
@@ -180,7 +239,6 @@ def _grammars(reply: ReplyFormat, thinking: bool) -> list[dict[str, Any]]:
 def _answer(answer: AnswerFormat) -> dict[str, Any]:
     if isinstance(answer.definition, Mapping):
         return {"json_schema": _schema(answer.definition)}
-    _require_text(answer.definition)
     if answer.kind == "grammar":
         return {"lark_grammar": answer.definition}
     (part,) = json.loads(llguidance.LLMatcher.grammar_from_regex(answer.definition))["grammars"]
@@ -189,20 +247,3 @@ def _answer(answer: AnswerFormat) -> dict[str, Any]:
 
 def _schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {**schema, "x-guidance": _JSON_OPTIONS}
-
-
-def _require_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"the format is not valid Unicode: half a surrogate pair at {error.start}"
-        ) from error
-
-
-def _reason(matcher: llguidance.LLMatcher) -> str:
-    """llguidance's own words, without the listing and the state that follow them."""
-    lines = [line.strip() for line in str(matcher.get_error()).splitlines()]
-    said = [line for line in lines if line and line != "^" and not _LISTED.match(line)]
-    text = " ".join(said[:4]) or "no reason was given"
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -25,7 +25,8 @@ _LONG_TEXT = 8192
 class Tokenizer:
     """The tokenizer of one model folder.
 
-    special_ids     ids of the control tokens, which decoding leaves out
+    control_tokens  the control tokens' names and ids, such as {"<|user|>": 151336}
+    special_ids     those ids, which decoding leaves out
     special_tokens  their roles in tokenizer_config.json: {"eos_token": "<|endoftext|>", ...}
     vocab_size      one more than the largest id; the model's logits are often wider, padded
     """
@@ -39,9 +40,14 @@ class Tokenizer:
         self._backend = backend
         self._bound: TokenBound | None = None  # made at first use, as only a server needs it
         self.special_tokens: Mapping[str, str] = MappingProxyType(dict(special_tokens or {}))
-        self.special_ids = frozenset(
-            token for token, added in backend.get_added_tokens_decoder().items() if added.special
+        self.control_tokens: Mapping[str, int] = MappingProxyType(
+            {
+                added.content: token
+                for token, added in backend.get_added_tokens_decoder().items()
+                if added.special
+            }
         )
+        self.special_ids = frozenset(self.control_tokens.values())
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
 
     @classmethod

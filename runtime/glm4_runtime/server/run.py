@@ -15,6 +15,7 @@ from typing import Any
 
 import uvicorn
 
+from glm4_runtime.chat import start_template_worker
 from glm4_runtime.errors import RequestError
 from glm4_runtime.scheduler import Scheduler
 from glm4_runtime.server import log
@@ -216,6 +217,7 @@ def open_and_serve(bundle: str | Path, options: ServerOptions, **session_options
     The port is taken first: a model takes minutes to load, a port in use is known at once.
     """
     sockets = bind(options.host, options.port)
+    start_template_worker()  # ready by the time the model is loaded
     try:
         session = Session.open(bundle, **session_options)
     except BaseException:

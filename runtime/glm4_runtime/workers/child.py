@@ -1,0 +1,95 @@
+"""The loop of a worker process: read a task, run it within the limits, write the answer.
+
+The limits are the system's own where it has them, since a task may never come back to Python: SIGPROF after the
+processor time, and an address space that ends. The process that asks keeps the deadline.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from glm4_runtime.workers import frames
+
+if sys.platform != "win32":
+    import resource
+
+Handler = Callable[[Any], Any]
+
+# A worker that holds so much more than at its start ends after its task.
+_KEPT = 32 * 2**20
+
+
+def serve(handle: Handler, limits_json: str) -> None:
+    """Answer tasks until the asking process closes the pipe.
+
+    ``handle`` takes a task and gives its answer. A MemoryError ends the worker, any other exception too.
+    """
+    limits = json.loads(limits_json)
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    with Path(os.devnull).open("r+b") as nothing:  # what a task reads or prints does not touch the frames
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(nothing.fileno(), 1)
+    _expect_to_end()
+    begun = address_space()
+    frames.write(answers, frames.encode("ready"))
+    with contextlib.suppress(EOFError):
+        while True:
+            answer = _answer(handle, frames.read(requests), limits)
+            spent = b"true" if address_space() > begun + _KEPT else b"false"
+            frames.write(answers, b'{"spent": %b, %b}' % (spent, answer))
+
+
+def _answer(handle: Handler, task: Any, limits: dict[str, Any]) -> bytes:
+    """The member of the answer's frame that says what became of the task."""
+    _limit(limits["seconds"], limits["memory"])
+    try:
+        data = frames.encode(handle(task))
+    except MemoryError:
+        return b'"ended": "memory"'
+    finally:
+        _limit(0, None)
+    return b'"value": ' + data if len(data) <= limits["answer"] else b'"ended": "answer"'
+
+
+def address_space() -> int:
+    """Bytes that this process has mapped; 0 where the system does not say."""
+    return _pages(0)
+
+
+def resident() -> int:
+    """Bytes that this process has in memory; 0 where the system does not say."""
+    return _pages(1)
+
+
+def _pages(column: int) -> int:
+    try:
+        return int(Path("/proc/self/statm").read_bytes().split()[column]) * os.sysconf("SC_PAGESIZE")
+    except OSError:
+        return 0
+
+
+def _limit(seconds: float, memory: int | None) -> None:
+    """Let what follows take ``seconds`` of processor time (0: any) and ``memory`` more bytes (None: any)."""
+    if sys.platform == "win32":
+        return
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    most = resource.RLIM_INFINITY if memory is None else address_space() + memory
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    if hard != resource.RLIM_INFINITY:
+        most = hard if most == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+
+
+def _expect_to_end() -> None:
+    """No core files, no Ctrl-C; where memory runs out, this process goes first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "win32":
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")

@@ -173,20 +173,41 @@ async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     # of the ways in which a value fits none of several types, the one that got furthest says most
     first = max(error.errors(), key=lambda found: (len(found["loc"]), not found["type"].endswith("_type")))
-    unsupported = first["type"] == "unsupported"
-    path = _path([*first["loc"][1:], *([first["ctx"]["option"]] if unsupported else [])], error.body)
-    message = _SAID.get(first["type"], first["msg"]).removeprefix("Value error, ")
-    where = f"{path}: " if path and not unsupported else ""
+    kind, place = first["type"], list(first["loc"][1:])
+    if kind == "json_invalid":
+        return await _refused(request, ApiError(400, _not_json(request, place[0], first["ctx"]["error"])))
+    if not place and not isinstance(error.body, dict):
+        return await _refused(request, ApiError(400, _no_object(request, error.body)))
+    if kind in ("unsupported", "unknown"):
+        place.append(first["ctx"]["option"])
+    path = _path(place, error.body)
+    message = _SAID.get(kind, first["msg"]).removeprefix("Value error, ")
+    where = f"{path}: " if path and kind != "unsupported" else ""
     return await _refused(request, ApiError(400, f"{where}{message}"[:500], param=path or None))
 
 
 # pydantic's words for what users run into most, in ours
 _SAID = {
-    "extra_forbidden": "there is no such option",
     "missing": "it is required",
-    "json_invalid": "the body is not JSON",
-    "model_attributes_type": "it must be a JSON object; the body's type is application/json",
+    "model_attributes_type": "it must be a JSON object",
 }
+_SEND = "send a JSON object with the header 'Content-Type: application/json'"
+
+
+def _not_json(request: Request, place: int | str, reason: str) -> str:
+    length = request.headers.get("content-length")
+    return f"the body is not JSON: {reason} at character {place} of {length or 'it'}; {_SEND}"
+
+
+def _no_object(request: Request, body: Any) -> str:
+    """Why nothing of a body was read: FastAPI hands bytes on as they are unless they are said to be JSON."""
+    if not body and not isinstance(body, list):
+        return f"the body is empty; {_SEND}"
+    if isinstance(body, bytes):
+        given = request.headers.get("content-type")
+        said = f"its Content-Type is {given[:100]!r}" if given else "it has no Content-Type"
+        return f"the body was not read, because {said}; {_SEND} (curl: -H 'Content-Type: application/json')"
+    return f"the body is JSON, but no object; {_SEND}"
 
 
 def _path(parts: Sequence[str | int], body: Any) -> str:

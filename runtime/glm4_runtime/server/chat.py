@@ -24,6 +24,7 @@ from glm4_runtime.server.common import (
 from glm4_runtime.server.conversation import definitions
 from glm4_runtime.server.engine import Engine, Job
 from glm4_runtime.server.errors import ApiError, Json
+from glm4_runtime.server.messages import Tool
 from glm4_runtime.server.reply import Delta, Reply
 from glm4_runtime.structured import MAX_CALLS, Function, ReplyFormat
 
@@ -43,8 +44,8 @@ class Plan:
 class Offer:
     """The functions a reply may call, and whether it must."""
 
-    tools: tuple[schema.Tool, ...] = ()
-    callable: tuple[schema.Tool, ...] = ()
+    tools: tuple[Tool, ...] = ()
+    callable: tuple[Tool, ...] = ()
     required: bool = False
 
     @property
@@ -70,7 +71,7 @@ def _plan(engine: Engine, body: schema.ChatRequest, deadline: float) -> Plan:
     grammars = engine.require_grammars()
     if engine.conversation is None:
         raise ApiError(400, "this model has no chat template; use /v1/completions")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs goes with logprobs", param="top_logprobs")
     count = body.n or 1
     require_choices(engine, count)
@@ -124,11 +125,11 @@ def _max_tokens(body: schema.ChatRequest) -> int | None:
 
 def _offer(body: schema.ChatRequest) -> Offer:
     tools = tuple(body.tools or ())
-    choice = body.tool_choice or ("auto" if tools else "none")
+    choice = body.tool_choice or "auto"
     names = [tool.function.name for tool in tools]
     if len(set(names)) < len(names):
         raise ApiError(400, "two tools have the same name", param="tools")
-    if choice == "none":
+    if choice == "none" or (choice == "auto" and not tools):
         return Offer()
     if not tools:
         raise ApiError(400, "tool_choice asks for a call, but there are no tools", param="tool_choice")

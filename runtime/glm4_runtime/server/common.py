@@ -73,7 +73,7 @@ async def answered(
     deadline = time.monotonic() + engine.options.request_timeout
     with_usage = require_stream_options(body)
     planned = await engine.prepare(lambda: plan(engine, body, deadline), slow=body.has_form)
-    log.record()["user"] = body.user
+    log.record()["user"] = body.user or body.safety_identifier
     if engine.options.log_prompts:
         log.record()["prompts"] = list(planned.prompts)
     reply = answer(engine, body, planned, engine.generate(planned.requests))
@@ -91,7 +91,7 @@ def sampling_params(
         **engine.defaults | given,
         logit_bias=_logit_bias(body.logit_bias or {}),
         seed=None if body.seed is None else body.seed + choice,
-        ignore_eos=body.ignore_eos,
+        ignore_eos=bool(body.ignore_eos),
         max_tokens=max_tokens,
     )
 
@@ -113,9 +113,10 @@ def require_choices(engine: Engine, count: int) -> None:
 
 def require_stream_options(body: schema.Sampling) -> bool:
     """Whether a last chunk with the usage was asked for."""
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options goes with stream", param="stream_options")
-    return body.stream_options is not None and body.stream_options.include_usage
+    with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    if with_usage and not body.stream:
+        raise ApiError(400, "stream_options.include_usage goes with stream", param="stream_options")
+    return with_usage
 
 
 def answer_format(asked: Any) -> AnswerFormat | None:

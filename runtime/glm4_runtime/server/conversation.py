@@ -7,7 +7,7 @@ from typing import Any
 from glm4_runtime.chat import ChatTemplate
 from glm4_runtime.errors import RequestError
 from glm4_runtime.reasoning import without_thoughts
-from glm4_runtime.server.schema import Call, Message, Tool
+from glm4_runtime.server.messages import Call, Message, Tool
 
 _NAME, _KEY, _VALUE = "probe_name", "probe_key", "probe_value"
 _ARGUMENTS = json.dumps({_KEY: _VALUE})

@@ -1,4 +1,4 @@
-"""The bodies of requests. A field that is not here is refused, and so is a value of another type.
+"""The bodies of requests.
 
 Options of OpenAI's API that this server does not implement are in ``UNSUPPORTED``: they are accepted where their
 value asks for what happens anyway, and refused with a reason otherwise.
@@ -6,43 +6,33 @@ value asks for what happens anyway, and refused with a reason otherwise.
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, Field, model_validator
+
+from glm4_runtime.server.messages import Messages, Tools
+from glm4_runtime.server.strict import Body, FunctionName, Text, Unsupported
+
+MOST_BIASED = 1024  # tokens of logit_bias, and of stop_token_ids
+MOST_PROMPTS = 1024  # more than any server answers in one request
 
 # Lists stop at their first wrong member: a body of a million wrong ones would be as many errors.
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Ids = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
-ManyIds = Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
-Text = Annotated[str, Field(min_length=1)]
-FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-
-
-MOST_BIASED = 1024  # tokens of logit_bias, and of stop_token_ids
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    # option -> values that change nothing
-    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        for name, neutral in cls.UNSUPPORTED.items():
-            if name in body and body[name] is not None and body[name] not in neutral:
-                raise PydanticCustomError(
-                    "unsupported",
-                    "{option} is not implemented by this server; leave it out",
-                    {"option": name},
-                )
-        return {name: value for name, value in body.items() if name not in cls.UNSUPPORTED}
+ManyIds = Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
 
 
 class Sampling(Body):
     """What both ways to generate have in common. Defaults come from the bundle's generation_config.json."""
+
+    # of other servers' APIs, too, whose clients write their defaults out
+    UNSUPPORTED: ClassVar[Unsupported] = {
+        "early_stopping": (False,),
+        "length_penalty": (1,),
+        "min_tokens": (0,),
+        "num_beams": (1,),
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True,),
+        "use_beam_search": (False,),
+    }
 
     model: Text
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -57,11 +47,12 @@ class Sampling(Body):
     seed: int | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16, fail_fast=True)] | None = None
     stop_token_ids: Annotated[list[Token], Field(max_length=MOST_BIASED, fail_fast=True)] | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: "StreamOptions | None" = None
     user: str | None = Field(None, description="Whom the request is for; written to the server's log.")
+    safety_identifier: str | None = Field(None, description="OpenAI's newer name of user.")
 
     @property
     def has_form(self) -> bool:
@@ -70,72 +61,9 @@ class Sampling(Body):
 
 
 class StreamOptions(Body):
-    include_usage: bool = False
+    UNSUPPORTED: ClassVar[Unsupported] = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
-
-class TextPart(Body):
-    type: Literal["text"]
-    text: str
-
-
-Parts = Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
-
-
-class CalledFunction(Body):
-    name: FunctionName
-    arguments: str
-
-
-class Call(Body):
-    id: Text
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-class Message(Body):
-    """One turn. ``observation`` is GLM-4's own name for ``tool``."""
-
-    UNSUPPORTED = {"refusal": (), "audio": (), "function_call": (), "annotations": ([],)}
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "observation"]
-    content: str | Parts | None = None
-    name: str | None = None
-    tool_calls: Annotated[list[Call], Field(fail_fast=True)] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = Field(None, description="Left out: thoughts don't go back into history.")
-
-    @model_validator(mode="after")
-    def _fits_its_role(self) -> "Message":
-        if self.role != "assistant":
-            if self.content is None:
-                raise ValueError(f"a message of role {self.role} needs content")
-            if self.tool_calls or self.reasoning_content:
-                raise ValueError(
-                    f"a message of role {self.role} has neither tool_calls nor reasoning_content"
-                )
-        if self.tool_call_id is not None and self.role not in ("tool", "observation"):
-            raise ValueError(f"a message of role {self.role} has no tool_call_id")
-        if self.role == "tool" and self.tool_call_id is None:
-            raise ValueError("a message of role tool needs the tool_call_id that it answers")
-        return self
-
-
-Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-
-
-class FunctionDefinition(Body):
-    name: FunctionName
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Body):
-    type: Literal["function"]
-    function: FunctionDefinition
-
-
-Tools = Annotated[list[Tool], Field(fail_fast=True)]
+    include_usage: bool | None = None
 
 
 class ChosenName(Body):
@@ -184,18 +112,18 @@ ResponseFormat = Annotated[
 
 
 class ChatRequest(Sampling):
-    UNSUPPORTED = {
+    UNSUPPORTED: ClassVar[Unsupported] = Sampling.UNSUPPORTED | {
+        "add_generation_prompt": (True,),
         "audio": (),
+        "continue_final_message": (False,),
         "function_call": (),
         "functions": (),
         "metadata": ({},),
         "modalities": (["text"],),
         "moderation": (),
         "prediction": (),
-        "prompt_cache_key": (),
         "prompt_cache_retention": ("in_memory",),
         "reasoning_effort": (),
-        "safety_identifier": (),
         "service_tier": ("auto", "default"),
         "store": (False,),
         "verbosity": ("medium",),
@@ -210,6 +138,7 @@ class ChatRequest(Sampling):
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    prompt_cache_key: str | None = Field(None, description="What prompts have in common is always kept.")
 
     @property
     def has_form(self) -> bool:
@@ -219,9 +148,14 @@ class ChatRequest(Sampling):
 
 
 class CompletionRequest(Sampling):
-    UNSUPPORTED = {"suffix": ("",), "best_of": (1,)}
+    UNSUPPORTED: ClassVar[Unsupported] = Sampling.UNSUPPORTED | {"suffix": ("",), "best_of": (1,)}
 
-    prompt: str | Annotated[list[str], Field(min_length=1, fail_fast=True)] | Ids | ManyIds
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+        | Ids
+        | ManyIds
+    )
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
@@ -231,11 +165,13 @@ class CompletionRequest(Sampling):
         return self.response_format is not None
 
 
-Inputs = Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] | Ids | ManyIds
+Inputs = (
+    Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)] | Ids | ManyIds
+)
 
 
 class EmbeddingRequest(Body):
-    UNSUPPORTED = {"dimensions": ()}
+    UNSUPPORTED: ClassVar[Unsupported] = {"dimensions": ()}
 
     model: Text
     input: Inputs

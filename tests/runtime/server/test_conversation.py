@@ -7,7 +7,7 @@ import pytest
 from glm4_runtime.chat import ChatTemplate
 from glm4_runtime.errors import RequestError
 from glm4_runtime.server.conversation import Conversation
-from glm4_runtime.server.schema import Message
+from glm4_runtime.server.messages import Message
 
 # In words of our own, the ways in which templates take earlier calls.
 HEAD = "[gMASK]<sop>{% for m in messages %}"

@@ -251,3 +251,49 @@ def test_biases_are_bounded(post):
         refused(post("/v1/completions", json={"model": MODEL, "prompt": "x", "logit_bias": bias}))["param"]
         == "logit_bias"
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("temprature", "; did you mean temperature?"),
+        ("topp", "; did you mean top_p?"),
+        ("max_new_tokens", "; use max_tokens"),
+        ("guided_json", "; use response_format of type json_schema"),
+        ("stop_sequences", "; use stop"),
+        ("prompt", "; POST a prompt to /v1/completions"),
+        ("xyzzy", ""),
+        ("x" * 1000, ""),
+    ],
+)
+def test_an_unknown_option_is_answered_with_the_known_one(post, option, hint):
+    error = refused(post("/v1/chat/completions", json={"model": MODEL, "messages": WHO, option: 1}))
+    assert error["message"] == f"{option[:200]}: there is no such option{hint}"
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "words"),
+    [
+        # what curl -d sends of itself
+        (
+            b"{}",
+            {"Content-Type": "application/x-www-form-urlencoded"},
+            "its Content-Type is 'application/x-www-form-",
+        ),
+        (b"{}", {"Content-Type": ""}, "it has no Content-Type"),
+        (b"{}", {"Content-Type": "text/plain"}, "(curl: -H 'Content-Type: application/json')"),
+        (b"", {}, "the body is empty; send a JSON object"),
+        (b"[1]", {}, "the body is JSON, but no object"),
+        (b'"x"', {}, "the body is JSON, but no object"),
+        (
+            b"{'model': 1}",
+            {},
+            "the body is not JSON: Expecting property name enclosed in double quotes at character 1",
+        ),
+    ],
+)
+def test_a_body_that_cannot_be_read_says_what_to_send(post, content, headers, words):
+    for path in ("/v1/chat/completions", "/v1/completions", "/tokenize"):
+        error = refused(post(path, content=content, headers={"Content-Type": "application/json"} | headers))
+        assert words in error["message"]
+        assert "Content-Type: application/json" in error["message"]

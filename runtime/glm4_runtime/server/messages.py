@@ -1,0 +1,170 @@
+"""The messages of a conversation, and the tools that are offered in it, as clients send them.
+
+What is sent back (messages, calls, parts) may hold what the clients' libraries added: see :class:`Echoed`. Lists stop at
+their first wrong member: a body of a million wrong ones would be as many errors.
+"""
+
+import json
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from glm4_runtime.server.strict import MOST_PARTS, Body, FunctionName, Text, Unsupported
+
+
+class Echoed(Body):
+    """A part of an earlier answer as the client sends it back. What its libraries added is left out."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+# Parts of an assistant's message that are no part of its answer, and where others have their text.
+_THOUGHTS = ("thinking", "reasoning", "redacted_thinking")
+_TEXT_OF = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
+
+class TextPart(Echoed):
+    type: Literal["text"]
+    text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_other_types(cls, part: Any) -> Any:
+        if not isinstance(part, dict) or not isinstance(kind := part.get("type"), str):
+            return part
+        if kind in _THOUGHTS:
+            return {"type": "text", "text": ""}
+        if kind not in _TEXT_OF:
+            raise PydanticCustomError(
+                "part",
+                "this model reads text only, and no part of type {kind}; send parts as {shape}",
+                {"kind": repr(kind[:40]), "shape": _TEXT_PART},
+            )
+        return {"type": "text", "text": part.get(_TEXT_OF[kind])} if _TEXT_OF[kind] in part else part
+
+
+_TEXT_PART = '{"type": "text", "text": "..."}'
+
+Parts = Annotated[list[TextPart], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
+
+
+class CalledFunction(Echoed):
+    name: FunctionName
+    arguments: str
+
+    @field_validator("arguments", mode="before")
+    @classmethod
+    def _write_out(cls, arguments: Any) -> Any:
+        """Some clients send the arguments parsed, and none as nothing."""
+        if isinstance(arguments, dict):
+            return json.dumps(arguments, ensure_ascii=False)
+        return "{}" if isinstance(arguments, str) and not arguments.strip() else arguments
+
+
+class Call(Echoed):
+    id: Text
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+# Of messages, what tells of a message and is no part of it. Clients and their frameworks add such fields.
+_ABOUT_A_MESSAGE = frozenset(
+    (
+        "additional_kwargs",
+        "annotations",
+        "artifact",
+        "cache_control",
+        "created",
+        "created_at",
+        "id",
+        "index",
+        "is_error",
+        "metadata",
+        "model",
+        "object",
+        "provider_specific_fields",
+        "response_metadata",
+        "status",
+        "timestamp",
+        "tool_name",
+        "type",
+        "usage",
+        "usage_metadata",
+    )
+)
+
+
+class Message(Body):
+    """One turn. ``observation`` is GLM-4's own name for ``tool``.
+
+    An assistant's message is an earlier answer: whatever else it holds is left out, thoughts among it.
+    """
+
+    # these would change what the model sees
+    UNSUPPORTED: ClassVar[Unsupported] = {
+        "audio": (),
+        "files": ([],),
+        "function_call": (),
+        "images": ([],),
+        "partial": (False,),
+        "prefix": (False,),
+        "videos": ([],),
+    }
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "observation"]
+    content: str | Parts | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[Call], Field(max_length=MOST_PARTS, fail_fast=True)] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = Field(None, description="An assistant's text where content is null.")
+    reasoning_content: str | None = Field(None, description="Left out: thoughts don't go back into history.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_was_added(cls, message: Any) -> Any:
+        if not isinstance(message, dict):
+            return message
+        if message.get("role") == "assistant":
+            kept = cls.model_fields.keys() | cls.UNSUPPORTED.keys()
+            return {name: value for name, value in message.items() if name in kept}
+        return {name: value for name, value in message.items() if name not in _ABOUT_A_MESSAGE}
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> "Message":
+        if self.role != "assistant":
+            if self.content is None:
+                raise ValueError(f"a message of role {self.role} needs content")
+            if self.tool_calls or self.reasoning_content or self.refusal:
+                raise ValueError(
+                    f"a message of role {self.role} has neither tool_calls nor reasoning_content nor refusal"
+                )
+        elif self.content is None:
+            self.content = self.refusal
+        if self.tool_call_id is not None and self.role not in ("tool", "observation"):
+            raise ValueError(f"a message of role {self.role} has no tool_call_id")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("a message of role tool needs the tool_call_id that it answers")
+        return self
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
+
+
+class FunctionDefinition(Body):
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    UNSUPPORTED: ClassVar[Unsupported] = {
+        "cache_control": ({"type": "ephemeral"},)
+    }  # what prompts have in common is always kept
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+Tools = Annotated[list[Tool], Field(max_length=MOST_PARTS, fail_fast=True)]

@@ -1,0 +1,116 @@
+"""What the bodies of all requests have in common: an option that is not known is refused, and so is a value of another
+type.
+"""
+
+import difflib
+import json
+from collections.abc import Collection
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+# More messages, parts or calls than any context holds.
+MOST_PARTS = 16384
+
+Text = Annotated[str, Field(min_length=1)]
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+
+# Option -> values that change nothing.
+Unsupported = dict[str, tuple[Any, ...]]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    UNSUPPORTED: ClassVar[Unsupported] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_options(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        cls._refuse_unsupported(body)
+        rest = {name: value for name, value in body.items() if name not in cls.UNSUPPORTED}
+        if cls.model_config["extra"] == "forbid":
+            cls._refuse_unknown(rest)
+        return rest
+
+    @classmethod
+    def _refuse_unknown(cls, body: dict[str, Any]) -> None:
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        for name in body:
+            if name not in known:
+                hint = _hint(name, known)
+                raise PydanticCustomError(
+                    "unknown", "there is no such option{hint}", {"option": name, "hint": hint}
+                )
+
+    @classmethod
+    def _refuse_unsupported(cls, body: dict[str, Any]) -> None:
+        for name, neutral in cls.UNSUPPORTED.items():
+            value = body.get(name)
+            if value is not None and not any(_same(value, other) for other in neutral):
+                raise PydanticCustomError(
+                    "unsupported",
+                    "{option} is not implemented by this server; {advice}",
+                    {"option": name, "advice": _advice(name, neutral)},
+                )
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equality as JSON has it, where true is not 1."""
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _advice(name: str, neutral: tuple[Any, ...]) -> str:
+    if name in _INSTEAD:
+        return _INSTEAD[name]
+    return f"leave it out or set it to {json.dumps(neutral[0])}" if neutral else "leave it out"
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    """What the client may have meant, where that can be guessed."""
+    other = _OTHER_NAMES.get(name)
+    if other is not None and other.partition(" ")[0].partition(".")[0] in known:
+        return f"; use {other}"
+    if name in _OTHER_ROUTES:
+        return f"; {_OTHER_ROUTES[name]}"
+    close = difflib.get_close_matches(name[:100], known, 1, 0.75)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# Names that other servers have for an option of this one.
+_OTHER_NAMES = {
+    "format": "response_format",
+    "grammar": "response_format of type grammar",
+    "guided_grammar": "response_format of type grammar",
+    "guided_json": "response_format of type json_schema",
+    "guided_regex": "response_format of type regex",
+    "json_schema": "response_format of type json_schema",
+    "max_gen_toks": "max_tokens",
+    "max_length": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+    "num_return_sequences": "n",
+    "random_seed": "seed",
+    "regex": "response_format of type regex",
+    "repeat_penalty": "repetition_penalty",
+    "stop_sequences": "stop",
+    "system": "messages of role system",
+    "truncate_prompt_tokens": "prompt of the length you want",
+}
+_OTHER_ROUTES = {
+    "input": "/v1/embeddings and /v1/classify take it",
+    "messages": "POST messages to /v1/chat/completions",
+    "prompt": "POST a prompt to /v1/completions",
+}
+
+
+# Options of OpenAI's API that newer ones replaced.
+_INSTEAD = {
+    "functions": "describe functions by tools",
+    "function_call": "use tools, tool_choice and tool_calls",
+}

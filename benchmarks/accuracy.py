@@ -26,7 +26,8 @@ import onnx
 import torch
 
 from glm4_deploy.pipeline import ExportOptions, export
-from glm4_exporters.checkpoint import Checkpoint, expected_tensors
+from glm4_exporters.architecture import expected_tensors
+from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.streamed import reference_outputs
 from glm4_runtime import Session
 from glm4_runtime.bundle import GRAPH, WEIGHTS

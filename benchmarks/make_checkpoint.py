@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import torch
 
-from glm4_exporters.checkpoint import expected_tensors
+from glm4_exporters.architecture import expected_tensors
 from glm4_exporters.config import Glm4Config
 
 EOS = [151329, 151336, 151338]

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm4_deploy.texts import LINES, cut_text, random_sequences, read_sequences
 from glm4_exporters.checkpoint import Checkpoint
-from glm4_exporters.targets import Form
-from glm4_runtime.errors import ExportError
+from glm4_exporters.form import Form
 from glm4_runtime.progress import Progress, silent
 from glm4_runtime.tokenizer import Tokenizer
 
@@ -208,17 +207,9 @@ def _rounded(
     source: Checkpoint, form: Form, text: Text, smoothing: "Smoothing", progress: Progress
 ) -> "dict[str, Rounded]":
     """The parts of every matrix, found in a second walk."""
-    from glm4_exporters.element_types import TORCH_TYPES, scale_type
+    from glm4_exporters.element_types import TORCH_TYPES
+    from glm4_exporters.formats.base import scale_type
     from glm4_exporters.quantize.gptq import round_matrices
 
     stored = TORCH_TYPES[scale_type(form.activations)]
     return round_matrices(source, text.sequences, form.formats, form.table, smoothing, stored, progress)
-
-
-def require_text(given: str | None, precision: str) -> None:
-    """Refuse a precision whose scales are static without a text to find them on."""
-    if given is None:
-        raise ExportError(
-            f"precision {precision} needs --calibration FILE (.txt, .jsonl or .ids): its activations' scales "
-            "are found on text like that which the model will see"
-        )

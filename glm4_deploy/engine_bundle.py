@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm4_deploy.plan import EngineBuild
 from glm4_exporters.engine import (
     PLUGIN_MODULE,
     BuiltEngine,
-    EngineOptions,
     EnginePlan,
     build_engine,
-    engine_attention,
-    engine_capabilities,
-    engine_capacity,
     engine_profiles,
     engine_version,
     expected_layers,
@@ -38,8 +35,7 @@ def make_engine(
     folder: Path,
     manifest: Manifest,
     models: Mapping[str, "ir.Model"],
-    kind: str,
-    options: EngineOptions,
+    build: EngineBuild,
     progress: Progress,
 ) -> EngineBundle:
     """Build the engine of the graph and weights in ``folder``, and describe it in a manifest of its own.
@@ -53,73 +49,68 @@ def make_engine(
     """
     import onnx_ir as ir
 
-    from glm4_exporters.passes.fix_capacity import FixCapacity
-    from glm4_exporters.passes.split_products import SplitProducts
+    from glm4_exporters.passes import engine_passes, run
 
-    capacity = engine_capacity(manifest.limits.max_seq_len)
     operators: dict[str, str] = {}
     for phase, model in models.items():
-        for change in (FixCapacity(capacity), SplitProducts()):
-            change(model)
-        ir.save(model, folder / ENGINE_GRAPH.format(phase))
+        ir.save(run(model, engine_passes(build.capacity)), folder / ENGINE_GRAPH.format(phase))
         operators |= {str(node.name): node.op_type for node in model.graph}
-    plan = _plan(manifest, tuple(models), operators, kind, options)
+    plan = _plan(manifest, tuple(models), operators, build)
     built = build_engine(folder, plan, progress)
     for phase in models:
         (folder / ENGINE_GRAPH.format(phase)).unlink()
-    if not options.keep_onnx:
+    if not build.keep_onnx:
         for name in (GRAPH, WEIGHTS):
             (folder / name).unlink()
-    return EngineBundle(_described(manifest, plan, built, options), built)
+    return EngineBundle(_described(manifest, plan, built, build), built)
 
 
 def _plan(
-    manifest: Manifest, phases: Sequence[str], operators: Mapping[str, str], kind: str, options: EngineOptions
+    manifest: Manifest, phases: Sequence[str], operators: Mapping[str, str], build: EngineBuild
 ) -> EnginePlan:
     """What the building process is told."""
-    attention = engine_attention(kind, manifest.task, options)
-    profiles = engine_profiles(manifest.task, manifest.limits, options.layout, attention)
-    by_plugin = attention == "plugin"
+    profiles = engine_profiles(manifest.task, manifest.limits, build.layout, build.attention)
     return EnginePlan(
-        kind=kind,
+        kind=build.kind,
         graphs={p.file: ENGINE_GRAPH.format(p.name if p.name in phases else "shared") for p in profiles},
-        capabilities=engine_capabilities(kind, manifest.precision, options)[0],
+        capabilities=build.capabilities,
         profiles=profiles,
-        inputs=(*_with_capacity(manifest, manifest.inputs), *(_counters(COUNTERS, manifest) * by_plugin)),
+        inputs=(
+            *_with_capacity(build.capacity, manifest.inputs),
+            *(_counters(COUNTERS, manifest) * build.by_plugin),
+        ),
         operators=operators,
         layers=expected_layers(
-            operators, manifest.model.num_layers, manifest.kv_cache is not None, attention
+            operators, manifest.model.num_layers, manifest.kv_cache is not None, build.attention
         ),
-        timing_cache=options.timing_cache and str(Path(options.timing_cache).absolute()),
-        plugin=PLUGIN_MODULE if by_plugin else None,
+        timing_cache=build.timing_cache and str(Path(build.timing_cache).absolute()),
+        plugin=PLUGIN_MODULE if build.by_plugin else None,
     )
 
 
-def _described(manifest: Manifest, plan: EnginePlan, built: BuiltEngine, options: EngineOptions) -> Manifest:
+def _described(manifest: Manifest, plan: EnginePlan, built: BuiltEngine, build: EngineBuild) -> Manifest:
     """The manifest of the ONNX bundle as that of the engine."""
-    _, capabilities, later = engine_capabilities(plan.kind, manifest.precision, options)
-    by_plugin = plan.plugin is not None
     built_from = {name: manifest.files[name] for name in (GRAPH, WEIGHTS)}
-    kept = {n: entry for n, entry in manifest.files.items() if options.keep_onnx or n not in built_from}
+    kept = {n: entry for n, entry in manifest.files.items() if build.keep_onnx or n not in built_from}
     return dataclasses.replace(
         manifest,
         dialect=plan.kind,
         inputs=plan.inputs,
         outputs=(
-            *_with_capacity(manifest, manifest.outputs),
-            *(_counters(PRESENT_COUNTERS, manifest) * by_plugin),
+            *_with_capacity(build.capacity, manifest.outputs),
+            *(_counters(PRESENT_COUNTERS, manifest) * build.by_plugin),
         ),
-        compute_capabilities=capabilities or built.capabilities,
+        compute_capabilities=build.runs_on or built.capabilities,
         providers=(),
         tools={**manifest.tools, plan.kind: engine_version(plan.kind)},
         files={**kept, **built.files},
         engine=EngineInfo(
             kind=plan.kind,
             version=engine_version(plan.kind),
-            layout=options.layout,
-            later_gpus=later,
-            attention=engine_attention(plan.kind, manifest.task, options),
-            plugin_version=_plugin_version() if by_plugin else None,
+            layout=build.layout,
+            later_gpus=build.later_gpus,
+            attention=build.attention,
+            plugin_version=_plugin_version() if build.by_plugin else None,
             profiles=plan.profiles,
             layers=built.layers,
             float32=built.float32,
@@ -139,8 +130,7 @@ def engine_report(built: BuiltEngine) -> dict[str, Any]:
     }
 
 
-def _with_capacity(manifest: Manifest, specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    capacity = engine_capacity(manifest.limits.max_seq_len)
+def _with_capacity(capacity: int, specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     return tuple(
         TensorSpec(spec.name, spec.dtype, tuple(capacity if a == "capacity" else a for a in spec.shape))
         for spec in specs

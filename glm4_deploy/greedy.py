@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from glm4_deploy.metrics import Logits
+from glm4_exporters.architecture import parameter_count
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.reference import KVCache, load_model
 from glm4_runtime.bundle import WEIGHTS
@@ -33,7 +34,7 @@ def reference_start(checkpoint: Checkpoint) -> Callable[[], Step]:
 
 def fits_whole(bundle: Path, checkpoint: Checkpoint, available: int) -> bool:
     """Both models whole in 60 % of what is there: the reference in float32, the bundle mapped and packed in float32."""
-    parameters = checkpoint.config.parameter_count()
+    parameters = parameter_count(checkpoint.config)
     needed = 4 * parameters + (bundle / WEIGHTS).stat().st_size + 4 * parameters
     return needed < 0.6 * available
 

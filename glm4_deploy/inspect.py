@@ -1,16 +1,24 @@
 """What a checkpoint or a bundle is, read from headers and manifests: no weight is touched."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glm4_runtime.bundle import MANIFEST, REPORT, Manifest, read_manifest
 from glm4_runtime.errors import BundleError, Glm4Error
 
+if TYPE_CHECKING:
+    from glm4_exporters.config import Glm4Config
+
 # Memory sizes that people have, in GiB; what fits is worked out for each.
 MEMORIES = (8, 12, 16, 24, 32, 40, 48, 80, 141)
-# Bytes per parameter; int8 and int4 with one fp16 scale for each block of 32.
-PRECISION_BYTES = {"fp32": 4.0, "fp16 or bf16": 2.0, "int8": 1.0625, "int4": 0.5625}
+PRECISIONS = {
+    "fp32": "fp32",
+    "fp16 or bf16": "fp16",
+    "int8": "int8",
+    "int4": "int4",
+}  # of target ort, by their label
 CONTEXT = 8192
 
 
@@ -29,6 +37,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
+    from glm4_exporters.architecture import parameter_count
     from glm4_exporters.checkpoint import Checkpoint
     from glm4_exporters.targets import TARGETS
 
@@ -38,7 +47,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         stored: dict[str, int] = {}
         for header in tensors:
             stored[header.dtype] = stored.get(header.dtype, 0) + header.nbytes
-        parameters = config.parameter_count()
+        sizes = weight_bytes(config, checkpoint.task)
         kv_fp16 = config.kv_bytes_per_token(2)
         return {
             "kind": "checkpoint",
@@ -47,20 +56,32 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
             "config": config.to_dict(),
             "max_positions": config.positions,
             "tensors": len(checkpoint.tensors),
-            "parameters": parameters,
+            "parameters": parameter_count(config, checkpoint.task),
             "stored_bytes": stored,
-            "bytes_by_precision": {name: round(parameters * each) for name, each in PRECISION_BYTES.items()},
+            "bytes_by_precision": sizes,
             "kv_bytes_per_token": {"fp32": 2 * kv_fp16, "fp16 or bf16": kv_fp16, "int8": kv_fp16 // 2},
-            "fits": {f"{memory} GiB": _fitting(parameters, kv_fp16, memory) for memory in MEMORIES},
+            "fits": {f"{memory} GiB": _fitting(sizes, kv_fp16, memory) for memory in MEMORIES},
             "targets": {name: list(target.precisions) for name, target in TARGETS.items()},
             "files": sorted(checkpoint.side_files()),
         }
 
 
-def _fitting(parameters: int, kv_per_token: int, gib: int) -> list[str]:
+def weight_bytes(config: "Glm4Config", task: str) -> dict[str, int]:
+    """What the weights take in each precision, by its label."""
+    from glm4_exporters.architecture import expected_tensors
+    from glm4_exporters.form import choose_form
+
+    shapes = expected_tensors(config, task)
+    return {
+        label: choose_form(config, task, "ort", name).weight_bytes(shapes)
+        for label, name in PRECISIONS.items()
+    }
+
+
+def _fitting(sizes: Mapping[str, int], kv_per_token: int, gib: int) -> list[str]:
     """Precisions whose weights and one slot of 8192 fp16 positions take at most 90 % of the memory."""
     room = 0.9 * gib * 2**30 - CONTEXT * kv_per_token
-    return [name for name, each in PRECISION_BYTES.items() if parameters * each <= room]
+    return [label for label, size in sizes.items() if size <= room]
 
 
 def inspect_bundle(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from glm4_exporters.checkpoint import expected_tensors
+from glm4_exporters.architecture import expected_tensors
 from glm4_exporters.config import TASK_OF_ARCHITECTURE, Glm4Config
 
 ARCHITECTURE_OF_TASK = {task: name for name, task in TASK_OF_ARCHITECTURE.items()}

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from benchmarks.make_checkpoint import SIZES, Size, config_of, split_into_shards
 from glm4_deploy.greedy import available_memory
 from glm4_deploy.metrics import Logits, kl_divergence
-from glm4_exporters.checkpoint import Checkpoint, expected_tensors
+from glm4_exporters.architecture import expected_tensors, parameter_count
+from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.reference import load_model
 from glm4_runtime import Session
@@ -66,7 +67,7 @@ def layers_that_fit(size: Size, gpu_bytes: int, disk_bytes: int, host_bytes: int
     On the GPU lie the eager model in float32 and, later, an engine; on the disk the checkpoint, the ONNX weights and
     the engine, in two bytes a number; the builder holds an engine and its mapped weights in the host's memory.
     """
-    whole, less = (Glm4Config.from_dict(config_of(size, n)).parameter_count() for n in (2, 1))
+    whole, less = (parameter_count(Glm4Config.from_dict(config_of(size, n))) for n in (2, 1))
     layer = whole - less
     rest = less - layer
     room = min(0.8 * gpu_bytes / 4, 0.9 * disk_bytes / 6, 0.8 * host_bytes / 5)

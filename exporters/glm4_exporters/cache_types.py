@@ -1,18 +1,14 @@
 """What a KV cache may hold: the activations' type, or int8 where a target's attention takes it."""
 
 from glm4_exporters.config import Glm4Config
+from glm4_exporters.targets import TARGETS, Target
 from glm4_runtime.errors import ExportError
 
 KV_CACHES = ("auto", "int8")
-INT8_TARGETS = ("ort", "cpu")
-# Those on which an int8 cache was compared with the reference; CUDA's kernel is not among them.
-INT8_PROVIDERS = ("CPUExecutionProvider",)
-# GroupQueryAttention's; the standard operators, which take any head, have no int8 cache.
-HEAD_MULTIPLES = {"ort": 8}
 
 
 def choose_cache(
-    config: Glm4Config, task: str, target: str, activations: str, asked: str = "auto"
+    config: Glm4Config, task: str, target: Target, activations: str, asked: str = "auto"
 ) -> str | None:
     """The cache's element type, None for a task without one.
 
@@ -23,11 +19,12 @@ def choose_cache(
         raise ExportError(f"unknown KV cache {asked!r}; it is one of {', '.join(KV_CACHES)}")
     if asked == "auto":
         return activations if task == "causal-lm" else None
-    multiple = HEAD_MULTIPLES.get(target, 1)
+    able = " and ".join(row.name for row in TARGETS.values() if row.int8_cache)
+    multiple = target.int8_cache.head_multiple if target.int8_cache else 1
     reasons = {
         f"task {task} has no cache": task != "causal-lm",
-        f"target {target} has no operator with an int8 cache; targets {' and '.join(INT8_TARGETS)} have": (
-            target not in INT8_TARGETS
+        f"target {target.name} has no operator with an int8 cache; targets {able} have": (
+            target.int8_cache is None
         ),
         f"its operator takes heads of multiples of {multiple} dims, and this model's have {config.head_dim}": (
             config.head_dim % multiple != 0
@@ -40,6 +37,9 @@ def choose_cache(
     return "int8"
 
 
-def cache_providers(cache: str | None, providers: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of ``providers`` that have the kernels for a cache of this type."""
-    return tuple(name for name in providers if cache != "int8" or name in INT8_PROVIDERS)
+def cache_providers(cache: str | None, target: Target, activations: str) -> tuple[str, ...]:
+    """ONNX Runtime's providers that have the kernels for a target with a cache of this type."""
+    providers = target.providers[activations]
+    if cache != "int8" or target.int8_cache is None:
+        return providers
+    return tuple(name for name in providers if name in target.int8_cache.providers)

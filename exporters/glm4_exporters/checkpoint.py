@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from glm4_exporters.architecture import EMBEDDING, HEAD, expected_tensors
 from glm4_exporters.config import DTYPES, TASKS, Glm4Config, parse_object
 from glm4_exporters.safetensors_file import PAGE, SafetensorsFile, TensorHeader
 from glm4_runtime.errors import CheckpointError
@@ -37,7 +38,6 @@ SIDE_FILES = (
     GENERATION_CONFIG,
 )
 ROWS_TOGETHER = 64  # rows of a matrix that whoever reads it in blocks may want undivided
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BACKBONE = "model."
 
 T = TypeVar("T")
@@ -84,40 +84,6 @@ LISTED = 4  # names per complaint
 
 COMPARED = 8 << 20
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def expected_tensors(config: Glm4Config, task: str) -> dict[str, tuple[int, ...]]:
-    """Canonical name and shape of every weight that ``task`` reads, in the model's order.
-
-    A tied head is not among them: it is the embedding.
-    """
-    hidden, width = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
-    for projection, rows in (("q", queries), ("k", keys), ("v", keys)):
-        layer[f"self_attn.{projection}_proj.weight"] = (rows, hidden)
-        if config.attention_bias:
-            layer[f"self_attn.{projection}_proj.bias"] = (rows,)
-    layer |= {
-        "self_attn.o_proj.weight": (hidden, queries),  # never a bias
-        "post_self_attn_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_up_proj.weight": (2 * width, hidden),
-        "mlp.down_proj.weight": (hidden, width),
-        "post_mlp_layernorm.weight": (hidden,),
-    }
-    tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
-    for i in range(config.num_hidden_layers):
-        tensors |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    tensors["model.norm.weight"] = (hidden,)
-    if task == "causal-lm" and not config.tie_word_embeddings:
-        tensors[HEAD] = (config.vocab_size, hidden)
-    if task.endswith("classification"):
-        tensors["score.weight"] = (config.num_labels, hidden)
-    if task == "token-classification":
-        tensors["score.bias"] = (config.num_labels,)
-    return tensors
 
 
 class Checkpoint:

@@ -201,23 +201,6 @@ class Glm4Config:
         """Keys and values of one token in all layers."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_element
 
-    def parameter_count(self, task: str | None = None) -> int:
-        """Weights of the model for ``task``: its own where None, the causal LM where it names none."""
-        hidden, queries = self.hidden_size, self.num_attention_heads * self.head_dim
-        keys_and_values = 2 * self.num_key_value_heads * self.head_dim
-        attention = 2 * hidden * queries + hidden * keys_and_values
-        biases = (queries + keys_and_values) * self.attention_bias
-        norms = 4 * hidden
-        layer = attention + biases + norms + 3 * hidden * self.intermediate_size
-        embedding = self.vocab_size * hidden
-        head = {
-            "causal-lm": 0 if self.tie_word_embeddings else embedding,
-            "sequence-classification": self.num_labels * hidden,
-            "token-classification": self.num_labels * (hidden + 1),
-            "encoder": 0,
-        }[task or self.task or "causal-lm"]
-        return embedding + self.num_hidden_layers * layer + hidden + head
-
     @classmethod
     def from_file(cls, path: str | Path) -> "Glm4Config":
         """Read a ``config.json``; ``eos_token_id`` of a ``generation_config.json`` beside it wins.

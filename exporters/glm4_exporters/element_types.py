@@ -23,8 +23,3 @@ def ir_type(name: str) -> ir.DataType:
 def type_name(dtype: ir.DataType) -> str:
     """The name of onnx_ir's element type."""
     return "float32" if dtype == ir.DataType.FLOAT else dtype.name.lower()
-
-
-def scale_type(activations: str) -> str:
-    """Element type of 16-bit scales: bfloat16 for float32, of which a scale needs the range and no more digits."""
-    return "bfloat16" if activations == "float32" else activations

@@ -55,7 +55,6 @@ class EngineKind:
         default: those that an engine runs on which names none, and all that came later.
         times: it times kernels while it builds, which needs a GPU and makes a timing cache worth keeping.
         attention: how attention can be run, the usual way first.
-        input_major: it multiplies by integers [in, out] where they lie, and copies those that are [out, in].
         index: where pip finds its libraries, if not on the public index: the end of "install PACKAGE".
     """
 
@@ -65,7 +64,6 @@ class EngineKind:
     default: tuple[str, ...]
     times: bool
     attention: tuple[str, ...]
-    input_major: bool
     index: str = ""
 
 
@@ -77,7 +75,6 @@ ENGINE_KINDS = {
         ("80", "86", "89", "120"),
         times=False,
         attention=("native",),  # it takes no plugins, and a node it does not know ends the process
-        input_major=True,
     ),
     "tensorrt": EngineKind(
         "tensorrt",
@@ -86,7 +83,6 @@ ENGINE_KINDS = {
         (),
         times=True,
         attention=("plugin", "native"),
-        input_major=False,  # not measured
         index=" with NVIDIA's package index as --extra-index-url (docs/tensorrt.md)",
     ),
 }

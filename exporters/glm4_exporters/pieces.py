@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
-from glm4_exporters.checkpoint import EMBEDDING
+from glm4_exporters.architecture import EMBEDDING
 from glm4_plugins.block_product import DOMAIN, OPERATOR, PANEL, library
 from glm4_runtime.bundle import GRAPH
 from glm4_runtime.errors import ExportError

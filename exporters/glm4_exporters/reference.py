@@ -7,7 +7,7 @@ rotated dims of D.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from glm4_exporters.config import Glm4Config
 class Attend(Protocol):
     """What attention does between the projections; an object, so that a cache or a graph can be behind it."""
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, /) -> Tensor:
         """query [B, S, Hq * D], key and value [B, S, Hkv * D], before RoPE -> [B, S, Hq * D]."""
 
 
@@ -107,8 +107,11 @@ class Glm4Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * size, hidden, bias=False)  # never a bias
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:  # [B, S, H] -> [B, S, H]
-        attended: Tensor = self.o_proj(attend(self.layer, self.q_proj(x), self.k_proj(x), self.v_proj(x)))
-        return attended
+        projected: Tensor = self.o_proj(self.attended(x, attend))
+        return projected
+
+    def attended(self, x: Tensor, attend: Attend) -> Tensor:  # [B, S, H] -> [B, S, Hq * D]
+        return attend(self.layer, self.q_proj(x), self.k_proj(x), self.v_proj(x))
 
 
 class Glm4MLP(nn.Module):
@@ -119,9 +122,13 @@ class Glm4MLP(nn.Module):
         self.down_proj = nn.Linear(self.width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).split([self.width, self.width], dim=-1)
-        down: Tensor = self.down_proj(F.silu(gate) * up)
+        down: Tensor = self.down_proj(self.product(x))
         return down
+
+    def product(self, x: Tensor) -> Tensor:  # silu(gate) * up
+        gate, up = self.gate_up_proj(x).split([self.width, self.width], dim=-1)
+        gated: Tensor = F.silu(gate) * up
+        return gated
 
 
 class Glm4DecoderLayer(nn.Module):
@@ -138,9 +145,32 @@ class Glm4DecoderLayer(nn.Module):
         self.post_mlp_layernorm = Glm4RMSNorm(hidden, eps)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        x = x + self.post_self_attn_layernorm(self.self_attn(self.input_layernorm(x), attend))
-        out: Tensor = x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)))
-        return out
+        x = self.after_attention(x, self.self_attn(self.input_layernorm(x), attend))
+        return self.after_mlp(x, self.mlp(self.post_attention_layernorm(x)))
+
+    def after_attention(self, x: Tensor, projected: Tensor) -> Tensor:
+        residual: Tensor = x + self.post_self_attn_layernorm(projected)
+        return residual
+
+    def after_mlp(self, x: Tensor, down: Tensor) -> Tensor:
+        residual: Tensor = x + self.post_mlp_layernorm(down)
+        return residual
+
+    def sites(self, x: Tensor, attend: Attend) -> Generator[Tensor]:
+        """:meth:`forward` in steps: what each of ``architecture.LAYER_SITES`` reads, in order, then what the layer gives.
+
+        Weights may change between one step and the next. A step keeps no input that no later step reads.
+        """
+        read = self.input_layernorm(x)
+        yield read
+        read = self.self_attn.attended(read, attend)
+        yield read
+        x = self.after_attention(x, self.self_attn.o_proj(read))
+        read = self.post_attention_layernorm(x)
+        yield read
+        read = self.mlp.product(read)
+        yield read
+        yield self.after_mlp(x, self.mlp.down_proj(read))
 
 
 class Glm4Backbone(nn.Module):

@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from glm4_exporters.checkpoint import EMBEDDING, HEAD, Checkpoint
+from glm4_exporters.architecture import EMBEDDING, HEAD
+from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.reference import Attention, Glm4DecoderLayer, Glm4RMSNorm, rotary_tables
 from glm4_runtime.progress import Progress, silent

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from glm4_exporters.checkpoint import EMBEDDING, HEAD
+from glm4_exporters.architecture import EMBEDDING, HEAD
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.element_types import TORCH_TYPES, ir_type
 from glm4_exporters.graph_io import GraphIO, graph_io

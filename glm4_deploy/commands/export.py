@@ -6,6 +6,7 @@ import click
 
 from glm4_deploy import hub, pipeline, show
 from glm4_deploy.engine_bundle import engine_report
+from glm4_deploy.plan import DEFAULT_BATCH, DEFAULT_PRECISION, DEFAULT_TARGET
 from glm4_exporters.cache_types import KV_CACHES
 from glm4_exporters.engine import ATTENTIONS, LAYOUTS, EngineOptions
 from glm4_exporters.targets import ACTIVATIONS, PRECISIONS, TARGETS
@@ -18,7 +19,7 @@ from glm4_runtime.bundle import Manifest
 @click.option(
     "--target",
     type=click.Choice(list(TARGETS)),
-    default=pipeline.DEFAULT_TARGET,
+    default=DEFAULT_TARGET,
     show_default=True,
     help="What runs it: ort (ONNX Runtime's own operators), cpu (ONNX Runtime on a CPU, by our own kernels), native (standard operators only), "
     "tensorrt-rtx (an engine, built without a GPU), tensorrt (an engine, built on a GPU).",
@@ -26,7 +27,7 @@ from glm4_runtime.bundle import Manifest
 @click.option(
     "--precision",
     type=click.Choice(list(PRECISIONS)),
-    default=pipeline.DEFAULT_PRECISION,
+    default=DEFAULT_PRECISION,
     show_default=True,
     help="Element type of weights, activations and cache; int8 and int4 are of stored weights, int8-sq and fp8 of inputs too.",
 )
@@ -70,7 +71,7 @@ from glm4_runtime.bundle import Manifest
     "--max-batch-size",
     type=int,
     metavar="N",
-    default=pipeline.DEFAULT_BATCH,
+    default=DEFAULT_BATCH,
     show_default=True,
     help="Most slots of a session.",
 )

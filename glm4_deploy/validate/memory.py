@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from glm4_exporters.checkpoint import expected_tensors
+from glm4_exporters.architecture import expected_tensors
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.pieces import HEAD_ROWS
 from glm4_runtime.errors import RequestError

@@ -42,7 +42,7 @@ def traced_before(tiny_bundles, monkeypatch):
     """Take the graph from a bundle: tracing is most of a small export's time."""
     import onnx_ir as ir
 
-    def trace(source, form, prepared):
+    def trace(plan, prepared):
         model = ir.load(tiny_bundles["ort"] / "model.onnx")
         for value in model.graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):

@@ -446,7 +446,7 @@ from glm4_exporters import aligned_file
 
 checkpoint, bundle, graph = sys.argv[1:]
 
-def traced(source, form, prepared):
+def traced(plan, prepared):
     model = ir.load(graph)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from glm4_deploy import doctor
 from glm4_deploy.cli import cli
 from glm4_deploy.inspect import inspect
+from glm4_deploy.pipeline import ExportOptions, export
 from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.config import Glm4Config
 from glm4_runtime.errors import Glm4Error
 
 
@@ -201,19 +203,39 @@ def test_inspect_counts_every_tasks_parameters(tmp_path, task):
     assert facts["task"] == task
 
 
-def test_what_fits_is_weights_and_8192_positions_in_90_percent(tmp_path, monkeypatch):
+def test_what_fits_is_weights_and_8192_positions_in_90_percent():
     """The 9B: 9.40e9 parameters, 40 KiB of fp16 cache a token."""
-    from glm4_deploy.inspect import _fitting
+    from glm4_deploy.inspect import _fitting, weight_bytes
 
+    config = Glm4Config.from_dict(
+        tiny_config(
+            hidden_size=4096, num_hidden_layers=40, num_attention_heads=32, head_dim=128, intermediate_size=13696,
+            vocab_size=151552,
+        )
+    )  # fmt: skip
     parameters, kv = 9_400_279_040, 40 * 2 * 2 * 128 * 2
-    assert _fitting(parameters, kv, 8) == ["int4"]
-    assert _fitting(parameters, kv, 12) == ["int8", "int4"]
-    assert _fitting(parameters, kv, 24) == ["fp16 or bf16", "int8", "int4"]
-    assert _fitting(parameters, kv, 48) == ["fp32", "fp16 or bf16", "int8", "int4"]
-    weights = 4 * parameters + 8192 * kv
-    exact = weights / 0.9 / 2**30
-    assert ("fp32" in _fitting(parameters, kv, math.ceil(exact))) is True
-    assert ("fp32" in _fitting(parameters, kv, math.floor(exact))) is False
+    sizes = weight_bytes(config, "causal-lm")
+    assert (sizes["fp32"], sizes["fp16 or bf16"]) == (4 * parameters, 2 * parameters)
+    assert sizes["int8"] / parameters == pytest.approx(1.016, abs=5e-4)  # 16 bits of scale for 128 numbers
+    assert sizes["int4"] / parameters == pytest.approx(
+        0.58, abs=0.03
+    )  # 4.5 bits in layers, 8.125 in the head
+    assert _fitting(sizes, kv, 8) == ["int4"]
+    assert _fitting(sizes, kv, 12) == ["int8", "int4"]
+    assert _fitting(sizes, kv, 24) == ["fp16 or bf16", "int8", "int4"]
+    assert _fitting(sizes, kv, 48) == ["fp32", "fp16 or bf16", "int8", "int4"]
+    exact = (4 * parameters + 8192 * kv) / 0.9 / 2**30
+    assert ("fp32" in _fitting(sizes, kv, math.ceil(exact))) is True
+    assert ("fp32" in _fitting(sizes, kv, math.floor(exact))) is False
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_sizes_are_those_of_the_file(tiny_checkpoint, tmp_path, precision):
+    options = ExportOptions(precision=precision, parity=False)
+    stored = export(tiny_checkpoint, tmp_path / "bundle", options).manifest.files["model.onnx.data"].bytes
+    said = inspect(tiny_checkpoint)["bytes_by_precision"][precision]
+    tables, tensors = 2 * 256 * 4 * 4, 80
+    assert said + tables <= stored <= said + tables + tensors * 4096  # each begins at a page
 
 
 def test_inspect_reads_no_weight(tiny_checkpoint, tiny_bundle, monkeypatch):

@@ -434,7 +434,7 @@ def test_the_key_follows_what_shapes_an_engine(monkeypatch):
         dataclasses.replace(options(), max_seq_len=999),
     ):
         assert cache_key(DEMO, other) != base
-    monkeypatch.setattr("glm4_deploy.pipeline.engine_version", lambda _: "9.9")
+    monkeypatch.setattr("glm4_deploy.cache_key.engine_version", lambda _: "9.9")
     assert cache_key(DEMO, options()) != base
 
 

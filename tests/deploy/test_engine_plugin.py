@@ -38,7 +38,7 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(engine_module, "find_spec", lambda _: True)
     monkeypatch.setattr(engine_module, "_require_builder", lambda _: None)
-    for module in ("glm4_exporters.engine", "glm4_deploy.pipeline"):
+    for module in ("glm4_exporters.engine", "glm4_deploy.plan"):
         monkeypatch.setattr(f"{module}.gpu_capability", lambda: host.capability)
     monkeypatch.setattr(engine_bundle, "engine_version", lambda _: "11.4.0.106")
     monkeypatch.setattr(engine_bundle, "build_engine", build)

@@ -17,7 +17,7 @@ import torch
 import transformers
 from checkpoints import tiny_config, write_checkpoint
 
-from glm4_deploy import pipeline
+from glm4_deploy import pipeline, tools
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_runtime import SamplingParams, Session
@@ -154,8 +154,8 @@ def test_what_is_not_installed_is_said_before_the_work(tmp_path, tiny_checkpoint
             raise metadata.PackageNotFoundError(name)
         return real_version(name)
 
-    monkeypatch.setattr(pipeline, "version", version)
-    monkeypatch.setattr(pipeline, "find_spec", lambda n: None if n == missing else real_spec(n))
+    monkeypatch.setattr(tools, "version", version)
+    monkeypatch.setattr(tools, "find_spec", lambda n: None if n == missing else real_spec(n))
     monkeypatch.setattr(pipeline, "_trace", lambda *_: pytest.fail("the work began"))
     with pytest.raises(ExportError, match=rf"{missing} is not installed.*glm4-deploy\["):
         export(tiny_checkpoint, tmp_path / "bundle", ExportOptions(precision="fp32"))
@@ -339,7 +339,7 @@ def test_the_key_changes_with_all_that_shapes_the_bundle(
     keys.append(cache_key(folder, FAST))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     keys.append(cache_key(folder, FAST))
-    monkeypatch.setattr(pipeline, "_tool_versions", lambda: {"torch": "99"})
+    monkeypatch.setattr("glm4_deploy.cache_key.tool_versions", lambda: {"torch": "99"})
     keys.append(cache_key(folder, FAST))
     assert len(set(keys)) == len(keys) == 11
 

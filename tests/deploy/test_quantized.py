@@ -14,9 +14,9 @@ from cpu_operators import CPU_TARGET
 from benchmarks.make_hostile_checkpoints import write_overflow
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
 from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.form import choose_form
 from glm4_exporters.quantize.recipe import Recipe
 from glm4_exporters.reference import load_model
-from glm4_exporters.targets import choose_form
 from glm4_plugins.block_product import OPERATOR, unpack
 from glm4_runtime import Session
 from glm4_runtime.bundle import read_manifest

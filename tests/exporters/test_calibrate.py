@@ -5,9 +5,10 @@ import pytest
 import torch
 from checkpoints import tiny_config, write_checkpoint
 
+from glm4_exporters.architecture import LAYER_SITES
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.quantize import calibrate as calibration_module
-from glm4_exporters.quantize.calibrate import CACHE_STATISTICS, LAYER_SITES, PEAKS, Calibration, calibrate
+from glm4_exporters.quantize.calibrate import CACHE_STATISTICS, PEAKS, Calibration, calibrate
 from glm4_exporters.reference import Glm4ForCausalLM, KVCache, rotary_tables, rotate
 from glm4_runtime.errors import ExportError
 

@@ -17,7 +17,8 @@ import transformers
 from checkpoints import ARCHITECTURE_OF_TASK, tiny_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from glm4_exporters.checkpoint import INDEX, LISTED, WEIGHTS, Checkpoint, expected_tensors
+from glm4_exporters.architecture import expected_tensors, parameter_count
+from glm4_exporters.checkpoint import INDEX, LISTED, WEIGHTS, Checkpoint
 from glm4_exporters.config import TASKS, Glm4Config
 from glm4_runtime.errors import CheckpointError, ConfigError
 
@@ -104,7 +105,7 @@ def test_what_transformers_saves(tmp_path, task, shard_size, tied):
         assert checkpoint.tensors.keys() == parameters.keys()
         for name, parameter in parameters.items():
             assert torch.equal(checkpoint.read(name), parameter)
-        assert checkpoint.config.parameter_count() == model.num_parameters()
+        assert parameter_count(checkpoint.config) == model.num_parameters()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

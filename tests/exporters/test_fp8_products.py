@@ -11,10 +11,10 @@ import onnxruntime
 import pytest
 import torch
 from checkpoints import random_tensors, tiny_config
+from graphs import lower
 
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.formats import CODES, FORMATS
-from glm4_exporters.passes import lower
 from glm4_exporters.passes.fix_capacity import FixCapacity
 from glm4_exporters.passes.quantize_inputs import QuantizeInputs
 from glm4_exporters.passes.quantize_weights import QuantizeWeights

@@ -6,6 +6,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from checkpoints import random_tensors, tiny_config, write_checkpoint
+from graphs import lower
 from safetensors.torch import save_file
 
 from glm4_exporters import weights as weights_module
@@ -13,7 +14,6 @@ from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.formats import FORMATS
 from glm4_exporters.formats.float8 import FP8_MAX
-from glm4_exporters.passes import lower
 from glm4_exporters.passes.quantize_weights import QuantizeWeights
 from glm4_exporters.quantize.smooth import Smoothing
 from glm4_exporters.trace import trace

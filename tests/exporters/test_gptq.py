@@ -5,13 +5,14 @@ import pytest
 import torch
 from checkpoints import tiny_config, write_checkpoint
 
-from glm4_exporters.checkpoint import EMBEDDING, HEAD, Checkpoint
+from glm4_exporters.architecture import EMBEDDING, HEAD
+from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.form import choose_form
 from glm4_exporters.formats import CODES, FORMATS, SCALES
 from glm4_exporters.quantize import gptq
 from glm4_exporters.quantize.gptq import Rounded, _Moments, round_matrices
 from glm4_exporters.quantize.smooth import Smoothing
 from glm4_exporters.reference import load_model
-from glm4_exporters.targets import choose_form
 
 SHAPES = {
     "biased": {},

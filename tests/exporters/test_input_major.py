@@ -2,18 +2,15 @@
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from checkpoints import tiny_config, write_checkpoint
+from graphs import logits, lower, written
 
-from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.formats import FORMATS, Integers
-from glm4_exporters.passes import lower
 from glm4_exporters.passes.input_major import InputMajor
 from glm4_exporters.passes.quantize_weights import QuantizeWeights
 from glm4_exporters.trace import trace
-from glm4_exporters.weights import attach, layout, write_weights
 
 CONFIG = Glm4Config.from_dict(tiny_config(num_hidden_layers=1))
 ALONE = ("self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
@@ -37,27 +34,6 @@ def quantized(traced, form):
     return model
 
 
-def written(model, source, path):
-    """The model with its data in ``path.data``."""
-    with Checkpoint.load(source) as checkpoint:
-        places = layout(model)
-        write_weights(checkpoint, places, path.with_suffix(".data"))
-    attach(model, places, f"{path.stem}.data")
-    ir.save(model, path.with_suffix(".onnx"))
-    return ir.load(path.with_suffix(".onnx")).graph.initializers
-
-
-def run(path):
-    plain = onnxruntime.SessionOptions()  # as it is written: optimized, int4 products round their inputs
-    plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(path, plain, providers=["CPUExecutionProvider"])
-    ids, none = np.arange(4, 10)[None], np.zeros(1, np.int32)
-    inputs = {"input_ids": ids, "past_lengths": none, "query_lengths": none + 6, "logits_indices": ids - 4}
-    empty = np.zeros((1, 2, 6, 16), np.float16)
-    past = {value.name: empty for value in session.get_inputs() if value.name.startswith("past_key")}
-    return session.run(["logits"], inputs | past)[0]
-
-
 @pytest.mark.parametrize("name", ["int8-channel", "int4"])
 def test_weights_of_lone_products_are_transposed(traced, source, tmp_path, name):
     rows = written(quantized(traced, FORMATS[name]), source, tmp_path / "rows")
@@ -72,7 +48,7 @@ def test_weights_of_lone_products_are_transposed(traced, source, tmp_path, name)
             one, other = (tensors[f"{weight}.{part}"].const_value.numpy() for tensors in (rows, columns))
             np.testing.assert_array_equal(one.T if turned else one, other)
     np.testing.assert_allclose(
-        run(tmp_path / "columns.onnx"), run(tmp_path / "rows.onnx"), rtol=1e-2, atol=1e-2
+        *(logits(tmp_path / name, as_written=True) for name in ("columns", "rows")), rtol=1e-2, atol=1e-2
     )
     assert not InputMajor()(model).modified
 

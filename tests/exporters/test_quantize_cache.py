@@ -9,17 +9,18 @@ import pytest
 import torch
 from attention_cases import random_case
 from checkpoints import tiny_config, write_checkpoint
+from graphs import lower
 
 from glm4_exporters.cache_types import cache_providers, choose_cache
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
-from glm4_exporters.passes import lower
 from glm4_exporters.passes.group_query_attention import GroupQueryAttention
 from glm4_exporters.passes.quantize_cache import QuantizeCache
 from glm4_exporters.quantize.calibrate import calibrate
 from glm4_exporters.quantize.kv_cache import FLOOR, LEVELS, MARGIN, CacheScales, cache_scales
 from glm4_exporters.quantize.smooth import Smoothing
 from glm4_exporters.reference import KVCache, load_model
+from glm4_exporters.targets import TARGETS
 from glm4_exporters.trace import trace
 from glm4_plugins.operator import partial_rope_gqa_attention
 from glm4_runtime.errors import ExportError
@@ -235,21 +236,23 @@ def test_a_graph_and_scales_of_another_depth_do_not_pass():
 def test_int8_is_refused_where_it_cannot_be(overrides, task, target, activations, reason):
     config = Glm4Config.from_dict(tiny_config(**overrides))
     with pytest.raises(ExportError, match=f"cannot be int8: .*{reason}.*leave --kv-cache out"):
-        choose_cache(config, task, target, activations, "int8")
-    assert choose_cache(config, task, target, activations) == (activations if task == "causal-lm" else None)
+        choose_cache(config, task, TARGETS[target], activations, "int8")
+    assert choose_cache(config, task, TARGETS[target], activations) == (
+        activations if task == "causal-lm" else None
+    )
 
 
 def test_our_own_attention_has_an_int8_cache_of_any_head():
     config = Glm4Config.from_dict(tiny_config(head_dim=12))
-    assert choose_cache(config, "causal-lm", "cpu", "float32", "int8") == "int8"
+    assert choose_cache(config, "causal-lm", TARGETS["cpu"], "float32", "int8") == "int8"
 
 
 def test_other_caches_are_unknown():
     with pytest.raises(ExportError, match="unknown KV cache 'int4'; it is one of auto, int8"):
-        choose_cache(Glm4Config.from_dict(tiny_config()), "causal-lm", "ort", "float32", "int4")
+        choose_cache(Glm4Config.from_dict(tiny_config()), "causal-lm", TARGETS["ort"], "float32", "int4")
 
 
 def test_only_proved_providers_run_an_int8_cache():
     both = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    assert cache_providers("float16", both) == both
-    assert cache_providers("int8", both) == ("CPUExecutionProvider",)
+    assert cache_providers("float16", TARGETS["ort"], "float16") == both
+    assert cache_providers("int8", TARGETS["ort"], "float16") == ("CPUExecutionProvider",)

@@ -7,9 +7,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from checkpoints import tiny_config
+from graphs import lower
 
 from glm4_exporters.config import Glm4Config
-from glm4_exporters.passes import lower
 from glm4_exporters.passes.scale_eps import ScaleEps
 from glm4_exporters.trace import trace
 

@@ -11,7 +11,8 @@ from checkpoints import random_tensors, tiny_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from glm4_exporters import aligned_file, weights
-from glm4_exporters.checkpoint import Checkpoint, expected_tensors
+from glm4_exporters.architecture import expected_tensors
+from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.element_types import TORCH_TYPES, ir_type
 from glm4_exporters.trace import ROTARY_COS, ROTARY_SIN, trace

@@ -12,7 +12,8 @@ from checkpoints import tiny_config
 
 from benchmarks.gpu_check import engines, report
 from benchmarks.make_checkpoint import SIZES
-from glm4_exporters.checkpoint import Checkpoint, expected_tensors
+from glm4_exporters.architecture import expected_tensors
+from glm4_exporters.checkpoint import Checkpoint
 from glm4_runtime import Session
 
 ROOT = Path(__file__).parents[2]

@@ -18,6 +18,11 @@ BITS = {"int4": 4, "uint8": 8, "int8": 8, "float8e4m3fn": 8, "float16": 16, "bfl
 Encoded = Mapping[str, "Tensor"]
 
 
+def scale_type(activations: str) -> str:
+    """Element type of 16-bit scales: bfloat16 for float32, of which a scale needs the range and no more digits."""
+    return "bfloat16" if activations == "float32" else activations
+
+
 @dataclass(frozen=True)
 class Part:
     """One array that a matrix is stored as.
@@ -101,6 +106,10 @@ class Format(ABC):
     def decode(self, parts: Encoded, width: int) -> "Tensor":
         """The values that parts stand for, float32 [rows, width]."""
 
+    def nbytes(self, rows: int, width: int, scale_type: str) -> int:
+        """Of a matrix [rows, width]."""
+        return sum(part.nbytes for part in self.parts(rows, width, scale_type).values())
+
     @property
     def needs_text(self) -> bool:
         """Whether it cannot be made without calibration text."""
@@ -109,8 +118,7 @@ class Format(ABC):
     def bits_per_weight(self, scale_type: str = "float16") -> float:
         """Of a matrix of many long rows, scales counted."""
         rows, width = 1 << 20, (self.block or 1) << 20
-        whole = self.parts(rows, width, scale_type)
-        return round(8 * sum(part.nbytes for part in whole.values()) / (rows * width), 4)
+        return round(8 * self.nbytes(rows, width, scale_type) / (rows * width), 4)
 
     def blocks(self, width: int) -> int:
         """Blocks of a row of ``width`` numbers; the last may be shorter."""

@@ -1,23 +1,90 @@
-"""Passes take the canonical graph to a dialect: one file, one verb, one test each."""
+"""Passes take the canonical graph to what a target runs: one file, one verb, one test each.
 
-from collections.abc import Callable
+The order of all passes is in this file and nowhere else. A pass changes a graph and never a file.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import onnx_ir as ir
 
+from glm4_exporters.form import Form
+from glm4_exporters.formats import Format
+from glm4_exporters.passes.fix_capacity import FixCapacity
 from glm4_exporters.passes.group_query_attention import GroupQueryAttention
+from glm4_exporters.passes.input_major import InputMajor
 from glm4_exporters.passes.native_attention import NativeAttention
+from glm4_exporters.passes.packed_products import PackedProducts
+from glm4_exporters.passes.plugin_attention import PluginAttention
+from glm4_exporters.passes.quantize_cache import QuantizeCache
+from glm4_exporters.passes.quantize_inputs import QuantizeInputs
+from glm4_exporters.passes.quantize_weights import QuantizeWeights
+from glm4_exporters.passes.scale_eps import ScaleEps
 from glm4_exporters.passes.skip_norm import SkipNorm
+from glm4_exporters.passes.split_products import SplitProducts
 from glm4_exporters.passes.transposed_matmul import TransposedMatMul
+from glm4_exporters.quantize.kv_cache import CacheScales
+from glm4_exporters.targets import Target
 
-DIALECTS: dict[str, tuple[Callable[[], ir.passes.InPlacePass], ...]] = {
-    "native": (NativeAttention,),
-    "ort": (GroupQueryAttention, NativeAttention, TransposedMatMul, SkipNorm),
-    "cpu": (TransposedMatMul, SkipNorm),  # attention is an operator of ours as it stands
+Pass = ir.passes.InPlacePass
+
+# By the names in a target's row.
+ATTENTION: Mapping[str, Callable[[], Pass]] = {
+    "group-query": GroupQueryAttention,
+    "standard": NativeAttention,
 }
+PRODUCTS: Mapping[str, tuple[Callable[[], Pass], ...]] = {
+    "standard": (),
+    "fused": (TransposedMatMul,),
+    "packed": (TransposedMatMul,),
+}
+STORED: Mapping[str, tuple[Callable[[Mapping[str, Format]], Pass], ...]] = {
+    "standard": (partial(QuantizeWeights, "standard"),),
+    "fused": (partial(QuantizeWeights, "fused"),),
+    "packed": (PackedProducts, partial(QuantizeWeights, "fused")),  # of what PackedProducts leaves
+}
+NORMS: Mapping[str, tuple[Callable[[], Pass], ...]] = {"standard": (), "skip": (SkipNorm,)}
 
 
-def lower(model: ir.Model, dialect: str) -> ir.Model:
-    """Take a canonical graph to ``dialect``, in place."""
-    for make in DIALECTS[dialect]:
-        make()(model)
+def lowering(target: Target, plugin: PluginAttention | None = None) -> list[Pass]:
+    """From the canonical graph to the target's operators, or to its attention by our plugin for TensorRT."""
+    attention = [plugin] if plugin is not None else [ATTENTION[name]() for name in target.attention]
+    products = [make() for make in PRODUCTS[target.products.name]]
+    return [*attention, *products, *(make() for make in NORMS[target.norms])]
+
+
+def model_passes(
+    form: Form,
+    *,
+    norm_bits: Mapping[str, int],
+    cache_scales: Sequence[CacheScales],
+    input_scales: Mapping[str, float],
+    plugin: PluginAttention | None = None,
+) -> list[Pass]:
+    """From the canonical graph to the one whose weights are written. An empty argument leaves its pass out.
+
+    Args:
+        norm_bits, cache_scales, input_scales: what calibration found.
+        plugin: attention for an engine, in place of the target's own.
+    """
+    products = form.target.products
+    return [
+        *([ScaleEps(norm_bits)] if norm_bits else []),  # before a pass that fuses norms
+        *lowering(form.target, plugin),
+        *([QuantizeCache(cache_scales)] if cache_scales else []),
+        *(make(form.formats) for make in STORED[products.name] if form.formats),
+        *([QuantizeInputs(input_scales, unsigned=products.unsigned_inputs)] if input_scales else []),
+        *([InputMajor()] if form.target.input_major else []),
+    ]
+
+
+def engine_passes(capacity: int) -> list[Pass]:
+    """From a graph whose weights are written to the one that TensorRT parses."""
+    return [FixCapacity(capacity), SplitProducts()]
+
+
+def run(model: ir.Model, passes: Sequence[Pass]) -> ir.Model:
+    """Apply passes in order, in place."""
+    for each in passes:
+        each(model)
     return model

@@ -143,7 +143,6 @@ LOWERINGS = {
     ),
     "standard": (_Row(("", "Transpose"), 0, _any, _dequantized),),
 }
-LOWERINGS["packed"] = LOWERINGS["fused"]  # of what PackedProducts left
 
 
 def _shape(weight: ir.Value) -> tuple[int, int]:

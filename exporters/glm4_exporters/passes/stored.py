@@ -5,9 +5,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from glm4_exporters.element_types import ir_type, scale_type, type_name
+from glm4_exporters.element_types import ir_type, type_name
 from glm4_exporters.formats.arrangements import Arrangement
-from glm4_exporters.formats.base import CODES, Format, Part
+from glm4_exporters.formats.base import CODES, Format, Part, scale_type
 from glm4_exporters.passes.builder import Builder, fixed
 
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from glm4_exporters import streamed
-from glm4_exporters.checkpoint import HEAD, Checkpoint
+from glm4_exporters.architecture import HEAD, LAYER_SITES, MATRICES, site_width
+from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.reference import Glm4DecoderLayer, rotary_tables, rotate
 from glm4_runtime.errors import ExportError
@@ -38,14 +39,6 @@ SCORES_BLOCK = 1 << 24  # attention scores in memory at a time
 MOST_BYTES = 1 << 30  # of all tokens' hidden states, and again of the longest sequence's activations
 MLP_COPIES = 5  # gate, up, silu(gate), their product and its sizes are in memory together
 SEED = 0
-
-# Per site: the matrices that read one input, in a layer. The head follows the last layer.
-LAYER_SITES: dict[str, tuple[str, ...]] = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o_proj": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_up_proj",),
-    "down_proj": ("mlp.down_proj",),
-}
 
 # The values of which the largest is kept per layer. ``scores`` are scaled and seen by the mask; ``product``
 # is silu(gate) * up; ``residual`` is the larger of the two sums that a layer makes.
@@ -126,10 +119,9 @@ class Calibration:
         if name == HEAD and self.head is not None:
             return self.head
         parts = name.split(".")
-        for site, matrices in LAYER_SITES.items():
-            if parts[:2] == ["model", "layers"] and ".".join(parts[3:-1]) in matrices:
-                return self.layers[int(parts[2])].sites[site]
-        raise KeyError(name)
+        if parts[:2] != ["model", "layers"]:
+            raise KeyError(name)
+        return self.layers[int(parts[2])].sites[MATRICES[".".join(parts[3:-1])].site]
 
     def save(self, path: Path) -> None:
         """Write one ``.npz``, the same bytes for the same statistics."""
@@ -353,10 +345,7 @@ class _LayerMeter:
     peaks: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        queries = self.config.num_attention_heads * self.config.head_dim
-        hidden, width = self.config.hidden_size, self.config.intermediate_size
-        channels = {"qkv": hidden, "o_proj": queries, "gate_up": hidden, "down_proj": width}
-        self.inputs = {site: _InputMeter(channels[site]) for site in LAYER_SITES}
+        self.inputs = {site: _InputMeter(site_width(self.config, site)) for site in LAYER_SITES}
         heads = (self.config.num_key_value_heads, self.config.head_dim)
         self.key_absmax, self.key_radius, self.value_absmax = (torch.zeros(heads) for _ in range(3))
 

@@ -16,22 +16,22 @@ import copy
 import mmap
 import shutil
 import tempfile
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from glm4_exporters import streamed
-from glm4_exporters.checkpoint import EMBEDDING, HEAD, Checkpoint, expected_tensors
+from glm4_exporters.architecture import EMBEDDING, HEAD, LAYER_SITES, expected_tensors
+from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.formats import CODES, SCALES, Encoded, Format, Integers
 from glm4_exporters.formats.rounding import quantize
 from glm4_exporters.formats.rounding import rounded as round_codes
-from glm4_exporters.quantize.calibrate import LAYER_SITES, BlockedAttention
+from glm4_exporters.quantize.calibrate import BlockedAttention
 from glm4_exporters.quantize.smooth import Smoothing
 from glm4_exporters.reference import Glm4DecoderLayer
 from glm4_runtime.errors import ExportError
@@ -97,7 +97,7 @@ def round_matrices(
         _smooth(layer, f"model.layers.{index}.", smoothing)
         own = copy.deepcopy(layer)
         walks = [
-            [_inputs(model, x, attends[x.shape[1]]) for x in states]
+            [model.sites(x, attends[x.shape[1]]) for x in states]
             for model, states in ((layer, exact), (own, rounded))
         ]
         for matrices in LAYER_SITES.values():
@@ -134,28 +134,6 @@ def _round_head(
         for _ in moments.rounded(smoothing.apply(HEAD, block, first).float(), form, scale_type, part):
             pass  # nothing reads the logits
     result.written()
-
-
-def _inputs(layer: Glm4DecoderLayer, x: Tensor, attend: BlockedAttention) -> Generator[Tensor]:
-    """What each site of a layer reads, in the order of ``LAYER_SITES``, then what the layer gives.
-
-    Weights may change between one and the next.
-    """
-    normed = layer.input_layernorm(x)
-    yield normed
-    attention, mlp = layer.self_attn, layer.mlp
-    normed = attend(
-        attention.layer, attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
-    )
-    yield normed
-    x = x + layer.post_self_attn_layernorm(attention.o_proj(normed))
-    normed = layer.post_attention_layernorm(x)
-    yield normed
-    gate, up = mlp.gate_up_proj(normed).split([mlp.width, mlp.width], dim=-1)
-    product = F.silu(gate) * up
-    del gate, up
-    yield product
-    yield x + layer.post_mlp_layernorm(mlp.down_proj(product))
 
 
 class _Moments:

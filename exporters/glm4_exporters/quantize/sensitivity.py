@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from glm4_exporters import streamed
-from glm4_exporters.checkpoint import EMBEDDING, HEAD, Checkpoint, expected_tensors
+from glm4_exporters.architecture import EMBEDDING, HEAD, expected_tensors
+from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.quantize.calibrate import BlockedAttention
 from glm4_exporters.reference import Glm4DecoderLayer
 from glm4_runtime.errors import ExportError

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glm4_exporters.checkpoint import HEAD
+from glm4_exporters.architecture import HEAD
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.quantize.calibrate import Calibration, Site, Vector
 

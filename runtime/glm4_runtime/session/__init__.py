@@ -1,4 +1,4 @@
-"""Sessions: one protocol, one file per runtime. Which one opens a bundle follows from its dialect."""
+"""Sessions: one protocol, one file per runtime. Which runtime opens a bundle follows from its dialect."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -9,11 +9,18 @@ from glm4_runtime.bundle import Manifest, read_manifest, verify_files
 from glm4_runtime.errors import BundleError
 from glm4_runtime.session.base import Session
 
-# dialect -> module and class; imported when chosen, since each needs a runtime that may not be installed
+ONNX_RUNTIME = "onnxruntime"
+# By dialect: what runs it.
+RUNTIMES = {
+    "ort": ONNX_RUNTIME,
+    "cpu": ONNX_RUNTIME,
+    "native": ONNX_RUNTIME,
+    "tensorrt-rtx": "tensorrt-rtx",
+    "tensorrt": "tensorrt",
+}
+# By runtime: module and class; imported when chosen, since each needs a runtime that may not be installed.
 SESSIONS = {
-    "ort": ("glm4_runtime.session.ort", "OrtSession"),
-    "cpu": ("glm4_runtime.session.ort", "OrtSession"),
-    "native": ("glm4_runtime.session.ort", "OrtSession"),
+    ONNX_RUNTIME: ("glm4_runtime.session.ort", "OrtSession"),
     "tensorrt-rtx": ("glm4_runtime.session.tensorrt", "TensorRtSession"),
     "tensorrt": ("glm4_runtime.session.tensorrt", "TensorRtSession"),
 }
@@ -27,13 +34,13 @@ def open_session(
         if options[name] is not None and options[name] < 1:
             raise BundleError(f"{name} is {options[name]}, but must be at least 1")
     manifest = read_manifest(folder)
-    if manifest.dialect not in SESSIONS:
+    if manifest.dialect not in RUNTIMES:
         raise BundleError(
-            f"{folder} holds a graph in the dialect {manifest.dialect!r}; this runtime opens {', '.join(sorted(SESSIONS))}"
+            f"{folder} holds a graph in the dialect {manifest.dialect!r}; this runtime opens {', '.join(sorted(RUNTIMES))}"
         )
     limits = _limits(manifest, max_seq_len, max_batch_size)
     verify_files(folder, manifest, hashes=verify)
-    module, name = SESSIONS[manifest.dialect]
+    module, name = SESSIONS[RUNTIMES[manifest.dialect]]
     make = cast("Callable[..., Session]", getattr(import_module(module), name))
     return make(folder, manifest, *limits, **options)
 

@@ -20,6 +20,7 @@ from glm4_runtime.session.bound_rows import BoundRows
 from glm4_runtime.session.memory import CacheMemory, HostMemory
 
 OPERATORS, LIBRARY = "glm4_plugins", "cpu_operators"
+OPERATOR_DOMAIN = "glm4"  # of those operators, in graphs
 # Those that this session can drive, the fastest first.
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 # What a provider cannot do, where the manifest does not list it.
@@ -116,7 +117,7 @@ def _or_none(names: Sequence[str]) -> str:
 
 
 class OrtSession(Session):
-    """A bundle of the dialects ``ort`` and ``native`` on ONNX Runtime."""
+    """A bundle that is an ONNX graph, on ONNX Runtime."""
 
     def __init__(
         self,
@@ -137,7 +138,7 @@ class OrtSession(Session):
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.log_severity_level = 3  # errors; what it warns of is decided above
-        library = operator_library() if manifest.dialect == "cpu" else None
+        library = operator_library() if OPERATOR_DOMAIN in manifest.opsets else None
         try:
             if library is not None:
                 options.register_custom_ops_library(str(library))

@@ -1,0 +1,172 @@
+"""How every tensor of a model is stored, in a target and a precision."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+from glm4_exporters.architecture import EMBEDDING, HEAD, MATRICES, matrix_width
+from glm4_exporters.config import Glm4Config
+from glm4_exporters.formats import Format, InputRounding, require_format
+from glm4_exporters.formats.base import BITS, scale_type
+from glm4_exporters.quantize.recipe import Recipe
+from glm4_exporters.targets import ACTIVATIONS, GROUPS, Precision, Target, require_target
+from glm4_runtime.errors import ExportError
+
+
+@dataclass(frozen=True)
+class Form:
+    """A target in a precision, with every choice made.
+
+    Attributes:
+        activations: element type of activations and of weights that have no format.
+        groups: what each group of tensors is stored as, for the manifest.
+        formats: by canonical name of the matrix.
+        table: how the embedding is looked up; None: the lookup table is not quantized. A tied head still may be.
+        kv_cache: element type of the cache; None for a task without one.
+    """
+
+    target: Target
+    activations: str
+    groups: Mapping[str, str]
+    formats: Mapping[str, Format]
+    table: Format | None = None
+    kv_cache: str | None = None
+
+    def with_cache(self, kv_cache: str | None) -> "Form":
+        """The same with a cache of this element type."""
+        return replace(self, kv_cache=kv_cache)
+
+    @property
+    def rounded_inputs(self) -> dict[str, InputRounding]:
+        """What the inputs of products are rounded to, by name of the matrix; the others read them as they are."""
+        return {name: form.inputs for name, form in self.formats.items() if form.inputs is not None}
+
+    def weight_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """What weights of these shapes, by canonical name, take when they are stored."""
+        plain = {name: prod(shape) * BITS[self.activations] // 8 for name, shape in shapes.items()}
+        stored = {
+            name: form.nbytes(shapes[name][0], shapes[name][1], scale_type(self.activations))
+            for name, form in self.formats.items()
+        }
+        twice = (
+            plain[EMBEDDING] if EMBEDDING in stored and self.table is None else 0
+        )  # the head's, and as it is
+        return sum((plain | stored).values()) + twice
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether a matrix cannot be stored without calibration text."""
+        return any(form.needs_text for form in self.formats.values())
+
+
+def choose_form(
+    config: Glm4Config,
+    task: str,
+    target_name: str,
+    precision_name: str,
+    activations: str | None = None,
+    recipe: Recipe | None = None,
+) -> Form:
+    """Decide how every tensor of a model is stored.
+
+    Args:
+        activations: ``fp32``, ``fp16`` or ``bf16``, for a quantized precision; the target's choice where None.
+        recipe: formats of single matrices, in place of the precision's own.
+
+    Raises:
+        ExportError: a combination that cannot be exported; says what can.
+    """
+    target, precision = require_target(target_name, precision_name)
+    chosen = _activations(target, precision, precision_name, activations)
+    if not precision.quantized:
+        if recipe is not None:
+            raise ExportError(f"precision {precision_name} quantizes nothing, so it takes no --recipe")
+        return Form(target, chosen, dict.fromkeys(GROUPS, chosen), {})
+    layers = precision.formats["layers"]
+    found = {
+        f"model.layers.{layer}.{matrix}.weight": precision.matrices.get(matrix, layers)
+        for layer in range(config.num_hidden_layers)
+        for matrix in MATRICES
+    }
+    tied = config.tie_word_embeddings and task == "causal-lm"
+    if target.products.lookups or tied:  # a tied matrix, under its first name, is the head's
+        found[EMBEDDING] = precision.formats["head" if tied else "embedding"]
+    if task == "causal-lm" and not tied:
+        found[HEAD] = precision.formats["head"]
+    if recipe is not None:
+        recipe.require_used({*found, EMBEDDING})  # which some targets look up as it is: one recipe serves all
+        found |= {name: own for name in found if (own := recipe.format_of(name)) is not None}
+    found = {name: target.formats.get(form, form) for name, form in found.items()}
+    whole_blocks = EMBEDDING in found and not config.hidden_size % (
+        require_format(found[EMBEDDING]).block or 1
+    )
+    table = found[EMBEDDING] if target.products.lookups and whole_blocks else None
+    if table is None and not tied:
+        found.pop(EMBEDDING, None)
+    formats = {name: require_format(form) for name, form in found.items()}
+    for name, form in formats.items():
+        _require_width(name, matrix_width(config, name), form, target)
+        _require_integer_product(name, form, target, chosen)
+    fixed = any(form.inputs for form in formats.values())  # int8-sq's products are not those it speaks of
+    return Form(
+        target,
+        chosen,
+        {**_groups(found, table, chosen, EMBEDDING if tied else HEAD), **({} if fixed else target.says)},
+        formats,
+        None if table is None else require_format(table),
+    )
+
+
+def _groups(found: Mapping[str, str], table: str | None, activations: str, head: str) -> dict[str, str]:
+    """What each group is stored as; the layers' formats with the most matrices first."""
+    layers = Counter(form for name, form in found.items() if name.startswith("model.layers."))
+    return {
+        "embedding": table or activations,
+        "layers": ", ".join(form for form, _ in layers.most_common()),
+        "head": found.get(head, activations),
+    }
+
+
+def _activations(target: Target, precision: Precision, precision_name: str, asked: str | None) -> str:
+    if asked is not None and asked not in ACTIVATIONS:
+        raise ExportError(f"unknown activations {asked!r}; they are {', '.join(ACTIVATIONS)}")
+    if precision.activations is not None:
+        if asked is not None and ACTIVATIONS[asked] != precision.activations:
+            raise ExportError(
+                f"activations of precision {precision_name} are {precision_name}, not {asked}; "
+                f"leave --activations out, or take --precision {asked}"
+            )
+        return precision.activations
+    chosen = target.quantized_activations if asked is None else ACTIVATIONS[asked]
+    if target.engine is not None and chosen == "float32":
+        raise ExportError(f"target {target.name} has no fp32 activations; take fp16 or bf16")
+    if chosen not in target.providers:
+        known = ", ".join(name for name, dtype in ACTIVATIONS.items() if dtype in target.providers)
+        raise ExportError(f"target {target.name} has no {asked} activations; it has {known}")
+    return chosen
+
+
+def _require_width(name: str, width: int, form: Format, target: Target) -> None:
+    if form.bits == 4 and target.products.even_rows and width % 2:
+        raise ExportError(
+            f"{name} has {width} inputs per row, an odd number, which 4-bit numbers two to a byte "
+            "do not fit in the native dialect; export with --precision int8, or --target ort"
+        )
+    if form.block is not None and target.engine is not None and width % form.block:
+        # TensorRT divides the width by the number of scales, and would take other blocks than were written.
+        raise ExportError(
+            f"{name} has {width} inputs per row, which is no multiple of the {form.block} numbers under one scale "
+            f"that {target.engine} needs; export with --precision int8, or --target ort"
+        )
+
+
+def _require_integer_product(name: str, form: Format, target: Target, activations: str) -> None:
+    if form.inputs and not name.startswith("model.layers."):
+        raise ExportError(f"{name} cannot be int8-sq, which is for the matrices of layers; take int8")
+    given = target.products.integer_activations
+    if form.inputs and given is not None and activations != given:
+        raise ExportError(
+            "ONNX Runtime's integer products give fp32, so int8-sq takes no other activations here; "
+            "leave --activations out, or export with --precision int8"
+        )

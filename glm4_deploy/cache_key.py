@@ -1,0 +1,44 @@
+"""The cache key of an export: equal keys mean equal bundles, and no weight is read for it."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from glm4_deploy.plan import ExportOptions, make_plan
+from glm4_deploy.tools import tool_versions
+from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.engine import engine_version
+from glm4_runtime.bundle import SCHEMA_VERSION
+from glm4_runtime.errors import ExportError
+
+
+def cache_key(checkpoint: str | Path, options: ExportOptions) -> str:
+    """SHA-256 of everything that decides the bundle's bytes, without reading a weight.
+
+    Options, versions of our package and the tools that shape a bundle, and the checkpoint's fingerprint:
+    its configuration, its tensor headers, and per shard the content hash under which a hub cache stores
+    it, or else size and modification time.
+    """
+    with Checkpoint.load(checkpoint, task=options.task) as source:
+        plan = make_plan(source, options)
+        shaping = {name: value for name, value in dataclasses.asdict(options).items() if name != "parity"}
+        del shaping["engine"]["timing_cache"]  # saves time, and lies elsewhere on each machine
+        for name in ("calibration", "recipe"):  # what they hold, wherever they lie
+            shaping[name] = shaping[name] and _sha256(Path(shaping[name]))
+        built = {} if plan.engine is None else {plan.engine.kind: engine_version(plan.engine.kind)}
+        parts = {
+            "schema": SCHEMA_VERSION,
+            "options": shaping | {"task": source.task} | dataclasses.asdict(plan.limits),
+            "tools": tool_versions() | built,
+            "checkpoint": source.fingerprint(),
+        }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,62 @@
+"""The manifest of an ONNX bundle, from the plan and from what was written."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from glm4_deploy.plan import Plan
+from glm4_deploy.tools import tool_versions
+from glm4_exporters.cache_types import cache_providers
+from glm4_exporters.config import Glm4Config
+from glm4_exporters.graph_io import graph_io
+from glm4_runtime.bundle import WEIGHTS, Manifest, ModelInfo, file_entry
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from glm4_deploy.calibration import Prepared
+    from glm4_exporters.weights import WrittenWeights
+
+
+def describe(
+    plan: Plan, prepared: "Prepared", model: "ir.Model", folder: Path, written: "WrittenWeights"
+) -> Manifest:
+    """What the bundle in ``folder`` is."""
+    form, task = plan.form, plan.task
+    io = graph_io(plan.config, task, form.kv_cache or form.activations)
+    files = {path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name != WEIGHTS}
+    return Manifest(
+        task=task,
+        target=form.target.name,
+        dialect=form.target.dialect,
+        precision=plan.options.precision,
+        activations=form.activations,
+        kv_cache=form.kv_cache,
+        model=_model_info(plan.config, task),
+        limits=plan.limits,
+        opsets=dict(model.opset_imports),
+        inputs=io.inputs,
+        outputs=io.outputs,
+        providers=cache_providers(form.kv_cache, form.target, form.activations),
+        tensor_precisions=dict(form.groups),
+        scaled_bits=dict(prepared.norm_bits),
+        tools=tool_versions(),
+        config=plan.config.to_dict(),
+        source_sha256=written.source_sha256,
+        files={**files, WEIGHTS: written.file},
+        pooling="last-token, L2" if task == "encoder" else None,
+    )
+
+
+def _model_info(config: Glm4Config, task: str) -> ModelInfo:
+    return ModelInfo(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_positions=config.positions,
+        eos_token_ids=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        labels=config.id2label if task.endswith("classification") else (),
+    )

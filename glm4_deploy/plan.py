@@ -1,0 +1,162 @@
+"""What an export does, decided before its first step: options become one frozen plan, and nothing below asks them again."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from glm4_exporters.cache_types import choose_cache
+from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.config import Glm4Config
+from glm4_exporters.engine import (
+    EngineOptions,
+    engine_attention,
+    engine_capabilities,
+    engine_capacity,
+    gpu_capability,
+    plugin_phases,
+    require_engine,
+    require_plugin,
+)
+from glm4_exporters.form import Form, choose_form
+from glm4_exporters.quantize.recipe import read_recipe
+from glm4_exporters.targets import RECIPE_FORMATS
+from glm4_runtime.bundle import Limits
+from glm4_runtime.errors import ExportError
+
+DEFAULT_TARGET, DEFAULT_PRECISION, DEFAULT_BATCH = "ort", "int8", 8
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export; every field but ``parity`` shapes the bundle and its cache key."""
+
+    target: str = DEFAULT_TARGET
+    precision: str = DEFAULT_PRECISION
+    task: str | None = None  # the checkpoint's own where None
+    max_seq_len: int | None = None  # the model's positions where None
+    max_batch_size: int = DEFAULT_BATCH
+    parity: bool = True
+    activations: str | None = None  # of a quantized bundle; the target's choice where None
+    calibration: str | None = None  # a file of text or token ids
+    recipe: str | None = None  # a file of formats by tensor
+    kv_cache: str = "auto"  # the activations' type, or int8
+    engine: EngineOptions = field(default_factory=EngineOptions)
+
+
+DEFAULTS = ExportOptions()
+
+
+@dataclass(frozen=True)
+class EngineBuild:
+    """How an engine is built.
+
+    Attributes:
+        kind: the TensorRT that builds it.
+        attention: ``plugin`` or ``native``.
+        layout: ``shared`` or ``split``.
+        graphs: the graphs that engines are built from, by name: one for all profiles, or one each.
+        capacity: positions of the cache, which TensorRT takes as a constant.
+        capabilities: GPUs to name to the builder; none: its own choice.
+        runs_on: the GPUs that the engine then runs on; none: the one that it is built on.
+        later_gpus: whether it runs on later ones too.
+        gpu: compute capability of the GPU here, as 89 for 8.9; None where there is none.
+    """
+
+    kind: str
+    attention: str
+    layout: str
+    graphs: tuple[str, ...]
+    capacity: int
+    capabilities: tuple[str, ...]
+    runs_on: tuple[str, ...]
+    later_gpus: bool
+    gpu: int | None
+    timing_cache: str | None
+    keep_onnx: bool
+
+    @property
+    def by_plugin(self) -> bool:
+        return self.attention == "plugin"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One export, with every choice made.
+
+    Attributes:
+        config: of the checkpoint.
+        options: as they were given, for the report and the cache key.
+        form: how every tensor is stored, and the target's row.
+        engine: None where ONNX Runtime runs the bundle.
+    """
+
+    config: Glm4Config
+    task: str
+    options: ExportOptions
+    form: Form
+    limits: Limits
+    engine: EngineBuild | None
+
+    @property
+    def calibration(self) -> Path | None:
+        """The user's text."""
+        return Path(self.options.calibration) if self.options.calibration else None
+
+
+def make_plan(source: Checkpoint, options: ExportOptions) -> Plan:
+    """Decide everything about the export of a checkpoint.
+
+    Raises:
+        ExportError: options that do not fit each other, the model or this machine; says what would.
+    """
+    form = _form(source, options)
+    _require_limits(source.config, options)
+    limits = Limits(options.max_seq_len or source.config.positions, options.max_batch_size)
+    engine = _engine(source, options, form, limits)
+    return Plan(source.config, source.task, options, form, limits, engine)
+
+
+def _form(source: Checkpoint, options: ExportOptions) -> Form:
+    recipe = read_recipe(Path(options.recipe), RECIPE_FORMATS) if options.recipe is not None else None
+    asked = options.target, options.precision, options.activations
+    form = choose_form(source.config, source.task, *asked, recipe)
+    if form.needs_text and options.calibration is None:
+        raise ExportError(
+            f"precision {options.precision} needs --calibration FILE (.txt, .jsonl or .ids): its activations' scales "
+            "are found on text like that which the model will see"
+        )
+    return form.with_cache(
+        choose_cache(source.config, source.task, form.target, form.activations, options.kv_cache)
+    )
+
+
+def _require_limits(config: Glm4Config, options: ExportOptions) -> None:
+    length = options.max_seq_len
+    if length is not None and not 1 <= length <= config.positions:
+        raise ExportError(f"max_seq_len is {length}, but this model has 1 ... {config.positions} positions")
+    if options.max_batch_size < 1:
+        raise ExportError(f"max_batch_size is {options.max_batch_size}, but must be at least 1")
+
+
+def _engine(source: Checkpoint, options: ExportOptions, form: Form, limits: Limits) -> EngineBuild | None:
+    kind, asked = form.target.engine, options.engine
+    require_engine(kind, options.target, options.precision, source.task, asked)
+    if kind is None:
+        return None
+    attention, gpu = engine_attention(kind, source.task, asked), gpu_capability()
+    by_plugin = attention == "plugin"
+    if by_plugin:
+        require_plugin(source.config, form.activations, limits.max_batch_size, gpu or "")
+    named, runs_on, later = engine_capabilities(kind, options.precision, asked)
+    return EngineBuild(
+        kind=kind,
+        attention=attention,
+        layout=asked.layout,
+        graphs=plugin_phases(asked.layout) if by_plugin else ("shared",),
+        capacity=engine_capacity(limits.max_seq_len),
+        capabilities=named,
+        runs_on=runs_on,
+        later_gpus=later,
+        gpu=None if gpu is None else int(gpu),
+        timing_cache=asked.timing_cache,
+        keep_onnx=asked.keep_onnx,
+    )

@@ -114,7 +114,8 @@ def _cuda() -> Finding:
 def _missing_cuda_libraries() -> str:
     """What of NVIDIA's libraries the CUDA provider would not find; empty where all load."""
     from glm4_runtime.errors import UnavailableError
-    from glm4_runtime.session.ort import load_onnxruntime, preload_cuda
+    from glm4_runtime.session.ort import load_onnxruntime
+    from glm4_runtime.session.ort_cuda import preload_cuda
 
     try:
         return preload_cuda(load_onnxruntime())

@@ -49,7 +49,7 @@ class FakeCuda(types.ModuleType):
         return sum(self.blocks.values())
 
     def cudaFree(self, pointer):
-        self.wait()
+        assert not any(self.queues.values()), "freed while work is pending; CUDA may not wait for it"
         self.memory.pop(pointer, None)
         return (OK if self.blocks.pop(pointer, None) is not None else INVALID_VALUE,)
 
@@ -61,21 +61,23 @@ class FakeCuda(types.ModuleType):
     def cudaFreeHost(self, pointer):
         return (OK if self.pinned.pop(pointer, None) is not None else INVALID_VALUE,)
 
-    def cudaMemset(self, pointer, value, size):
-        self.wait()
+    def cudaMemsetAsync(self, pointer, value, size, stream):
         self.require(pointer, size)
-        ctypes.memset(pointer, value, size)
+        self.enqueue(stream, lambda: ctypes.memset(pointer, value, size))
         return (OK,)
 
-    def cudaMemcpy2D(self, target, target_pitch, source, pitch, width, height, kind):
-        self.wait()
+    def cudaMemcpy2DAsync(self, target, target_pitch, source, pitch, width, height, kind, stream):
         if width > min(target_pitch, pitch) or kind != DEVICE_TO_DEVICE:
             return (INVALID_VALUE,)
         if width and height:
             self.require(target, (height - 1) * target_pitch + width)
             self.require(source, (height - 1) * pitch + width)
-        for row in range(height):
-            ctypes.memmove(target + row * target_pitch, source + row * pitch, width)
+
+        def job():
+            for row in range(height):
+                ctypes.memmove(target + row * target_pitch, source + row * pitch, width)
+
+        self.enqueue(stream, job)
         return (OK,)
 
     def cudaMemcpyAsync(self, target, source, size, kind, stream):
@@ -120,7 +122,7 @@ class FakeCuda(types.ModuleType):
         return (OK,)
 
     def wait(self):
-        """What the legacy default stream does before its own work."""
+        """All work is done, as after a look from outside."""
         for stream in self.queues:
             self.cudaStreamSynchronize(stream)
 

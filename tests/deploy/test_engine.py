@@ -134,7 +134,7 @@ def test_the_report_says_what_it_took(engine_bundle):
 
 
 def test_without_a_gpu_the_session_says_so(engine_bundle):
-    with pytest.raises(BundleError, match="runs on an NVIDIA GPU"):
+    with pytest.raises(BundleError, match="CUDA finds no NVIDIA GPU here"):
         Session.open(engine_bundle[0])
 
 

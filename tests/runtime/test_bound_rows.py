@@ -29,7 +29,9 @@ class Cache:
 
 def bound(device):
     binding = Binding()
-    rows = BoundRows(binding, Cache(), 2, 3, device, VOCAB)
+    rows = BoundRows(
+        binding, Cache(), 2, 3, device, lambda positions: np.empty((*positions, VOCAB), np.float32)
+    )
     assert binding.names == ["past", "present"]
     assert binding.addresses == {"past": 4098, "present": 4098}
     binding.names.clear()

@@ -10,6 +10,8 @@ from fake_cuda import INVALID_VALUE, FakeCuda, install
 
 from glm4_runtime import BundleError
 from glm4_runtime.kv_cache import Move
+from glm4_runtime.session.cuda_device import Cuda
+from glm4_runtime.session.cuda_memory import CudaMemory
 from glm4_runtime.session.memory import HostMemory
 
 
@@ -24,14 +26,17 @@ def manifest(kv_cache="float16", layers=3):
     )
 
 
-def memories(cuda, kv_cache, rows):
-    from glm4_runtime.session.cuda_memory import CudaMemory
+def on_the_gpu(kv_cache, rows):
+    return CudaMemory(manifest(kv_cache), rows, Cuda("cuda", "go elsewhere"))
 
-    return CudaMemory(manifest(kv_cache), rows), HostMemory(manifest(kv_cache), rows)
+
+def memories(cuda, kv_cache, rows):
+    return on_the_gpu(kv_cache, rows), HostMemory(manifest(kv_cache), rows)
 
 
 def array_at(view):
-    """A NumPy array over the memory that a view names."""
+    """A NumPy array over the memory that a view names, once all that was sent to the GPU is done."""
+    getattr(sys.modules.get("cuda.bindings.runtime"), "wait", lambda: None)()
     _, _, dtype, shape, address = view
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return np.frombuffer((ctypes.c_ubyte * size).from_address(address), dtype).reshape(shape)
@@ -118,9 +123,7 @@ def test_views_are_addresses_of_rows_inside_one_allocation(cuda):
 def test_bfloat16_is_bound_by_its_onnx_number(cuda):
     device, _ = memories(cuda, "float16", 1)
     assert device.views(0, 1)[0][2] is np.float16
-    from glm4_runtime.session.cuda_memory import CudaMemory
-
-    wide = CudaMemory(manifest("bfloat16"), 2)
+    wide = on_the_gpu("bfloat16", 2)
     wide.resize(16, 0)
     assert {view[2] for view in wide.views(0, 2)} == {16}
     assert cuda.used() == (6 * 2 + 1) * (2 * 16 * 4 * 2)  # and one row to swap through
@@ -197,15 +200,37 @@ def test_on_the_host_out_of_memory_changes_nothing(monkeypatch):
 
 def test_another_failure_is_said_with_the_calls_name(cuda, monkeypatch):
     device, _ = memories(cuda, "float16", 1)
-    monkeypatch.setattr(cuda, "cudaMemset", lambda *_: (INVALID_VALUE,))
-    with pytest.raises(BundleError, match="cudaMemset failed on the GPU: 1"):
+    monkeypatch.setattr(cuda, "cudaMemsetAsync", lambda *_: (INVALID_VALUE,))
+    with pytest.raises(BundleError, match="cudaMemsetAsync failed on the GPU: 1"):
         device.resize(8, 0)
 
 
 def test_without_cuda_bindings_the_extra_is_named(monkeypatch):
-    from glm4_runtime.session.cuda_memory import CudaMemory
-
     monkeypatch.setitem(sys.modules, "cuda", None)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(BundleError, match=r"cuda-bindings cannot be imported.*install glm4-deploy\[cuda\]"):
-        CudaMemory(manifest(), 1)
+        Cuda("cuda", "go elsewhere")
+
+
+def test_every_move_keeps_its_place_among_the_runs(cuda):
+    """All goes to the session's stream and nothing is done before: a run of before sees what was, of after what is."""
+    device, _ = memories(cuda, "float16", 2)
+    device.resize(8, 0)
+    stream, seen = device._cuda.stream, []
+    cuda.wait()
+    view = device.views(0, 1)[0]
+    address, count = view[4], int(np.prod(view[3]))
+
+    def look():
+        seen.append(np.ctypeslib.as_array((ctypes.c_uint16 * count).from_address(address)).copy())
+
+    for value in (1, 2):
+        cuda.enqueue(stream, lambda value=value: ctypes.memset(address, value, 2 * count))
+        cuda.enqueue(stream, look)
+        device.clear(0)
+        cuda.enqueue(stream, look)
+    device.move(Move(1, 0, 8))
+    cuda.enqueue(stream, look)
+    assert seen == []  # nothing has waited
+    cuda.wait()
+    assert [int(found[0]) for found in seen] == [0x0101, 0, 0x0202, 0, 0]

@@ -3,7 +3,6 @@
 import time
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 
@@ -320,41 +319,6 @@ def test_skipped_providers_are_named():
     chosen, skipped = choose_provider(Fp16(), ["AzureExecutionProvider", "CPUExecutionProvider"], None)
     assert chosen == "CPUExecutionProvider"
     assert skipped == {"CUDAExecutionProvider": "the installed onnxruntime does not have it"}
-
-
-@pytest.fixture
-def cuda_bundle(monkeypatch, edited_manifest):
-    """An fp16 bundle on an onnxruntime that says that it has the CUDA provider, which then does not start."""
-    available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: available)
-    return edited_manifest(providers=available, activations="float16", precision="fp16")
-
-
-def test_nvidias_libraries_are_loaded_before_the_cuda_provider(cuda_bundle, monkeypatch, capsys):
-    order, real = [], onnxruntime.InferenceSession
-
-    def preload():
-        order.append("preload")
-        print("Failed to load libcublas.so.13: cannot open shared object file")
-
-    def opened(path, options, providers):
-        order.append(providers)
-        return real(path, options, providers=["CPUExecutionProvider"])
-
-    monkeypatch.setattr("onnxruntime.preload_dlls", preload)
-    monkeypatch.setattr("onnxruntime.InferenceSession", opened)
-    with pytest.raises(
-        BundleError, match=r"did not start here \(Failed to load libcublas.*glm4-deploy\[cuda\]"
-    ):
-        Session.open(cuda_bundle)
-    assert order == ["preload", ["CUDAExecutionProvider"]]
-    assert capsys.readouterr().out == ""  # what it prints is no part of a command's answer
-    order.clear()
-    monkeypatch.delattr("onnxruntime.preload_dlls")  # an older onnxruntime
-    with pytest.raises(BundleError, match="the driver is missing or too old"):
-        Session.open(cuda_bundle)
-    with Session.open(cuda_bundle, provider="CPUExecutionProvider"):
-        assert order == [["CUDAExecutionProvider"], ["CPUExecutionProvider"]]
 
 
 def test_a_failing_run_leaves_the_slot_as_it_was(session, monkeypatch, reference):

@@ -125,6 +125,50 @@ def test_a_step_is_captured_once_per_batch_size_and_then_launched(session, refer
     close(session.decode({0: 7})[0], expected(reference, tokens)[-1])  # the first graph still holds
 
 
+def failing(cuda, monkeypatch, where):
+    """A CUDA on which a step cannot be recorded."""
+    if where == "the engine":
+        real = fake_tensorrt.FakeContext.execute_async_v3
+        refuses = lambda self, stream: stream not in cuda.recording and real(self, stream)  # noqa: E731
+        monkeypatch.setattr(fake_tensorrt.FakeContext, "execute_async_v3", refuses)
+        return "the engine did not start a run"
+    if where == "the end":
+        real = cuda.cudaStreamEndCapture
+
+        def ends(stream):
+            real(stream)
+            return fake_cuda.INVALID_VALUE, None
+
+        monkeypatch.setattr(cuda, "cudaStreamEndCapture", ends)
+        return "cudaStreamEndCapture failed on the GPU"
+    status = {"instantiation": fake_cuda.INVALID_VALUE, "memory": fake_cuda.OUT_OF_MEMORY}[where]
+    monkeypatch.setattr(cuda, "cudaGraphInstantiate", lambda *_: (status, None))
+    return {"instantiation": "cudaGraphInstantiate failed on the GPU", "memory": "no GPU memory left"}[where]
+
+
+@pytest.mark.parametrize("where", ["the engine", "the end", "instantiation", "memory"])
+def test_a_capture_that_fails_is_told_and_not_tried_again(session, reference, cuda, monkeypatch, where):
+    said = failing(cuda, monkeypatch, where)
+    captures, real = [], cuda.cudaStreamBeginCapture
+    monkeypatch.setattr(cuda, "cudaStreamBeginCapture", lambda *a: captures.append(a) or real(*a))
+    tokens, other = ids(9), ids(12, seed=1)
+    session.prefill(0, tokens)
+    session.prefill(1, other)
+    assert "CUDA graph" not in session.skipped
+    for step in range(3):
+        tokens.append(20 + step)
+        close(session.decode({0: tokens[-1]})[0], expected(reference, tokens)[-1])
+    for step in range(3):  # another number of rows would be recorded for itself
+        tokens.append(30 + step)
+        other.append(40 + step)
+        result = session.decode({0: tokens[-1], 1: other[-1]})
+        close(result[0], expected(reference, tokens)[-1])
+        close(result[1], expected(reference, other)[-1])
+    assert len(captures) == 1
+    assert session.skipped["CUDA graph"].startswith(said)  # the first error, not that of leaving the capture
+    assert (cuda.launches, cuda.recording) == (0, {})
+
+
 def test_all_contexts_share_weights_and_activations(session, tensorrt):
     for slot in range(4):
         session.prefill(slot, ids(5, seed=slot))
@@ -285,7 +329,7 @@ def test_counters_that_are_not_zeroed_are_noticed(plugin_bundle, tensorrt, monke
 
 def test_a_host_without_a_gpu_is_told(bundle, tensorrt, cuda):
     cuda.devices = 0
-    with pytest.raises(BundleError, match=r"runs on an NVIDIA GPU and CUDA finds none here.*--target ort"):
+    with pytest.raises(BundleError, match=r"CUDA finds no NVIDIA GPU here.*--target ort"):
         Session.open(bundle)
     assert cuda.queues == {}
 

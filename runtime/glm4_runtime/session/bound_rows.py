@@ -1,6 +1,6 @@
 """What ONNX Runtime reads and writes in a step on some rows of the cache, bound to fixed addresses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,16 @@ class BoundRows:
     """
 
     def __init__(
-        self, binding: Any, cache: CacheMemory, first_row: int, count: int, device: str, vocab_size: int
+        self,
+        binding: Any,
+        cache: CacheMemory,
+        first_row: int,
+        count: int,
+        device: str,
+        new_logits: Callable[[tuple[int, int]], Logits],
     ) -> None:
         self.binding = binding
-        self._vocab_size = vocab_size
+        self._new_logits = new_logits  # for so many rows, and positions of each
         # Binding an input copies it to a device that is not the CPU, so there it is done for each step.
         self._binds_each_step = device != "cpu"
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
@@ -35,7 +41,8 @@ class BoundRows:
     def write(self, ids: Ids, past: Sequence[int], logits_indices: Ids) -> Logits:
         """Take the inputs of the next run; returns the array that it will write its logits to."""
         if self._shapes != (ids.shape, logits_indices.shape):
-            self._allocate(ids.shape, logits_indices.shape)
+            count, positions = logits_indices.shape
+            self._allocate(ids.shape, (count, positions))
         inputs = self._inputs
         inputs["input_ids"][...] = ids
         inputs["past_lengths"][...] = past
@@ -49,7 +56,7 @@ class BoundRows:
         self._shapes = None
         self._logits = np.empty(0, np.float32)
 
-    def _allocate(self, ids: tuple[int, ...], indices: tuple[int, ...]) -> None:
+    def _allocate(self, ids: tuple[int, ...], indices: tuple[int, int]) -> None:
         count, width = ids
         self._inputs = {
             "input_ids": np.empty(ids, np.int64),
@@ -58,7 +65,7 @@ class BoundRows:
             "logits_indices": np.empty(indices, np.int64),
         }
         self._bind_inputs()
-        logits: Logits = np.empty((*indices, self._vocab_size), np.float32)
+        logits = self._new_logits(indices)
         self.binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self._logits, self._shapes = logits, (ids, indices)
 

@@ -1,4 +1,4 @@
-"""What an engine needs of CUDA: memory on the device, pinned memory on the host, a stream, and captured graphs."""
+"""What a session needs of CUDA: memory on the device, pinned memory on the host, one stream, and captured graphs."""
 
 import ctypes
 from collections.abc import Callable
@@ -17,13 +17,13 @@ ANYTHING_ELSE_ALLOWED = (
 )
 
 
-def load_cudart() -> Any:
+def load_cudart(extra: str) -> Any:
     """Import cuda-bindings, or say which extra brings it."""
     try:
         from cuda.bindings import runtime
     except ImportError as error:
         raise UnavailableError(
-            f"cuda-bindings cannot be imported ({error}); install glm4-deploy[tensorrt-rtx]"
+            f"cuda-bindings cannot be imported ({error}); install glm4-deploy[{extra}]"
         ) from error
     return runtime
 
@@ -31,18 +31,22 @@ def load_cudart() -> Any:
 class Cuda:
     """cudart on one stream; a call that fails raises.
 
+    All work of a session goes to the one stream, in order: its runs, its copies, and what moves, clears and
+    resizes the cache. So nothing depends on how other streams take turns with this one.
+
+    Args:
+        extra: brings cuda-bindings for the session that asks.
+        instead: what to do on a host without a GPU.
+
     Attributes:
-        stream: what runs go to. It takes turns with the legacy default stream, on which the cache is moved.
+        stream: the one stream.
     """
 
-    def __init__(self) -> None:
-        self.runtime = load_cudart()
+    def __init__(self, extra: str, instead: str) -> None:
+        self.runtime = load_cudart(extra)
         status, count = self.runtime.cudaGetDeviceCount()
         if int(status) or not count:
-            raise UnavailableError(
-                f"an engine runs on an NVIDIA GPU and CUDA finds none here ({self._name(status)}); "
-                "open it on a GPU host, or export the checkpoint with --target ort"
-            )
+            raise UnavailableError(f"CUDA finds no NVIDIA GPU here ({self._name(status)}); {instead}")
         self.stream = int(self.call("cudaStreamCreate"))
         self._device: list[int] = []
         self._pinned: list[int] = []
@@ -66,12 +70,25 @@ class Cuda:
         return self._device[-1]
 
     def allocate_zeroed(self, size: int) -> int:
-        """Device memory of zeros, which work on the stream finds so: the legacy default stream goes first."""
+        """Device memory of zeros."""
         pointer = self.allocate(size)
-        self.call("cudaMemset", pointer, 0, size)
+        self.clear(pointer, size)
         return pointer
 
+    def clear(self, pointer: int, size: int) -> None:
+        """Set device memory to zeros."""
+        self.call("cudaMemsetAsync", pointer, 0, size, self.stream)
+
+    def copy_blocks(
+        self, target: int, target_step: int, source: int, step: int, size: int, count: int
+    ) -> None:
+        """Copy ``size`` bytes of each of ``count`` blocks within the device; blocks begin ``step`` bytes apart."""
+        kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.call("cudaMemcpy2DAsync", target, target_step, source, step, size, count, kind, self.stream)
+
     def release(self, pointer: int) -> None:
+        """Free device memory, once what was sent to the stream is done with it."""
+        self.synchronize()
         self._device.remove(pointer)
         self.call("cudaFree", pointer)
 
@@ -93,16 +110,25 @@ class Cuda:
         self.call("cudaStreamSynchronize", self.stream)
 
     def capture(self, work: Callable[[], None]) -> Any:
-        """Record what ``work`` sends to the stream, without running it; returns a graph to launch."""
+        """Record what ``work`` sends to the stream, without running it; returns a graph to launch.
+
+        Raises:
+            BundleError: of what failed, the first; the stream is usable again.
+        """
         modes = self.runtime.cudaStreamCaptureMode
         self.call("cudaStreamBeginCapture", self.stream, modes(ANYTHING_ELSE_ALLOWED))
         try:
             work()
+        except BaseException:
+            status, recorded = self.runtime.cudaStreamEndCapture(self.stream)
+            if not int(status):
+                self.runtime.cudaGraphDestroy(recorded)
+            raise
+        recorded = self.call("cudaStreamEndCapture", self.stream)
+        try:
+            return self.call("cudaGraphInstantiate", recorded, 0)
         finally:
-            recorded = self.call("cudaStreamEndCapture", self.stream)
-        graph = self.call("cudaGraphInstantiate", recorded, 0)
-        self.call("cudaGraphDestroy", recorded)
-        return graph
+            self.call("cudaGraphDestroy", recorded)
 
     def launch(self, graph: Any) -> None:
         self.call("cudaGraphLaunch", graph, self.stream)
@@ -111,6 +137,8 @@ class Cuda:
         self.call("cudaGraphExecDestroy", graph)
 
     def close(self) -> None:
+        if self.stream:
+            self.synchronize()
         for pointer in self._pinned:
             self.call("cudaFreeHost", pointer)
         for pointer in self._device:

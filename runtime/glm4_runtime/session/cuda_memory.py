@@ -1,27 +1,17 @@
-"""The KV cache in GPU memory, for the CUDA provider: same layout as on the host, moved by cudart."""
+"""The KV cache in GPU memory: same layout as on the host, moved by cudart on the session's stream."""
 
 from typing import Any
 
 import numpy as np
 
 from glm4_runtime.bundle import Manifest
-from glm4_runtime.errors import BundleError, UnavailableError
 from glm4_runtime.kv_cache import Move
+from glm4_runtime.session.cuda_device import Cuda
 from glm4_runtime.session.memory import CacheMemory
 
 # ONNX element types, for bindings of types that NumPy lacks.
 ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
-def _cudart() -> Any:
-    try:
-        from cuda.bindings import runtime
-    except ImportError as error:
-        raise UnavailableError(
-            f"cuda-bindings cannot be imported ({error}); install glm4-deploy[cuda]"
-        ) from error
-    return runtime
 
 
 class CudaMemory(CacheMemory):
@@ -31,9 +21,9 @@ class CudaMemory(CacheMemory):
     and all keep what they held.
     """
 
-    def __init__(self, manifest: Manifest, rows: int) -> None:
+    def __init__(self, manifest: Manifest, rows: int, cuda: Cuda) -> None:
         super().__init__(manifest, rows)
-        self._cuda = _cudart()
+        self._cuda = cuda
         self._element = ONNX_TYPES[str(manifest.kv_cache)]
         self._item = ITEM_BYTES[str(manifest.kv_cache)]
         self._pointers = [0] * len(self.names)
@@ -42,12 +32,11 @@ class CudaMemory(CacheMemory):
 
     def resize(self, capacity: int, used: int) -> None:
         row_bytes = self._row_bytes(capacity)
-        spare = self._allocate(self._row_bytes(max(capacity, *self._capacities)))
+        spare = self._cuda.allocate(self._row_bytes(max(capacity, *self._capacities)))
         self._release(self._spare)
         self._spare = spare
         for i, old in enumerate(self._pointers):
-            new = self._allocate(self.rows * row_bytes)
-            self._call("cudaMemset", new, 0, self.rows * row_bytes)
+            new = self._cuda.allocate_zeroed(self.rows * row_bytes)
             if used:
                 self._copy(new, capacity, old, self._capacities[i], self.rows * self.heads, used)
             self._release(old)
@@ -66,7 +55,7 @@ class CudaMemory(CacheMemory):
     def clear(self, row: int) -> None:
         for pointer, capacity in zip(self._pointers, self._capacities, strict=True):
             size = self._row_bytes(capacity)
-            self._call("cudaMemset", pointer + row * size, 0, size)
+            self._cuda.clear(pointer + row * size, size)
 
     def views(self, first_row: int, count: int) -> list[tuple[str, str, Any, tuple[int, ...], int]]:
         element: Any = (
@@ -95,31 +84,9 @@ class CudaMemory(CacheMemory):
     ) -> None:
         """Copy the first ``length`` positions of each of ``blocks`` blocks of ``capacity`` positions."""
         position = self.head_dim * self._item
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self._call(
-            "cudaMemcpy2D",
-            *(
-                target,
-                target_capacity * position,
-                source,
-                capacity * position,
-                length * position,
-                blocks,
-                kind,
-            ),
-        )
-
-    def _allocate(self, size: int) -> int:
-        return int(self._call("cudaMalloc", max(size, 1)))
+        steps = target_capacity * position, capacity * position
+        self._cuda.copy_blocks(target, steps[0], source, steps[1], length * position, blocks)
 
     def _release(self, pointer: int) -> None:
         if pointer:
-            self._call("cudaFree", pointer)
-
-    def _call(self, name: str, *arguments: Any) -> Any:
-        status, *results = getattr(self._cuda, name)(*arguments)
-        if int(status) == int(self._cuda.cudaError_t.cudaErrorMemoryAllocation):
-            raise MemoryError("no GPU memory left for the KV cache")
-        if int(status):
-            raise BundleError(f"{name} failed on the GPU: {status}")
-        return results[0] if results else None
+            self._cuda.release(pointer)

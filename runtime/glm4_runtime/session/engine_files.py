@@ -11,6 +11,7 @@ from glm4_runtime.errors import BundleError, UnavailableError
 from glm4_runtime.session.cuda_device import Cuda
 from glm4_runtime.session.kernel_cache import KernelCache
 
+CUDA_GRAPH = "CUDA graph"  # the name under which a session tells why it records none
 # What runs on a GPU that an engine does not.
 ELSEWHERE = "export the checkpoint with --target tensorrt on this host, or with --target ort --precision fp16"
 
@@ -71,18 +72,24 @@ class Engines:
     """The engine files of a bundle, loaded, and the activations that all their contexts take turns in.
 
     This class has what both kinds have: the Python names of full TensorRT.
+
+    Args:
+        skipped: takes why steps are not recorded as a CUDA graph, once one could not be.
     """
 
     module: ClassVar[str] = "tensorrt"
     where: ClassVar[str] = " from NVIDIA's package index, which its TensorRT installation guide names"
 
-    def __init__(self, trt: Any, folder: Path, manifest: Manifest, info: EngineInfo, cuda: Cuda) -> None:
-        self.trt, self.info, self.cuda = trt, info, cuda
-        require_capability(manifest, info, cuda.capability(), self.named_capabilities(trt))
+    def __init__(
+        self, trt: Any, folder: Path, manifest: Manifest, cuda: Cuda, skipped: dict[str, str]
+    ) -> None:
+        assert manifest.engine is not None
+        self.trt, self.info, self.cuda, self.skipped = trt, manifest.engine, cuda, skipped
+        require_capability(manifest, self.info, cuda.capability(), self.named_capabilities(trt))
         self.hashes = {name: entry.sha256 for name, entry in manifest.files.items()}
         self._log = _errors_of(trt)
         self._runtime = trt.Runtime(self._log)
-        files = dict.fromkeys(profile.file for profile in info.profiles)
+        files = dict.fromkeys(profile.file for profile in self.info.profiles)
         self._engines = {name: self._load(folder / name) for name in files}
         self._check_names()
         self.activation_bytes = max(engine.device_memory_size_v2 for engine in self._engines.values())
@@ -143,8 +150,8 @@ class Engines:
         return self._engines[file].create_execution_context(strategy)
 
     def capturable(self, context: Any) -> bool:  # noqa: ARG002 - a capture that fails tells
-        """Whether a run of ``context`` may be recorded, as far as TensorRT says."""
-        return True
+        """Whether a run of ``context`` may be recorded, as far as is known."""
+        return CUDA_GRAPH not in self.skipped
 
     def close(self) -> None:
         self._engines.clear()
@@ -157,9 +164,11 @@ class RtxEngines(Engines):
     module = "tensorrt_rtx"
     where = ""
 
-    def __init__(self, trt: Any, folder: Path, manifest: Manifest, info: EngineInfo, cuda: Cuda) -> None:
+    def __init__(
+        self, trt: Any, folder: Path, manifest: Manifest, cuda: Cuda, skipped: dict[str, str]
+    ) -> None:
         self._kernels: dict[str, KernelCache] = {}
-        super().__init__(trt, folder, manifest, info, cuda)
+        super().__init__(trt, folder, manifest, cuda, skipped)
 
     @staticmethod
     def named_capabilities(trt: Any) -> frozenset[str] | None:
@@ -186,7 +195,7 @@ class RtxEngines(Engines):
         return self._engines[file].create_execution_context(config)
 
     def capturable(self, context: Any) -> bool:
-        return bool(context.is_stream_capturable(self.cuda.stream))
+        return super().capturable(context) and bool(context.is_stream_capturable(self.cuda.stream))
 
     def close(self) -> None:
         for kernels in self._kernels.values():

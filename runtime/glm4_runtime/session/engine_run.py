@@ -9,7 +9,7 @@ from glm4_runtime.bundle import COUNTERS, EngineProfile, Manifest
 from glm4_runtime.errors import BundleError
 from glm4_runtime.session.base import Logits
 from glm4_runtime.session.cuda_device import Bytes
-from glm4_runtime.session.engine_files import Engines
+from glm4_runtime.session.engine_files import CUDA_GRAPH, Engines
 
 NUMPY_TYPES: dict[str, type[np.generic]] = {"int64": np.int64, "int32": np.int32, "float32": np.float32}
 ADDRESS_STEP = 256  # bytes; what TensorRT asks of every address
@@ -65,7 +65,7 @@ class EngineRun:
         fetched, shape = self._outcome(arrays)
         self._stage(arrays, fixed=self._steps > 0)
         if self._graph is None and self._steps > 0 and self._engines.capturable(self._context):
-            self._graph = self._cuda.capture(lambda: self._enqueue(fetched))
+            self._record(fetched)
         if self._graph is None:
             self._enqueue(fetched)
         else:
@@ -78,6 +78,12 @@ class EngineRun:
         if self._graph is not None:
             self._cuda.destroy(self._graph)
             self._graph = None
+
+    def _record(self, fetched: Bytes) -> None:
+        try:
+            self._graph = self._cuda.capture(lambda: self._enqueue(fetched))
+        except (BundleError, MemoryError) as error:
+            self._engines.skipped[CUDA_GRAPH] = str(error)  # for good: later steps would fail like this one
 
     def _stage(self, arrays: dict[str, npt.NDArray[Any]], fixed: bool = False) -> None:
         for name, array in arrays.items():

@@ -1,14 +1,12 @@
 """The session on ONNX Runtime: KV in one buffer per layer and side, bound in place as past and present."""
 
-import contextlib
-import io
 import os
 import warnings
 from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +16,9 @@ from glm4_runtime.kv_cache import Move
 from glm4_runtime.session.base import Ids, Logits, Session
 from glm4_runtime.session.bound_rows import BoundRows
 from glm4_runtime.session.memory import CacheMemory, HostMemory
+
+if TYPE_CHECKING:
+    from glm4_runtime.session.ort_cuda import OrtCuda
 
 OPERATORS, LIBRARY = "glm4_plugins", "cpu_operators"
 OPERATOR_DOMAIN = "glm4"  # of those operators, in graphs
@@ -40,19 +41,6 @@ def load_onnxruntime() -> Any:
             f"onnxruntime cannot be imported ({error}); install glm4-deploy[cpu], or [cuda] on a GPU host"
         ) from error
     return onnxruntime
-
-
-def preload_cuda(ort: Any) -> str:
-    """Load NVIDIA's libraries from their packages, for hosts that have a driver and nothing else of CUDA.
-
-    Returns:
-        What did not load, in one line, as ONNX Runtime tells it; empty where all is there.
-    """
-    if not hasattr(ort, "preload_dlls"):  # onnxruntime before 1.21
-        return ""
-    with contextlib.redirect_stdout(io.StringIO()) as said:  # it prints
-        ort.preload_dlls()
-    return " ".join(said.getvalue().split())
 
 
 def operator_library() -> Path:
@@ -116,6 +104,12 @@ def _or_none(names: Sequence[str]) -> str:
     return ", ".join(names) or "none of ONNX Runtime's providers"
 
 
+def _gpu_of(ort: Any) -> "OrtCuda":
+    from glm4_runtime.session.ort_cuda import OrtCuda  # not where only the CPU is asked
+
+    return OrtCuda(ort)
+
+
 class OrtSession(Session):
     """A bundle that is an ONNX graph, on ONNX Runtime."""
 
@@ -133,25 +127,39 @@ class OrtSession(Session):
         super().__init__(folder, manifest, max_seq_len, max_batch_size, prefill_chunk)
         ort = load_onnxruntime()
         self.provider, self.skipped = choose_provider(manifest, ort.get_available_providers(), provider)
-        self._on_cpu = self.provider == "CPUExecutionProvider"
-        missing = "" if self._on_cpu else preload_cuda(ort)
+        self._gpu = None if self.provider == "CPUExecutionProvider" else _gpu_of(ort)
+        try:
+            self._open(ort, threads)
+        except BaseException:
+            if self._gpu is not None:
+                self._gpu.close()
+            raise
+
+    def _open(self, ort: Any, threads: int | None) -> None:
+        manifest, gpu = self.manifest, self._gpu
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.log_severity_level = 3  # errors; what it warns of is decided above
+        provider: Any = self.provider
+        if gpu is not None:
+            provider = (self.provider, gpu.provider_options())
+            for key, value in gpu.configuration(manifest).items():
+                options.add_session_config_entry(key, value)
         library = operator_library() if OPERATOR_DOMAIN in manifest.opsets else None
         try:
             if library is not None:
                 options.register_custom_ops_library(str(library))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self._session = ort.InferenceSession(str(folder / GRAPH), options, providers=[self.provider])
+                self._session = ort.InferenceSession(str(self.folder / GRAPH), options, providers=[provider])
         except Exception as error:  # onnxruntime's own exceptions share no base class
             raise BundleError(
-                f"ONNX Runtime {ort.__version__} cannot open {folder / GRAPH}: {error}"
+                f"ONNX Runtime {ort.__version__} cannot open {self.folder / GRAPH}: {error}"
             ) from error
         if self._session.get_providers()[0] != self.provider:
+            missing = gpu.missing[:200] if gpu is not None else ""
             raise BundleError(
-                f"{self.provider} is installed but did not start here ({missing[:200] or 'the driver is missing or too old'}); "
+                f"{self.provider} is installed but did not start here ({missing or 'the driver is too old'}); "
                 "install glm4-deploy[cuda], run glm4-deploy doctor, or ask for CPUExecutionProvider"
             )
         if manifest.kv_cache is not None:
@@ -159,16 +167,23 @@ class OrtSession(Session):
         self._bindings: dict[tuple[int, int], BoundRows] = {}
 
     def _new_cache(self) -> CacheMemory:
-        if self._on_cpu:
+        if self._gpu is None:
             return HostMemory(self.manifest, self.max_batch_size)
         from glm4_runtime.session.cuda_memory import CudaMemory
 
-        return CudaMemory(self.manifest, self.max_batch_size)
+        self._gpu.allocate_logits(self.max_batch_size, self.manifest.model.vocab_size)
+        return CudaMemory(self.manifest, self.max_batch_size, self._gpu.cuda)
+
+    def _new_logits(self, positions: tuple[int, int]) -> Logits:
+        shape = (*positions, self.manifest.model.vocab_size)
+        return np.empty(shape, np.float32) if self._gpu is None else self._gpu.new_logits(shape)
 
     def _run_decoder(self, first_row: int, ids: Ids, past: Sequence[int], logits_indices: Ids) -> Logits:
         rows = self._bound_rows(first_row, len(ids))
         logits = rows.write(ids, past, logits_indices)
         self._session.run_with_iobinding(rows.binding)
+        if self._gpu is not None:
+            self._gpu.cuda.synchronize()
         if logits.shape[1] > 1:  # those of a whole prompt are large
             rows.forget()
         return logits
@@ -176,14 +191,14 @@ class OrtSession(Session):
     def _bound_rows(self, first_row: int, count: int) -> BoundRows:
         key = first_row, count
         if key not in self._bindings:
-            device = "cpu" if self._on_cpu else "cuda"
+            device = "cpu" if self._gpu is None else "cuda"
             self._bindings[key] = BoundRows(
                 self._session.io_binding(),
                 self._cache,
                 first_row,
                 count,
                 device,
-                self.manifest.model.vocab_size,
+                self._new_logits,
             )
         return self._bindings[key]
 
@@ -207,3 +222,5 @@ class OrtSession(Session):
         if self.manifest.kv_cache is not None:
             self._cache.free()
         self._session = None
+        if self._gpu is not None:
+            self._gpu.close()

@@ -20,6 +20,7 @@ from glm4_runtime.session.cuda_memory import CudaMemory
 from glm4_runtime.session.engine_files import KINDS, Engines, load_tensorrt
 from glm4_runtime.session.engine_run import Bound, EngineRun
 
+NO_GPU = "open the engine on a GPU host, or export the checkpoint with --target ort"
 WIDTH_STEP = (
     64  # prefill widths: powers of two up to here, then multiples; few shapes, so few kernels to make
 )
@@ -54,11 +55,11 @@ class TensorRtSession(Session):
         self._closers = contextlib.ExitStack()
         with contextlib.ExitStack() as undo:
             undo.push(self._closers)
-            self._cuda = Cuda()
+            self._cuda = Cuda("tensorrt-rtx", NO_GPU)
             self._closers.callback(self._cuda.close)
             kind = manifest.engine.kind
             self.provider = f"{kind} {trt.__version__}, GPU {self._cuda.capability()}"
-            self._open_runs(KINDS[kind](trt, folder, manifest, manifest.engine, self._cuda))
+            self._open_runs(KINDS[kind](trt, folder, manifest, self._cuda, self.skipped))
             undo.pop_all()
 
     def _open_runs(self, engines: Engines) -> None:
@@ -70,7 +71,7 @@ class TensorRtSession(Session):
         self._prefill_profile = profiles["prefill"]
         self.prefill_chunk = min(self.prefill_chunk, self._prefill_profile.axes["sequence"][2])
         self._capacity = _cache_capacity(manifest)
-        self._cache = CudaMemory(manifest, self.max_batch_size)
+        self._cache = CudaMemory(manifest, self.max_batch_size, self._cuda)
         self._closers.callback(self._cache.free)
         try:
             self._cache.resize(self._capacity, 0)

@@ -44,12 +44,15 @@ def export(
         ExportError: options that do not fit, no room on the disk, or something in the way.
         GateError: the bundle does not compute what the reference computes.
     """
+    from glm4_runtime.defaults import read_sampling_defaults
+
     bundle = Path(bundle)
     destination = Destination(bundle, force)
     destination.recover()
     clock = Clock()
     with Checkpoint.load(checkpoint, task=options.task) as source:
         plan = make_plan(source, options)
+        read_sampling_defaults(checkpoint)  # refuses what no sampler takes
         destination.check(Path(checkpoint))
         require_installed(plan)
         prepared = _prepare(plan, source, clock, progress)

@@ -24,11 +24,11 @@ _THOUGHT, _PLAIN = "\x1b[2m", "\x1b[0m"
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--system", metavar="TEXT", help="A system message in front.")
 @click.option("--max-tokens", type=int, metavar="N", help="The longest answer; as many as fit by default.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the best token.")
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--top-k", type=int, default=0, show_default=True, help="0 is off.")
-@click.option("--min-p", type=float, default=0.0, show_default=True)
-@click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
+@click.option("--temperature", type=float, help="0 takes the best token each time.")
+@click.option("--top-p", type=float)
+@click.option("--top-k", type=int, help="0 is off.")
+@click.option("--min-p", type=float)
+@click.option("--repetition-penalty", type=float)
 @click.option("--seed", type=int)
 @click.option("--hide-thoughts", is_flag=True, help="Show the answers only.")
 @click.option("--provider", metavar="NAME", help="An ONNX Runtime execution provider.")
@@ -48,12 +48,13 @@ def command(
     /new starts over, /help names the commands, /exit or Ctrl-D ends, Ctrl-C stops an answer.
     From a pipe, each line is a message.
     """
-    from glm4_runtime import SamplingParams, Session
+    from glm4_runtime import Session
     from glm4_runtime.chat import start_template_worker
+    from glm4_runtime.defaults import recommended_params
     from glm4_runtime.dialogue import Dialogue
 
     start_template_worker()
-    params = SamplingParams(**sampling)  # type: ignore[arg-type]
+    params = recommended_params(bundle, **sampling)
     with Session.open(
         bundle, provider=provider, threads=threads, max_seq_len=max_seq_len, max_batch_size=1
     ) as session:

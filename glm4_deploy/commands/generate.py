@@ -22,15 +22,13 @@ if TYPE_CHECKING:
 @click.option("--system", metavar="TEXT", help="A system message in front; needs --chat.")
 @click.option("--stream", is_flag=True, help="Print the text as it comes.")
 @click.option("--max-tokens", type=int, default=128, show_default=True, metavar="N")
-@click.option(
-    "--temperature", type=float, default=0.0, show_default=True, help="0 takes the best token each time."
-)
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--top-k", type=int, default=0, show_default=True, help="0 is off.")
-@click.option("--min-p", type=float, default=0.0, show_default=True)
-@click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
-@click.option("--frequency-penalty", type=float, default=0.0, show_default=True)
-@click.option("--presence-penalty", type=float, default=0.0, show_default=True)
+@click.option("--temperature", type=float, help="0 takes the best token each time.")
+@click.option("--top-p", type=float)
+@click.option("--top-k", type=int, help="0 is off.")
+@click.option("--min-p", type=float)
+@click.option("--repetition-penalty", type=float)
+@click.option("--frequency-penalty", type=float)
+@click.option("--presence-penalty", type=float)
 @click.option("--seed", type=int)
 @click.option(
     "--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times."
@@ -61,9 +59,10 @@ def command(
         raise click.UsageError("--system needs --chat.")
     if stream and as_json:
         raise click.UsageError("--stream and --json exclude each other.")
-    from glm4_runtime import SamplingParams, Session
+    from glm4_runtime import Session
+    from glm4_runtime.defaults import recommended_params
 
-    params = SamplingParams(**sampling)  # type: ignore[arg-type]
+    params = recommended_params(bundle, **sampling)
     text = _standard_input() if prompt == "-" else prompt
     opening = time.monotonic()
     if chat:

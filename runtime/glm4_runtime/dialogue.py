@@ -81,7 +81,7 @@ class Dialogue:
             self._params,
             ids,
             self._session.manifest.model.eos_token_ids,
-            self._session.max_seq_len + 1,
+            self._session.max_seq_len,
         )
         splitter = ThoughtSplitter(begins_inside(prompt))
         try:

@@ -195,7 +195,7 @@ def test_deadlines_end_requests_wherever_they_are(scheduler):
     [
         ({"prompt_ids": ()}, "empty"),
         ({"prompt_ids": (5, 320)}, "320"),
-        ({"prompt_ids": (5,) * 257}, "room for 256"),
+        ({"prompt_ids": (5,) * 256}, "room for 255"),
         ({"params": SamplingParams(stop="x")}, "tokenizer"),
         ({"params": SamplingParams(logit_bias={999: 1.0})}, "999"),
         ({"top_logprobs": 21}, "between 0 and 20"),
@@ -219,7 +219,7 @@ def test_a_full_slot_ends_its_request_and_no_other(session, scheduler):
     full, _ = submit(scheduler, request(250, 1, tokens=100))
     other, _ = submit(scheduler, request(10, 2, tokens=40))
     drive(scheduler)
-    assert (len(full.tokens), full.tokens[-1].finish_reason) == (7, "length")
+    assert (len(full.tokens), full.tokens[-1].finish_reason) == (6, "length")
     assert len(other.tokens) == 40
 
 

@@ -150,11 +150,11 @@ def test_greedy_generation_is_the_references(session, reference):
 def test_generation_ends_when_the_slot_is_full(tiny_bundle):
     with Session.open(tiny_bundle, max_seq_len=20) as session:
         tokens = list(session.generate(ids(15), SamplingParams(ignore_eos=True)))
-        assert len(tokens) == 6  # five positions are left, and the last token needs none
+        assert len(tokens) == 5  # prompt and output together have the session's length
         assert tokens[-1].finish_reason == "length"
-        assert len(list(session.generate(ids(20), SamplingParams(ignore_eos=True)))) == 1
-        with pytest.raises(RequestError, match="21 tokens"):
-            session.generate(ids(21))
+        assert len(list(session.generate(ids(19), SamplingParams(ignore_eos=True)))) == 1
+        with pytest.raises(RequestError, match="20 tokens"):
+            session.generate(ids(20))
 
 
 def test_a_full_slot_leaves_the_others_unharmed(tiny_bundle, reference):

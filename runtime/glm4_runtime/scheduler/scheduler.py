@@ -87,7 +87,8 @@ class Scheduler:
             self._tokenizer,
             self._model.eos_token_ids,
             self._model.vocab_size,
-            self._session.max_seq_len,
+            self._session.max_seq_len
+            - 1,  # the last token takes no room: with it, prompt and output fill the model
             mask=request.mask,
             logprobs=request.logprobs,
             top_logprobs=request.top_logprobs,

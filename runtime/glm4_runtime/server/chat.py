@@ -79,6 +79,7 @@ def _plan(engine: Engine, body: schema.ChatRequest, deadline: float) -> Plan:
     offer = _offer(body)
     prompt = engine.conversation.render(body.messages, definitions(offer.tools))
     ids = engine.encode(prompt, add_special_tokens=False)
+    engine.require_room(ids)
     inside = begins_inside(prompt)
     max_calls = 1 if body.parallel_tool_calls is False else None
     form = _form(body, offer, max_calls or MAX_CALLS)

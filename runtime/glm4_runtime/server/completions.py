@@ -85,6 +85,7 @@ def _plan(engine: Engine, body: schema.CompletionRequest, deadline: float) -> Pl
     plan = Plan([], [], [])
     for prompt in prompts:
         ids = encoded(engine, prompt)
+        engine.require_room(ids)
         text = prompt if isinstance(prompt, str) else engine.tokenizer.decode(ids, skip_special_tokens=False)
         plan.prompts.append(text)
         for _ in range(n):

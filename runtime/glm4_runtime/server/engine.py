@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from glm4_runtime.chat import CHAT_TEMPLATE, ChatTemplate
+from glm4_runtime.defaults import read_sampling_defaults
 from glm4_runtime.errors import BundleError, DeadlineError, Glm4Error, RequestError
 from glm4_runtime.scheduler import Event, Failed, Generated, Request, Scheduler, Started, Ticket
 from glm4_runtime.server.conversation import Conversation
@@ -24,9 +25,7 @@ from glm4_runtime.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-GENERATION_CONFIG = "generation_config.json"
 _TURN = "<|assistant|>"
-_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class Engine:
@@ -52,7 +51,7 @@ class Engine:
         self.created = int(time.time())
         self.draining = self._hurried = False
         self.turn_token = _turn_token(self.tokenizer)
-        self.defaults = _sampling_defaults(session.folder)
+        self.defaults = read_sampling_defaults(session.folder)
         self.metrics = Metrics(self._stats)
         generates = session.manifest.task == "causal-lm"
         self._scheduler = (
@@ -149,6 +148,16 @@ class Engine:
             raise self._too_long(str(len(ids)))
         if not ids:
             raise ApiError(400, "the prompt is empty: it needs at least one token")
+
+    def require_room(self, ids: Sequence[int]) -> None:
+        """Raises :class:`ApiError` for a prompt after which no token fits."""
+        if len(ids) >= self.session.max_seq_len:
+            raise ApiError(
+                400,
+                f"the prompt has {len(ids)} tokens, which leaves none to generate: prompt and answer together may have "
+                f"{self.session.max_seq_len}",
+                code="context_length_exceeded",
+            )
 
     @property
     def prompt_limit(self) -> int:
@@ -304,18 +313,3 @@ def _turn_token(tokenizer: Tokenizer) -> int | None:
         return tokenizer.id_of(_TURN)
     except RequestError:  # a tokenizer of another family
         return None
-
-
-def _sampling_defaults(folder: Path) -> dict[str, Any]:
-    """What the checkpoint's authors recommend, else OpenAI's temperature of 1."""
-    file = folder / GENERATION_CONFIG
-    try:
-        config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise BundleError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise BundleError(f"{file} must hold a JSON object")
-    found = {name: config[name] for name in _SAMPLING_DEFAULTS if config.get(name) is not None}
-    if config.get("do_sample") is False:
-        found["temperature"] = 0.0
-    return {"temperature": 1.0} | found

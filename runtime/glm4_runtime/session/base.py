@@ -239,14 +239,13 @@ class Session(abc.ABC):
         self._require_task("causal-lm", "generate")
         self._require_tokens(token_ids)
         steps = _SlotSteps(self)
-        # One more than fits: the last token of a full slot is never appended to it.
         tokens = generate(
             steps,
             self.tokenizer,
             params or SamplingParams(),
             list(token_ids),
             self.manifest.model.eos_token_ids,
-            self.max_seq_len + 1,
+            self.max_seq_len,
             mask,
         )
 

@@ -1,0 +1,56 @@
+"""How a checkpoint's authors recommend to sample: ``generation_config.json``, read alike by every command."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from glm4_runtime.errors import BundleError, RequestError
+from glm4_runtime.sampling import SamplingParams
+
+GENERATION_CONFIG = "generation_config.json"
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# Values by which others switch an option off.
+_OFF = {("top_k", -1): 0}
+
+
+def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
+    """The fields of :class:`SamplingParams` that a checkpoint or bundle recommends.
+
+    ``do_sample: false``, or no word on sampling at all, is temperature 0, as transformers has it. Sampling without a
+    temperature is temperature 1.
+
+    Raises:
+        BundleError: the file is not JSON, or recommends what no sampler takes.
+    """
+    file = Path(folder) / GENERATION_CONFIG
+    try:
+        config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file} is not JSON: {str(error)[:200]}") from error
+    if not isinstance(config, dict):
+        raise BundleError(f"{file} must hold a JSON object")
+    given = {name: config[name] for name in _SAMPLING if config.get(name) is not None}
+    found = {name: _mapped(name, value) for name, value in given.items()}
+    try:
+        SamplingParams(**found)
+    except RequestError as error:
+        raise BundleError(f"{file}: {error}; mend it in the checkpoint and export again") from error
+    samples = config.get("do_sample")
+    if samples is False or (samples is None and not found.keys() - {"repetition_penalty"}):
+        found["temperature"] = 0.0
+    return {"temperature": 1.0} | found
+
+
+def _mapped(name: str, value: Any) -> Any:
+    if isinstance(value, bool):
+        return value  # no number, though Python counts it as one
+    if name == "top_k" and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return _OFF.get((name, value), value) if isinstance(value, int) else value
+
+
+def recommended_params(folder: str | Path, **given: Any) -> SamplingParams:
+    """What was given, where it is not None, and else what the folder recommends."""
+    asked = {name: value for name, value in given.items() if value is not None}
+    return SamplingParams(**read_sampling_defaults(folder) | asked)

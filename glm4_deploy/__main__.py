@@ -1,5 +1,10 @@
-"""``python -m glm4_deploy``, where the script is not on the path."""
+"""``glm4-deploy`` and ``python -m glm4_deploy``: signals are answered before anything else is imported."""
 
-from glm4_deploy.cli import main
+from glm4_deploy import interrupts
 
-main()
+interrupts.exit_at_once()
+
+from glm4_deploy.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    main()

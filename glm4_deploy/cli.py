@@ -1,14 +1,13 @@
 """The command line: each command is a thin skin on a Python function; one table lists them all."""
 
-import os
-import signal
+import contextlib
 import sys
 from importlib import import_module
-from types import FrameType
 from typing import Any
 
 import click
 
+from glm4_deploy import interrupts, streams
 from glm4_runtime.errors import Glm4Error
 
 # command -> module that holds it; imported when it is called, so that --help stays quick
@@ -50,12 +49,9 @@ class _Lazy(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()  # a reader that is gone shows here, not when the interpreter ends
-        except BrokenPipeError:  # it has seen enough; click would call that a failure
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return None
-        return result
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # or else click writes an empty line
+            raise click.exceptions.Exit(interrupts.EXIT_CODE) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
@@ -86,27 +82,63 @@ def cli() -> None:
     """
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: refusals become one line and an exit code; a defect keeps its traceback."""
-    signal.signal(signal.SIGTERM, _terminate)  # so that an export cleans up after itself
+    """Entry point: refusals become one line and an exit code; a defect keeps its traceback.
+
+    Without ``arguments`` it owns the process, its streams and its signals; with them it leaves both as they were.
+    """
+    own = arguments is None
+    code = interrupts.EXIT_CODE
+    try:
+        interrupts.raise_once()
+        if own:
+            streams.prepare()
+        code = _run(arguments)
+        interrupts.end(restore=not own)
+    except BaseException:  # whatever a library made of the KeyboardInterrupt
+        interrupts.end(restore=not own)
+        if not interrupts.received():
+            raise
+    if interrupts.received():
+        code = interrupts.EXIT_CODE
+        _say("\n" * sys.stderr.isatty() + interrupts.MESSAGE)  # the terminal has written ^C
+    sys.exit(_flushed(code))
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         status: Any = cli.main(arguments, standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(_say("interrupted", 130))
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        with contextlib.suppress(OSError):
+            error.show()
+        return error.exit_code
+    except streams.OutputError as error:
+        return _unwritten(error)
     except Glm4Error as error:
-        sys.exit(_say(str(error), error.exit_code))
-    except KeyboardInterrupt:
-        sys.exit(_say("interrupted", 130))
-    sys.exit(status if isinstance(status, int) else 0)
+        return _refused(error)
+    return status if isinstance(status, int) else 0
 
 
-def _say(message: str, code: int) -> int:
-    click.echo(f"glm4-deploy: {' '.join(message.split())}", err=True)
+def _flushed(code: int) -> int:
+    """What standard output could not take shows here, and not when the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except streams.OutputError as error:
+        failed = _unwritten(error)
+        return code or failed
     return code
+
+
+def _unwritten(error: streams.OutputError) -> int:
+    streams.discard_output()
+    return 0 if error.unread else _refused(error)
+
+
+def _refused(error: Glm4Error) -> int:
+    _say(f"glm4-deploy: {' '.join(str(error).split())}")
+    return error.exit_code
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(line, file=sys.stderr, flush=True)

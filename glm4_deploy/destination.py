@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from glm4_deploy import interrupts
 from glm4_runtime.bundle import MANIFEST, REPORT
 from glm4_runtime.errors import ExportError
 
@@ -75,19 +76,21 @@ class Destination:
         """
         parent = self.place.parent
         made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            with self._working_folder() as work:
-                (work / NEW).mkdir()
-                yield work / NEW
-        except OSError as error:
-            raise ExportError(
-                f"the bundle could not be written to {parent}: {error.strerror or error}"
-            ) from error
-        finally:
-            for folder in made:
-                with suppress(OSError):  # not empty: the bundle is there
-                    folder.rmdir()
+        with interrupts.held():
+            try:
+                parent.mkdir(parents=True, exist_ok=True)
+                with self._working_folder() as work:
+                    (work / NEW).mkdir()
+                    with interrupts.held(False):
+                        yield work / NEW
+            except OSError as error:
+                raise ExportError(
+                    f"the bundle could not be written to {parent}: {error.strerror or error}"
+                ) from error
+            finally:
+                for folder in made:
+                    with suppress(OSError):  # not empty: the bundle is there
+                        folder.rmdir()
 
     def publish(self, folder: Path) -> None:
         """Give a whole bundle, written in the folder of :meth:`staged`, its place and name.

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from glm4_deploy import interrupts, streams
 from glm4_runtime.errors import RequestError
 from glm4_runtime.progress import Progress
 
@@ -16,14 +17,24 @@ QUIET_SECONDS = 10.0
 
 
 def require_writable(path: Path | None) -> None:
-    """Before long work: raises :class:`RequestError` where its result could not be written to ``path``."""
+    """Before long work: raises :class:`RequestError` where :func:`writing` would."""
     if path is None:
         return
-    folder = path.absolute().parent
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():
-        raise RequestError(f"{folder} does not exist; create it first")
+        raise RequestError(f"{folder} is not a folder; name another file than {path}")
     if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
         raise RequestError(f"{path} cannot be written; name another file")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Make the folders above a file that the block writes; raises :class:`RequestError` where the system refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror}") from error
 
 
 @contextlib.contextmanager
@@ -60,6 +71,7 @@ def _bars() -> Iterator[Progress]:
         stages: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int) -> None:
+            interrupts.check()
             if stage not in stages:
                 for earlier in stages.values():
                     task = bars.tasks[earlier]
@@ -77,6 +89,7 @@ def _lines() -> Progress:
 
     def report(stage: str, done: int, total: int) -> None:
         nonlocal shown, at, start
+        interrupts.check()
         now = time.monotonic()
         start = now if stage != shown else start
         if stage != shown or now - at > QUIET_SECONDS:
@@ -108,7 +121,8 @@ def size(count: float) -> str:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """JSON is UTF-8: where the output is not, escapes say the same."""
+    print(json.dumps(value, indent=2, ensure_ascii=not streams.is_utf8()))
 
 
 def print_rows(title: str, rows: list[tuple[str, str]]) -> None:

@@ -66,15 +66,17 @@ def command(
             {"clients": value} for value in numbers("--clients", CLIENTS if clients is None else clients, int)
         ]
     )
-    for file in (output, plot_file):
-        show.require_writable(file)
+    for wanted in (output, plot_file):
+        show.require_writable(wanted)
     loads = [Load(**point, ignore_eos=not honour_eos, **load) for point in points]
     with show.shown_progress() as progress:
         report = measure(url, loads, os.environ.get("GLM4_API_KEY"), progress)
     if output is not None:
-        output.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        with show.writing(output) as file:
+            file.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     if plot_file is not None:
-        plot(report, plot_file)
+        with show.writing(plot_file) as file:
+            plot(report, file)
     if as_json:
         show.print_json(report)
     else:

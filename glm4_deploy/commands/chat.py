@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from glm4_deploy import interrupts, streams
+from glm4_deploy.commands.text import TEXT
 from glm4_deploy.typed import is_command, message_reader
 from glm4_runtime.errors import RequestError
 
@@ -22,7 +24,7 @@ _THOUGHT, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 @click.command("chat")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--system", metavar="TEXT", help="A system message in front.")
+@click.option("--system", type=TEXT, metavar="TEXT", help="A system message in front.")
 @click.option("--max-tokens", type=int, metavar="N", help="The longest answer; as many as fit by default.")
 @click.option("--temperature", type=float, help="0 takes the best token each time.")
 @click.option("--top-p", type=float)
@@ -81,7 +83,12 @@ def _talk(dialogue: "Dialogue", hide_thoughts: bool) -> None:
                 err=True,
             )
         elif message.strip():
-            _answer(dialogue, message.strip(), hide_thoughts)
+            try:
+                text = streams.text(message.strip(), sys.stdin.encoding)
+            except ValueError as error:
+                click.echo(f"glm4-deploy: the line is not text: {error}", err=True)
+            else:
+                _answer(dialogue, text, hide_thoughts)
 
 
 def _answer(dialogue: "Dialogue", text: str, hide_thoughts: bool) -> None:
@@ -99,6 +106,7 @@ def _answer(dialogue: "Dialogue", text: str, hide_thoughts: bool) -> None:
             sys.stdout.flush()
         click.echo()
     except KeyboardInterrupt:
+        interrupts.forgive()
         click.echo(" (stopped)")
     except RequestError as error:
         click.echo(f"glm4-deploy: {error}", err=True)

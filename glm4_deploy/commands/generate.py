@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from glm4_deploy import show
+from glm4_deploy import show, streams
+from glm4_deploy.commands.text import TEXT
 from glm4_runtime.errors import BundleError, RequestError
 
 if TYPE_CHECKING:
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 
 @click.command("generate")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("prompt")
+@click.argument("prompt", type=TEXT)
 @click.option("--chat", is_flag=True, help="Send the prompt as a user's message through the chat template.")
-@click.option("--system", metavar="TEXT", help="A system message in front; needs --chat.")
+@click.option("--system", type=TEXT, metavar="TEXT", help="A system message in front; needs --chat.")
 @click.option("--stream", is_flag=True, help="Print the text as it comes.")
 @click.option("--max-tokens", type=int, default=128, show_default=True, metavar="N")
 @click.option("--temperature", type=float, help="0 takes the best token each time.")
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
 @click.option("--presence-penalty", type=float)
 @click.option("--seed", type=int)
 @click.option(
-    "--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times."
+    "--stop",
+    type=TEXT,
+    multiple=True,
+    metavar="TEXT",
+    help="End before this text; may be given several times.",
 )
 @click.option("--ignore-eos", is_flag=True, help="Go on past end-of-sequence tokens.")
 @click.option(
@@ -80,8 +85,7 @@ def command(
             first = first if tokens else time.monotonic()
             tokens.append(token)
             if stream:
-                click.echo(token.text, nl=False)
-                sys.stdout.flush()
+                print(token.text, end="", flush=True)
         end = time.monotonic()
     if as_json:
         decode = len(tokens) - 1
@@ -99,14 +103,14 @@ def command(
             }
         )
     else:
-        click.echo("" if stream else "".join(token.text for token in tokens))
+        print("" if stream else "".join(token.text for token in tokens))
 
 
 def _standard_input() -> str:
     try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise RequestError(f"standard input is not {error.encoding} text: {error}") from error
+        return streams.text(sys.stdin.read(), sys.stdin.encoding)
+    except ValueError as error:
+        raise RequestError(f"standard input is not text: {error}") from error
 
 
 def _prompt_ids(bundle: Path, session: "Session", text: str, chat: bool, system: str | None) -> list[int]:

@@ -1,16 +1,13 @@
 """glm4-deploy serve BUNDLE"""
 
-import contextlib
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
+from glm4_deploy import interrupts
+from glm4_deploy.commands.text import TEXT
 from glm4_runtime.errors import BundleError
 
 Command = Callable[..., None]
@@ -20,25 +17,6 @@ def _seconds(name: str, default: float, words: str) -> Callable[[Command], Comma
     return click.option(
         f"--{name}-timeout", type=float, default=default, show_default=True, metavar="SECONDS", help=words
     )
-
-
-def _leave(_signal: int, _frame: FrameType | None) -> NoReturn:
-    """Before requests are taken there is nothing to finish, and a library that loads may swallow an exception."""
-    os.write(2, b"glm4-deploy: interrupted\n")
-    os._exit(130)
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {found: signal.signal(found, _leave) for found in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for found, handler in before.items():
-            signal.signal(found, handler)
 
 
 @click.command("serve")
@@ -56,7 +34,10 @@ def _ended_by_signals() -> Iterator[None]:
 )
 @click.option("--allow-anonymous", is_flag=True, help="Listen beyond this machine without an API key.")
 @click.option(
-    "--served-name", metavar="NAME", help="The model's name in the API; the folder's name by default."
+    "--served-name",
+    type=TEXT,
+    metavar="NAME",
+    help="The model's name in the API; the folder's name by default.",
 )
 @click.option("--max-queue", type=click.IntRange(min=1), default=64, show_default=True, metavar="N")
 @click.option("--max-prompt-tokens", type=click.IntRange(min=1), metavar="N", help="The longest prompt.")
@@ -111,7 +92,7 @@ def command(
     **options: Any,
 ) -> None:
     """Serve BUNDLE by OpenAI's API, with a chat page at /, until SIGTERM or Ctrl-C."""
-    with _ended_by_signals():
+    with interrupts.exiting():  # until requests are taken; then the server answers signals
         try:
             from glm4_runtime.server import ServerOptions, read_api_keys
             from glm4_runtime.server.run import open_and_serve

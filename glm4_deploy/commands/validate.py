@@ -150,15 +150,18 @@ def command(
             from glm4_deploy.validate.sensitivity import save_recipe
 
             ranking = _rank(folder, text, length, max_tokens, bits, progress)
-            save_recipe(sensitivity, ranking)
+            with show.writing(sensitivity) as file:
+                save_recipe(file, ranking)
         report = validate(bundle, folder, options, progress)
         report.sensitivity = ranking
     if html is not None and write_html is not None:
-        html.write_text(write_html(report), "utf-8")
+        with show.writing(html) as file:
+            file.write_text(write_html(report), "utf-8")
     if junit is not None:
         from glm4_deploy.validate.junit import junit_xml
 
-        junit.write_text(junit_xml(report), "utf-8")
+        with show.writing(junit) as file:
+            file.write_text(junit_xml(report), "utf-8")
     if as_json:
         show.print_json(report.as_dict())
     else:

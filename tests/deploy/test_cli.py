@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -360,14 +359,11 @@ def test_a_prompt_from_standard_input(run, worded):
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("encoding", "message"),
-    [("utf-8:strict", "standard input is not utf-8 text"), ("utf-8:surrogateescape", "not valid Unicode")],
-)
-def test_a_prompt_that_is_no_text(worded, encoding, message):
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape"])
+def test_a_prompt_that_is_no_text(worded, encoding):
     done = generate_from(worded, b"w5 \xff\xfe", env={**os.environ, "PYTHONIOENCODING": encoding})
     assert done.returncode == 1
-    assert message in one_line(done.stderr.decode())
+    assert "standard input is not text: " in one_line(done.stderr.decode())
 
 
 @pytest.mark.parametrize("flags", [["--json"], []])  # more than a buffer, and less
@@ -400,7 +396,6 @@ def test_an_export_goes_on_though_nobody_reads_of_it(tmp_path, tiny_checkpoint, 
         flush = isatty = lambda *_: None
 
     monkeypatch.setattr(sys, "stderr", Gone())
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
         main(["export", str(tiny_checkpoint), str(tmp_path / "bundle"), "--precision", "fp32", "--no-parity"])
     assert ended.value.code == 0

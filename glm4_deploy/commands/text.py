@@ -1,0 +1,20 @@
+"""Text as an option's value, whatever the terminal's encoding."""
+
+import click
+
+from glm4_deploy import streams
+
+
+class Text(click.ParamType):  # type: ignore[type-arg]
+    """An argument that is text and not the name of a file, decoded as the locale says or as UTF-8."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return streams.text(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+TEXT = Text()

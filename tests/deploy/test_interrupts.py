@@ -14,6 +14,7 @@ import pytest
 
 from glm4_deploy import interrupts
 from glm4_deploy.cli import main
+from glm4_deploy.destination import Destination
 from glm4_runtime.bundle import read_manifest, verify_files
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +98,24 @@ def work():
 run(work)
 """
     assert ended(start(program)) == (130, "cleaned up\n", INTERRUPTED)
+
+
+def test_an_interrupt_that_falls_into_a_destructor():
+    program = """
+import time
+
+class Late:
+    def __del__(self):
+        send("SIGTERM")
+
+def work():
+    Late()
+    while True:
+        time.sleep(1)
+
+run(work)
+"""
+    assert ended(start(program)) == (130, "", INTERRUPTED)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +283,10 @@ for line in os.fdopen(os.dup(0)):
 """
 
 
+def left_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 def whole(bundle):
     verify_files(bundle, read_manifest(bundle), hashes=True)
     return read_manifest(bundle).source_sha256
@@ -282,9 +305,12 @@ def test_five_hundred_kills(tmp_path, tiny_checkpoint, tiny_bundles):
     shutil.copytree(tiny_bundles["ort"], place)
     old = whole(place)
     source = random.Random(1)
-    zygote = subprocess.Popen(
-        [sys.executable, "-c", ZYGOTE, other, graph], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
-    )
+    messages = tmp_path / "messages"
+    with messages.open("wb") as file:
+        zygote = subprocess.Popen(
+            [sys.executable, "-c", ZYGOTE, other, graph],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, cwd=ROOT,
+        )  # fmt: skip
 
     def begin():
         zygote.stdin.write(f"{place}\n".encode())
@@ -302,12 +328,14 @@ def test_five_hundred_kills(tmp_path, tiny_checkpoint, tiny_bundles):
     seen = {}
 
     def judge(code, numbers):
-        names = [path.name for path in place.parent.iterdir()]
+        names = left_in(place.parent)
         assert "bundle" in names
         word = "old" if whole(place) == old else "new"
         if signal.SIGKILL not in numbers:
             assert code in (130, 0), code
             assert names == ["bundle"]
+        Destination(place, force=True).recover()  # after SIGKILL there is something to recover
+        assert left_in(place.parent) == ["bundle"]
         seen[word, code] = seen.get((word, code), 0) + 1
         if word == "new":
             shutil.rmtree(place)
@@ -327,7 +355,7 @@ def test_five_hundred_kills(tmp_path, tiny_checkpoint, tiny_bundles):
             time.sleep(source.uniform(0, usual))
         else:
             assert zygote.stdout.readline() == b"publishes\n"
-            time.sleep(source.uniform(0, 0.012))
+            time.sleep(source.uniform(0, 0.008))
         for number in numbers:
             try:
                 os.kill(pid, number)
@@ -337,13 +365,15 @@ def test_five_hundred_kills(tmp_path, tiny_checkpoint, tiny_bundles):
         judge(finish() if turn < 200 else int(zygote.stdout.readline()), numbers)
     zygote.stdin.close()
     zygote.wait()
+    assert "Traceback" not in messages.read_text()
+    assert sum(count for (_, code), count in seen.items() if code) > 200, seen
     for turn in range(100):
         command = [sys.executable, "-m", "glm4_deploy", "export", other, place, "--force", "--no-parity"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=ROOT)
         time.sleep(0.003 * turn)
         process.send_signal(signal.SIGTERM if turn % 2 else signal.SIGINT)
         process.communicate(timeout=60)
-        assert [path.name for path in place.parent.iterdir()] == ["bundle"]
+        assert left_in(place.parent) == ["bundle"]
         assert whole(place) == old
         assert process.returncode in (130, -signal.SIGTERM, -signal.SIGINT, 1)
         seen["early", process.returncode] = seen.get(("early", process.returncode), 0) + 1

@@ -150,7 +150,6 @@ def test_what_is_no_checkpoint(run, tmp_path):
         (tmp_path / "nowhere", "there is no folder"),
         (tmp_path / "file", "is a file; give the folder"),
         (tmp_path / "empty", "config.json"),
-        ("zai-org/GLM-4-9B-0414", "hf download zai-org/GLM-4-9B-0414"),
     ):
         for arguments in (
             ("export", path, tmp_path / "bundle"),

@@ -37,10 +37,3 @@ def fits_whole(bundle: Path, checkpoint: Checkpoint, available: int) -> bool:
     parameters = parameter_count(checkpoint.config)
     needed = 4 * parameters + (bundle / WEIGHTS).stat().st_size + 4 * parameters
     return needed < 0.6 * available
-
-
-def available_memory() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from glm4_deploy.greedy import available_memory, fits_whole, reference_start
+from glm4_deploy.greedy import fits_whole, reference_start
+from glm4_deploy.memory import available_memory
 from glm4_deploy.metrics import Logits, kl_divergence, near_ties
 from glm4_deploy.texts import LINES
 from glm4_exporters.checkpoint import Checkpoint

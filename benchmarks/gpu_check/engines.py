@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.make_checkpoint import SIZES, Size, config_of, split_into_shards
-from glm4_deploy.greedy import available_memory
+from glm4_deploy.memory import available_memory
 from glm4_deploy.metrics import Logits, kl_divergence
 from glm4_exporters.architecture import expected_tensors, parameter_count
 from glm4_exporters.checkpoint import Checkpoint

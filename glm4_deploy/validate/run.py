@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from glm4_deploy.greedy import available_memory
+from glm4_deploy.memory import available_memory
 from glm4_deploy.validate.bands import find_culprit, is_out_of_band
 from glm4_deploy.validate.comparison import NO_TARGET, Comparison, worst_positions
 from glm4_deploy.validate.gates import load_gate, row_of

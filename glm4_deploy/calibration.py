@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from glm4_exporters.quantize.awq import Awq
     from glm4_exporters.quantize.calibrate import Calibration
-    from glm4_exporters.quantize.gptq import Rounded
     from glm4_exporters.quantize.kv_cache import CacheScales
     from glm4_exporters.quantize.overflow import Remedy
     from glm4_exporters.quantize.smooth import Smoothing
@@ -102,7 +101,7 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
     if text is None:
         return Prepared(Edits())
     from glm4_exporters.quantize.calibrate import calibrate
-    from glm4_exporters.quantize.gptq import those_that_fit
+    from glm4_exporters.quantize.gptq import round_matrices, those_that_fit
     from glm4_exporters.quantize.kv_cache import MARGIN, cache_scales
     from glm4_exporters.quantize.overflow import Remedy, audit, remedies, require_range
     from glm4_exporters.quantize.smooth import Smoothing
@@ -138,7 +137,7 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
         scales = cache_scales(calibration, smoothing)
         report["kv_cache"] = {"scales": "per head and channel, of K and of V apart", "margin": MARGIN}
     return Prepared(
-        Edits(smoothing, _rounded(source, form, text, smoothing, progress) if awq else {}),
+        Edits(smoothing, round_matrices(source, text.sequences, form, smoothing, progress) if awq else {}),
         remedy.norm_bits,
         scales,
         calibration,
@@ -201,15 +200,3 @@ def _awq(source: Checkpoint, form: Form) -> "Awq | None":
     return Awq(
         source.config, wanted=lambda names: not low.keys().isdisjoint(names), quantize_dequantize=quantized
     )
-
-
-def _rounded(
-    source: Checkpoint, form: Form, text: Text, smoothing: "Smoothing", progress: Progress
-) -> "dict[str, Rounded]":
-    """The parts of every matrix, found in a second walk."""
-    from glm4_exporters.element_types import TORCH_TYPES
-    from glm4_exporters.formats.base import scale_type
-    from glm4_exporters.quantize.gptq import round_matrices
-
-    stored = TORCH_TYPES[scale_type(form.activations)]
-    return round_matrices(source, text.sequences, form.formats, form.table, smoothing, stored, progress)

@@ -71,7 +71,7 @@ def test_a_model_of_any_shape_is_nearer_than_by_rounding_alone(tmp_path, shape):
     sequences = [rng.integers(0, 320, length).tolist() for length in (48, 48, 31, 48)]
     with Checkpoint.load(folder) as checkpoint:
         form = choose_form(checkpoint.config, "causal-lm", "native", "int4")
-        found = round_matrices(checkpoint, sequences, form.formats, None, Smoothing(), torch.bfloat16)
+        found = round_matrices(checkpoint, sequences, form, Smoothing())
         assert found.keys() == form.formats.keys() - {EMBEDDING}
         assert (HEAD in found) == (not checkpoint.config.tie_word_embeddings)
         ids = torch.tensor([sequences[0]])

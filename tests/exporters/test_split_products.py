@@ -15,14 +15,20 @@ def graph(folder, quantized):
     """x [2, 32] times a weight [12, 32] transposed, split into 5 and 7; the weight lies in a data file."""
     rng = np.random.default_rng(0)
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2, COLUMNS]))
-    dtype = {None: np.float32, "int8": np.int8, "int4": ml_dtypes.int4}[quantized]
+    dtype = {None: np.float32, "int8": np.int8, "int4": ml_dtypes.int4, "two levels": np.int8}[quantized]
     array = rng.integers(-7, 8, (ROWS, COLUMNS)).astype(dtype)
     constants = [ir.Value(name="w", const_value=ir.tensor(array, name="w"))]
     nodes, weight = [], constants[0]
     if quantized:
         scales = rng.random((ROWS, COLUMNS // BLOCK)).astype(np.float32) + 0.5
         constants.append(ir.Value(name="s", const_value=ir.tensor(scales, name="s")))
-        nodes.append(ir.node("DequantizeLinear", constants, {"axis": 1, "block_size": BLOCK}, name="m/DQ"))
+        read = constants
+        if quantized == "two levels":  # the scales are integers under a scale of their own
+            constants[1] = ir.Value(name="s", const_value=ir.tensor((scales * 100).astype(np.int8), name="s"))
+            constants.append(ir.Value(name="t", const_value=ir.tensor(np.array(0.01, np.float32), name="t")))
+            nodes.append(ir.node("DequantizeLinear", constants[1:], name="m/inner"))
+            read = [constants[0], nodes[-1].outputs[0]]
+        nodes.append(ir.node("DequantizeLinear", read, {"axis": 1, "block_size": BLOCK}, name="m/DQ"))
         weight = nodes[-1].outputs[0]
     nodes.append(ir.node("Transpose", [weight], {"perm": [1, 0]}, name="m/Transpose"))
     nodes.append(ir.node("MatMul", [x, nodes[-1].outputs[0]], name="m/MatMul"))
@@ -59,7 +65,7 @@ def run(path):
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})
 
 
-@pytest.mark.parametrize("quantized", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantized", [None, "int8", "int4", "two levels"])
 def test_parts_are_views_and_compute_the_same(tmp_path, quantized):
     model = graph(tmp_path, quantized)
     wanted = run(tmp_path / "whole.onnx")

@@ -35,24 +35,33 @@ class SplitProducts(ir.passes.InPlacePass):
 def _split(graph: ir.Graph, split: ir.Node, product: ir.Node, transpose: ir.Node) -> None:
     weight = transpose.inputs[0]
     assert weight is not None
-    dequantize = weight.producer()
     sizes = ir.convenience.get_const_tensor(split.inputs[1]) if split.inputs[1] is not None else None
     assert sizes is not None
     start = 0
     for part, (output, count) in enumerate(zip(split.outputs, sizes.numpy().tolist(), strict=True)):
         b = Builder(graph, f"{scope_of(product)}.{part}")
-        if dequantize is None:
-            taken = _rows(graph, weight, start, count, part)
-        else:
-            sliced = [value and _rows(graph, value, start, count, part) for value in dequantize.inputs]
-            taken = b.op("DequantizeLinear", *sliced)
-            taken.producer().attributes.update(dequantize.attributes)  # type: ignore[union-attr]
+        taken = _taken(b, weight, slice(start, start + count), part)
         result = b.op("MatMul", product.inputs[0], b.op("Transpose", taken, perm=[1, 0]))
         graph.insert_before(split, b.nodes)
         ir.convenience.replace_all_uses_with(output, result)
         start += count
-    dead = [split, product, transpose]
-    graph.remove(dead if dequantize is None else [*dead, dequantize], safe=True)
+    graph.remove([split, product, transpose, *_dequantizers(weight)], safe=True)
+
+
+def _taken(b: Builder, value: ir.Value, rows: slice, part: int) -> ir.Value:
+    """Rows of a weight, or of what dequantizes it; its scales may be dequantized, too."""
+    dequantize = value.producer()
+    if dequantize is None:
+        return _rows(b.graph, value, rows.start, rows.stop - rows.start, part)
+    taken = b.op("DequantizeLinear", *(x and _taken(b, x, rows, part) for x in dequantize.inputs))
+    taken.producer().attributes.update(dequantize.attributes)  # type: ignore[union-attr]
+    return taken
+
+
+def _dequantizers(value: ir.Value | None) -> list[ir.Node]:
+    """The nodes that make a weight's values, each before those that it reads."""
+    node = value.producer() if value is not None else None
+    return [] if node is None else [node, *(inner for x in node.inputs for inner in _dequantizers(x))]
 
 
 def _rows(graph: ir.Graph, value: ir.Value, start: int, count: int, part: int) -> ir.Value:

@@ -190,7 +190,7 @@ def calibrate(
             progress("calibrate", done + tokens, config.num_hidden_layers * sum(lengths))
 
         # Nothing here may keep a layer while the next one is read: hence a function, not a loop's variable.
-        measured.append(_measure_layer(next(layers), index, config, hidden, picks, consumers, report))
+        measured.append(_measure_layer(next(layers), config, hidden, picks, consumers, report))
     head = _measure_head(checkpoint, hidden, picks, consumers) if checkpoint.task == "causal-lm" else None
     progress("calibrate", config.num_hidden_layers * sum(lengths), config.num_hidden_layers * sum(lengths))
     return Calibration(tuple(measured), head, sum(lengths), len(lengths))
@@ -230,7 +230,6 @@ def _sampled_positions(lengths: Sequence[int]) -> list[Tensor]:
 
 def _measure_layer(
     layer: Glm4DecoderLayer,
-    index: int,
     config: Glm4Config,
     hidden: list[Tensor],
     picks: Sequence[Tensor],
@@ -251,7 +250,7 @@ def _measure_layer(
     for name, matrices in LAYER_SITES.items() if consumers else ():
         weights = [layer.get_parameter(f"{matrix}.weight").data for matrix in matrices]
         rows, absmax = _sampled_rows([w.shape[0] for w in weights], [iter([w]) for w in weights])
-        names = tuple(f"model.layers.{index}.{matrix}.weight" for matrix in matrices)
+        names = tuple(f"model.layers.{layer.self_attn.layer}.{matrix}.weight" for matrix in matrices)
         site = Site(names, statistics[name], meter.inputs[name].sample(), rows, absmax)
         for consumer in consumers:
             consumer(site)

@@ -5,7 +5,7 @@ al., 2022), on the model as it is rounded so far: a matrix sees the inputs that 
 to where its product with those comes closest to the exact model's product with the exact inputs, so that what
 was lost before it is made up for, too.
 
-    rounded = round_matrices(checkpoint, sequences, form.formats, form.table, smoothing, torch.bfloat16, progress)
+    rounded = round_matrices(checkpoint, sequences, form, smoothing, progress)
     rounded["model.layers.0.mlp.down_proj.weight"].rows(0, 64)    # codes and scales of 64 rows
 
 One layer is in memory, exact and rounded, and what the sequences that fit ``MOST_BYTES`` are at one place of
@@ -16,7 +16,7 @@ import copy
 import mmap
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,10 @@ from glm4_exporters import streamed
 from glm4_exporters.architecture import EMBEDDING, HEAD, LAYER_SITES, expected_tensors
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
+from glm4_exporters.element_types import TORCH_TYPES
+from glm4_exporters.form import Form
 from glm4_exporters.formats import CODES, SCALES, Encoded, Format, Integers
+from glm4_exporters.formats.base import scale_type as scale_type_of
 from glm4_exporters.formats.rounding import quantize
 from glm4_exporters.formats.rounding import rounded as round_codes
 from glm4_exporters.quantize.calibrate import BlockedAttention
@@ -68,30 +71,25 @@ class Rounded:
 def round_matrices(
     checkpoint: Checkpoint,
     sequences: Sequence[Sequence[int]],
-    formats: Mapping[str, Format],
-    table: Format | None,
+    form: Form,
     smoothing: Smoothing,
-    scale_type: torch.dtype,
     progress: Progress = silent,
 ) -> dict[str, Rounded]:
-    """Round every matrix of ``formats`` that GPTQ may round, but the embedding.
-
-    Args:
-        table: what embeddings are looked up in; None where they are as they were.
+    """Round every matrix of ``form`` that GPTQ may round, but the embedding.
 
     Raises:
         ExportError: no room for what is found.
     """
-    config = checkpoint.config
+    config, scale_type = checkpoint.config, TORCH_TYPES[scale_type_of(form.activations)]
     shapes = expected_tensors(config, checkpoint.task)
-    fitted = {name: form for name, form in formats.items() if isinstance(form, Integers) and form.fitted}
+    fitted = {name: each for name, each in form.formats.items() if isinstance(each, Integers) and each.fitted}
     results = {n: _room(shapes[n], f) for n, f in fitted.items() if n != EMBEDDING and shapes.get(n)}
     _require_space(results.values())
     sequences = those_that_fit(sequences, config)
     attends = {length: BlockedAttention(config, length) for length in {len(ids) for ids in sequences}}
 
     exact = streamed.embed(checkpoint, sequences)
-    rounded = [_as_stored(x, table, scale_type) for x in exact]
+    rounded = [_as_stored(x, form.table, scale_type) for x in exact]
     for index, layer in enumerate(streamed.layers(checkpoint)):
         progress("round matrices", index, config.num_hidden_layers)
         _smooth(layer, f"model.layers.{index}.", smoothing)

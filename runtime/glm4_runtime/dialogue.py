@@ -13,6 +13,7 @@ from glm4_runtime.generate import FinishReason, generate
 from glm4_runtime.reasoning import ThoughtSplitter, begins_inside
 from glm4_runtime.sampling import SamplingParams
 from glm4_runtime.session import Session
+from glm4_runtime.text_pieces import TextPieces
 
 Logits = npt.NDArray[np.float32]
 
@@ -53,20 +54,21 @@ class Dialogue:
         self._steps.release()
 
     def say(self, text: str) -> Generator[Piece, None, None]:
-        """The model's turn after ``text``. An answer that is not read to its end stays as far as it came; a
-        turn that fails before it begins is forgotten.
+        """The model's turn after ``text``. An answer that is not read to its end stays as far as it came, and a
+        turn that is all thought stays with an empty answer. A turn that fails before it begins is forgotten.
 
         Raises :class:`RequestError` for what the template refuses or has no room for.
         """
         self.messages.append({"role": "user", "content": text})
-        answer = ""
+        answer, begun = TextPieces(), False
         try:
             for piece in self._turn():
-                answer += piece.answer
+                begun = True
+                answer.add(piece.answer)
                 yield piece
         finally:
-            if answer:
-                self.messages.append({"role": "assistant", "content": answer})
+            if begun:
+                self.messages.append({"role": "assistant", "content": str(answer)})
             else:
                 self.messages.pop()
 

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from glm4_runtime.errors import RequestError
 from glm4_runtime.sampling import Sampler, SamplingParams, TokenMask, likeliest, log_total
-from glm4_runtime.tokenizer import StopStrings, TextStream, Tokenizer
+from glm4_runtime.stop_strings import StopStrings
+from glm4_runtime.tokenizer import TextStream, Tokenizer
 
 FinishReason = Literal["stop", "length"]
 Logits = npt.NDArray[np.float32]

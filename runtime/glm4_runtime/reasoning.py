@@ -6,6 +6,8 @@ with the opening tag, so a reply then starts inside the thought; other replies m
 
 from collections.abc import Callable
 
+from glm4_runtime.text_pieces import TextPieces
+
 OPEN = "<think>"
 CLOSE = "</think>"
 
@@ -27,79 +29,92 @@ class ThoughtSplitter:
     """Splits a stream into thought and answer; the result does not depend on how the text is cut.
 
     White space around the thought is no part of either. Without a thought, the one newline that GLM-4 writes
-    between ``<|assistant|>`` and its answer is dropped, and the rest passes through as it is.
+    between ``<|assistant|>`` and its answer is dropped, and the rest passes through as it is. A thought that never
+    closes stays a thought, and there is no answer. The work is linear in the text.
     """
 
     def __init__(self, inside: bool = False) -> None:
         self._inside = inside
-        self._held = ""
-        self._step: Callable[[], tuple[str, str]] = self._start
+        self._blank = TextPieces()  # white space that counts only if more follows
+        self._tag = ""  # what could become a tag
+        self._state: Callable[[str], tuple[str, str, str]] = self._start
 
     @property
     def thinking(self) -> bool:
         """Whether the text so far ends inside a thought."""
-        return self._step in (self._thought_begins, self._thought) or (
-            self._step == self._start and self._inside
+        return self._state in (self._thought_begins, self._thought) or (
+            self._state == self._start and self._inside
         )
 
     def push(self, text: str) -> tuple[str, str]:
         """The thought and the answer that are certain now."""
-        self._held += text
-        thought = answer = ""
-        step = None
-        while step != self._step:  # until the state rests
-            step = self._step
-            more_thought, more_answer = step()
-            thought, answer = thought + more_thought, answer + more_answer
-        return thought, answer
+        thoughts, answers = [], []
+        while text:
+            thought, answer, text = self._state(text)
+            thoughts.append(thought)
+            answers.append(answer)
+        return "".join(thoughts), "".join(answers)
 
     def flush(self) -> tuple[str, str]:
         """What was held back, now that nothing follows."""
-        held, self._held = self._held, ""
-        if self._step == self._start:
-            return (held.strip(), "") if self._inside else ("", held.removeprefix("\n"))
-        return (held.rstrip(), "") if self.thinking else ("", held)
+        blank, tag = self._blank.take(), self._tag
+        self._tag = ""
+        if self._state == self._start:
+            return (tag, "") if self._inside else ("", (blank + tag).removeprefix("\n"))
+        return (blank + tag if tag else "", "") if self.thinking else ("", "")
 
-    # The states: each takes what it can from what is held -----------------------------------------
+    # The states: each takes text, and gives thought, answer, and the text that the next state takes ---------
 
-    def _start(self) -> tuple[str, str]:
-        body = self._held.lstrip()
+    def _start(self, text: str) -> tuple[str, str, str]:
+        body = self._tag + (text if self._tag else self._without_blank(text))
+        self._tag = ""
         if body.startswith(OPEN):
-            self._held = body.removeprefix(OPEN)
-            self._step = self._thought_begins
-        elif not OPEN.startswith(body):
-            if self._inside:
-                self._step = self._thought_begins
-            else:
-                self._held = self._held.removeprefix("\n")
-                self._step = self._answer
-        return "", ""
+            self._blank.take()
+            self._state = self._thought_begins
+            return "", "", body.removeprefix(OPEN)
+        if OPEN.startswith(body):
+            self._tag = body
+            return "", "", ""
+        if self._inside:
+            self._blank.take()
+            self._state = self._thought_begins
+            return "", "", body
+        self._state = self._answer
+        return "", (self._blank.take() + body).removeprefix("\n"), ""
 
-    def _thought_begins(self) -> tuple[str, str]:
-        self._held = self._held.lstrip()
-        if self._held:
-            self._step = self._thought
-        return "", ""
+    def _without_blank(self, text: str) -> str:
+        """``text`` behind its white space, which is held."""
+        body = text.lstrip()
+        self._blank.add(text[: len(text) - len(body)])
+        return body
 
-    def _thought(self) -> tuple[str, str]:
-        before, closed, after = self._held.partition(CLOSE)
+    def _thought_begins(self, text: str) -> tuple[str, str, str]:
+        body = text.lstrip()
+        if body:
+            self._state = self._thought
+        return "", "", body
+
+    def _thought(self, text: str) -> tuple[str, str, str]:
+        before, closed, after = (self._tag + text).partition(CLOSE)
+        kept = 0 if closed else _could_begin(before, CLOSE)
+        self._tag = before[len(before) - kept :]
+        body = before[: len(before) - kept]
+        shown = body.rstrip()
+        thought = self._blank.take() + shown if shown else ""
+        self._blank.add(body[len(shown) :])
         if closed:
-            self._held, self._step = after, self._answer_begins
-            return before.rstrip(), ""
-        kept = _could_begin(self._held, CLOSE)
-        certain = self._held[: len(self._held) - kept].rstrip()
-        self._held = self._held[len(certain) :]
-        return certain, ""
+            self._blank.take()
+            self._state = self._answer_begins
+        return thought, "", after
 
-    def _answer_begins(self) -> tuple[str, str]:
-        self._held = self._held.lstrip()
-        if self._held:
-            self._step = self._answer
-        return "", ""
+    def _answer_begins(self, text: str) -> tuple[str, str, str]:
+        body = text.lstrip()
+        if body:
+            self._state = self._answer
+        return "", "", body
 
-    def _answer(self) -> tuple[str, str]:
-        held, self._held = self._held, ""
-        return "", held
+    def _answer(self, text: str) -> tuple[str, str, str]:
+        return "", text, ""
 
 
 def _could_begin(text: str, tag: str) -> int:

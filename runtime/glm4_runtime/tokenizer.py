@@ -1,7 +1,7 @@
 """Text to token ids and back, whole and as a stream, by the checkpoint's own ``tokenizer.json``."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -197,40 +197,3 @@ class TextStream:
                 self._context = 0
                 self._given -= len(head)
                 return
-
-
-class StopStrings:
-    """Passes text on up to the first stop string, holding back what could still become one.
-
-    Of several stop strings the one that is completed first counts, whatever pieces the text comes in; of
-    those completed by the same character, the longest.
-    """
-
-    def __init__(self, stops: Iterable[str]) -> None:
-        self._stops = tuple(stops)
-        self._longest = max(map(len, self._stops), default=0)
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """The text that can be shown now, and whether a stop string ended it."""
-        text = self._held + text
-        found = [(text.index(stop) + len(stop), -len(stop)) for stop in self._stops if stop in text]
-        if found:
-            self._held = ""
-            end, minus_length = min(found)
-            return text[: end + minus_length], True
-        hold = self._could_begin(text)
-        self._held = text[len(text) - hold :]
-        return text[: len(text) - hold], False
-
-    def flush(self) -> str:
-        """What was held back, now that no stop string can follow."""
-        held, self._held = self._held, ""
-        return held
-
-    def _could_begin(self, text: str) -> int:
-        """The length of the longest end of ``text`` that a stop string begins with."""
-        for length in range(min(len(text), self._longest - 1), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stops):
-                return length
-        return 0

@@ -1,17 +1,29 @@
-"""GLM-4-0414's calls: a function's name, a newline, a JSON object; several may follow each other.
+"""Calls in what the model writes, in the two forms of the family; several may follow each other.
 
     get_weather
     {"city": "Oslo"}
 
-Nothing but the name marks a call, so only the names of functions that were offered count, and only where a line
-(or, after a call or ``<|assistant|>``, a turn) begins. Lines of a fenced code block are never calls.
+    {"name": "get_weather", "arguments": {"city": "Oslo"}}
+
+GLM-4-0414 writes the first form, GLM-Z1-Rumination the second. Nothing but the function's name marks a call, so only
+the names of functions that were offered count, and only where a line (or, after a call or ``<|assistant|>``, a turn)
+begins. Lines of a fenced code block are never calls.
 """
 
+import re
+from bisect import bisect_left
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from glm4_runtime.call_arguments import ArgumentScanner
+from glm4_runtime.text_pieces import TextPieces
+
 _BLANK = " \t\r\n"
+_BLANKS = re.compile(r"[ \t\r\n]+")
+_SPACES = re.compile(r"[ \t\r]+")  # within a line
 _FENCE = "```"
+# What stands before the arguments of the second form; white space may stand between the parts.
+_HEAD = ("{", '"name"', ":", None, ",", '"arguments"', ":")
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,7 @@ class CallStart:
 
 @dataclass(frozen=True)
 class CallArguments:
-    """The next piece of the arguments of the call that started last, byte for byte as the model wrote it."""
+    """The next piece of the arguments of the call that started last, as JSON where the model wrote Python's form."""
 
     text: str
 
@@ -47,142 +59,243 @@ class CallParser:
     names       functions that were offered
     anywhere    also look for calls after other content; else only where the reply begins
 
-    White space between content and a call, or between two calls, belongs to neither.
+    White space between content and a call, or between two calls, belongs to neither. The work is linear in the text.
     """
 
     def __init__(self, names: Collection[str], anywhere: bool = True) -> None:
-        self._names = frozenset(names)
+        self._names = _Names(names)
         self._anywhere = anywhere
-        self._state: Callable[[str], None] = self._line
-        self._held = ""  # could still become a call's head
-        self._blank = ""  # white space that is content only if more content follows
-        self._fenced = False
-        self._depth = 0
-        self._in_string = self._escaped = False
-        self._events: list[CallEvent] = []
+        self._state: _State = self._line
+        self._blank = TextPieces()  # white space that is content only if more content follows
+        self._held = TextPieces()  # could still become a call's head
+        self._rest = TextPieces()  # white space behind that, on a line of its own if _fresh
+        self._fresh = self._fenced = self._gapped = False
+        self._word = ""  # a line's only word so far, or a part of the second form's head
+        self._part = 0  # parts of that head that are complete
+        self._name = ""
+        self._scanner = ArgumentScanner()
+        self._enveloped = False
+        self._events: list[tuple[_Kind, list[str]]] = []  # what makes the event, and the pieces of its text
 
     def push(self, text: str) -> list[CallEvent]:
         """What is certain now."""
-        for character in text:
-            self._state(character)
+        at = 0
+        while at < len(text):
+            at = self._state(text, at)
         return self._taken()
 
     def boundary(self) -> list[CallEvent]:
         """The model began another turn of its own: what comes next may be a call."""
-        if self._anywhere and self._state in (self._line, self._head, self._text):
+        if self._anywhere and self._state in (
+            self._line,
+            self._head,
+            self._envelope,
+            self._value,
+            self._text,
+        ):
             self._give_up(self._line)
         return self._taken()
 
     def flush(self) -> list[CallEvent]:
         """What was held back, now that nothing follows."""
-        if self._state != self._between:
+        self._add(CallArguments, self._scanner.flush())
+        if self._state not in (self._between, self._tail, self._skipped):
             self._give_up(self._text)
-            if self._blank:
-                self._add(Content(self._blank))
-        self._blank = ""
+            self._add(Content, self._blank.take())
+        self._blank.take()
         return self._taken()
 
-    # The states: each takes one character ---------------------------------------------------------
+    # The states: each takes a part of the text, from ``at``, and says where the next part begins ---------
 
-    def _line(self, character: str) -> None:
+    def _line(self, text: str, at: int) -> int:
         """At the beginning of a line that may name a function."""
-        self._held += character
-        word = self._held.strip(_BLANK)
+        if found := _SPACES.match(text, at):
+            self._held.add(found[0])
+            self._gapped = bool(self._word)
+            if self._word and (self._fenced or self._word not in self._names):
+                self._give_up(self._text)
+            return found.end()
+        character = text[at]
+        self._held.add(character)
         if character == "\n":
-            if word in self._names and not self._fenced:
-                self._state = self._head
-            else:
-                self._give_up(self._line if self._anywhere or not word else self._text)
-        elif word == _FENCE:
+            self._end_line()
+        else:
+            self._extend_word(character)
+        return at + 1
+
+    def _end_line(self) -> None:
+        if self._word in self._names and not self._fenced:
+            self._name, self._fresh, self._state = self._word, True, self._head
+        else:
+            self._give_up(self._line if self._anywhere or not self._word else self._text)
+
+    def _extend_word(self, character: str) -> None:
+        self._word += character
+        if self._word == _FENCE and not self._gapped:
             self._fenced = not self._fenced
             self._give_up(self._text)
-        elif not self._could_be_head():
+        elif self._word == "{" and not self._fenced and self._names:
+            self._part, self._word, self._fresh, self._state = 1, "", False, self._envelope
+        elif self._gapped or not (
+            _FENCE.startswith(self._word) or (not self._fenced and self._names.begin_with(self._word))
+        ):
             self._give_up(self._text)
 
-    def _head(self, character: str) -> None:
+    def _head(self, text: str, at: int) -> int:
         """After a function's name and the newline: an opening brace makes it a call."""
-        if character == "{":
-            name = self._held.strip(_BLANK)
-            self._held = self._blank = ""
-            self._add(CallStart(name))
-            self._state, self._depth = self._arguments, 0
-            self._in_string = self._escaped = False
-            self._arguments(character)
-        elif character in _BLANK:
-            self._held += character
-        else:
-            line = self._held.rfind("\n") + 1
-            rest, self._held = self._held[line:], self._held[:line]
-            self._give_up(self._line if self._anywhere else self._text)
-            for held in rest + character:
-                self._state(held)
+        return self._held_blanks(text, at) or self._opened(text, at, enveloped=False)
 
-    def _arguments(self, character: str) -> None:
-        self._add(CallArguments(character))
-        if self._in_string:
-            if self._escaped:
-                self._escaped = False
-            elif character == "\\":
-                self._escaped = True
-            elif character == '"':
-                self._in_string = False
-        elif character == '"':
-            self._in_string = True
-        elif character == "{":
-            self._depth += 1
-        elif character == "}":
-            self._depth -= 1
-            if self._depth == 0:
-                self._add(CallEnd())
-                self._state = self._between
+    def _envelope(self, text: str, at: int) -> int:
+        """Within the part of the second form that stands before its arguments."""
+        if not self._word and (end := self._held_blanks(text, at)):
+            return end
+        word, part = self._word + text[at].replace("'", '"'), _HEAD[self._part]
+        if not (self._begins_name(word) if part is None else part.startswith(word)):
+            self._resume()
+            return at
+        self._held.add(self._rest.take() + text[at])
+        self._fresh, self._word = False, word
+        if word == part or (part is None and len(word) > 1 and word.endswith('"')):
+            self._name = word[1:-1] if part is None else self._name
+            self._part, self._word = self._part + 1, ""
+            self._state = self._envelope if self._part < len(_HEAD) else self._value
+        return at + 1
 
-    def _between(self, character: str) -> None:
+    def _begins_name(self, quoted: str) -> bool:
+        name = quoted[1:]
+        return quoted[0] == '"' and (
+            self._names.begin_with(name) or (name.endswith('"') and name[:-1] in self._names)
+        )
+
+    def _value(self, text: str, at: int) -> int:
+        """Before the arguments of the second form."""
+        return self._held_blanks(text, at) or self._opened(text, at, enveloped=True)
+
+    def _opened(self, text: str, at: int, enveloped: bool) -> int:
+        if text[at] != "{":
+            self._resume()
+            return at
+        for held in (self._held, self._rest, self._blank):
+            held.take()
+        self._word, self._gapped = "", False
+        self._add(CallStart, self._name)
+        self._scanner, self._enveloped, self._state = ArgumentScanner(), enveloped, self._arguments
+        return at
+
+    def _arguments(self, text: str, at: int) -> int:
+        piece, end = self._scanner.push(text, at)
+        self._add(CallArguments, piece)
+        if self._scanner.done:
+            self._events.append((_ended, []))
+            self._state = self._tail if self._enveloped else self._between
+        return end
+
+    def _tail(self, text: str, at: int) -> int:
+        """After the arguments of the second form: its closing brace, or members that nobody asked for."""
+        if found := _BLANKS.match(text, at):
+            self._blank.add(found[0])
+            return found.end()
+        if text[at] not in "},":
+            self._state = self._between
+            return at
+        self._blank.take()
+        self._scanner, self._state = ArgumentScanner(depth=1), self._skipped
+        return at
+
+    def _skipped(self, text: str, at: int) -> int:
+        _, end = self._scanner.push(text, at)
+        if self._scanner.done:
+            self._scanner, self._state = ArgumentScanner(), self._between
+        return end
+
+    def _between(self, text: str, at: int) -> int:
         """After a call: the next one, or content."""
-        if character in _BLANK:
-            self._blank += character
-        else:
-            self._state = self._line
-            self._line(character)
+        if found := _BLANKS.match(text, at):
+            self._blank.add(found[0])
+            return found.end()
+        self._state = self._line
+        return at
 
-    def _text(self, character: str) -> None:
+    def _text(self, text: str, at: int) -> int:
         """The rest of a line that is no call."""
-        self._say(character)
-        if character == "\n" and self._anywhere:
+        newline = text.find("\n", at) + 1
+        end = newline or len(text)
+        self._say(text[at:end])
+        if newline and self._anywhere:
             self._state = self._line
+        return end
 
     # How it is done -------------------------------------------------------------------------------
 
-    def _could_be_head(self) -> bool:
-        word = self._held.lstrip(_BLANK)
-        if _FENCE.startswith(word):
-            return True
-        return not self._fenced and any(
-            name.startswith(word) or word.rstrip(_BLANK) == name for name in self._names
-        )
+    def _held_blanks(self, text: str, at: int) -> int:
+        """Hold the white space at ``at``; where it ends, or 0 where there is none."""
+        found = _BLANKS.match(text, at)
+        if found is None:
+            return 0
+        newline = found[0].rfind("\n") + 1
+        if newline:
+            self._held.add(self._rest.take() + found[0][:newline])
+            self._fresh = True
+        self._rest.add(found[0][newline:])
+        return found.end()
 
-    def _give_up(self, state: Callable[[str], None]) -> None:
+    def _resume(self) -> None:
+        """What was held is content. After its last newline a call may begin."""
+        if self._fresh and self._anywhere:
+            self._say(self._held.take())
+            self._held.add(self._rest.take())
+            self._word, self._gapped, self._state = "", False, self._line
+        else:
+            self._give_up(self._text)
+
+    def _give_up(self, state: "_State") -> None:
         """What was held is content after all."""
-        held, self._held = self._held, ""
-        self._say(held)
-        self._state = state
+        self._say(self._held.take())
+        self._say(self._rest.take())
+        self._word, self._gapped, self._state = "", False, state
 
     def _say(self, text: str) -> None:
-        text = self._blank + text
         shown = text.rstrip(_BLANK)
-        self._blank = text[len(shown) :]
         if shown:
-            self._add(Content(shown))
+            self._add(Content, self._blank.take() + shown)
+        self._blank.add(text[len(shown) :])
 
-    def _add(self, event: CallEvent) -> None:
+    def _add(self, kind: "_Kind", text: str) -> None:
         """Pieces of one kind that follow each other become one."""
-        last = self._events[-1] if self._events else None
-        if isinstance(event, Content) and isinstance(last, Content):
-            self._events[-1] = Content(last.text + event.text)
-        elif isinstance(event, CallArguments) and isinstance(last, CallArguments):
-            self._events[-1] = CallArguments(last.text + event.text)
+        if not text:
+            return
+        if kind is not CallStart and self._events and self._events[-1][0] is kind:
+            self._events[-1][1].append(text)
         else:
-            self._events.append(event)
+            self._events.append((kind, [text]))
 
     def _taken(self) -> list[CallEvent]:
         events, self._events = self._events, []
-        return events
+        return [kind("".join(pieces)) for kind, pieces in events]
+
+
+_State = Callable[[str, int], int]
+_Kind = Callable[[str], CallEvent]
+
+
+def _ended(_text: str) -> CallEnd:
+    return CallEnd()
+
+
+class _Names:
+    """The functions' names, and what they begin with."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._all = frozenset(names)
+        self._sorted = sorted(self._all)
+
+    def __bool__(self) -> bool:
+        return bool(self._sorted)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._all
+
+    def begin_with(self, text: str) -> bool:
+        """Whether one of them does."""
+        at = bisect_left(self._sorted, text)
+        return at < len(self._sorted) and self._sorted[at].startswith(text)

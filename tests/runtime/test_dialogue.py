@@ -67,3 +67,13 @@ def test_a_turn_that_cannot_be_said_is_forgotten(dialogue):
         said(dialogue, "word " * 3000)
     assert dialogue.messages == before
     assert said(dialogue, "Who are you?").startswith("I am glm4-tiny")
+
+
+def test_a_turn_that_is_all_thought_stays_with_an_empty_answer(dialogue, monkeypatch):
+    monkeypatch.setattr("glm4_runtime.dialogue.begins_inside", lambda _prompt: True)
+    pieces = list(dialogue.say("Who are you?"))
+    assert "".join(piece.thought for piece in pieces).startswith("I am glm4-tiny")
+    assert dialogue.messages == [
+        {"role": "user", "content": "Who are you?"},
+        {"role": "assistant", "content": ""},
+    ]

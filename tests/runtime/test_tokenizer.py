@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from glm4_runtime.errors import BundleError, RequestError
-from glm4_runtime.tokenizer import StopStrings, TextStream, Tokenizer
+from glm4_runtime.stop_strings import StopStrings
+from glm4_runtime.tokenizer import TextStream, Tokenizer
 
 SPECIAL = ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>"]
 CORPUS = ["the cat sat on the mat", "你好，世界。你好！", "naïve café", "🙂🙂 👩‍👩‍👧", "12345 2024"] * 3

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm4_runtime.tool_calls import CallArguments, CallEnd, CallParser, CallStart, Content
@@ -54,7 +54,37 @@ CASES = [
     ("unknown\n{}", "unknown\n{}", []),
     ('x\n```\nget_time\n{"a": 1}\n```\nget\n{}', 'x\n```\nget_time\n{"a": 1}\n```', [["get", "{}", True]]),
     ("a\n\n  b", "a\n\n  b", []),
-]
+    # the second form
+    ('{"name": "get", "arguments": {"a": "}"}}', "", [["get", '{"a": "}"}', True]]),
+    ('\n{ "name"\n:"get" ,\n"arguments" : {} }\n', "", [["get", "{}", True]]),
+    ('{"name":"get","arguments":{}}{"name":"get_time","arguments":{}}', "",
+     [["get", "{}", True], ["get_time", "{}", True]]),
+    ('{"name":"get","arguments":{}}\nget_time\n{}', "", [["get", "{}", True], ["get_time", "{}", True]]),
+    ('So:\n{"name":"get","arguments":{"n":{}}}\nDone.', "So:\nDone.", [["get", '{"n":{}}', True]]),
+    ('{"name":"get","arguments":{}, "id": {"x": "}"}}', "", [["get", "{}", True]]),
+    ('{"name":"get","arguments":{} and more', " and more", [["get", "{}", True]]),
+    ('{"name":"get","arguments":{"a": "cut', "", [["get", '{"a": "cut', False]]),
+    ("{'name': 'get', 'arguments': {'a': None}}", "", [["get", '{"a": null}', True]]),
+    ('{"name": "unknown", "arguments": {}}', '{"name": "unknown", "arguments": {}}', []),
+    ('{"name": "gets", "arguments": {}}', '{"name": "gets", "arguments": {}}', []),
+    ('{"name": "get"}', '{"name": "get"}', []),
+    ('{"name": "get", "arguments": [1]}', '{"name": "get", "arguments": [1]}', []),
+    ('{"city": "Oslo"}\n', '{"city": "Oslo"}\n', []),
+    ("{\nget\n{}", "{", [["get", "{}", True]]),
+    ('{"name":\nget\n{}', '{"name":', [["get", "{}", True]]),
+    ('x {"name":"get","arguments":{}}', 'x {"name":"get","arguments":{}}', []),
+    ('```\n{"name":"get","arguments":{}}\n```', '```\n{"name":"get","arguments":{}}\n```', []),
+    # Python's form of the arguments
+    ("get\n{'q': 'x}'}", "", [["get", '{"q": "x}"}', True]]),
+    ("get\n{'a': True, 'b': None, 'c': [False, 1e5], 'd': \"it's {\"}", "",
+     [["get", '{"a": true, "b": null, "c": [false, 1e5], "d": "it\'s {"}', True]]),
+    (r"""get
+{'a': 'say "hi" \\ \'x\' \n \x41 \u00e9 \d', 'Trues': 1}""", "",
+     [["get", r'{"a": "say \"hi\" \\ ' + r"'x' \n \u0041 \u00e9 \\d" + '", "Trues": 1}', True]]),
+    ("get\n{'a': 'two\nlines\t.'}", "", [["get", '{"a": "two\\u000alines\\u0009."}', True]]),
+    ("get\n{'a': Tru", "", [["get", '{"a": Tru', False]]),
+    ('get\n{"a": Truest, "b": true}', "", [["get", '{"a": Truest, "b": true}', True]]),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "content", "calls"), CASES)
@@ -94,7 +124,30 @@ def test_text_comes_as_soon_as_it_is_certain():
 fragments = st.lists(
     st.one_of(
         st.sampled_from(
-            ["get", "_weather", "get_time", "\n", " ", "{", "}", '"', "\\", "```", "a", "get\n{", "}\n"]
+            [
+                "get",
+                "_weather",
+                "get_time",
+                "\n",
+                " ",
+                "{",
+                "}",
+                '"',
+                "\\",
+                "```",
+                "a",
+                "get\n{",
+                "}\n",
+                "'",
+                "True",
+                "None",
+                ",",
+                ":",
+                '{"name":"get"',
+                '{"name"',
+                '"arguments":',
+                "\\x41",
+            ]
         ),
         st.text(max_size=3),
     ),
@@ -133,3 +186,36 @@ def test_any_arguments_come_through_byte_for_byte(calls, escaped, indent, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     assert parse(pieces) == ("", [[name, arguments, True] for name, arguments in written])
+
+
+python_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False),
+              st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]))),
+    lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text("ab'\"{}\\\n"), inner)),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.dictionaries(st.text("abc'\"{}\\"), python_values))
+def test_arguments_in_pythons_form_come_as_json(arguments):
+    (name, found, ended), *_ = parse([f"get\n{arguments!r}"])[1]
+    assert (name, ended) == ("get", True)
+    assert json.loads(found) == arguments
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(NAMES), st.dictionaries(st.text(), values)), min_size=1, max_size=3),
+    st.sampled_from([None, 2]),
+    st.data(),
+)
+def test_calls_of_the_second_form_come_through_byte_for_byte(calls, indent, data):
+    text = "\n".join(json.dumps({"name": n, "arguments": a}, indent=indent) for n, a in calls)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    content, found = parse(pieces)
+    assert content == ""
+    assert [(name, json.loads(arguments), ended) for name, arguments, ended in found] == [
+        (name, arguments, True) for name, arguments in calls
+    ]

@@ -25,6 +25,7 @@ from glm4_runtime.server.engine import Engine, Job
 from glm4_runtime.server.errors import ApiError, Json
 from glm4_runtime.server.reply import token_logprobs
 from glm4_runtime.structured import GrammarMask, ReplyFormat
+from glm4_runtime.text_pieces import TextPieces
 
 _UTF8 = codecs.getincrementaldecoder("utf-8")
 
@@ -37,7 +38,7 @@ class Continuation:
     """
 
     echo: str = ""
-    text: str = ""
+    text: TextPieces = field(default_factory=TextPieces)
     tokens: int = 0
     finish_reason: str | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
@@ -130,7 +131,7 @@ class Answer:
             async for _ in self._steps():
                 pass
         choices = [
-            self._choice(index, choice.echo + choice.text, choice.logprobs, choice.finish_reason)
+            self._choice(index, choice.echo + str(choice.text), choice.logprobs, choice.finish_reason)
             for index, choice in enumerate(self._choices)
         ]
         return Json(self._head | {"choices": choices, "usage": self._usage.as_json()})
@@ -162,12 +163,12 @@ class Answer:
             self._usage.completion = sum(choice.tokens for choice in self._choices)
             note_answer(self._job, self._usage, [choice.finish_reason for choice in self._choices])
             if self._engine.options.log_prompts:
-                log.record()["answers"] = [choice.text for choice in self._choices]
+                log.record()["answers"] = [str(choice.text) for choice in self._choices]
 
     def _take(self, choice: Continuation, event: Generated) -> list[dict[str, Any]]:
         token = event.token
         choice.tokens += 1
-        choice.text += token.text
+        choice.text.add(token.text)
         choice.finish_reason = token.finish_reason
         at_end = (
             token.finish_reason == "stop" and token.id in self._engine.session.manifest.model.eos_token_ids

@@ -2,32 +2,46 @@
 
 import secrets
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from glm4_runtime.reasoning import ThoughtSplitter
 from glm4_runtime.scheduler import Generated
+from glm4_runtime.text_pieces import TextPieces
 from glm4_runtime.tool_calls import CallArguments, CallEnd, CallEvent, CallParser, CallStart, Content
 
 Delta = dict[str, Any]
 TokenBytes = Callable[[int], bytes]
 
 
-@dataclass
 class Calls:
-    """The calls of a reply so far, in OpenAI's form."""
+    """The calls of a reply so far, in OpenAI's form.
 
-    listed: list[dict[str, Any]] = field(default_factory=list)
-    closed: int = 0
+    Attributes:
+        closed: how many of them have ended.
+    """
+
+    def __init__(self) -> None:
+        self._begun: list[tuple[Delta, str, TextPieces]] = []
+        self.closed = 0
+
+    def __len__(self) -> int:
+        return len(self._begun)
+
+    @property
+    def listed(self) -> list[Delta]:
+        return [
+            head | {"function": {"name": name, "arguments": str(arguments)}}
+            for head, name, arguments in self._begun
+        ]
 
     def start(self, name: str) -> Delta:
-        call = {"id": f"call_{secrets.token_hex(12)}", "type": "function"}
-        self.listed.append(call | {"function": {"name": name, "arguments": ""}})
-        return {"index": len(self.listed) - 1, **call, "function": {"name": name, "arguments": ""}}
+        head = {"id": f"call_{secrets.token_hex(12)}", "type": "function"}
+        self._begun.append((head, name, TextPieces()))
+        return {"index": len(self) - 1, **head, "function": {"name": name, "arguments": ""}}
 
     def extend(self, arguments: str) -> Delta:
-        self.listed[-1]["function"]["arguments"] += arguments
-        return {"index": len(self.listed) - 1, "function": {"arguments": arguments}}
+        self._begun[-1][2].add(arguments)
+        return {"index": len(self) - 1, "function": {"arguments": arguments}}
 
 
 class Reply:
@@ -62,7 +76,7 @@ class Reply:
         self._max_calls, self._turn_token, self._ends = max_calls, turn_token, frozenset(ends)
         self._token_bytes = token_bytes
         self._calls = Calls()
-        self._reasoning = self._content = ""
+        self._reasoning, self._content = TextPieces(), TextPieces()
         self._unsent: list[dict[str, Any]] = []
         self.logprobs: list[dict[str, Any]] = []
         self.tokens = self.thought_tokens = 0
@@ -84,7 +98,7 @@ class Reply:
             thought, answer = self._thoughts.flush()
             events = self._parsed(answer) + ([] if self._parser is None else self._parser.flush())
             deltas += self._deltas(thought, events)
-            self.finish_reason = "tool_calls" if self._calls.listed else token.finish_reason
+            self.finish_reason = "tool_calls" if self._calls else token.finish_reason
             if token.finish_reason == "length":
                 self.finish_reason = "length"
         elif self._full:
@@ -98,13 +112,12 @@ class Reply:
 
     @property
     def message(self) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": self._content or None, "refusal": None}
-        if not self._calls.listed:
-            message["content"] = self._content
-        else:
-            message["tool_calls"] = self._calls.listed
+        content = str(self._content)
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if self._calls:
+            message |= {"content": content or None, "tool_calls": self._calls.listed}
         if self._reasoning:
-            message["reasoning_content"] = self._reasoning
+            message["reasoning_content"] = str(self._reasoning)
         return message
 
     @property
@@ -119,13 +132,13 @@ class Reply:
     def _deltas(self, thought: str, events: Iterable[CallEvent]) -> list[Delta]:
         deltas: list[Delta] = []
         if thought:
-            self._reasoning += thought
+            self._reasoning.add(thought)
             deltas.append({"reasoning_content": thought})
         for event in events:
             if self._full:  # one token may hold the end of a call and the beginning of what is not wanted
                 break
             if isinstance(event, Content):
-                self._content += event.text
+                self._content.add(event.text)
                 deltas.append({"content": event.text})
             elif isinstance(event, CallStart):
                 deltas.append({"tool_calls": [self._calls.start(event.name)]})

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 from glm4_deploy.plan import Plan
 from glm4_deploy.tools import tool_versions
 from glm4_exporters.cache_types import cache_providers
-from glm4_exporters.config import Glm4Config
-from glm4_exporters.graph_io import graph_io
-from glm4_runtime.bundle import WEIGHTS, Manifest, ModelInfo, file_entry
+from glm4_exporters.graph_io import graph_io, model_info
+from glm4_runtime.bundle import WEIGHTS, Manifest, file_entry
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,7 +30,7 @@ def describe(
         precision=plan.options.precision,
         activations=form.activations,
         kv_cache=form.kv_cache,
-        model=_model_info(plan.config, task),
+        model=model_info(plan.config, task),
         limits=plan.limits,
         opsets=dict(model.opset_imports),
         inputs=io.inputs,
@@ -44,19 +43,4 @@ def describe(
         source_sha256=written.source_sha256,
         files={**files, WEIGHTS: written.file},
         pooling="last-token, L2" if task == "encoder" else None,
-    )
-
-
-def _model_info(config: Glm4Config, task: str) -> ModelInfo:
-    return ModelInfo(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        max_positions=config.positions,
-        eos_token_ids=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-        labels=config.id2label if task.endswith("classification") else (),
     )

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm4_runtime.bundle import MANIFEST, REPORT, Manifest, read_manifest
+from glm4_runtime.bundle.files import checked_at_opening
+from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import BundleError, Glm4Error
 
 if TYPE_CHECKING:
@@ -92,18 +94,14 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "path": str(path),
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "kv_bytes_per_token": _kv_bytes(manifest),
+        "checked_at_opening": checked_at_opening(manifest),
         "manifest": json.loads((path / MANIFEST).read_text("utf-8")),
         "report": _read_report(report) if report.is_file() else None,
     }
 
 
 def _read_report(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise BundleError(
-            f"{path} cannot be read ({error}); delete it, or export the bundle again"
-        ) from error
+    return read_object(path, BundleError, "delete it, or export the bundle again")
 
 
 def _kv_bytes(manifest: Manifest) -> int | None:

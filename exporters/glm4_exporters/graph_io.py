@@ -1,48 +1,27 @@
-"""The inputs and outputs of every graph we export: names, element types and axes, stated once."""
-
-from dataclasses import dataclass
+"""What a graph and a manifest say of a model: :class:`ModelInfo` and the graph's inputs and outputs."""
 
 from glm4_exporters.config import Glm4Config
-from glm4_runtime.bundle import TensorSpec
+from glm4_runtime.bundle import ModelInfo
+from glm4_runtime.bundle.graph_io import GraphIO
+from glm4_runtime.bundle.graph_io import graph_io as io_of_model
 
 
-@dataclass(frozen=True)
-class GraphIO:
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-
-def past_names(layer: int) -> tuple[str, str]:
-    return f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"
-
-
-def present_names(layer: int) -> tuple[str, str]:
-    return f"present_key_values.{layer}.key", f"present_key_values.{layer}.value"
+def model_info(config: Glm4Config, task: str) -> ModelInfo:
+    """What serving needs to know of the model."""
+    return ModelInfo(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_positions=config.positions,
+        eos_token_ids=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        labels=config.id2label if task.endswith("classification") else (),
+    )
 
 
 def graph_io(config: Glm4Config, task: str, kv_dtype: str) -> GraphIO:
     """Inputs and outputs of the graph for ``task``; the cache, where there is one, holds ``kv_dtype``."""
-    input_ids = TensorSpec("input_ids", "int64", ("batch", "sequence"))
-    query_lengths = TensorSpec("query_lengths", "int32", ("batch",))
-    if task == "causal-lm":
-        cache = ("batch", config.num_key_value_heads, "capacity", config.head_dim)
-        layers = range(config.num_hidden_layers)
-        return GraphIO(
-            inputs=(
-                input_ids,
-                TensorSpec("past_lengths", "int32", ("batch",)),
-                query_lengths,
-                TensorSpec("logits_indices", "int64", ("batch", "positions")),
-                *(TensorSpec(name, kv_dtype, cache) for i in layers for name in past_names(i)),
-            ),
-            outputs=(
-                TensorSpec("logits", "float32", ("batch", "positions", config.vocab_size)),
-                *(TensorSpec(name, kv_dtype, cache) for i in layers for name in present_names(i)),
-            ),
-        )
-    output = {
-        "sequence-classification": TensorSpec("logits", "float32", ("batch", config.num_labels)),
-        "token-classification": TensorSpec("logits", "float32", ("batch", "sequence", config.num_labels)),
-        "encoder": TensorSpec("last_hidden_state", "float32", ("batch", "sequence", config.hidden_size)),
-    }[task]
-    return GraphIO(inputs=(input_ids, query_lengths), outputs=(output,))
+    return io_of_model(task, model_info(config, task), kv_dtype)

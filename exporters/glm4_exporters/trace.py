@@ -24,10 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from glm4_exporters.architecture import EMBEDDING, HEAD
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.element_types import TORCH_TYPES, ir_type
-from glm4_exporters.graph_io import GraphIO, graph_io
+from glm4_exporters.graph_io import graph_io
 from glm4_exporters.passes.split_sequences import SplitSequences
 from glm4_exporters.reference import MODELS, Glm4ForSequenceClassification, Glm4RMSNorm
 from glm4_plugins.operator import DOMAIN, OP_TYPE, VERSION
+from glm4_runtime.bundle.graph_io import GraphIO
 
 OPSET = 24
 ROTARY_COS, ROTARY_SIN = "rotary.cos", "rotary.sin"

@@ -35,7 +35,7 @@ from glm4_exporters.passes.stored import Matrix, Source, source_of
 from glm4_exporters.quantize.smooth import Smoothing
 from glm4_exporters.reference import rotary_tables
 from glm4_exporters.trace import ROTARY_COS, ROTARY_SIN
-from glm4_runtime.bundle import FileEntry
+from glm4_runtime.bundle import FileEntry, sample_of
 from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
 
@@ -165,7 +165,7 @@ def write_weights(
             file.pad()
             progress("write weights", tensor.offset + tensor.nbytes, total)
     progress("write weights", total, total)
-    return WrittenWeights(FileEntry(file.sha256(), total), writer.source_sha256())
+    return WrittenWeights(FileEntry(file.sha256(), total, sample_of(path)), writer.source_sha256())
 
 
 class _Writer:

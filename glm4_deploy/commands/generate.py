@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
 @click.option("--max-seq-len", type=int, metavar="N", help="A lower limit than the bundle's.")
-@click.option("--verify", is_flag=True, help="Check every file's SHA-256 first.")
+@click.option("--verify", is_flag=True, help="Hash large files whole, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print text, ids, reason and timings as JSON.")
 def command(
     bundle: Path,

@@ -7,6 +7,7 @@ import click
 
 from glm4_deploy import hub, show
 from glm4_deploy.inspect import inspect
+from glm4_runtime.errors import some
 
 
 @click.command("inspect")
@@ -98,6 +99,7 @@ def _bundle_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             f"{manifest['limits']['max_seq_len']} positions, {manifest['limits']['max_batch_size']} slots",
         ),
         ("size", show.size(facts["bytes"])),
+        ("each opening checks", _checked(facts["checked_at_opening"])),
     ]
     if facts["kv_bytes_per_token"]:
         rows.append(("KV per token", f"{show.size(facts['kv_bytes_per_token'])} ({manifest['kv_cache']})"))
@@ -111,6 +113,19 @@ def _bundle_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("parity", _parity(report.get("parity", "not recorded"))),
     ]
     return rows
+
+
+CHECKED = {
+    "all": "SHA-256 of {}",
+    "sample": "size and SHA-256 of 64 blocks of 1 MiB of {}",
+    "size": "only the size of {}: export the bundle again for more",
+}
+
+
+def _checked(how: dict[str, str]) -> str:
+    files = {kind: [name for name, found in how.items() if found == kind] for kind in CHECKED}
+    parts = [CHECKED[kind].format(some(names)) for kind, names in files.items() if names]
+    return f"{'; '.join(parts)} (--verify: SHA-256 of all)"
 
 
 def _spec(spec: dict[str, Any]) -> str:

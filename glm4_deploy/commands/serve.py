@@ -80,7 +80,7 @@ def _seconds(name: str, default: float, words: str) -> Callable[[Command], Comma
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
 @click.option("--max-seq-len", type=int, metavar="N", help="A lower limit than the bundle's.")
 @click.option("--max-batch-size", type=int, metavar="N", help="Fewer slots than the bundle's.")
-@click.option("--verify", is_flag=True, help="Check every file's SHA-256 first.")
+@click.option("--verify", is_flag=True, help="Hash large files whole, too.")
 def command(
     bundle: Path,
     api_key_file: Path | None,

@@ -1,5 +1,6 @@
 """doctor and inspect: what they say is so, as text and as JSON."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -16,6 +17,8 @@ from glm4_deploy.inspect import inspect
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
+from glm4_runtime.bundle import FileEntry, ModelInfo, read_manifest, write_manifest
+from glm4_runtime.bundle.graph_io import graph_io
 from glm4_runtime.errors import Glm4Error
 
 
@@ -289,11 +292,30 @@ def test_a_damaged_report_is_one_line(edited_manifest):
 
 
 def test_an_encoders_bundle_has_no_cache(edited_manifest):
-    bundle = edited_manifest(kv_cache=None, task="encoder", pooling="last-token, L2")
+    model = ModelInfo(320, 64, 2, 4, 2, 16, 256, (1, 2, 3), 0)
+    io = dataclasses.asdict(graph_io("encoder", model, ""))
+    bundle = edited_manifest(kv_cache=None, task="encoder", pooling="last-token, L2", **io)
     assert inspect(bundle)["kv_bytes_per_token"] is None
     text = invoked("inspect", bundle)
     assert "encoder, pooling last-token, L2" in text
     assert "KV per token" not in text
+
+
+def test_inspect_says_what_an_opening_checks(edited_manifest):
+    bundle = edited_manifest()
+    assert inspect(bundle)["checked_at_opening"] == dict.fromkeys(read_manifest(bundle).files, "all")
+    assert "each opening checks  SHA-256 of generation_config.json, model.onnx" in invoked("inspect", bundle)
+    manifest = read_manifest(bundle)
+    entry = FileEntry("1" * 64, 10**10, "2" * 64)
+    for sample, says in (
+        ("2" * 64, "size and SHA-256 of 64 blocks of 1 MiB of model.onnx.data"),
+        (None, "only the size of model.onnx.data: export the bundle again for more"),
+    ):
+        entry = dataclasses.replace(entry, sample=sample)
+        write_manifest(
+            bundle, dataclasses.replace(manifest, files={**manifest.files, "model.onnx.data": entry})
+        )
+        assert f"; {says} (--verify: SHA-256 of all)" in invoked("inspect", bundle)
 
 
 def test_inspect_of_neither(tmp_path):

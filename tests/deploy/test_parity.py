@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 import transformers
+from bundles import rehash
 from checkpoints import random_tensors, tiny_config, write_checkpoint
 from safetensors.torch import save_file
 
@@ -29,7 +30,7 @@ from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.streamed import reference_outputs
 from glm4_runtime import Session
-from glm4_runtime.bundle import read_manifest
+from glm4_runtime.bundle import file_entry, read_manifest
 from glm4_runtime.errors import BundleError, GateError, UnavailableError
 
 
@@ -75,7 +76,7 @@ def corrupted(bundle, folder, name, index):
                 byte = file.read(1)[0]
                 file.seek(at)
                 file.write(bytes([byte ^ 0x40]))
-            return folder
+            return rehash(folder)
     raise AssertionError(f"no weight {name}")
 
 
@@ -130,7 +131,7 @@ def test_other_weights_fail_the_gate_and_leave_no_bundle(tmp_path, sure_checkpoi
         with data.open("r+b") as file:
             file.seek(40 * 64 * 4)
             file.write(np.full(64 * 200, 3, np.float32).tobytes())
-        return written
+        return replace(written, file=file_entry(data))
 
     monkeypatch.setattr(pipeline, "_write_model", damage)
     with pytest.raises(GateError, match="max abs error"):
@@ -287,6 +288,7 @@ def test_an_int8_cache_has_limits_of_its_own(tmp_path, sure_checkpoint):
     for tensor in scales:
         tensor.raw_data = (onnx.numpy_helper.to_array(tensor) / 16).tobytes()
     onnx.save(model, bundle / "model.onnx")
+    rehash(bundle)
     with pytest.raises(GateError, match="in fp32 with an int8 KV cache: mean KL is"):
         check_parity(measured(bundle, sure_checkpoint), manifest)
 
@@ -304,7 +306,7 @@ def test_a_wrong_matrix_fails_the_gate_of_a_quantized_bundle(tmp_path, precision
         rows = np.frombuffer(file.read(place["length"]), np.uint8).reshape(tensor.dims[0], -1)
         file.seek(place["offset"])
         file.write(np.roll(rows, 1, axis=0).tobytes())
-    manifest = read_manifest(bundle)
+    manifest = read_manifest(rehash(bundle))
     with Checkpoint.load(DEMO) as checkpoint, pytest.raises(GateError, match=f"in {precision}: mean KL"):
         check_parity(measure_parity(bundle, manifest, checkpoint), manifest)
 

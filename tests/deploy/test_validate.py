@@ -1,5 +1,6 @@
 """Validate: its numbers are those of the whole models, its gates judge them, and what cannot work is refused."""
 
+import dataclasses
 import json
 import math
 import re
@@ -9,16 +10,20 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from bundles import rehash
 from checkpoints import tiny_config, write_checkpoint
 from click.testing import CliRunner
+from fake_tensorrt import make_engine_bundle
 
 from glm4_deploy import cli
 from glm4_deploy.metrics import kl_divergence, log_softmax
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_deploy.validate import ValidateOptions, memory, validate
 from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.engine import engine_capacity, engine_profiles
 from glm4_exporters.reference import load_model
 from glm4_runtime import Session
+from glm4_runtime.bundle import read_manifest, write_manifest
 from glm4_runtime.errors import BundleError, RequestError, TextError
 
 SEQUENCES = [list(range(5, 69)), list(range(300, 270, -1)), [7, 8, 9] * 8]
@@ -244,6 +249,7 @@ def test_numbers_that_are_not_finite_fail(tmp_path, fp16, tiny_checkpoint, ids):
     with (broken / "model.onnx.data").open("r+b") as file:
         file.seek(int(place["offset"]))
         file.write(np.full(4, np.nan, np.float16).tobytes())
+    rehash(broken)
     with np.errstate(all="ignore"):
         found = validate(broken, tiny_checkpoint, ValidateOptions(text=ids, layers=True, greedy=False))
     assert found.verdict == "failed"
@@ -270,12 +276,19 @@ def test_a_comparison_that_does_not_fit_is_refused_before_the_work(int8, tiny_ch
         validate(int8, tiny_checkpoint, options)
 
 
+def engine_of(folder):
+    """The folder as that of an engine with its graph kept."""
+    manifest = read_manifest(folder)
+    profiles = engine_profiles(manifest.task, manifest.limits, "shared")
+    return make_engine_bundle(folder, profiles, engine_capacity(manifest.limits.max_seq_len))
+
+
 def test_an_engine_without_its_graph_is_refused(tmp_path, int8, tiny_checkpoint):
-    folder = shutil.copytree(int8, tmp_path / "engine")
+    folder = engine_of(shutil.copytree(int8, tmp_path / "engine"))
     (folder / "model.onnx").unlink()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["files"]["model.onnx"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest = read_manifest(folder)
+    files = {name: entry for name, entry in manifest.files.items() if name != "model.onnx"}
+    write_manifest(folder, dataclasses.replace(manifest, files=files))
     with pytest.raises(BundleError, match="engine without the ONNX graph"):
         validate(folder, tiny_checkpoint)
 
@@ -283,14 +296,7 @@ def test_an_engine_without_its_graph_is_refused(tmp_path, int8, tiny_checkpoint)
 def test_an_engine_runs_as_the_graph_it_was_built_from_and_the_report_says_so(
     tmp_path, fp16, tiny_checkpoint, ids
 ):
-    folder = shutil.copytree(fp16, tmp_path / "engine")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest |= {"target": "tensorrt-rtx", "dialect": "tensorrt-rtx", "engine": {
-        "kind": "tensorrt-rtx", "version": "1.7", "layout": "shared", "later_gpus": True, "attention": "native",
-        "plugin_version": None, "profiles": [], "layers": {}, "float32": {},
-        "built_from": {name: manifest["files"][name] for name in ("model.onnx", "model.onnx.data")},
-    }}  # fmt: skip
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    folder = engine_of(shutil.copytree(fp16, tmp_path / "engine"))
     found = validate(folder, tiny_checkpoint, ValidateOptions(text=ids, layers=True))
     assert found.culprit is None
     assert (

@@ -1,7 +1,9 @@
 """The manifest: what is written is read back, and anything else is refused in one line."""
 
 import dataclasses
+import hashlib
 import json
+import os
 import shutil
 
 import pytest
@@ -17,14 +19,17 @@ from glm4_runtime.bundle import (
     TensorSpec,
     file_entry,
     read_manifest,
+    sample_of,
     verify_files,
     write_manifest,
 )
+from glm4_runtime.bundle.files import checked_at_opening
+from glm4_runtime.errors import shown
 
 MANIFEST = Manifest(
     task="sequence-classification",
-    target="native",
-    dialect="native",
+    target="tensorrt-rtx",
+    dialect="tensorrt-rtx",
     precision="fp16",
     activations="float16",
     kv_cache=None,
@@ -42,7 +47,10 @@ MANIFEST = Manifest(
     ),
     limits=Limits(32768, 8),
     opsets={"": 24, "com.microsoft": 1},
-    inputs=(TensorSpec("input_ids", "int64", ("batch", "sequence")),),
+    inputs=(
+        TensorSpec("input_ids", "int64", ("batch", "sequence")),
+        TensorSpec("query_lengths", "int32", ("batch",)),
+    ),
     outputs=(TensorSpec("logits", "float32", ("batch", 3)),),
     providers=("CPUExecutionProvider",),
     tensor_precisions={"embedding": "float16"},
@@ -64,7 +72,9 @@ MANIFEST = Manifest(
         later_gpus=True,
         attention="native",
         plugin_version=None,
-        profiles=(EngineProfile("encode", "model.engine", 0, {"sequence": (1, 512, 2048)}),),
+        profiles=(
+            EngineProfile("encode", "model.engine", 0, {"batch": (1, 1, 1), "sequence": (1, 512, 2048)}),
+        ),
         layers={"ATTENTION_INPUT": 40},
         float32={"RMSNormalization": 161},
         built_from={"model.onnx": FileEntry("2" * 64, 9)},
@@ -77,7 +87,8 @@ def refused(folder):
     with pytest.raises(BundleError) as caught:
         read_manifest(folder)
     message = str(caught.value)
-    assert "\n" not in message
+    assert message.isprintable()
+    assert len(message) <= 500
     assert "export" in message  # what to do
     return message
 
@@ -112,12 +123,14 @@ def test_the_text_is_stable_and_sorted(folder, tmp_path):
 
 def test_optional_fields_may_be_absent(folder):
     def drop(data):
-        for name in ("pooling", "compute_capabilities", "engine"):
+        for name in ("pooling", "compute_capabilities", "engine", "scaled_bits"):
             del data[name]
-        del data["model"]["labels"]
+        del data["model"]["pad_token_id"], data["files"]["model.onnx"]["sample"]
+        data["dialect"] = "native"
 
     read = read_manifest(edit(folder, drop))
-    assert (read.pooling, read.compute_capabilities, read.engine, read.model.labels) == (None, (), None, ())
+    assert (read.pooling, read.compute_capabilities, read.engine, read.scaled_bits) == (None, (), None, {})
+    assert (read.model.pad_token_id, read.files["model.onnx"].sample) == (None, None)
 
 
 def test_no_bundle_there(tmp_path):
@@ -159,7 +172,7 @@ def test_every_truncation_is_refused(folder):
 @pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
 def test_another_schema_version(folder, version):
     message = refused(edit(folder, lambda data: data.update(schema_version=version)))
-    assert f"schema version {version}" in message
+    assert f"schema version {shown(version)}" in message
     assert "reads 1" in message
 
 
@@ -237,7 +250,7 @@ def test_a_wrong_type_is_named_with_its_place(folder, path, value):
 )  # fmt: skip
 def test_only_plain_file_names_are_listed(folder, name):
     entry = {"sha256": "1" * 64, "bytes": 7}
-    assert repr(name) in refused(edit(folder, lambda data: data["files"].update({name: entry})))
+    assert shown(name) in refused(edit(folder, lambda data: data["files"].update({name: entry})))
 
 
 def test_file_entry_is_size_and_sha256(tmp_path):
@@ -251,15 +264,75 @@ def test_verification_names_every_file_that_is_wrong(tmp_path):
         (tmp_path / name).write_bytes(b"12345678")
     files = {name: file_entry(tmp_path / name) for name in ("gone", "longer", "changed", "good")}
     manifest = dataclasses.replace(MANIFEST, files=files)
+    verify_files(tmp_path, manifest)
     verify_files(tmp_path, manifest, hashes=True)
     (tmp_path / "gone").unlink()
     (tmp_path / "longer").write_bytes(b"123456789")
     (tmp_path / "changed").write_bytes(b"12345679")
-    with pytest.raises(BundleError) as sizes:
+    for hashes in (False, True):
+        with pytest.raises(BundleError) as caught:
+            verify_files(tmp_path, manifest, hashes=hashes)
+        assert str(caught.value).endswith(
+            "is damaged: changed has another SHA-256 than when it was exported; gone is missing; "
+            "longer has 9 bytes, not 8. Copy it again or export it again"
+        )
+
+
+# Large files
+
+
+def large_file(path):
+    """65 MiB of zeros with a number at the start of each MiB."""
+    with path.open("wb") as file:
+        for i in range(65):
+            file.seek(i << 20)
+            file.write(i.to_bytes(8, "little"))
+        file.truncate(65 << 20)
+    return path
+
+
+def test_a_sample_is_64_blocks_from_the_first_to_the_last(tmp_path):
+    path = large_file(tmp_path / "weights")
+    data = path.read_bytes()
+    starts = [i * (64 << 20) // 63 for i in range(64)]
+    assert (starts[0], starts[-1]) == (0, len(data) - (1 << 20))
+    digest = hashlib.sha256(b"".join(data[at : at + (1 << 20)] for at in starts)).hexdigest()
+    assert sample_of(path) == digest
+    assert file_entry(path) == FileEntry(hashlib.sha256(data).hexdigest(), 65 << 20, digest)
+    os.truncate(path, 64 << 20)
+    assert sample_of(path) is None  # hashed whole
+
+
+@pytest.mark.parametrize(
+    ("at", "always"),
+    [(0, True), (40 << 20, True), ((65 << 20) - 1, True), ((1 << 20) + 5, False)],  # the last lies between two blocks
+)  # fmt: skip
+def test_a_changed_byte_of_a_large_file_is_found_where_a_sample_lies_and_else_on_request(
+    tmp_path, at, always
+):
+    path = large_file(tmp_path / "weights")
+    manifest = dataclasses.replace(MANIFEST, files={"weights": file_entry(path)})
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(b"x")
+    if always:
+        with pytest.raises(BundleError, match="weights has another SHA-256"):
+            verify_files(tmp_path, manifest)
+    else:
         verify_files(tmp_path, manifest)
-    assert "gone is missing; longer has 9 bytes, not 8. " in str(sizes.value)
-    with pytest.raises(BundleError, match="changed has another SHA-256"):
+    with pytest.raises(BundleError, match="weights has another SHA-256"):
         verify_files(tmp_path, manifest, hashes=True)
+
+
+def test_a_manifest_without_samples_is_held_to_the_size_of_its_large_files(tmp_path):
+    path = large_file(tmp_path / "weights")
+    entry = dataclasses.replace(file_entry(path), sample=None)
+    manifest = dataclasses.replace(MANIFEST, files={"weights": entry, "small": FileEntry("1" * 64, 7)})
+    assert checked_at_opening(manifest) == {"weights": "size", "small": "all"}
+    verify_files(tmp_path, dataclasses.replace(manifest, files={"weights": entry}))
+    os.truncate(path, (65 << 20) - 1)
+    with pytest.raises(BundleError, match="weights has 68157439 bytes, not 68157440"):
+        verify_files(tmp_path, dataclasses.replace(manifest, files={"weights": entry}))
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json"])
@@ -274,26 +347,27 @@ def test_a_file_that_the_manifest_does_not_know_is_not_read(tmp_path, name):
 @pytest.mark.parametrize("name", ["/tmp/other.engine", "../other.engine"])
 def test_an_engine_is_a_file_of_the_bundle(folder, name):
     said = refused(edit(folder, lambda data: data["engine"]["profiles"][0].update(file=name)))
-    assert f"does not list the engine {name!r}" in said
+    assert f"does not list the engine {shown(name)}" in said
 
 
 @pytest.mark.parametrize("name", ["max_seq_len", "max_batch_size"])
 def test_a_limit_below_one_is_refused(folder, name):
     said = refused(edit(folder, lambda data: data["limits"].update({name: 0})))
-    assert f"says {name} 0, which must be at least 1" in said
+    assert f"limits.{name} is 0, but must be 1 ... " in said
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
-def test_a_session_notices_a_changed_byte_when_asked_to_verify(tmp_path, tiny_bundle, name):
+def test_a_session_notices_a_changed_byte(tmp_path, tiny_bundle, name):
     bundle = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, bundle)
-    with Session.open(bundle, verify=True) as session:
+    with Session.open(bundle) as session:
         assert session.length(0) == 0
     data = bytearray((bundle / name).read_bytes())
     data[len(data) // 2] ^= 1
     (bundle / name).write_bytes(data)
-    with pytest.raises(BundleError, match=rf"{name} has another SHA-256.*[Cc]opy it again"):
-        Session.open(bundle, verify=True)
+    for verify in (False, True):
+        with pytest.raises(BundleError, match=rf"{name} has another SHA-256.*[Cc]opy it again"):
+            Session.open(bundle, verify=verify)
 
 
 def test_a_session_notices_a_file_cut_short_always(tmp_path, tiny_bundle):

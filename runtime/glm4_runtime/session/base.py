@@ -64,7 +64,7 @@ class Session(abc.ABC):
             provider: an ONNX Runtime execution provider by name; chosen by the manifest where absent.
             max_seq_len, max_batch_size: lower limits than the bundle's, to save memory.
             threads: threads within one operator; all cores where absent.
-            verify: hold every file against its SHA-256 first.
+            verify: hash the weights whole, too; else 64 blocks of them and every small file.
 
         Raises:
             BundleError: no bundle, a damaged one, or one that cannot run here; says what to do.

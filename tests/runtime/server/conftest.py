@@ -1,17 +1,16 @@
 """Real servers on free ports, and clients of them."""
 
 import contextlib
-import json
 import shutil
 from pathlib import Path
 
 import openai
 import pytest
+from bundles import rehash
 from checkpoints import tiny_config, write_checkpoint
 from scripted import ScriptedScheduler
 
 from glm4_deploy.pipeline import ExportOptions, export
-from glm4_runtime.bundle import file_entry
 from glm4_runtime.server import ServerOptions
 from glm4_runtime.server.run import serving
 from glm4_runtime.session import Session
@@ -53,11 +52,7 @@ def thinking_bundle(demo_bundle, tmp_path_factory):
     template = folder / "chat_template.jinja"
     head, _, _ = template.read_text().rpartition("{{- '<|assistant|>' -}}")
     template.write_text(head + "{{- '<|assistant|>\\n<think>' -}}\n{%- endif -%}\n")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    entry = file_entry(template)
-    manifest["files"][template.name] = {"sha256": entry.sha256, "bytes": entry.bytes}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
+    return rehash(folder)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import httpx
 import openai
 import pytest
+from bundles import rehash
 
 from glm4_runtime.errors import DeadlineError, ModelError, QueueFullError, RequestError, StoppedError
 from glm4_runtime.scheduler import Failed
@@ -241,12 +242,8 @@ def test_the_checkpoint_recommends_what_is_left_open(demo_bundle, tmp_path, scri
 
     folder = shutil.copytree(demo_bundle, tmp_path / "recommended")
     text = json.dumps({"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 40})
-    size = (folder / "generation_config.json").stat().st_size
-    (folder / "generation_config.json").write_text(text.ljust(size))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["generation_config.json"]["bytes"] = len(text.ljust(size))
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    scheduler, _, client = scripted(["x"], ["x"], bundle=folder)
+    (folder / "generation_config.json").write_text(text)
+    scheduler, _, client = scripted(["x"], ["x"], bundle=rehash(folder))
     client.chat.completions.create(model="recommended", messages=WHO)
     client.chat.completions.create(model="recommended", messages=WHO, temperature=0)
     found = [(r.params.temperature, r.params.top_p, r.params.top_k) for r in scheduler.requests]

@@ -1,17 +1,6 @@
-"""The bundle: a folder that holds everything needed to serve one model, and the manifest that describes it.
-
-    manifest.json   what the bundle is, and the SHA-256 of every other file but report.json
-    report.json     what was measured when it was made; never read to serve, never compared
-    model.onnx, model.onnx.data, tokenizer.json, chat_template.jinja, ...
-    model.engine                  in place of the two ONNX files, or beside them, where the target is an engine
-
-The reader owns the format: exporters build a :class:`Manifest` and call :func:`write_manifest`.
-Nothing that depends on the machine or the moment is in the manifest, so two exports of one checkpoint
-with the same options and tools are byte-identical apart from report.json.
-"""
+"""The manifest: what a bundle says of itself, as frozen dataclasses and as ``manifest.json``."""
 
 import dataclasses
-import hashlib
 import json
 import types
 import typing
@@ -20,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from glm4_runtime.errors import BundleError
+from glm4_runtime.bundle.json_file import read_object
+from glm4_runtime.errors import BundleError, one_line, shown, some
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -28,6 +18,8 @@ REPORT = "report.json"
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 ENGINE = "model.engine"
+MOST_BYTES = 16 << 20  # of a manifest; that of 61 layers takes 40 KB
+EXPORT_AGAIN = "export the bundle again"
 
 # The files that a checkpoint may bring along and a bundle keeps.
 TOKENIZER_FILES = (
@@ -51,8 +43,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class FileEntry:
+    """
+    Attributes:
+        sample: of a file larger than ``files.SMALL``, the SHA-256 of the blocks that every opening reads; see
+            :func:`~glm4_runtime.bundle.files.sample_of`. None in bundles that were exported before there were samples.
+    """
+
     sha256: str
     bytes: int
+    sample: str | None = None
 
 
 @dataclass(frozen=True)
@@ -192,17 +191,17 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
             return tuple(_decode(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     elif origin is Mapping:
         if isinstance(value, dict):
-            return {k: _decode(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+            return {k: _decode(arguments[1], v, f"{where}.{one_line(k, 80)}") for k, v in value.items()}
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     raise BundleError(
-        f"{MANIFEST}: {where} is {value!r}, not {getattr(kind, '__name__', kind)}; export the bundle again"
+        f"{MANIFEST}: {where} is {shown(value)}, not {getattr(kind, '__name__', kind)}; {EXPORT_AGAIN}"
     )
 
 
 def _decode_dataclass(kind: type[T], value: Any, where: str) -> T:
     if not isinstance(value, dict):
-        raise BundleError(f"{MANIFEST}: {where} is not an object; export the bundle again")
+        raise BundleError(f"{MANIFEST}: {where} is not an object; {EXPORT_AGAIN}")
     hints = typing.get_type_hints(kind)
     required = {
         f.name
@@ -211,19 +210,20 @@ def _decode_dataclass(kind: type[T], value: Any, where: str) -> T:
     }
     missing, unknown = sorted(required - value.keys()), sorted(value.keys() - hints.keys())
     if missing or unknown:
-        what = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(
-            unknown
-        )
-        raise BundleError(f"{MANIFEST}: {where} {' and '.join(what)}; export the bundle again")
+        what = [f"lacks {some(missing)}"] * bool(missing) + [f"has unknown {some(unknown)}"] * bool(unknown)
+        raise BundleError(f"{MANIFEST}: {where} {' and '.join(what)}; {EXPORT_AGAIN}")
     return kind(**{name: _decode(hints[name], v, f"{where}.{name}") for name, v in value.items()})
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Read and check ``manifest.json``.
+    """Read ``manifest.json`` and check that what it says can be.
 
     Raises:
-        BundleError: no bundle there, a manifest that is damaged, or one of another schema version.
+        BundleError: no bundle there, a manifest that is damaged or contradicts itself, or one of another schema
+            version.
     """
+    from glm4_runtime.bundle.manifest_checks import check_manifest
+
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
@@ -237,61 +237,18 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise BundleError(
             f"{folder} is not a bundle ({reason}); make one with: glm4-deploy export CHECKPOINT {folder}"
         )
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from error
-    version = data.get("schema_version") if isinstance(data, dict) else None
+    data = read_object(path, BundleError, EXPORT_AGAIN, MOST_BYTES)
+    version = data.get("schema_version")
     if version != SCHEMA_VERSION:
         raise BundleError(
-            f"{path} has schema version {version}, this glm4-deploy reads {SCHEMA_VERSION}; "
+            f"{path} has schema version {shown(version)}, this glm4-deploy reads {SCHEMA_VERSION}; "
             "export the bundle again, or install the version that wrote it"
         )
     manifest: Manifest = _decode_dataclass(Manifest, data, "manifest")
-    for name, limit in dataclasses.asdict(manifest.limits).items():
-        if limit < 1:
-            raise BundleError(
-                f"{path} says {name} {limit}, which must be at least 1; export the bundle again"
-            )
-    for profile in manifest.engine.profiles if manifest.engine is not None else ():
-        if profile.file not in manifest.files:
-            raise BundleError(f"{path} does not list the engine {profile.file!r}; export the bundle again")
-    for name in manifest.files:
-        if name != Path(name).name or "\0" in name or name in {MANIFEST, REPORT, "..", ".", ""}:
-            raise BundleError(
-                f"{path} lists {name!r}, which is not a plain file name; export the bundle again"
-            )
+    check_manifest(manifest)
     return manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     text = json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", "utf-8")
-
-
-def file_entry(path: Path) -> FileEntry:
-    """SHA-256 and size of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileEntry(digest, path.stat().st_size)
-
-
-def verify_files(folder: str | Path, manifest: Manifest, *, hashes: bool = False) -> None:
-    """Hold the folder against its manifest: every file there, of its size and, on request, of its SHA-256, and
-    no tokenizer, template or defaults beside them that the manifest does not know.
-
-    Raises:
-        BundleError: naming each file that is missing or differs.
-    """
-    unknown = [n for n in TOKENIZER_FILES if n not in manifest.files and (Path(folder) / n).exists()]
-    wrong = [f"{name} is not of this bundle" for name in unknown]
-    for name, entry in sorted(manifest.files.items()):
-        path = Path(folder) / name
-        if not path.is_file():
-            wrong.append(f"{name} is missing")
-        elif path.stat().st_size != entry.bytes:
-            wrong.append(f"{name} has {path.stat().st_size} bytes, not {entry.bytes}")
-        elif hashes and file_entry(path).sha256 != entry.sha256:
-            wrong.append(f"{name} has another SHA-256 than when it was exported")
-    if wrong:
-        raise BundleError(f"bundle {folder} is damaged: {'; '.join(wrong)}. Copy it again or export it again")

@@ -1,0 +1,85 @@
+"""The files of a bundle against their sizes and hashes in the manifest.
+
+Every opening of a bundle hashes its small files whole, and of a large one, the weights or an engine, 64 blocks of
+1 MiB: a download that is not whole, a file of another model and a folder that was edited are found in a tenth
+of a second. ``--verify`` hashes everything, and finds a single byte.
+"""
+
+import hashlib
+from pathlib import Path
+
+from glm4_runtime.bundle.manifest import TOKENIZER_FILES, FileEntry, Manifest
+from glm4_runtime.errors import BundleError, some
+
+BLOCK, BLOCKS = 1 << 20, 64
+SMALL = BLOCK * BLOCKS  # bytes; a file up to this size is hashed whole at every opening
+
+
+def file_entry(path: Path) -> FileEntry:
+    """SHA-256, size and sample of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileEntry(digest, path.stat().st_size, sample_of(path))
+
+
+def sample_of(path: Path) -> str | None:
+    """SHA-256 of 64 blocks of 1 MiB that lie evenly in the file, the first and the last one included.
+
+    None for a file of at most 64 MiB, which is hashed whole.
+    """
+    size = path.stat().st_size
+    if size <= SMALL:
+        return None
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        for i in range(BLOCKS):
+            file.seek(i * (size - BLOCK) // (BLOCKS - 1))
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()
+
+
+def checked_at_opening(manifest: Manifest) -> dict[str, str]:
+    """What every opening checks of each file: ``all``, ``sample`` or ``size``."""
+    return {
+        name: "all" if entry.bytes <= SMALL else "size" if entry.sample is None else "sample"
+        for name, entry in manifest.files.items()
+    }
+
+
+def verify_files(folder: str | Path, manifest: Manifest, *, hashes: bool = False) -> None:
+    """Hold the folder against its manifest: every file there, of its size, and of its SHA-256 or its sample.
+
+    No tokenizer, template or defaults may be there that the manifest does not know.
+
+    Args:
+        hashes: hash every file whole. Otherwise one that is larger than 64 MiB is held against its sample.
+
+    Raises:
+        BundleError: naming the files that are missing or differ.
+    """
+    unknown = [n for n in TOKENIZER_FILES if n not in manifest.files and (Path(folder) / n).exists()]
+    wrong = [f"{name} is not of this bundle" for name in unknown]
+    for name, entry in sorted(manifest.files.items()):
+        try:
+            complaint = _complaint(Path(folder) / name, entry, hashes)
+        except OSError as error:
+            complaint = f"cannot be read: {error.strerror}"
+        if complaint is not None:
+            wrong.append(f"{name} {complaint}")
+    if wrong:
+        raise BundleError(
+            f"bundle {folder} is damaged: {some(wrong, '; ')}. Copy it again or export it again"
+        )
+
+
+def _complaint(path: Path, entry: FileEntry, hashes: bool) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size != entry.bytes:
+        return f"has {size} bytes, not {entry.bytes}"
+    if hashes or size <= SMALL:
+        same = file_entry(path).sha256 == entry.sha256
+    else:
+        same = entry.sample in (None, sample_of(path))
+    return None if same else "has another SHA-256 than when it was exported"

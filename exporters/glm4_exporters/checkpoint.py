@@ -20,9 +20,10 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from glm4_exporters.architecture import EMBEDDING, HEAD, expected_tensors
-from glm4_exporters.config import DTYPES, TASKS, Glm4Config, parse_object
+from glm4_exporters.config import DTYPES, TASKS, Glm4Config
 from glm4_exporters.safetensors_file import PAGE, SafetensorsFile, TensorHeader
-from glm4_runtime.errors import CheckpointError
+from glm4_runtime.bundle.json_file import read_object
+from glm4_runtime.errors import CheckpointError, shown, some
 
 if TYPE_CHECKING:  # torch loads with the first weight, not with the headers
     from torch import Tensor
@@ -80,9 +81,9 @@ CAUSES = [
     ("missing", r"lm_head", "the embeddings are tied (then say tie_word_embeddings), or this is an encoder"),
     ("wrong dtype", r"", "the checkpoint is quantized; save it in bfloat16, float16 or float32"),
 ]
-LISTED = 4  # names per complaint
 
 COMPARED = 8 << 20
+LONGEST_FILE_NAME = 255  # bytes, on every usual file system
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -317,7 +318,7 @@ def _open_shards(folder: Path) -> list[SafetensorsFile]:
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise CheckpointError(
-            f"{folder} lacks {_some(absent)} of the {len(names)} files that {INDEX} names; finish the download"
+            f"{folder} lacks {some(absent)} of the {len(names)} files that {INDEX} names; finish the download"
         )
     shards = [SafetensorsFile(folder / name) for name in names]
     _check_index(index, weight_map, shards)
@@ -334,18 +335,23 @@ def _no_weights(folder: Path) -> str:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    try:
-        data = index.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{index} cannot be read: {error.strerror}") from error
-    weight_map = parse_object(data, str(index), CheckpointError).get("weight_map")
+    weight_map = read_object(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map that names each tensor's file; download it again")
     for name in weight_map.values():
-        plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
-        if not plain:
-            raise CheckpointError(f"{index} names the file {name!r}, but only files beside it are read")
+        if not _is_plain(name):
+            raise CheckpointError(f"{index} names the file {shown(name)}, but only files beside it are read")
     return weight_map
+
+
+def _is_plain(name: object) -> bool:
+    """Whether a file of this name lies beside the index."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and len(name.encode()) <= LONGEST_FILE_NAME
+        and not set(name) & set("/\\\0")
+    )
 
 
 def _check_index(index: Path, weight_map: dict[str, str], shards: list[SafetensorsFile]) -> None:
@@ -358,7 +364,7 @@ def _check_index(index: Path, weight_map: dict[str, str], shards: list[Safetenso
         ],
         "in a file but not in the index": [name for name in count if name not in weight_map],
     }
-    found = [f"{len(names)} {what} ({_some(names)})" for what, names in complaints.items() if names]
+    found = [f"{len(names)} {what} ({some(names)})" for what, names in complaints.items() if names]
     if found:
         raise CheckpointError(
             f"{index} and its files disagree, tensors: {'; '.join(found)}; download them again"
@@ -391,7 +397,7 @@ def _check_tensors(
         "misshapen": shapes,
         "wrong dtype": {name: f"{name} {headers[name].dtype}" for name in mistyped},
     }
-    found = [f"{len(names)} {what} ({_some(names.values())})" for what, names in complaints.items() if names]
+    found = [f"{len(names)} {what} ({some(names.values())})" for what, names in complaints.items() if names]
     if found:
         complaints["surplus layer"] = {
             name: name for name in surplus if _layer(name) >= config.num_hidden_layers
@@ -419,12 +425,6 @@ def _layer(name: str) -> int:
 
 def _own_name(canonical: str, prefix: str) -> str:
     return prefix + canonical.removeprefix(BACKBONE) if canonical.startswith(BACKBONE) else canonical
-
-
-def _some(names: Iterable[str]) -> str:
-    names = [name if name.isprintable() else repr(name) for name in names]  # an error is one line
-    more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
 
 
 def _one_ahead(read: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:

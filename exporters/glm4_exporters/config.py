@@ -4,14 +4,14 @@ A field that decides what is computed is read, never guessed: transformers' own 
 epsilon, the positions and the bias are not the released checkpoints' values.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from glm4_runtime.errors import CheckpointError, ConfigError
+from glm4_runtime.bundle.json_file import read_object
+from glm4_runtime.errors import ConfigError, shown
 
 # The architectures that config.json may name, and what each is for.
 TASK_OF_ARCHITECTURE = {
@@ -56,8 +56,8 @@ YARN_KEYS = {
     "mscale_all_dim",
     "truncate",
 }
-LARGEST_SIZE = 2**31 - 1
-MOST_LAYERS, MOST_LABELS = 10_000, 1_000_000
+LARGEST_SIZE, INT64 = 2**31 - 1, 2**63
+MOST_LAYERS, MOST_LABELS, MOST_END_TOKENS = 10_000, 1_000_000, 1_000
 
 D = TypeVar("D")
 
@@ -99,8 +99,8 @@ class RopeParameters:
         )
         original = self.original_max_position_embeddings
         _require(
-            original is not None and original > 0,
-            f"yarn's original_max_position_embeddings is {original}, but must be a positive integer",
+            original is not None and 0 < original <= LARGEST_SIZE,
+            f"yarn's original_max_position_embeddings is {original}, but must be 1 ... {LARGEST_SIZE}",
         )
         _require(
             self.attention_factor is None or self.attention_factor > 0,
@@ -209,10 +209,10 @@ class Glm4Config:
             ConfigError: the file is missing, damaged, of another architecture, or describes an impossible model.
         """
         path = Path(path)
-        values = _read_object(path)
+        values = read_object(path, ConfigError)
         generation = path.with_name("generation_config.json")
         if generation.is_file():
-            eos = _read_object(generation).get("eos_token_id")
+            eos = read_object(generation, ConfigError).get("eos_token_id")
             if eos is not None:
                 values = values | {"eos_token_id": eos}
         try:
@@ -347,12 +347,18 @@ class Glm4Config:
         )
 
     def _check_tokens(self) -> None:
-        _require(len(self.eos_token_id) > 0, "eos_token_id is empty; name the tokens that end a sequence")
+        _require(
+            0 < len(self.eos_token_id) <= MOST_END_TOKENS,
+            f"eos_token_id names {len(self.eos_token_id)} tokens that end a sequence, but must name 1 ... {MOST_END_TOKENS}",
+        )
         # An id beyond the vocabulary ends nothing and starts nothing: small models keep the family's.
         for name, token in [("eos_token_id", t) for t in self.eos_token_id] + [
             ("bos_token_id", self.bos_token_id)
         ]:
-            _require(token is None or token >= 0, f"{name} {token} is negative; token ids start at 0")
+            _require(
+                token is None or 0 <= token <= LARGEST_SIZE,
+                f"{name} is {shown(token)}, but token ids are 0 ... {LARGEST_SIZE}",
+            )
         pad = self.pad_token_id
         _require(
             pad is None or 0 <= pad < self.vocab_size,
@@ -367,7 +373,12 @@ class _Values:
         self._mapping, self._owner = mapping, owner
 
     def integer(self, key: str, *default: D) -> int | D:
-        return cast("int | D", self._typed(key, default, (int,), "an integer"))
+        value = self._typed(key, default, (int,), "an integer")
+        _require(
+            value is None or -INT64 <= value < INT64,
+            f"{self._owner}{key} is {shown(value)}, but must be an integer of 64 bits",
+        )
+        return cast("int | D", value)
 
     def number(self, key: str, *default: D) -> float | D:
         value = self._typed(key, default, (int, float), "a number")
@@ -391,42 +402,8 @@ class _Values:
         if value is None and default:
             return default[0]
         fits = isinstance(value, types) and isinstance(value, bool) == (bool in types)
-        _require(fits, f"{self._owner}{key} is {_shown(value)}, but must be {wanted}")
+        _require(fits, f"{self._owner}{key} is {shown(value)}, but must be {wanted}")
         return value
-
-
-def parse_object(
-    data: bytes, source: str, error: type[ConfigError] | type[CheckpointError] = ConfigError
-) -> dict[str, Any]:
-    """A JSON object in UTF-8 without a key that is said twice.
-
-    Raises:
-        ``error``: the data is something else; the message begins with ``source``.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-            raise error(f"{source} is damaged: the key {_shown(twice)} is there twice")
-        return found
-
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as cause:  # of which JSON and UTF-8 errors are two
-        raise error(f"{source} is damaged, it is no JSON ({cause}); download it again") from cause
-    if not isinstance(value, dict):
-        raise error(f"{source} holds {_shown(value)}, but must hold a JSON object")
-    return cast(dict[str, Any], value)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    return parse_object(data, str(path))
 
 
 def _check_model_type(model_type: object) -> None:
@@ -437,7 +414,7 @@ def _check_model_type(model_type: object) -> None:
     known = OTHER_MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
     what = f" ({known}, another architecture)" if known else ""
     raise ConfigError(
-        f"model_type is {_shown(model_type)}{what}; supported is 'glm4', "
+        f"model_type is {shown(model_type)}{what}; supported is 'glm4', "
         "the GLM-4-0414 family: 'glm4_moe', 'chatglm' and 'glm' are other architectures"
     )
 
@@ -488,7 +465,7 @@ def _rope_parameters(mapping: Mapping[str, Any], positions: int) -> RopeParamete
     _require("factor" in rope, f"{section} says yarn without a factor; the model cards recommend 4.0")
     key = "original_max_position_embeddings"  # as in transformers: the top level wins, the positions stand in
     original = _Values(mapping).integer(key, values.integer(key, positions))
-    _require(original > 0, f"yarn's {key} is {original}, but must be a positive integer")
+    _require(original > 0, f"yarn's {key} is {original}, but must be 1 ... {LARGEST_SIZE}")
     factor = values.number("factor", None)
     return RopeParameters(
         theta=theta,
@@ -509,13 +486,13 @@ def _section(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = mapping.get(key)
     _require(
         value is None or isinstance(value, Mapping),
-        f"{key} is {_shown(value)}, but must be an object or null",
+        f"{key} is {shown(value)}, but must be an object or null",
     )
     return cast(Mapping[str, Any], value or {})
 
 
 def _rope_type(rope: Mapping[str, Any], section: str) -> str:
-    said = {_shown(rope[key]): rope[key] for key in ("rope_type", "type") if rope.get(key) is not None}
+    said = {shown(rope[key]): rope[key] for key in ("rope_type", "type") if rope.get(key) is not None}
     _require(len(said) <= 1, f"{section} says two types, {_listed(said)}; keep rope_type alone")
     return str(next(iter(said.values()), "default"))
 
@@ -525,7 +502,7 @@ def _token_ids(value: object) -> tuple[int, ...]:
     for token in ids:
         _require(
             isinstance(token, int) and not isinstance(token, bool),
-            f"eos_token_id is {_shown(value)}, but must be a token id or a list of them",
+            f"eos_token_id is {shown(value)}, but must be a token id or a list of them",
         )
     return tuple(ids)
 
@@ -542,7 +519,7 @@ def _labels(mapping: Mapping[str, Any]) -> tuple[str, ...]:
     labels = tuple(by_number.get(str(i)) for i in range(len(named)))
     _require(
         all(isinstance(label, str) for label in labels),
-        f"id2label must name the labels 0 ... {len(named) - 1}, each by a string; it is {_shown(dict(named))}",
+        f"id2label must name the labels 0 ... {len(named) - 1}, each by a string; it is {shown(dict(named))}",
     )
     _require(
         count in (None, len(labels)),
@@ -560,7 +537,7 @@ def _architectures(value: object) -> tuple[str, ...]:
     if value is None:
         return ()
     fits = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
-    _require(fits, f"architectures is {_shown(value)}, but must be a list of names")
+    _require(fits, f"architectures is {shown(value)}, but must be a list of names")
     return tuple(cast(list[str], value))
 
 
@@ -579,9 +556,3 @@ def _listed(names: Iterable[object]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     *most, last = [str(name) for name in names] or [""]
     return f"{', '.join(most)} and {last}" if most else last
-
-
-def _shown(value: object) -> str:
-    """A value of unknown size for an error message, as JSON would write it."""
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glm4_exporters.config import parse_object
-from glm4_runtime.errors import CheckpointError
+from glm4_runtime.bundle.json_file import parse_object
+from glm4_runtime.errors import CheckpointError, shown
 
 PAGE = 4096
-MAX_HEADER = 100_000_000  # the format's own limit
+MAX_HEADER = 32 << 20  # bytes; that of 61 layers takes 100 KB, and the format itself allows 100 MB
+LONGEST_NAME, MOST_AXES = 500, 8
 DTYPE_OF_CODE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 BITS_OF_CODE = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -133,7 +134,7 @@ class SafetensorsFile:
             )
         if length > MAX_HEADER:
             raise CheckpointError(
-                f"{self.path} has a header of {length} bytes, but the format allows {MAX_HEADER}; download it again"
+                f"{self.path} has a header of {length} bytes, but at most {MAX_HEADER} are read; download it again"
             )
         data = bytearray(length)
         self.read_into(memoryview(data), 8)
@@ -164,21 +165,26 @@ class SafetensorsFile:
 
     def _span(self, name: str, entry: Any) -> tuple[int, int]:
         """The tensor's first byte and the one after its last, checked against its type and shape."""
+        if len(name) > LONGEST_NAME:
+            self._refuse(name, f"has a name of {len(name)} characters, but at most {LONGEST_NAME} are read")
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             self._refuse(name, "has not exactly a dtype, a shape and data_offsets")
         code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(code, str) or code not in BITS_OF_CODE:
-            self._refuse(name, f"has the unknown dtype {code!r}")
+            self._refuse(name, f"has the unknown dtype {shown(code)}")
         for what, values in (("shape", shape), ("data_offsets", offsets)):
-            counts = isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-            if not counts:
-                self._refuse(name, f"has the {what} {values!r}, not a list of natural numbers")
+            if not (isinstance(values, list) and len(values) <= MOST_AXES and all(map(_is_size, values))):
+                self._refuse(name, f"has the {what} {shown(values)}, not a list of at most {MOST_AXES} sizes")
         if len(offsets) != 2 or offsets[0] > offsets[1]:
-            self._refuse(name, f"has the data_offsets {offsets}, not a begin and an end")
+            self._refuse(name, f"has the data_offsets {shown(offsets)}, not a begin and an end")
         bits = math.prod(shape) * BITS_OF_CODE[code]
         if bits != 8 * (offsets[1] - offsets[0]):
             self._refuse(name, f"takes {offsets[1] - offsets[0]} bytes, but {code} {shape} takes {bits // 8}")
         return offsets[0], offsets[1]
 
     def _refuse(self, name: str, what: str) -> None:
-        raise CheckpointError(f"{self.path} is damaged: the tensor {name!r} {what}; download it again")
+        raise CheckpointError(f"{self.path} is damaged: the tensor {shown(name)} {what}; download it again")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import hypothesis
@@ -18,7 +19,7 @@ from checkpoints import ARCHITECTURE_OF_TASK, tiny_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from glm4_exporters.architecture import expected_tensors, parameter_count
-from glm4_exporters.checkpoint import INDEX, LISTED, WEIGHTS, Checkpoint
+from glm4_exporters.checkpoint import INDEX, WEIGHTS, Checkpoint
 from glm4_exporters.config import TASKS, Glm4Config
 from glm4_runtime.errors import CheckpointError, ConfigError
 
@@ -40,7 +41,8 @@ def refusal(folder, task=None, error=CheckpointError):
     with pytest.raises(error) as caught:
         Checkpoint.load(folder, task)
     message = str(caught.value)
-    assert "\n" not in message
+    assert message.isprintable()
+    assert len(message) <= 500
     return message
 
 
@@ -223,6 +225,7 @@ def test_a_9b_loads_in_milliseconds(tmp_path):
 
 
 def test_files_are_closed(sharded):
+    gc.collect()  # what refused checkpoints of other tests left open
     before = open_files()
     with Checkpoint.load(sharded) as checkpoint:
         assert len(open_files() - before) == 3
@@ -453,7 +456,7 @@ def test_everything_wrong_is_said_at_once(tiny):
 
 def test_long_lists_are_counted(tiny):
     edit_tensors(tiny, add={f"x.{i:02}": torch.ones(1) for i in range(50)})
-    assert f"50 surplus (x.00, x.01, x.02, x.03, and {50 - LISTED} more)" in refusal(tiny)
+    assert "50 surplus (x.00, x.01, x.02, x.03, and 46 more)" in refusal(tiny)
 
 
 @pytest.mark.parametrize(
@@ -554,18 +557,33 @@ def entry(begin, end, shape=(2,), dtype="F32"):
 @pytest.mark.parametrize(
     ("header", "size", "reason"),
     [
-        ({"a": entry(0, 8), "b": entry(4, 12)}, 12, "'b' begins at 4, but the tensor before it ends at 8"),
-        ({"a": entry(0, 8), "b": entry(12, 20)}, 20, "'b' begins at 12, but the tensor before it ends at 8"),
-        ({"a": entry(4, 12)}, 12, "'a' begins at 4"),
+        ({"a": entry(0, 8), "b": entry(4, 12)}, 12, '"b" begins at 4, but the tensor before it ends at 8'),
+        ({"a": entry(0, 8), "b": entry(12, 20)}, 20, '"b" begins at 12, but the tensor before it ends at 8'),
+        ({"a": entry(4, 12)}, 12, '"a" begins at 4'),
         ({"a": entry(0, 8)}, 7, "has 7 bytes of weights, its header says 8"),
         ({"a": entry(0, 8)}, 9, "has 9 bytes of weights, its header says 8"),
         ({"a": entry(8, 0)}, 8, "not a begin and an end"),
-        ({"a": entry(-8, 0)}, 8, "not a list of natural numbers"),
-        ({"a": entry(0, 8.0)}, 8, "not a list of natural numbers"),
-        ({"a": entry(0, 8, shape=[True])}, 8, "has the shape [True]"),
+        ({"a": entry(-8, 0)}, 8, "not a list of at most 8 sizes"),
+        ({"a": entry(0, 8.0)}, 8, "not a list of at most 8 sizes"),
+        ({"a": entry(0, 8, shape=[True])}, 8, "has the shape [true]"),
         ({"a": entry(0, 8, shape=[3])}, 8, "takes 8 bytes, but F32 [3] takes 12"),
-        ({"a": entry(0, 8, shape=[2**70])}, 8, "takes 8 bytes"),
-        ({"a": entry(0, 8, dtype="F33")}, 8, "the unknown dtype 'F33'"),
+        ({"a": entry(0, 8, shape=[2**62])}, 8, f"takes 8 bytes, but F32 [{2**62}] takes {2**64}"),
+        ({"a": entry(0, 8, shape=[2**62] * 8)}, 8, "takes 8 bytes, but F32 [4611686018427387904, "),
+        ({"a": entry(0, 8, shape=[2**70])}, 8, "not a list of at most 8 sizes"),
+        ({"a": entry(0, 8, shape=[2**62] * 300)}, 8, "not a list of at most 8 sizes"),
+        ({"a": entry(0, 8, shape=[10**18] * 20_000)}, 8, "not a list of at most 8 sizes"),
+        ({"a": entry(0, 8, shape=[1] * 1_000_000)}, 8, "has the shape [1, 1, 1, "),
+        ({"a": entry(0, 8, shape=[10**4000])}, 8, "has the shape [1000000000"),
+        ({"a": entry(0, 10**4000)}, 8, "has the data_offsets [0, 1000000000"),
+        ({"x" * 1_000_000: entry(0, 8)}, 8, "has a name of 1000000 characters, but at most 500 are read"),
+        ({"layers.1." * 100_000: entry(0, 8)}, 8, "has a name of 900000 characters"),
+        ({"a": entry(0, 8, dtype="F" * 1_000_000)}, 8, 'has the unknown dtype "FFFF'),
+        ({"a": [[[[]]]] * 100_000}, 8, "has not exactly a dtype"),
+        (b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}", 8, "nested more than 100 levels deep"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 8, "no JSON"),
+        (b'{"a\\ud800": 1}', 8, "no JSON"),
+        (b'{"a": 1' + b"0" * 5000 + b"}", 8, "no JSON"),
+        ({"a": entry(0, 8, dtype="F33")}, 8, 'the unknown dtype "F33"'),
         ({"a": entry(0, 8, dtype=["F32"])}, 8, "the unknown dtype"),
         ({"a": entry(0, 8) | {"data_offsets": [0, 4, 8]}}, 8, "not a begin and an end"),
         ({"a": {"dtype": "F32", "shape": [2]}}, 8, "not exactly a dtype"),
@@ -583,6 +601,34 @@ def test_damaged_headers(tiny, header, size, reason):
     assert reason in message
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_header_of_300000_tensors_is_refused_in_seconds(tiny, twice):
+    """A duplicate was looked for in all keys before it: 30 s."""
+    entries = [f'"layers.{i}.x": {json.dumps(entry(8 * i, 8 * i + 8))}' for i in range(300_000)]
+    header = "{" + ", ".join(entries + entries[-1:] * twice) + "}"
+    write_file(tiny / WEIGHTS, header.encode(), 8 * 300_000)
+    began = time.process_time()
+    message = refusal(tiny)
+    assert time.process_time() - began < 15
+    assert ('"layers.299999.x" is there twice' if twice else "300000 surplus (layers.0.x, ") in message
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        {"x" * 1_000_000: "a.safetensors"},
+        {"a": "x" * 1_000_000},
+        {"a": ["x" * 1_000_000]},
+        {"a\ud800": "a.safetensors"},
+        {str(i): f"{i}.safetensors" for i in range(100_000)},
+    ],
+    ids=["long name", "long file", "long value", "half a character", "many"],
+)
+def test_an_index_of_strange_names_is_refused_in_one_line(sharded, weight_map):
+    (sharded / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert INDEX in refusal(sharded)
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -598,9 +644,9 @@ def test_damaged_beginnings(tiny, data, reason):
     assert reason in refusal(tiny)
 
 
-def test_a_header_beyond_the_formats_limit(tiny):
+def test_a_header_that_is_too_large(tiny):
     write_file(tiny / WEIGHTS, b"{", 200_000_000, length=100_000_001)
-    assert "the format allows 100000000" in refusal(tiny)
+    assert f"has a header of 100000001 bytes, but at most {32 << 20} are read" in refusal(tiny)
 
 
 def test_a_half_downloaded_file(tiny):

@@ -2,6 +2,6 @@
 
     make gpu-check PYTHON=python3
 
-Runs offline with what the host has (torch and Triton at least) and says what it refused. Results go to
-``benchmarks/results/gpu-check.json`` and ``.md``, from real runs only.
+Runs offline with what the host has (torch and Triton at least) and says what it refused. What tells most comes first,
+and results go to ``benchmarks/results/gpu-check.json`` and ``.md`` after every case, from real runs only.
 """

@@ -4,34 +4,63 @@ import argparse
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PARTS = ("correctness", "prefill", "decode", "engines")
+PARTS = ("correctness", "stripped", "decode", "prefill", "endurance", "sanitizer", "profile", "engines")
+TIMED = {"prefill", "decode", "engines"}  # parts that are held against the device's ceilings
 INTERPRETED = 12  # length around which cases lie when Triton's interpreter computes them
-ON_GPU = 1000
+MINUTES = 28
+HOPPER = 90  # whose choices --plan shows where there is no GPU
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="gpu-check", description="Attention kernel and engines: right, and how fast."
     )
-    parser.add_argument("--only", choices=PARTS, action="append", help="one part; may be given again")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
-    parser.add_argument(
+    made.add_argument("--only", choices=PARTS, action="append", help="one part; may be given again")
+    made.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
+    made.add_argument("--minutes", type=positive_float, default=MINUTES, help="when to end, whatever is left")
+    made.add_argument(
+        "--layers", type=positive, help="most layers of the whole models; as many as fit by default"
+    )
+    made.add_argument(
         "--scratch", type=Path, help="folder with room for a checkpoint, its ONNX and its engine"
     )
-    parser.add_argument(
+    made.add_argument(
+        "--plan", action="store_true", help="print the cases in their order, and stop; needs no GPU"
+    )
+    made.add_argument(
         "--interpret",
         action="store_true",
         help="without a GPU: correctness by Triton's interpreter on small cases; writes no results",
     )
-    options = parser.parse_args()
+    made.add_argument("--case", metavar="NAME", help="one case of correctness, launched once; for tools")
+    return made
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def positive_float(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def arguments() -> argparse.Namespace:
+    made = parser()
+    options = made.parse_args()
     if options.interpret and set(options.only or ()) - {"correctness"}:
-        parser.error("--interpret checks correctness only: a time on the CPU would say nothing")
+        made.error("--interpret checks correctness only: a time on the CPU would say nothing")
     return options
 
 
@@ -56,78 +85,74 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def correctness(interpret: bool) -> list[dict[str, Any]]:
+def interpreted() -> bool:
     from benchmarks.gpu_check.correctness import cases, check
     from glm4_plugins.launch import Tiles
 
-    if interpret:
-        device, scale = "cpu", INTERPRETED
-        choices: tuple[Tiles, ...] = (Tiles(32, 16, 1, 16, 1, 4, decode_blocks=5, min_tiles=2),)
-    else:
-        device, scale, choices = "cuda", ON_GPU, device_choices()
-    results = []
-    for case in cases(scale):
-        if interpret and case.dtype == "bfloat16":
-            continue  # the interpreter multiplies the bits of bfloat16, not its values
-        for tiles in choices:
-            results.append(check(case, tiles, device))
-            say(f"{'ok' if results[-1]['ok'] else 'WRONG'} {results[-1]}")
-    return results
+    tiles = Tiles(32, 16, 1, 16, 1, 4, decode_blocks=5, min_tiles=2)
+    right = True
+    for case in cases(INTERPRETED):
+        if case.dtype != "bfloat16":  # the interpreter multiplies the bits of bfloat16, not its values
+            result = check(case, tiles, "cpu")
+            say(f"{'ok' if result['ok'] else 'WRONG'} {result}")
+            right &= result["ok"]
+    return right
 
 
-def device_choices() -> tuple[Any, ...]:
-    import torch
-
+def one_case(name: str) -> int:
+    from benchmarks.gpu_check.correctness import check
+    from benchmarks.gpu_check.plan import case_named, device_capability
     from glm4_plugins.launch import choices
-    from glm4_plugins.torch_kernel import known_capability
 
-    return choices(known_capability(torch.device("cuda")))
-
-
-def engine_records(bandwidth: float, results: dict[str, Any], scratch: Path | None) -> list[dict[str, Any]]:
-    from benchmarks.gpu_check.engines import (
-        check_engines,
-    )  # needs what exports need, which the kernels do not
-
-    return check_engines(bandwidth, results["absent"], results["refused"], say, scratch)
+    found = case_named(name)
+    if found is None:
+        say(f"there is no case {name}; --plan lists them")
+        return 2
+    result = check(found, choices(device_capability(), found.quantized)[0], "cuda", repeats=1)
+    print(result)
+    return 0 if result["ok"] else 1
 
 
 def main() -> int:
     options = arguments()
     if options.interpret:
         os.environ["TRITON_INTERPRET"] = "1"
-        return 0 if all(check["ok"] for check in correctness(True)) else 1
+        return 0 if interpreted() else 1
     import torch
 
+    from benchmarks.gpu_check.plan import device_capability, planned
+    from benchmarks.gpu_check.tasks import Deadline, run_tasks, wrong
+
+    if options.plan:
+        capability = device_capability() if torch.cuda.is_available() else HOPPER
+        for task in chosen(planned(capability, {}, Deadline(options.minutes), options), options.only):
+            print(f"{task.part}: {task.name}")
+        return 0
     if not torch.cuda.is_available():
         say("gpu-check needs a CUDA device and there is none; --interpret checks small cases on the CPU")
         return 1
-    from benchmarks.gpu_check import report, timing
+    if options.case:
+        return one_case(options.case)
+    from benchmarks.gpu_check import report
 
-    parts = options.only or PARTS
-    results: dict[str, Any] = dict(host=host(), absent=[], refused=[])
-    steps: dict[str, Callable[[], Any]] = {"correctness": lambda: correctness(False)}
-    if {"prefill", "decode", "engines"} & set(parts):
-        bandwidth, rate = timing.copy_bandwidth(), timing.matmul_rate()
-        results["ceilings"] = dict(copy_bytes_per_second=bandwidth, matmul_per_second=rate)
-        for name, cases in (("prefill", timing.prefill_cases()), ("decode", timing.decode_cases())):
-            steps[name] = lambda cases=cases: [
-                timing.measured(case, device_choices(), bandwidth, rate) for case in cases
-            ]
-        steps["engines"] = lambda: engine_records(bandwidth, results, options.scratch)
-    for name in parts:
-        say(f"{name} ...")
-        try:
-            results[name] = steps[name]()
-        except Exception as error:
-            # A part that fails must not take the others' results with it; the report says so.
-            results["refused"].append(f"{name}: {type(error).__name__}: {error}")
-            say(results["refused"][-1])
+    results: dict[str, Any] = dict(host=host(), absent=[], refused=[], skipped=[])
+    deadline = Deadline(options.minutes)
+    tasks = list(chosen(planned(device_capability(), results, deadline, options), options.only))
+    run_tasks(tasks, results, deadline, lambda kept: report.write(kept, options.out), say)
     for path in report.write(results, options.out):
         print(path)
-    checks = (*results.get("correctness", ()), *results.get("engines", ()))
-    wrong = [check for check in checks if not check["ok"]]
-    return 1 if wrong or results["refused"] else 0
+    return 1 if wrong(results) or results["refused"] or results["skipped"] else 0
+
+
+def chosen(tasks: Iterator[Any], only: list[str] | None) -> Iterator[Any]:
+    """Tasks of the parts asked for, and those that they need: kernels compiled ahead, and ceilings of what is timed."""
+    wanted = set(only or PARTS)
+    wanted |= {"ceilings"} if wanted & TIMED else set()
+    return (
+        task
+        for task in tasks
+        if task.part in wanted or (task.part == "compiled" and wanted & set(PARTS[:-1]))
+    )
 
 
 if __name__ == "__main__":

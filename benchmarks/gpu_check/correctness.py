@@ -1,7 +1,7 @@
-"""The attention kernel against float64, with everything that must be written or must not be read set to NaN."""
+"""The attention kernel against float64, with everything that must be written or must not be read poisoned."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,11 +14,13 @@ from glm4_plugins.torch_kernel import Workspace, attend, kernel_shape
 # Largest error for inputs of unit variance: a few steps of the type at the outputs' size.
 LIMITS = {"float16": 4e-3, "bfloat16": 3e-2}
 REPEATS = 20
+POISON = 119  # of an int8 cache, which has no NaN
+LARGEST = 4.0  # magnitude that an int8 cache's scale reaches; inputs have unit variance
 
 
 @dataclass(frozen=True)
 class Case:
-    """``pasts`` and ``lengths`` per sequence; the width is the longest of ``lengths``."""
+    """``pasts`` and ``lengths`` per sequence; the width is the longest of ``lengths``. ``quantized``: an int8 cache."""
 
     dtype: str
     heads: int
@@ -26,6 +28,14 @@ class Case:
     head_dim: int
     pasts: tuple[int, ...]
     lengths: tuple[int, ...]
+    quantized: bool = False
+
+    @property
+    def name(self) -> str:
+        """As ``bfloat16-32x2x128-7999,0+1,1``, with ``-int8`` behind."""
+        pasts, lengths = (",".join(map(str, counts)) for counts in (self.pasts, self.lengths))
+        heads = f"{self.heads}x{self.kv_heads}x{self.head_dim}"
+        return f"{self.dtype}-{heads}-{pasts}+{lengths}{'-int8' * self.quantized}"
 
 
 def cases(scale: int) -> Iterator[Case]:
@@ -39,12 +49,25 @@ def cases(scale: int) -> Iterator[Case]:
             yield Case(*shape, (1, 8 * scale, 0, scale, scale + 1), (1, 1, 1, 0, 1))
 
 
+def quantized_cases(scale: int) -> Iterator[Case]:
+    """An int8 cache under the heads of the 9B and of Rumination, prefill and decode."""
+    for dtype in LIMITS:
+        for heads, kv_heads in ((32, 2), (48, 8)):
+            shape = (dtype, heads, kv_heads, 128)
+            yield Case(*shape, (scale - 1, 3, 0), (scale // 2 + 1, scale // 2, 0), True)
+            yield Case(*shape, (1, 8 * scale, 0, scale, scale + 1), (1, 1, 1, 0, 1), True)
+
+
 @dataclass
 class Inputs:
-    """The operator's tensors; caches hold NaN past each sequence's end."""
+    """The operator's tensors; caches are poisoned past each sequence's end.
+
+    ``scales``: ``key_scale`` and ``value_scale`` [kv_heads, head_dim] float32 of an int8 cache, else empty.
+    """
 
     tensors: dict[str, Tensor]
     attributes: AttentionAttributes
+    scales: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def random(cls, case: Case, device: str, seed: int = 0) -> "Inputs":
@@ -72,11 +95,23 @@ class Inputs:
             past_lengths=torch.tensor(case.pasts, dtype=torch.int32, device=device),
             query_lengths=torch.tensor(case.lengths, dtype=torch.int32, device=device),
         )
-        for b, past in enumerate(case.pasts):
-            tensors["past_key"][b, :, past:] = torch.nan
-            tensors["past_value"][b, :, past:] = torch.nan
+        scales: dict[str, Tensor] = {}
+        for side in ("key", "value"):
+            name, poison = f"past_{side}", torch.nan
+            if case.quantized:
+                shape = case.kv_heads, case.head_dim
+                drawn = torch.rand(shape, generator=generator, device=device)
+                scales[f"{side}_scale"] = scale = (1 + drawn) * LARGEST / 127
+                tensors[name], poison = rounded(tensors[name].float(), scale), POISON
+            for b, past in enumerate(case.pasts):
+                tensors[name][b, :, past:] = poison
         attributes = AttentionAttributes(case.heads, case.kv_heads, half, case.head_dim**-0.5)
-        return cls(tensors, attributes)
+        return cls(tensors, attributes, scales)
+
+
+def rounded(x: Tensor, scale: Tensor) -> Tensor:
+    """``x`` [..., H, S, D] in int8 under ``scale`` [H, D]."""
+    return (x / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -87,8 +122,13 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((pairs.flatten(-2), passing), -1)
 
 
-def exact(inputs: Inputs, b: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [S, Hq * D] and the keys and values [Hkv, past + S, D] of one sequence, in float64."""
+def exact(inputs: Inputs, b: int, stored: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [S, Hq * D] and the keys and values [Hkv, past + S, D] of one sequence, in float64.
+
+    Args:
+        stored: an int8 cache after the launch, whose numbers the output is computed from; the keys and values that
+            are returned are those before rounding.
+    """
     t, attributes = inputs.tensors, inputs.attributes
     past, new = int(t["past_lengths"][b]), int(t["query_lengths"][b])
     cos, sin = (t[name][past : past + new].double() for name in ("cos", "sin"))
@@ -96,10 +136,19 @@ def exact(inputs: Inputs, b: int) -> tuple[Tensor, Tensor, Tensor]:
     def heads(name: str, count: int) -> Tensor:
         return t[name][b, :new].double().unflatten(-1, (count, -1)).transpose(0, 1)
 
-    keys = torch.cat(
-        (t["past_key"][b, :, :past].double(), rotated(heads("key", attributes.kv_num_heads), cos, sin)), 1
-    )
-    values = torch.cat((t["past_value"][b, :, :past].double(), heads("value", attributes.kv_num_heads)), 1)
+    def before(side: str) -> Tensor:
+        cached = t[f"past_{side}"][b, :, :past].double()
+        return cached * inputs.scales[f"{side}_scale"].double()[:, None] if inputs.scales else cached
+
+    new_keys = rotated(heads("key", attributes.kv_num_heads), cos, sin)
+    keys = wanted_keys = torch.cat((before("key"), new_keys), 1)
+    values = wanted_values = torch.cat((before("value"), heads("value", attributes.kv_num_heads)), 1)
+    if stored is not None:
+        keys, values = (
+            stored[f"past_{side}"][b, :, : past + new].double()
+            * inputs.scales[f"{side}_scale"].double()[:, None]
+            for side in ("key", "value")
+        )
     query = rotated(heads("query", attributes.num_heads), cos, sin)
     group = attributes.num_heads // attributes.kv_num_heads
     outputs = []
@@ -109,21 +158,21 @@ def exact(inputs: Inputs, b: int) -> tuple[Tensor, Tensor, Tensor]:
     for head in range(attributes.num_heads):
         scores = (query[head] @ keys[head // group].T * attributes.scale).masked_fill(hidden, -torch.inf)
         outputs.append(scores.softmax(-1) @ values[head // group])
-    return torch.stack(outputs, 1).flatten(1), keys, values
+    return torch.stack(outputs, 1).flatten(1), wanted_keys, wanted_values
 
 
-def check(case: Case, tiles: Tiles, device: str) -> dict[str, Any]:
+def check(case: Case, tiles: Tiles, device: str, repeats: int | None = None) -> dict[str, Any]:
     """Launch again and again over poisoned outputs: errors against float64, and whether the bits ever change."""
     inputs = Inputs.random(case, device)
     shape = kernel_shape(inputs.tensors["query"], inputs.tensors["past_key"], inputs.attributes)
     workspace = Workspace.make(shape, tiles, torch.device(device))
     outputs, caches = [], []
-    for _ in range(REPEATS if device == "cuda" else 2):
+    for _ in range(repeats or (REPEATS if device == "cuda" else 2)):
         copies = {name: inputs.tensors[name].clone() for name in ("past_key", "past_value")}
         workspace.partials.fill_(torch.nan)
         out = torch.full_like(inputs.tensors["query"], torch.nan)
         attend(
-            **(inputs.tensors | copies),
+            **(inputs.tensors | copies | inputs.scales),
             attributes=inputs.attributes,
             tiles=tiles,
             workspace=workspace,
@@ -134,17 +183,23 @@ def check(case: Case, tiles: Tiles, device: str) -> dict[str, Any]:
     error = cache_error = 0.0
     clean = not workspace.counters.any()
     for b, (past, new) in enumerate(zip(case.pasts, case.lengths, strict=True)):
-        expected, keys, values = exact(inputs, b)
+        expected, keys, values = exact(inputs, b, caches[0] if case.quantized else None)
         clean &= bool((outputs[0][b, new:] == 0).all())
         if new:
             error = max(error, float((outputs[0][b, :new] - expected).abs().max()))
-        for name, theirs in (("past_key", keys), ("past_value", values)):
-            ours = caches[0][name][b]
-            clean &= bool(ours[:, past + new :].isnan().all())
+        for side, theirs in (("key", keys), ("value", values)):
+            ours = caches[0][f"past_{side}"][b]
+            rest = ours[:, past + new :]
+            clean &= bool((rest == POISON).all() if case.quantized else rest.isnan().all())
             if past + new:
-                cache_error = max(cache_error, float((ours[:, : past + new] - theirs).abs().max()))
+                found = ours[:, : past + new].double()
+                if case.quantized:  # in steps of the int8 numbers: half of one is what rounding may cost
+                    theirs = (theirs / inputs.scales[f"{side}_scale"].double()[:, None]).clamp(-127, 127)
+                cache_error = max(cache_error, float((found - theirs).abs().max()))
     same = all(torch.equal(out, outputs[0]) for out in outputs)
-    ok = clean and same and error <= LIMITS[case.dtype] and cache_error <= 4 * LIMITS[case.dtype]
+    # of a step: half, and what a new key that is rounded to its type first may add
+    allowed = 0.5 + 127 * LIMITS[case.dtype] / LARGEST if case.quantized else 4 * LIMITS[case.dtype]
+    ok = clean and same and error <= LIMITS[case.dtype] and cache_error <= allowed
     return asdict(case) | dict(
         tiles=f"{tiles.block_m}x{tiles.block_n}/{tiles.decode_n}",
         max_error=error,

@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,7 +57,10 @@ PRECISIONS = ("fp16", "int8", "int4", "fp8")
 CANDIDATES = (
     *(Candidate("tensorrt-rtx", precision, "tensorrt_rtx") for precision in PRECISIONS),
     *(Candidate("tensorrt", precision, "tensorrt") for precision in PRECISIONS),
-    Candidate("ort", "fp16", "onnxruntime", "CUDAExecutionProvider"),
+    *(
+        Candidate("ort", precision, "onnxruntime", "CUDAExecutionProvider")
+        for precision in ("fp16", "int8", "int4")
+    ),
 )
 
 
@@ -192,8 +195,8 @@ def weight_bytes_of(folder: Path) -> int:
 
 
 @contextmanager
-def checkpoint_of(size: Size, folder: Path | None) -> Iterator[tuple[Path, int]]:
-    """A random checkpoint in a folder that goes away, and its layers.
+def checkpoint_of(size: Size, folder: Path | None, most: int | None) -> Iterator[tuple[Path, int]]:
+    """A random checkpoint in a folder that goes away, and its layers: as many as fit, at most ``most``.
 
     Raises:
         RuntimeError: there is not the room for one layer.
@@ -201,6 +204,7 @@ def checkpoint_of(size: Size, folder: Path | None) -> Iterator[tuple[Path, int]]
     with tempfile.TemporaryDirectory(dir=folder) as name:
         free_gpu = torch.cuda.mem_get_info()[0]
         layers = layers_that_fit(size, free_gpu, shutil.disk_usage(name).free, available_memory())
+        layers = min(layers, most or layers)
         if layers == 0:
             raise RuntimeError("there is no room for one layer of the 9B: see layers_that_fit")
         write_checkpoint(Path(name, "checkpoint"), config_of(size, layers), "cuda")
@@ -233,32 +237,35 @@ def run_candidate(
     return record
 
 
-def check_engines(
-    bandwidth: float, absent: list[str], refused: list[str], say: Any, folder: Path | None = None
-) -> list[dict[str, Any]]:
-    """Every candidate that this host has; what it lacks goes to ``absent``, what it refuses to ``refused``."""
-    records: list[dict[str, Any]] = []
-    lacking = {candidate: reason for candidate in CANDIDATES if (reason := why_absent(candidate))}
-    absent.extend(dict.fromkeys(lacking.values()))
-    present = [candidate for candidate in CANDIDATES if candidate not in lacking]
-    if not present:
-        return records
-    with checkpoint_of(SIZES["9b"], folder) as (where, layers):
+class WholeModels:
+    """Candidates run one by one on one checkpoint, which is made when the first of them needs it.
+
+    Args:
+        folder: has room for a checkpoint, its ONNX and its engine.
+        most: layers at most; as many as fit where None.
+    """
+
+    def __init__(self, folder: Path | None, most: int | None) -> None:
+        self._folder, self._most, self._closing = folder, most, ExitStack()
+        self._made: tuple[Path, int, list[int], Logits] | None = None
+
+    def run(self, candidate: Candidate, bandwidth: float) -> dict[str, Any]:
+        """Export, open, compare and time one candidate."""
+        if self._made is None:
+            self._made = self._make()
+        where, layers, tokens, expected = self._made
+        record = run_candidate(candidate, where, tokens, expected, bandwidth)
+        return {"bundle": candidate.name, "layers": layers} | record
+
+    def _make(self) -> tuple[Path, int, list[int], Logits]:
+        where, layers = self._closing.enter_context(checkpoint_of(SIZES["9b"], self._folder, self._most))
         tokens = parity_tokens(config_vocab(where / "checkpoint"))
         expected = eager_logits(where / "checkpoint", tokens, "cuda")
         (where / CALIBRATION).write_text(" ".join(map(str, tokens)))
-        for candidate in present:
-            say(f"{candidate.name}, {layers} layers ...")
-            try:
-                record = run_candidate(candidate, where, tokens, expected, bandwidth)
-            except Exception as error:
-                # One that the host refuses must not take the others' results with it; the report says so.
-                refused.append(f"{candidate.name}: {type(error).__name__}: {' '.join(str(error).split())}")
-                say(refused[-1])
-                continue
-            records.append({"bundle": candidate.name, "layers": layers} | record)
-            say(f"{'ok' if record['ok'] else 'WRONG'} {records[-1]}")
-    return records
+        return where, layers, tokens, expected
+
+    def close(self) -> None:
+        self._closing.close()
 
 
 def why_absent(candidate: Candidate) -> str | None:

@@ -4,13 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+# Parts whose records are right or wrong, by their headings.
+CHECKS = {
+    "correctness": "Correctness",
+    "stripped": "The plugin's stripped PTX, launched by the driver",
+    "endurance": "The same bits again and again",
+    "sanitizer": "compute-sanitizer",
+}
+
 
 def write(results: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     """``gpu-check.json`` and ``gpu-check.md`` in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     data, page = folder / "gpu-check.json", folder / "gpu-check.md"
-    data.write_text(json.dumps(results, indent=1) + "\n")
-    page.write_text(markdown(results))
+    for path, text in ((data, json.dumps(results, indent=1) + "\n"), (page, markdown(results))):
+        aside = path.with_name(f".{path.name}")  # a run that is ended meanwhile leaves the results of before
+        aside.write_text(text)
+        aside.replace(path)
     return data, page
 
 
@@ -23,11 +33,12 @@ def markdown(results: dict[str, Any]) -> str:
             f"bfloat16 product {ceilings['matmul_per_second'] / 1e12:.0f} TFLOP/s, both measured in this run.",
             "",
         ]
-    if "correctness" in results:
-        checks = results["correctness"]
-        failed = [check for check in checks if not check["ok"]]
-        lines += [f"## Correctness: {len(checks) - len(failed)} of {len(checks)} right", ""]
-        lines += [f"- WRONG: {json.dumps(check)}" for check in failed] + [""] * bool(failed)
+    for part, title in CHECKS.items():
+        if part in results:
+            lines += [*checks(title, results[part]), ""]
+    for record in results.get("profile", ()):
+        lines += [f"## Nsight Compute: {record['case']}", ""]
+        lines += [*(f"- {name}: {value}" for name, value in record["metrics"].items()), ""]
     for part in ("prefill", "decode"):
         if part in results:
             lines += [f"## {part.capitalize()}", "", *table(results[part]), ""]
@@ -42,7 +53,16 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     refused += [f"{reason}, so it was not tried" for reason in results.get("absent", ())]
     lines += [f"- {reason}" for reason in refused] or ["nothing"]
+    if results.get("skipped"):
+        lines += ["", "## No time was left for", "", *(f"- {name}" for name in results["skipped"])]
     return "\n".join(lines) + "\n"
+
+
+def checks(title: str, records: list[dict[str, Any]]) -> list[str]:
+    """How many are right, and each that is not."""
+    wrong = [record for record in records if not record["ok"]]
+    lines = [f"## {title}: {len(records) - len(wrong)} of {len(records)} right", ""]
+    return lines + [f"- WRONG: {json.dumps(record)}" for record in wrong]
 
 
 def models(records: list[dict[str, Any]]) -> list[str]:

@@ -137,6 +137,7 @@ def problems_of(case: Case) -> list[Inputs]:
 def compare(case: Case, choices: Sequence[Tiles]) -> dict[str, Any]:
     """Milliseconds of each choice of ours and each backend of torch; a refusal is kept in its own words."""
     problems = problems_of(case)
+    torch._dynamo.reset()  # after some shapes torch gives up and runs RoPE eagerly, which would flatter us
     compiled = torch.compile(rotated, dynamic=False)
     record: dict[str, Any] = dict(ours={}, torch={}, refused={})
     attempts: list[tuple[str, str, Callable[[], list[Callable[[], Any]]]]] = [
@@ -157,6 +158,13 @@ def compare(case: Case, choices: Sequence[Tiles]) -> dict[str, Any]:
 
 def prefill_cases() -> list[Case]:
     return [replace(NINE_B, pasts=(0,), lengths=(length,)) for length in PREFILL_LENGTHS]
+
+
+def first_cases() -> list[Case]:
+    """What the estimates speak of: one long sequence, eight of them, and a long prompt."""
+    decoding = ((8, 8192), (1, 8192), (8, 32768))
+    steps = [replace(NINE_B, pasts=(n - 1,) * batch, lengths=(1,) * batch) for batch, n in decoding]
+    return [*steps, replace(NINE_B, pasts=(0,), lengths=(8192,))]
 
 
 def decode_cases() -> list[Case]:

@@ -21,7 +21,7 @@ def describe(
 ) -> Manifest:
     """What the bundle in ``folder`` is."""
     form, task = plan.form, plan.task
-    io = graph_io(plan.config, task, form.kv_cache or form.activations)
+    io = graph_io(plan.config, task, plan.graph_cache or form.activations)
     files = {path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name != WEIGHTS}
     return Manifest(
         task=task,
@@ -29,13 +29,13 @@ def describe(
         dialect=form.target.dialect,
         precision=plan.options.precision,
         activations=form.activations,
-        kv_cache=form.kv_cache,
+        kv_cache=plan.graph_cache,
         model=model_info(plan.config, task),
         limits=plan.limits,
         opsets=dict(model.opset_imports),
         inputs=io.inputs,
         outputs=io.outputs,
-        providers=cache_providers(form.kv_cache, form.target, form.activations),
+        providers=cache_providers(plan.graph_cache, form.target, form.activations),
         tensor_precisions=dict(form.groups),
         scaled_bits=dict(prepared.norm_bits),
         tools=tool_versions(),

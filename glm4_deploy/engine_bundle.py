@@ -76,7 +76,7 @@ def _plan(
         capabilities=build.capabilities,
         profiles=profiles,
         inputs=(
-            *_with_capacity(build.capacity, manifest.inputs),
+            *_of_engine(build, manifest.inputs),
             *(_counters(COUNTERS, manifest) * build.by_plugin),
         ),
         operators=operators,
@@ -95,9 +95,10 @@ def _described(manifest: Manifest, plan: EnginePlan, built: BuiltEngine, build: 
     return dataclasses.replace(
         manifest,
         dialect=plan.kind,
+        kv_cache=build.kv_cache,
         inputs=plan.inputs,
         outputs=(
-            *_with_capacity(build.capacity, manifest.outputs),
+            *_of_engine(build, manifest.outputs),
             *(_counters(PRESENT_COUNTERS, manifest) * build.by_plugin),
         ),
         compute_capabilities=build.runs_on or built.capabilities,
@@ -126,15 +127,22 @@ def engine_report(built: BuiltEngine) -> dict[str, Any]:
         "build_peak_anonymous_bytes": built.peak_anonymous_bytes,
         "kernels": built.kernels,
         "warnings": list(built.warnings),
-        "parity": "measured on the ONNX graph that the engine was built from, by ONNX Runtime on the CPU",
+        "parity": "measured on the ONNX graph that the engine was built from, by ONNX Runtime on the CPU; "
+        "the rounding of an int8 cache is the engine's own and not part of it",
     }
 
 
-def _with_capacity(capacity: int, specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    return tuple(
-        TensorSpec(spec.name, spec.dtype, tuple(capacity if a == "capacity" else a for a in spec.shape))
-        for spec in specs
-    )
+def _of_engine(build: EngineBuild, specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """The graph's tensors, with the capacity that the engine fixes and the cache's type in it."""
+
+    def spec_of(spec: TensorSpec) -> TensorSpec:
+        cached = spec.name.startswith(("past_key_values.", "present_key_values."))
+        dtype = str(build.kv_cache) if cached else spec.dtype
+        return TensorSpec(
+            spec.name, dtype, tuple(build.capacity if axis == "capacity" else axis for axis in spec.shape)
+        )
+
+    return tuple(map(spec_of, specs))
 
 
 def _counters(name: str, manifest: Manifest) -> tuple[TensorSpec, ...]:

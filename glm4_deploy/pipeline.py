@@ -104,7 +104,7 @@ def _trace(plan: Plan, prepared: "Prepared", engine_graph: str | None = None) ->
     passes = model_passes(
         plan.form,
         norm_bits=prepared.norm_bits,
-        cache_scales=prepared.cache_scales,
+        cache_scales=prepared.cache_scales if plugin is not None or plan.graph_cache == "int8" else (),
         input_scales=prepared.input_scales,
         plugin=plugin,
     )

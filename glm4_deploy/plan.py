@@ -59,6 +59,7 @@ class EngineBuild:
         runs_on: the GPUs that the engine then runs on; none: the one that it is built on.
         later_gpus: whether it runs on later ones too.
         gpu: compute capability of the GPU here, as 89 for 8.9; None where there is none.
+        kv_cache: element type of the engine's cache; None for a task without one.
     """
 
     kind: str
@@ -70,6 +71,7 @@ class EngineBuild:
     runs_on: tuple[str, ...]
     later_gpus: bool
     gpu: int | None
+    kv_cache: str | None
     timing_cache: str | None
     keep_onnx: bool
 
@@ -95,6 +97,12 @@ class Plan:
     form: Form
     limits: Limits
     engine: EngineBuild | None
+
+    @property
+    def graph_cache(self) -> str | None:
+        """Element type of the cache of the graph that is proved: of an engine the activations', whatever its own."""
+        cache = self.form.kv_cache
+        return self.form.activations if cache is not None and self.engine is not None else cache
 
     @property
     def calibration(self) -> Path | None:
@@ -124,9 +132,10 @@ def _form(source: Checkpoint, options: ExportOptions) -> Form:
             f"precision {options.precision} needs --calibration FILE (.txt, .jsonl or .ids): its activations' scales "
             "are found on text like that which the model will see"
         )
-    return form.with_cache(
-        choose_cache(source.config, source.task, form.target, form.activations, options.kv_cache)
-    )
+    kind = form.target.engine
+    native = kind is not None and engine_attention(kind, source.task, options.engine) == "native"
+    asked_cache = form.activations, options.kv_cache, native
+    return form.with_cache(choose_cache(source.config, source.task, form.target, *asked_cache))
 
 
 def _require_limits(config: Glm4Config, options: ExportOptions) -> None:
@@ -157,6 +166,7 @@ def _engine(source: Checkpoint, options: ExportOptions, form: Form, limits: Limi
         runs_on=runs_on,
         later_gpus=later,
         gpu=None if gpu is None else int(gpu),
+        kv_cache=form.kv_cache,
         timing_cache=asked.timing_cache,
         keep_onnx=asked.keep_onnx,
     )

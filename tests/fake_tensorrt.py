@@ -36,6 +36,7 @@ TYPES = {
     "tensor(bfloat16)": ml_dtypes.bfloat16,
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
 }
 ACTIVATION_BYTES = 4096
 # What the classes below stand for, by kind: none has a public name that its original lacks.

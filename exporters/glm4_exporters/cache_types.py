@@ -8,9 +8,12 @@ KV_CACHES = ("auto", "int8")
 
 
 def choose_cache(
-    config: Glm4Config, task: str, target: Target, activations: str, asked: str = "auto"
+    config: Glm4Config, task: str, target: Target, activations: str, asked: str = "auto", native: bool = False
 ) -> str | None:
     """The cache's element type, None for a task without one.
+
+    Args:
+        native: an engine attends by TensorRT's own operators.
 
     Raises:
         ExportError: int8 where it cannot be; says why.
@@ -29,6 +32,7 @@ def choose_cache(
         f"its operator takes heads of multiples of {multiple} dims, and this model's have {config.head_dim}": (
             config.head_dim % multiple != 0
         ),
+        "TensorRT's own attention takes no int8 cache, our plugin does": native,
         "it was proved with fp32 and fp16 activations only": activations not in ("float32", "float16"),
     }
     for reason, applies in reasons.items():

@@ -26,7 +26,7 @@ from typing import Any
 
 from glm4_exporters.config import Glm4Config
 from glm4_plugins.launch import KernelShape, choices, unsupported
-from glm4_plugins.operator import OP_TYPE
+from glm4_plugins.operator import OP_TYPE, PLUGIN_INT8
 from glm4_runtime.bundle import ENGINE, EngineProfile, FileEntry, Limits, TensorSpec
 from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
@@ -359,7 +359,7 @@ def expected_layers(
     else:
         model = {"Attention": num_layers, "RotaryEmbedding": 2 * num_layers}
         model["TensorScatter"] = 2 * num_layers if has_cache else 0
-    found = Counter(operators.values())
+    found = Counter(OP_TYPE if name == PLUGIN_INT8 else name for name in operators.values())
     for name, count in model.items():
         if found[name] != count:
             raise ExportError(

@@ -208,6 +208,7 @@ _ROWS = (
         quantized_activations="float16",
         providers=_NATIVE,
         formats=_PER_CHANNEL,
+        int8_cache=Int8Cache(providers=()),  # of our plugin; the graph that is proved has another cache
         input_major=False,  # not measured
     ),
 )

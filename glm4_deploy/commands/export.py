@@ -41,7 +41,7 @@ from glm4_runtime.bundle import Manifest
     type=click.Choice(KV_CACHES),
     default="auto",
     show_default=True,
-    help="Element type of the KV cache: the activations', or int8 for targets ort and cpu, calibrated per head and channel.",
+    help="Element type of the KV cache: the activations', or int8 for targets ort, cpu and tensorrt, calibrated per head and channel.",
 )
 @click.option(
     "--calibration",

@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 DOMAIN = "glm4"
 OP_TYPE = "PartialRopeGqaAttention"
+PLUGIN_INT8 = f"{OP_TYPE}Int8"  # TensorRT's plugin with an int8 cache, which has two inputs more
 VERSION = 1
 
 INPUTS = (

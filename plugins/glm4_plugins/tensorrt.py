@@ -31,9 +31,9 @@ from glm4_plugins.launch import (
     partials_shape,
     unsupported,
 )
-from glm4_plugins.operator import DOMAIN, OP_TYPE
+from glm4_plugins.operator import DOMAIN, OP_TYPE, PLUGIN_INT8
 
-PLUGINS = {f"{DOMAIN}::{OP_TYPE}": False, f"{DOMAIN}::{OP_TYPE}Int8": True}
+PLUGINS = {f"{DOMAIN}::{OP_TYPE}": False, f"{DOMAIN}::{PLUGIN_INT8}": True}
 """Names, and whether the cache is int8."""
 
 # TensorRT's types: the kernel's name, and autotune's.

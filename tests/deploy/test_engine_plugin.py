@@ -1,6 +1,7 @@
 """Target ``tensorrt`` by our plugin, up to its builder, which needs a GPU: graph, plan, manifest, refusals."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import onnx_ir as ir
@@ -12,8 +13,8 @@ from glm4_deploy.pipeline import ExportOptions, export
 from glm4_exporters import engine as engine_module
 from glm4_exporters.engine import BuiltEngine, EngineOptions
 from glm4_exporters.engine_network import Network, float32_operators
-from glm4_plugins.launch import PHASES
-from glm4_plugins.operator import OP_TYPE
+from glm4_plugins.launch import PHASES, PLUGIN_INPUTS, PLUGIN_SCALES
+from glm4_plugins.operator import OP_TYPE, PLUGIN_INT8
 from glm4_runtime import ExportError
 from glm4_runtime.bundle import FileEntry, read_manifest
 
@@ -45,7 +46,9 @@ def gpu(monkeypatch):
     return host
 
 
-def exported(tmp_path, precision="fp16", sizes=SIZES, task="causal-lm", calibration=None, **engine):
+def exported(
+    tmp_path, precision="fp16", sizes=SIZES, task="causal-lm", calibration=None, kv_cache="auto", **engine
+):
     source = write_checkpoint(tmp_path / "source", tiny_config(**sizes), task=task)
     options = ExportOptions(
         target="tensorrt",
@@ -53,14 +56,15 @@ def exported(tmp_path, precision="fp16", sizes=SIZES, task="causal-lm", calibrat
         max_batch_size=BATCH,
         parity=False,
         calibration=calibration,
+        kv_cache=kv_cache,
         engine=EngineOptions(**engine),
     )
     export(source, tmp_path / "bundle", options)
     return read_manifest(tmp_path / "bundle")
 
 
-def plugins(model):
-    return [node for node in model.graph if node.op_type == OP_TYPE]
+def plugins(model, name=OP_TYPE):
+    return [node for node in model.graph if node.op_type == name]
 
 
 def test_the_builder_gets_the_plugins_graph_and_the_manifest_says_so(tmp_path, gpu):
@@ -88,6 +92,37 @@ def test_the_builder_gets_the_plugins_graph_and_the_manifest_says_so(tmp_path, g
     assert plan.profiles[1].axes["sequence"] == (1, 1, 1)  # at any capacity: the limit is TensorRT-RTX's own
     assert (manifest.engine.attention, manifest.engine.plugin_version) == ("plugin", "1")
     assert manifest.compute_capabilities == ("90",)
+
+
+@pytest.mark.parametrize("layout", ["shared", "split"])
+def test_an_int8_cache_is_the_plugins(tmp_path, gpu, layout):
+    """The graph that is proved has a cache of the activations' type: only the plugin knows an int8 one."""
+    manifest = exported(tmp_path, kv_cache="int8", layout=layout, keep_onnx=True)
+    assert gpu.plan.layers["PLUGIN_V3"] == LAYERS
+    for model in gpu.models.values():
+        assert plugins(model) == []
+        nodes = plugins(model, PLUGIN_INT8)
+        assert len(nodes) == LAYERS
+        for node in nodes:
+            assert len(node.inputs) == len(PLUGIN_INPUTS) + len(PLUGIN_SCALES)
+            assert node.inputs[9].dtype == ir.DataType.INT32  # the counters stand before the scales
+            for i in (3, 4):
+                assert (node.inputs[i].dtype, node.outputs[i - 2].dtype) == (
+                    ir.DataType.INT8,
+                    ir.DataType.INT8,
+                )
+            for scale in node.inputs[10:]:
+                array = scale.const_value.numpy()
+                assert (array.shape, array.dtype) == ((KV_HEADS, SIZES["head_dim"]), "float32")
+                assert (array > 0).all()
+    caches = {
+        s.dtype for s in (*gpu.plan.inputs, *manifest.inputs, *manifest.outputs) if "key_values" in s.name
+    }
+    assert (manifest.kv_cache, caches) == ("int8", {"int8"})
+    kept = ir.load(tmp_path / "bundle" / "model.onnx").graph
+    assert {v.dtype for v in kept.inputs if "key_values" in v.name} == {ir.DataType.FLOAT16}
+    report = json.loads((tmp_path / "bundle" / "report.json").read_text())
+    assert report["calibration"]["kv_cache"]["scales"].startswith("per head and channel")
 
 
 def test_two_engines_have_a_kernel_each(tmp_path, gpu):
@@ -139,6 +174,11 @@ def test_a_classifier_has_no_cache_and_attends_natively(tmp_path, gpu):
     [
         (dict(sizes=SIZES | {"head_dim": 16}), "no attention plugin .*head_dim is 16; .*--attention native"),
         (dict(task="encoder", attention="plugin"), "works on a cache, which task encoder has not"),
+        (
+            dict(kv_cache="int8", attention="native"),
+            "cannot be int8: TensorRT's own attention takes no int8 cache",
+        ),
+        (dict(kv_cache="int8", precision="bf16"), "cannot be int8: .* fp32 and fp16 activations only"),
         (
             dict(capability="75"),
             "no attention plugin .*capability 75 has no block sizes; .*--attention native",

@@ -228,7 +228,7 @@ def test_a_graph_and_scales_of_another_depth_do_not_pass():
         ({}, "encoder", "ort", "float32", "task encoder has no cache"),
         ({}, "causal-lm", "native", "float32", "target native has no operator with an int8 cache"),
         ({}, "causal-lm", "tensorrt-rtx", "float16", "target tensorrt-rtx has no operator"),
-        ({}, "causal-lm", "tensorrt", "float16", "target tensorrt has no operator"),
+        ({}, "causal-lm", "tensorrt", "bfloat16", "fp32 and fp16 activations only"),
         ({"head_dim": 12}, "causal-lm", "ort", "float32", "multiples of 8 dims, and this model's have 12"),
         ({}, "causal-lm", "ort", "bfloat16", "fp32 and fp16 activations only"),
     ],

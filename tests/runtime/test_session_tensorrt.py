@@ -317,6 +317,31 @@ def test_the_plugins_counters_are_one_buffer_of_zeros(plugin_bundle, tensorrt, c
 
 
 @full_only
+def test_an_int8_cache_of_the_plugin(tmp_path, tiny_checkpoint, tensorrt, cuda, reference):
+    """The engine's graph is another with such a cache; what differs from float's is its rounding alone."""
+    options = ExportOptions(precision="fp32", kv_cache="int8", parity=False, max_batch_size=ROWS)
+    export(tiny_checkpoint, tmp_path / "bundle", options)
+    fake_tensorrt.make_engine_bundle(
+        tmp_path / "bundle", (PREFILL, DECODE), CAPACITY, counters=ROWS * KV_HEADS, kind="tensorrt"
+    )
+    tokens = ids(40)
+    with Session.open(tmp_path / "bundle") as session:
+        row = 2 * CAPACITY * 16  # heads, positions, dims, a byte each
+        assert [size for size in cuda.blocks.values() if size == ROWS * row] == [ROWS * row] * 4
+        near(session.prefill(2, tokens, logits="all"), expected(reference, tokens))
+        session.copy_prefix(2, 0, 25)
+        tokens = tokens[:25]
+        for step in range(4):
+            tokens.append(20 + step)
+            near(session.decode({0: tokens[-1]})[0], expected(reference, tokens)[-1])
+
+
+def near(actual, wanted):
+    error = np.abs(actual - wanted).max()
+    assert 1e-6 < error < 0.05 * np.abs(wanted).max()
+
+
+@full_only
 def test_counters_that_are_not_zeroed_are_noticed(plugin_bundle, tensorrt, monkeypatch):
     """The test above could not fail otherwise."""
     monkeypatch.setattr(Cuda, "allocate_zeroed", Cuda.allocate)

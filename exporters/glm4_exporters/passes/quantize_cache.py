@@ -9,7 +9,8 @@ import onnx_ir as ir
 
 from glm4_exporters.passes.builder import MICROSOFT, Builder, scope_of
 from glm4_exporters.quantize.kv_cache import CacheScales
-from glm4_plugins.operator import DOMAIN, INPUTS, OP_TYPE
+from glm4_plugins.launch import PLUGIN_INPUTS
+from glm4_plugins.operator import DOMAIN, INPUTS, OP_TYPE, PLUGIN_INT8
 
 Floats = npt.NDArray[np.float32]
 
@@ -21,11 +22,13 @@ class _Form:
     Attributes:
         key_scale: which input; that of the values follows it.
         shape: of the scales of [Hkv, D].
+        op_type: what the operator is called then; as before where None.
     """
 
     key_scale: int
     shape: Callable[[Floats], Floats]
     attributes: Mapping[str, str | int]
+    op_type: str | None = None
 
 
 FORMS = {
@@ -36,6 +39,12 @@ FORMS = {
     ),
     (DOMAIN, OP_TYPE): _Form(len(INPUTS), lambda scales: scales, {}),
 }
+
+PLUGIN = _Form(len(PLUGIN_INPUTS), lambda scales: scales, {}, PLUGIN_INT8)  # TensorRT's
+
+
+def _form_of(node: ir.Node) -> _Form | None:
+    return PLUGIN if "aot" in node.attributes else FORMS.get((node.domain, node.op_type))
 
 
 class QuantizeCache(ir.passes.InPlacePass):
@@ -50,14 +59,15 @@ class QuantizeCache(ir.passes.InPlacePass):
         self._scales = scales
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        nodes = [node for node in model.graph if (node.domain, node.op_type) in FORMS]
+        nodes = [node for node in model.graph if _form_of(node) is not None]
         for node, scales in zip(nodes, self._scales, strict=True):
             _quantize(model.graph, node, scales)
         return ir.passes.PassResult(model, bool(nodes))
 
 
 def _quantize(graph: ir.Graph, node: ir.Node, scales: CacheScales) -> None:
-    form, b = FORMS[node.domain, node.op_type], Builder(graph, scope_of(node))
+    form, b = _form_of(node), Builder(graph, scope_of(node))
+    assert form is not None
     for value in (*node.inputs[3:5], *node.outputs[1:3]):  # past and present, of keys and of values
         assert value is not None, "attention without a cache"
         value.type = ir.TensorType(ir.DataType.INT8)
@@ -67,3 +77,4 @@ def _quantize(graph: ir.Graph, node: ir.Node, scales: CacheScales) -> None:
         node.replace_input_with(form.key_scale + i, scale)
     for attribute in ir.convenience.convert_attributes(form.attributes):
         node.attributes.add(attribute)
+    node.op_type = form.op_type or node.op_type

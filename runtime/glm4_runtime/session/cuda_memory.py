@@ -10,8 +10,9 @@ from glm4_runtime.session.cuda_device import Cuda
 from glm4_runtime.session.memory import CacheMemory
 
 # ONNX element types, for bindings of types that NumPy lacks.
-ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+ONNX_TYPES = {"float32": 1, "int8": 3, "float16": 10, "bfloat16": 16}
+ITEM_BYTES = {"float32": 4, "int8": 1, "float16": 2, "bfloat16": 2}
+NUMPY_TYPES: dict[int, Any] = {1: np.float32, 3: np.int8, 10: np.float16}
 
 
 class CudaMemory(CacheMemory):
@@ -58,9 +59,7 @@ class CudaMemory(CacheMemory):
             self._cuda.clear(pointer + row * size, size)
 
     def views(self, first_row: int, count: int) -> list[tuple[str, str, Any, tuple[int, ...], int]]:
-        element: Any = (
-            np.float32 if self._element == 1 else np.float16 if self._element == 10 else self._element
-        )
+        element = NUMPY_TYPES.get(self._element, self._element)
         return [
             (
                 *names,

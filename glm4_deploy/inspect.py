@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm4_deploy.folders import require_either
 from glm4_runtime.bundle import MANIFEST, REPORT, Manifest, read_manifest
 from glm4_runtime.bundle.files import checked_at_opening
 from glm4_runtime.bundle.json_file import read_object
-from glm4_runtime.errors import BundleError, Glm4Error
+from glm4_runtime.errors import BundleError
 
 if TYPE_CHECKING:
     from glm4_exporters.config import Glm4Config
@@ -31,10 +32,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         Glm4Error: it is neither, or what it is is damaged.
     """
     path = Path(path)
-    if (path / MANIFEST).is_file():
+    if require_either(path) in ("bundle", "engine"):
         return inspect_bundle(path)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise Glm4Error(f"{path} is neither a bundle (no {MANIFEST}) nor a checkpoint (no config.json)")
     return inspect_checkpoint(path)
 
 

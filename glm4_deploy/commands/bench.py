@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from glm4_deploy import show
+from glm4_deploy import folders, show
 from glm4_deploy.commands.numbers import numbers
 
 
@@ -32,6 +32,7 @@ from glm4_deploy.commands.numbers import numbers
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def command(bundle: Path, prefill: str, batch: str, as_json: bool, **how: Any) -> None:
     """Measure how fast BUNDLE loads, reads prompts and decodes here, and the memory it takes."""
+    folders.require_bundle(bundle)
     from glm4_deploy.bench import bench
 
     prompts, batches = numbers("--prefill", prefill, int), numbers("--batch", batch, int)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from glm4_deploy import interrupts, streams
+from glm4_deploy import folders, interrupts, streams
 from glm4_deploy.commands.text import TEXT
 from glm4_deploy.typed import is_command, message_reader
 from glm4_runtime.errors import RequestError
@@ -50,6 +50,7 @@ def command(
     /new starts over, /help names the commands, /exit or Ctrl-D ends, Ctrl-C stops an answer.
     From a pipe, each line is a message.
     """
+    folders.require_generator(bundle)
     from glm4_runtime import Session
     from glm4_runtime.chat import start_template_worker
     from glm4_runtime.defaults import recommended_params

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from glm4_deploy import hub, pipeline, show
+from glm4_deploy import folders, hub, pipeline, show
 from glm4_deploy.engine_bundle import engine_report
 from glm4_deploy.plan import DEFAULT_BATCH, DEFAULT_PRECISION, DEFAULT_TARGET
 from glm4_exporters.cache_types import KV_CACHES
@@ -150,6 +150,7 @@ def command(
         kv_cache=kv_cache,
         engine=engine,
     )
+    folders.require_checkpoint(checkpoint)
     if print_key:
         click.echo(pipeline.cache_key(hub.local_folder(checkpoint, revision), options))
         return

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from glm4_deploy import show, streams
+from glm4_deploy import folders, show, streams
 from glm4_deploy.commands.text import TEXT
 from glm4_runtime.errors import BundleError, RequestError
 
@@ -64,6 +64,7 @@ def command(
         raise click.UsageError("--system needs --chat.")
     if stream and as_json:
         raise click.UsageError("--stream and --json exclude each other.")
+    folders.require_generator(bundle)
     from glm4_runtime import Session
     from glm4_runtime.defaults import recommended_params
 

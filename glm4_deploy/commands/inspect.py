@@ -93,7 +93,7 @@ def _bundle_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             "precision",
             f"{manifest['precision']}: {_pairs(manifest['tensor_precisions'])}; activations {manifest['activations']}",
         ),
-        ("runs on", ", ".join(manifest["providers"]) or "none of ONNX Runtime's providers"),
+        ("runs on", _runs_on(manifest)),
         (
             "limits",
             f"{manifest['limits']['max_seq_len']} positions, {manifest['limits']['max_batch_size']} slots",
@@ -126,6 +126,17 @@ def _checked(how: dict[str, str]) -> str:
     files = {kind: [name for name, found in how.items() if found == kind] for kind in CHECKED}
     parts = [CHECKED[kind].format(some(names)) for kind, names in files.items() if names]
     return f"{'; '.join(parts)} (--verify: SHA-256 of all)"
+
+
+def _runs_on(manifest: dict[str, Any]) -> str:
+    engine = manifest["engine"]
+    if engine is None:
+        return (
+            ", ".join(manifest["providers"]) or "none of ONNX Runtime's providers; another conforming runtime"
+        )
+    gpus = ", ".join(f"{sm[:-1]}.{sm[-1]}" for sm in manifest["compute_capabilities"])
+    later = " and newer ones that it names" if engine["later_gpus"] else ""
+    return f"{engine['kind']} {engine['version']}, GPUs of compute capability {gpus}{later}"
 
 
 def _spec(spec: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from glm4_deploy import interrupts
+from glm4_deploy import folders, interrupts
 from glm4_deploy.commands.text import TEXT
 from glm4_runtime.errors import BundleError
 
@@ -98,9 +98,12 @@ def command(
             from glm4_runtime.server.run import open_and_serve
         except ModuleNotFoundError as error:
             raise BundleError(f"serving needs {error.name}: pip install 'glm4-deploy[serve,cpu]'") from error
+        chosen = ServerOptions(api_keys=read_api_keys(api_key_file), **options)
+        if bundle.exists():  # a taken port is told first
+            folders.require_bundle(bundle)
         open_and_serve(
             bundle,
-            ServerOptions(api_keys=read_api_keys(api_key_file), **options),
+            chosen,
             provider=provider,
             threads=threads,
             max_seq_len=max_seq_len,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from glm4_deploy import hub, show
+from glm4_deploy import folders, hub, show
 from glm4_runtime.errors import GateError, RequestError
 from glm4_runtime.progress import Progress
 
@@ -128,7 +128,16 @@ def command(
         raise click.UsageError("--junit writes the gate's checks, and --no-gate leaves none.")
     if bits is not None and sensitivity is None:
         raise click.UsageError("--bits is of the recipe that --sensitivity writes.")
-    from glm4_deploy.validate import ValidateOptions, validate  # brings torch and onnx
+    for path in (bundle, against):
+        if path is not None:
+            folders.require_bundle(path)
+    folders.require_checkpoint(reference)
+    try:
+        from glm4_deploy.validate import ValidateOptions, validate  # brings torch and onnx
+    except ModuleNotFoundError as error:
+        raise RequestError(
+            f"validate needs {error.name}; install glm4-deploy with its extras [cpu,export]"
+        ) from error
 
     options = ValidateOptions(
         text=text,
@@ -141,8 +150,8 @@ def command(
         memory=None if memory is None else int(memory * 2**30),
     )
     write_html = _html_writer() if html is not None else None
-    for path in (html, junit, sensitivity):
-        show.require_writable(path)
+    for wanted in (html, junit, sensitivity):
+        show.require_writable(wanted)
     with show.shown_progress() as progress:
         folder = hub.local_folder(reference, revision, progress)
         ranking = None

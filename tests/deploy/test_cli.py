@@ -169,8 +169,11 @@ def test_what_is_no_bundle(run, tmp_path, tiny_checkpoint):
     (tmp_path / "file").write_text("x")
     for path, message in (
         (tmp_path / "nowhere", "is not a bundle (no such folder)"),
-        (tmp_path / "file", "is not a bundle (not a folder)"),
-        (tiny_checkpoint, "is not a bundle (no manifest.json in it)"),
+        (tmp_path / "file", "is a file; give a bundle's folder"),
+        (
+            tiny_checkpoint,
+            f"is a checkpoint, not a bundle; make a bundle of it: glm4-deploy export {tiny_checkpoint} BUNDLE",
+        ),
     ):
         code, out, err = run("generate", path, "hello")
         assert (code, out) == (1, "")

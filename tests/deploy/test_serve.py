@@ -30,6 +30,7 @@ def test_serve_passes_its_options_on(run, monkeypatch, tmp_path):
     )
     monkeypatch.setenv("GLM4_API_KEYS", "one")
     (tmp_path / "keys").write_text("two\n")
+    (tmp_path / "manifest.json").touch()
     arguments = ["--host", "0.0.0.0", "--port", 81, "--api-key-file", tmp_path / "keys", "--max-queue", 5]
     arguments += [
         "--max-prompt-tokens",

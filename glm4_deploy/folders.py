@@ -1,0 +1,179 @@
+"""What a path is: a checkpoint, a bundle, or one of the things that people take for one of them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glm4_runtime.bundle import ENGINE, GRAPH, MANIFEST, read_manifest
+from glm4_runtime.errors import BundleError, CheckpointError, Glm4Error
+
+CONFIG, ADAPTER, WEIGHTS = "config.json", "adapter_config.json", "*.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LOOKED_AT = 1000  # entries of a folder
+ORIGINAL = "give the checkpoint that it was made from, in safetensors"
+SAVE = "convert it: from_pretrained(...).save_pretrained(...)"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row of the table: what the thing is called, and what to do with it where a checkpoint is wanted."""
+
+    what: str
+    advice: str
+
+
+# {path} is the path, {inner} a folder or a file that was found.
+KINDS = {
+    "checkpoint": Kind("a checkpoint", ""),
+    "quantized": Kind("a checkpoint that {inner} quantized", ""),
+    "bundle": Kind("a bundle", "give the checkpoint that it was made from"),
+    "engine": Kind("a bundle with a TensorRT engine", "give the checkpoint that it was made from"),
+    "adapter": Kind("an adapter", "merge it into its base model{inner} and save that"),
+    "gguf": Kind("GGUF ({inner})", ORIGINAL),
+    "pickles": Kind("pickled ({inner}), which can run code when it is read", SAVE),
+    "graph": Kind("an ONNX graph of another tool ({inner})", ORIGINAL),
+    "weights file": Kind("a file of a checkpoint", "give its folder, {inner}"),
+    "bundle file": Kind("a file of a bundle", "give its folder, {inner}"),
+    "file": Kind("a file", "give the folder that holds it and " + CONFIG),
+    "cached": Kind("a folder of a hub's cache", "give the checkpoint in it, {inner}"),
+    "cache": Kind("a hub's cache", "give a checkpoint in it, as {inner}/snapshots/COMMIT"),
+    "around": Kind("a folder around others", "give the one in it, {inner}"),
+    "other": Kind(f"neither a bundle (no {MANIFEST}) nor a checkpoint (no {CONFIG})", "give a checkpoint's folder"),
+}  # fmt: skip
+
+
+def kind_of(path: Path) -> tuple[str, str]:
+    """The name of a row of KINDS, and what was found inside; "nothing" where there is nothing."""
+    try:
+        if path.is_file():
+            return _kind_of_file(path)
+        if not path.is_dir():
+            return "nothing", ""
+        return _kind_of_folder(path) or ("other", "")
+    except OSError:  # a name too long, or a folder that may not be read
+        return "nothing", ""
+
+
+def require_checkpoint(path: Path) -> None:
+    """Refuse what is no checkpoint, and say what it is; a name on the hub is left to the hub.
+
+    Raises:
+        CheckpointError: with what to do instead.
+    """
+    kind, inner = kind_of(path)
+    if kind in ("checkpoint", "quantized", "nothing"):
+        return
+    raise CheckpointError(_sentence(path, kind, inner, "a checkpoint", KINDS[kind].advice))
+
+
+def require_bundle(path: Path) -> None:
+    """Refuse what is no bundle, and say what it is.
+
+    Raises:
+        BundleError: with what to do instead.
+    """
+    kind, inner = kind_of(path)
+    if kind in ("bundle", "engine"):
+        return
+    if kind == "nothing":
+        raise BundleError(
+            f"{path} is not a bundle (no such folder); make one with: glm4-deploy export CHECKPOINT BUNDLE"
+        )
+    advice = KINDS[kind].advice
+    if kind in ("checkpoint", "quantized"):
+        advice = f"make a bundle of it: glm4-deploy export {path} BUNDLE"
+    elif kind in ("adapter", "gguf", "pickles", "graph"):
+        advice += ", and make a bundle of that: glm4-deploy export CHECKPOINT BUNDLE"
+    elif kind in ("file", "other"):
+        advice = "give a bundle's folder, as glm4-deploy export makes it"
+    raise BundleError(_sentence(path, kind, inner, "a bundle", advice))
+
+
+def require_generator(path: Path) -> None:
+    """:func:`require_bundle`, of a model that writes text."""
+    require_bundle(path)
+    task = read_manifest(path).task
+    if task != "causal-lm":
+        raise BundleError(
+            f"{path} is for {task} and writes no text; use it in Python (glm4_runtime.Session) or with glm4-deploy serve"
+        )
+
+
+def require_either(path: Path) -> str:
+    """The kind of a checkpoint or a bundle; refuse what is neither."""
+    kind, inner = kind_of(path)
+    if kind in ("checkpoint", "quantized", "bundle", "engine", "nothing"):
+        return kind
+    raise Glm4Error(_sentence(path, kind, inner, "a checkpoint or a bundle", KINDS[kind].advice))
+
+
+def _sentence(path: Path, kind: str, inner: str, wanted: str, advice: str) -> str:
+    missing = "" if kind in ("other", "file") else f", not {wanted}"
+    return f"{path} is {KINDS[kind].what}{missing}; {advice}".replace("{inner}", inner)
+
+
+def _kind_of_file(path: Path) -> tuple[str, str]:
+    folder = path.absolute().parent
+    if (folder / MANIFEST).is_file() and not (folder / CONFIG).is_file():
+        return "bundle file", str(folder)
+    if path.suffix == ".safetensors" and (folder / CONFIG).is_file():
+        return "weights file", str(folder)
+    return _by_suffix(path.name) or ("file", "")
+
+
+def _by_suffix(name: str) -> tuple[str, str] | None:
+    for kind, suffixes in (("gguf", (".gguf",)), ("pickles", PICKLES), ("graph", (".onnx",))):
+        if name.lower().endswith(suffixes):
+            return kind, name
+    return None
+
+
+def _kind_of_folder(folder: Path) -> tuple[str, str] | None:
+    if (folder / CONFIG).is_file():
+        return _kind_of_checkpoint(folder)
+    if (folder / MANIFEST).is_file():
+        return ("bundle" if (folder / GRAPH).is_file() or not _has_engine(folder) else "engine"), ""
+    if (folder / ADAPTER).is_file():
+        base = _read(folder / ADAPTER).get("base_model_name_or_path")
+        return "adapter", f" {base[:100]}" if isinstance(base, str) and base else ""
+    names = sorted(entry.name for entry, _ in zip(folder.iterdir(), range(LOOKED_AT), strict=False))
+    found = next((kind for name in names if (kind := _by_suffix(name))), None)
+    return found or _around(folder, names)
+
+
+def _kind_of_checkpoint(folder: Path) -> tuple[str, str]:
+    method = _read(folder / CONFIG).get("quantization_config")
+    if isinstance(method, dict):
+        return "quantized", str(method.get("quant_method") or "another tool")[:40]
+    if not any(folder.glob(WEIGHTS)):
+        foreign = next((kind for path in sorted(folder.iterdir()) if (kind := _by_suffix(path.name))), None)
+        if foreign is not None:
+            return foreign
+    return "checkpoint", ""
+
+
+def _around(folder: Path, names: list[str]) -> tuple[str, str] | None:
+    """A hub's cache, one repository in it, or a folder whose only folder is the one that was meant."""
+    snapshots = [path for path in sorted(folder.glob("snapshots/*")) if (path / CONFIG).is_file()]
+    if snapshots:
+        return "cached", str(snapshots[-1])
+    cached = [name for name in names if name.startswith("models--")]
+    if cached:
+        return "cache", str(folder / cached[0])
+    inside = [folder / name for name in names if (folder / name).is_dir()]
+    meant = [path for path in inside if (path / CONFIG).is_file() or (path / MANIFEST).is_file()]
+    return ("around", str(meant[0])) if len(meant) == 1 else None
+
+
+def _has_engine(folder: Path) -> bool:
+    return (folder / ENGINE).is_file() or any(folder.glob("*.engine"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one: whoever opens the folder says what is wrong with it."""
+    try:
+        found = json.loads(path.read_bytes()) if path.stat().st_size < 2**20 else None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

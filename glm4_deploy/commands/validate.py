@@ -247,13 +247,20 @@ def _rows(report: "Report") -> list[tuple[str, str]]:
         )
         rows += [("", f"{loss.name}: KL {loss.kl:.2e} alone in {LOW}") for loss in found.losses[:SHOWN]]
     if report.gate is not None:
-        open_checks = [check.metric for check in report.checks if not check.measured]
-        left = f"; not measured: {', '.join(open_checks)}" if open_checks else ""
-        rows.append(("gate", f"{report.gate}: {report.verdict}{left}"))
+        rows.append(("gate", f"{report.gate}: {report.verdict}{_left_open(report)}"))
+        if report.next_step is not None:
+            rows.append(("next step", report.next_step))
     rows += [("note" if place == 0 else "", note) for place, note in enumerate(report.notes)]
     peak, expected = show.size(report.peak_rss_bytes), show.size(report.estimated_bytes)
     rows.append(("took", f"{report.seconds:.1f} s, {peak} at the peak ({expected} foreseen)"))
     return rows
+
+
+def _left_open(report: "Report") -> str:
+    unmeasured = [check.metric for check in report.checks if not check.measured]
+    unjudged = [check.metric for check in report.checks if check.measured and not check.judged]
+    named = (("not measured", unmeasured), ("not judged", unjudged))
+    return "".join(f"; {what}: {', '.join(names)}" for what, names in named if names)
 
 
 def _comparison_rows(comparison: "Comparison") -> list[tuple[str, str]]:

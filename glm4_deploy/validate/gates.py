@@ -26,18 +26,21 @@ class Metric:
     says: str
     tasks: tuple[str, ...]
     at_least: bool = False
+    needs_fit_text: bool = False  # says nothing where the reference only guesses
 
 
 METRICS = {
-    "perplexity_ratio": Metric("bundle's perplexity over the reference's", TEXT),
-    "kl_mean": Metric("mean KL divergence, nats", TEXT),
-    "kl_p99": Metric("99th percentile of the KL divergence, nats", TEXT),
-    "kl_max": Metric("largest KL divergence, nats", TEXT),
+    "perplexity_ratio": Metric("bundle's perplexity over the reference's", TEXT, needs_fit_text=True),
+    "kl_mean": Metric("mean KL divergence, nats", TEXT, needs_fit_text=True),
+    "kl_p99": Metric("99th percentile of the KL divergence, nats", TEXT, needs_fit_text=True),
+    "kl_max": Metric("largest KL divergence, nats", TEXT, needs_fit_text=True),
     "top1_agreement": Metric(
-        "share of positions with the same best token, or one within rounding", TEXT, True
+        "share of positions with the same best token, or one within rounding", TEXT, True, True
     ),
-    "top5_agreement": Metric("share of the five best tokens that both have", TEXT, True),
-    "greedy_prefix": Metric("median share of a greedy text that is the same from its start", TEXT, True),
+    "top5_agreement": Metric("share of the five best tokens that both have", TEXT, True, True),
+    "greedy_prefix": Metric(
+        "median share of a greedy text that is the same from its start", TEXT, True, True
+    ),
     "relative_error": Metric("error of the outputs, relative to their size", TEXT + LABELS + STATES),
     "label_agreement": Metric("share of the same labels", LABELS, True),
     "cosine": Metric("cosine of the hidden states", STATES, True),
@@ -55,11 +58,17 @@ Table = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Check:
-    """One limit and how it was met; ``value`` is None where the metric was not measured."""
+    """One limit and how it was met.
+
+    Attributes:
+        value: None where the metric was not measured.
+        judged: False where the text is unfit to judge by this metric.
+    """
 
     metric: str
     value: float | None
     limit: float
+    judged: bool = True
 
     @property
     def measured(self) -> bool:
@@ -67,11 +76,13 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """What was not measured has not failed; the report says that it is open."""
+        """What was not measured or not judged has not failed, unless it is no number; the report says so."""
         if self.value is None:
             return True
         if not math.isfinite(self.value):
             return False
+        if not self.judged:
+            return True
         return self.value >= self.limit if METRICS[self.metric].at_least else self.value <= self.limit
 
     @property
@@ -94,8 +105,16 @@ class Gate:
     row: str
     limits: Mapping[str, float]
 
-    def check(self, metrics: Mapping[str, float]) -> tuple[Check, ...]:
-        return tuple(Check(name, metrics.get(name), limit) for name, limit in self.limits.items())
+    def check(self, metrics: Mapping[str, float], fit_text: bool = True) -> tuple[Check, ...]:
+        """Each limit beside what was measured.
+
+        Args:
+            fit_text: False where the reference predicts the text worse than guessing would.
+        """
+        return tuple(
+            Check(name, metrics.get(name), limit, fit_text or not METRICS[name].needs_fit_text)
+            for name, limit in self.limits.items()
+        )
 
 
 def row_of(manifest: Manifest) -> str:

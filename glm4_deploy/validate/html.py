@@ -14,6 +14,7 @@ from glm4_deploy.validate.report import Report
 from glm4_deploy.validate.statistics import Estimate
 
 TEMPLATE = "report.html.jinja"
+PLOTS = ("perplexity", "kl", "drift", "heat")  # in the template; a report has some of them
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def html_page(report: Report) -> str:
         version=__version__,
         tiles=_tiles(report),
         checks=[_check_row(check) for check in report.checks],
-        plots={name: Markup(svg) for name, svg in _plots(report).items()},
+        plots=dict.fromkeys(PLOTS) | {name: Markup(svg) for name, svg in _plots(report).items()},
         blocks=report.out_of_band,
     )
 
@@ -59,7 +60,8 @@ def _tiles(report: Report) -> list[Tile]:
     metrics, tiles = comparison.metrics, []
     if comparison.perplexities is not None and comparison.ratio is not None:
         change = 100 * (comparison.ratio.value - 1)
-        tiles.append(Tile("Perplexity", f"{change:+.3f} %", _interval(comparison.ratio)))
+        lower = "; lower is chance and no gain" if change < 0 else ""
+        tiles.append(Tile("Perplexity", f"{change:+.3f} %", _interval(comparison.ratio) + lower))
     if "kl_mean" in metrics:
         tiles.append(
             Tile(
@@ -94,7 +96,8 @@ def _tiles(report: Report) -> list[Tile]:
 
 
 def _check_row(check: Check) -> dict[str, Any]:
-    state = "open" if not check.measured else "passed" if check.passed else "failed"
+    open_ = not check.measured or not check.judged
+    state = "open" if open_ else "passed" if check.passed else "failed"
     return {
         "metric": check.metric,
         "says": METRICS[check.metric].says,

@@ -7,8 +7,11 @@ from glm4_deploy.validate.report import Report
 
 
 def junit_xml(report: Report) -> str:
-    """One test case per check; what was not measured counts as skipped."""
-    skipped = sum(not check.measured for check in report.checks)
+    """One test case per check. What was not measured or not judged counts as skipped.
+
+    A case's name is its metric alone, so that its history stays together when a limit changes.
+    """
+    skipped = sum(not (check.measured and check.judged) for check in report.checks)
     counts = {"tests": len(report.checks), "failures": len(report.failed), "errors": 0, "skipped": skipped}
     attributes: dict[str, Any] = {name: str(count) for name, count in counts.items()}
     attributes["time"] = str(report.seconds)
@@ -16,12 +19,16 @@ def junit_xml(report: Report) -> str:
     name = f"{report.bundle.path}: {report.gate}"
     suite = ElementTree.SubElement(suites, "testsuite", attributes, name=name)
     for check in report.checks:
-        name = f"{check.metric} {check.limit:g}"
-        case = ElementTree.SubElement(suite, "testcase", classname=report.bundle.path, name=name, time="0")
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=report.bundle.path, name=check.metric, time="0"
+        )
         if not check.measured:
             ElementTree.SubElement(case, "skipped", message="not measured")
+        elif not check.judged:
+            ElementTree.SubElement(case, "skipped", message="not judged: the text is unfit")
         elif not check.passed:
             ElementTree.SubElement(case, "failure", message=check.line, type="gate").text = _why(report)
+        ElementTree.SubElement(case, "system-out").text = check.line
     ElementTree.indent(suites)
     return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
 

@@ -22,6 +22,18 @@ from glm4_deploy.validate.taps import TAPS
 INK, SOFT, GRID = "#1f2933", "#6b7785", "#e4e8ee"
 BLUE, ORANGE, RED, GREEN = "#2f6fde", "#d97706", "#c81e3a", "#1a8a5a"
 COLOURS = (BLUE, ORANGE, GREEN)
+CARD = "#fefefe"
+# The page's own names for these colours: it has others in the dark.
+PAGE_COLOURS = {
+    INK: "ink",
+    SOFT: "soft",
+    GRID: "line",
+    BLUE: "blue",
+    ORANGE: "orange",
+    RED: "red",
+    GREEN: "green",
+    CARD: "card",
+}
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "font.family": "sans-serif",
@@ -80,6 +92,7 @@ def perplexity_plot(report: Report) -> str:
         axes.invert_yaxis() if len(shown) > 1 else None
         axes.margins(x=0.15)
         axes.grid(axis="y", visible=False)
+        axes.locator_params(axis="x", nbins=5)  # labels side by side, not on each other
         axes.set_xlabel("change against the reference, % (bar: 95 % interval)")
         figure.tight_layout()
     return out.getvalue()
@@ -171,7 +184,7 @@ def heat_plot(report: Report) -> str:
             cmap=HEAT,
             vmin=-1.2,
             vmax=1.0,
-            edgecolors="white",
+            edgecolors=CARD,
             linewidth=1.2,
         )
         for row, column in np.argwhere(share > 1):
@@ -227,4 +240,6 @@ def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes, io.Stri
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         svg = text.getvalue()
         svg = svg[svg.index("<svg") :]  # without the prologue, which stands for a file of its own
+        for colour, name in PAGE_COLOURS.items():
+            svg = svg.replace(colour, f"var(--{name})")
         out.write(re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL))

@@ -45,6 +45,7 @@ class Report:
         comparisons: the bundle with the reference first; with another bundle, that one with the reference,
             and both with each other.
         blocks: errors of all sub-blocks, None without ``--layers``.
+        unfit_text: the reference predicts the text worse than guessing would: quality is not judged by it.
         checks: of the gate, for the first comparison.
     """
 
@@ -59,6 +60,7 @@ class Report:
     blocks: list[BlockError] | None = None
     out_of_band: list[BlockError] = field(default_factory=list)
     culprit: Culprit | None = None
+    unfit_text: bool = False
     gate: str | None = None
     checks: tuple[Check, ...] = ()
     worst: list[WorstPosition] = field(default_factory=list)
@@ -77,12 +79,35 @@ class Report:
     def verdict(self) -> str:
         if self.gate is None:
             return "not gated"
-        return "failed" if self.failed else "passed"
+        if self.failed:
+            return "failed"
+        return "not judged" if self.unfit_text else "passed"
+
+    @property
+    def next_step(self) -> str | None:
+        """What to do about a verdict that is not good."""
+        if self.verdict == "not judged":
+            return "Validate again with --text FILE: text like that which the model was trained on."
+        if self.verdict != "failed":
+            return None
+        if self.culprit is not None:
+            return (
+                f"Start at {self.culprit.error.name}: it is wrong by itself. Export again; where its format is the "
+                "cause, give it a wider one by a line in a recipe (export --recipe)."
+            )
+        if self.blocks is None:
+            return "Validate again with --layers: the report then names the first sub-block that is wrong."
+        return (
+            "Every sub-block computes what its format allows, so the loss is the format's: export with "
+            "--calibration FILE, with a recipe by validate --sensitivity, or in a wider --precision."
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form; what is NaN or infinite is None there."""
         found = {
             "verdict": self.verdict,
+            "next_step": self.next_step,
+            "unfit_text": self.unfit_text,
             "reference": asdict(self.reference),
             "bundle": asdict(self.bundle),
             "against": self.against and asdict(self.against),

@@ -16,7 +16,7 @@ from glm4_deploy.validate.greedy import add_greedy
 from glm4_deploy.validate.memory import Work, require_memory
 from glm4_deploy.validate.report import Report, Side, WorstPosition
 from glm4_deploy.validate.side_by_side import Bundle, walk
-from glm4_deploy.validate.text import Text, choose_text
+from glm4_deploy.validate.text import Text, choose_text, hex_of_bytes
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_runtime.bundle import GRAPH, WEIGHTS, read_manifest, verify_files
 from glm4_runtime.errors import BundleError, RequestError
@@ -96,12 +96,16 @@ def validate(
         notes=notes,
         estimated_bytes=needed,
     )
+    report.unfit_text = text.is_text and _guesses(comparisons[0], checkpoint.config.vocab_size)
+    if report.unfit_text:
+        report.notes.append(_unfit(comparisons[0], text, checkpoint.config.vocab_size))
     if options.layers:
         report.culprit = find_culprit(walked.blocks)
         report.out_of_band = [block for block in walked.blocks if is_out_of_band(block)]
         comparisons[0].metrics["blocks_out_of_band"] = len(report.out_of_band)
     if gate is not None:
-        report.gate, report.checks = f"{gate.name}, {gate.row}", gate.check(comparisons[0].metrics)
+        report.gate = f"{gate.name}, {gate.row}"
+        report.checks = gate.check(comparisons[0].metrics, not report.unfit_text)
     report.notes += _open_questions(report)
     report.tools = {name: version(name) for name in TOOLS} | {"python": platform.python_version()}
     report.seconds = round(time.monotonic() - start, 1)
@@ -192,6 +196,20 @@ def _notes(bundles: Sequence[Bundle], text: Text, arithmetic: Sequence[str]) -> 
 # After the work -----------------------------------------------------------------------------------
 
 
+def _guesses(comparison: Comparison, vocab_size: int) -> bool:
+    """Whether the reference predicts the text worse than equal chances for all tokens would."""
+    return comparison.perplexities is not None and comparison.perplexities[0].value > vocab_size
+
+
+def _unfit(comparison: Comparison, text: Text, vocab_size: int) -> str:
+    assert comparison.perplexities is not None
+    return (
+        f"The text ({text.source}) is unfit to judge by: the reference's own perplexity on it is "
+        f"{comparison.perplexities[0].value:.0f}, and guessing among {vocab_size} tokens gives {vocab_size}. "
+        "Give text like that which the model was trained on: --text FILE."
+    )
+
+
 def _open_questions(report: Report) -> list[str]:
     """Where the limit lies inside the interval, the text is too short to tell."""
     ratio = report.comparisons[0].ratio
@@ -210,7 +228,10 @@ def _worst(comparison: Comparison, text: Text) -> list[WorstPosition]:
     def shown(ids: Sequence[int]) -> str:
         if text.tokenizer is None:
             return " ".join(map(str, ids))
-        return text.tokenizer.decode(list(ids), skip_special_tokens=False)
+        decoded = text.tokenizer.decode(list(ids), skip_special_tokens=False)
+        if len(ids) == 1 and "\ufffd" in decoded:  # a part of a character
+            return hex_of_bytes(text.tokenizer.token_of(ids[0]))
+        return decoded
 
     found = []
     for one, row in worst_positions(comparison, WORST):

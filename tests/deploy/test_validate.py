@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,12 +20,14 @@ from glm4_deploy import cli
 from glm4_deploy.metrics import kl_divergence, log_softmax
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_deploy.validate import ValidateOptions, memory, validate
+from glm4_deploy.validate import text as validate_text
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.engine import engine_capacity, engine_profiles
 from glm4_exporters.reference import load_model
 from glm4_runtime import Session
 from glm4_runtime.bundle import read_manifest, write_manifest
 from glm4_runtime.errors import BundleError, RequestError, TextError
+from glm4_runtime.tokenizer import Tokenizer
 
 SEQUENCES = [list(range(5, 69)), list(range(300, 270, -1)), [7, 8, 9] * 8]
 
@@ -143,18 +146,48 @@ def test_two_bundles_are_compared_with_the_checkpoint_and_each_other(int8, fp16,
     assert found[0].ratio.value == pytest.approx(found[1].ratio.value * found[2].ratio.value)
 
 
-def test_the_trained_demo_on_the_bundled_corpus(demo_bundle):
-    from pathlib import Path
+DEMO = Path(__file__).parents[2] / "demo/glm4-tiny"
+CORPUS = Path(validate_text.__file__).with_name(validate_text.CORPUS)
 
-    demo = Path(__file__).parents[2] / "demo/glm4-tiny"
-    found = validate(demo_bundle, demo, ValidateOptions(max_tokens=600, length=128, greedy=False))
+
+def test_a_text_that_belongs_to_the_checkpoint_is_preferred(demo_bundle):
+    found = validate(demo_bundle, DEMO, ValidateOptions(max_tokens=600, length=128, greedy=False))
     assert found.verdict == "passed"
-    assert found.text == "the bundled corpus"
+    assert found.next_step is None
+    assert found.text == str(DEMO / "heldout.txt")
     assert found.tokens == 600
     assert found.comparisons[0].ratio.value == pytest.approx(1, abs=1e-5)
     # the prefix that the tokenizer puts before every sequence is not predicted
     prefix, sequences = 2, found.sequences
     assert found.comparisons[0].predicted_tokens == 600 - sequences * prefix
+
+
+def test_a_text_that_the_reference_only_guesses_does_not_judge(demo_quantized, tmp_path):
+    options = ValidateOptions(text=CORPUS, max_tokens=600, length=128, greedy=False)
+    found = validate(demo_quantized["int8"], DEMO, options)
+    reference = found.comparisons[0].perplexities[0].value
+    assert reference > 2048  # the vocabulary: what guessing gives
+    assert found.verdict == "not judged"
+    assert "--text FILE" in found.next_step
+    assert any(
+        f"perplexity on it is {reference:.0f}, and guessing among 2048" in note for note in found.notes
+    )
+    judged = {check.metric for check in found.checks if check.judged}
+    assert judged == {"relative_error", "blocks_out_of_band"}
+    page = tmp_path / "report.html"
+    result = run(demo_quantized["int8"], "--reference", DEMO, "--text", CORPUS, "--no-greedy",
+                 "--max-tokens", 600, "--length", 128, "--html", page)  # fmt: skip
+    assert result.exit_code == 0
+    assert "not judged" in page.read_text()
+    assert "Next step" in page.read_text()
+
+
+def test_bytes_that_are_no_text_are_shown_as_bytes():
+    tokenizer = Tokenizer.from_folder(DEMO)
+    ids = tokenizer.encode("\u4e16", add_special_tokens=False)
+    shown = [validate_text.hex_of_bytes(tokenizer.token_of(one)) for one in ids]
+    assert " ".join(one.strip("<>") for one in shown) == "E4 B8 96"
+    assert validate_text.hex_of_bytes("<|user|>世") == "<|user|>世"
 
 
 @pytest.mark.parametrize("task", ["sequence-classification", "token-classification", "encoder"])

@@ -17,6 +17,7 @@ from glm4_runtime.errors import ModelError, RequestError, SlotError
 from glm4_runtime.generate import Token, generate
 from glm4_runtime.kv_cache import Move, SlotTable, bucket
 from glm4_runtime.sampling import SamplingParams, TokenMask
+from glm4_runtime.scoring import LogLikelihood, log_likelihoods, rolling_log_likelihood
 from glm4_runtime.tokenizer import Tokenizer
 
 Logits = npt.NDArray[np.float32]
@@ -228,6 +229,26 @@ class Session(abc.ABC):
                 self.release(slot)
 
         return blocks()
+
+    def log_likelihood(self, prompt_ids: Sequence[int], continuation_ids: Sequence[int]) -> LogLikelihood:
+        """The log-probabilities of a continuation's tokens after a prompt. Needs a free slot."""
+        return self.log_likelihoods(prompt_ids, [continuation_ids])[0]
+
+    def log_likelihoods(
+        self, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[LogLikelihood]:
+        """As :meth:`log_likelihood`, for several continuations of one prompt, which is run once."""
+        self._require_task("causal-lm", "score")
+        return log_likelihoods(self, prompt_ids, continuations)
+
+    def rolling_log_likelihood(self, token_ids: Sequence[int], context: int = 1) -> LogLikelihood:
+        """The log-probabilities of all tokens of a text after the first, however long the text is.
+
+        Args:
+            context: tokens of the window before that each further window begins with.
+        """
+        self._require_task("causal-lm", "score")
+        return rolling_log_likelihood(self, token_ids, context)
 
     def generate(
         self, token_ids: Sequence[int], params: SamplingParams | None = None, mask: TokenMask | None = None

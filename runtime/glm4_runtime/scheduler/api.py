@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from glm4_runtime.errors import Glm4Error
 from glm4_runtime.generate import Token
 from glm4_runtime.sampling import SamplingParams, TokenMask
+from glm4_runtime.scoring import PromptScores
 
 MOST_TOP_LOGPROBS = 20
 
@@ -18,6 +19,9 @@ class Request:
         logprobs: whether tokens carry their log-probability, which reads the whole row of logits once more;
             NaN where not.
         top_logprobs: so many of the likeliest tokens are reported with each, 0 ... 20.
+        prompt_logprobs: the log-probability of each token of the prompt is reported, with so many of the likeliest,
+            0 ... 20. None where not. Such a prompt is run whole, and reuses nothing.
+        generates: whether anything is generated; where not, the request ends with :class:`Started`.
         mask: which tokens may come next; it belongs to this request alone.
         deadline: ``time.monotonic()`` at which the request fails with :class:`DeadlineError`, also while it
             waits in the queue.
@@ -27,16 +31,23 @@ class Request:
     params: SamplingParams
     logprobs: bool = True
     top_logprobs: int = 0
+    prompt_logprobs: int | None = None
+    generates: bool = True
     mask: TokenMask | None = None
     deadline: float | None = None
 
 
 @dataclass(frozen=True)
 class Started:
-    """The whole prompt has been taken; ``cached_tokens`` of it were there already. Comes once, first."""
+    """The whole prompt has been taken; ``cached_tokens`` of it were there already. Comes once, first.
+
+    Attributes:
+        scores: of the prompt's tokens, where they were asked for.
+    """
 
     cached_tokens: int
     prompt_tokens: int
+    scores: PromptScores | None = None
 
 
 @dataclass(frozen=True)

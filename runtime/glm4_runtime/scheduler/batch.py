@@ -18,6 +18,7 @@ from glm4_runtime.scheduler.figures import Figures
 from glm4_runtime.scheduler.job import Job
 from glm4_runtime.scheduler.policy import prefill_budget, shares
 from glm4_runtime.scheduler.prefix_cache import Ids, PrefixCache
+from glm4_runtime.scoring import rows_per_run
 from glm4_runtime.session import Session
 
 logger = logging.getLogger(__name__)
@@ -194,10 +195,10 @@ class Batch:
             for other in self._live
             if other.slot is not None and not other.ended
         }
-        if self._cache.should_wait(job.prompt_ids, live, [other.prompt_ids for other in before]):
+        if self._cache.should_wait(job.reusable_ids, live, [other.prompt_ids for other in before]):
             return False
         free = [slot for slot in self._session.free_slots() if slot not in live]
-        place = self._cache.place(job.prompt_ids, live, free)
+        place = self._cache.place(job.reusable_ids, live, free)
         if place.evicts:
             self._session.release(place.slot)
         try:
@@ -217,7 +218,7 @@ class Batch:
         assert job.slot is not None
         try:
             with self._in_model():
-                logits = self._session.prefill(job.slot, job.prompt_ids[job.fed : job.fed + count])
+                row = self._run_prompt(job, job.slot, job.prompt_ids[job.fed : job.fed + count])
         except Exception as error:
             self._fail_by(job, error)
             return
@@ -225,8 +226,23 @@ class Batch:
         if job.rest == 0:
             self._figures.prompt_tokens += job.prompt
             self._figures.cached_tokens += job.cached
-            job.ticket.tell(Started(job.cached, job.prompt))
-            self._take(job, logits[0])
+            job.ticket.tell(Started(job.cached, job.prompt, job.scores))
+            if job.request.generates:
+                self._take(job, row)
+            else:
+                self._end(job, "length")
+
+    def _run_prompt(self, job: Job, slot: int, ids: Ids) -> Logits:
+        """Run the next part of a prompt, and score it where that is asked; the logits of its last position."""
+        if job.scores is None:
+            only: Logits = self._session.prefill(slot, ids)[0]
+            return only
+        step = rows_per_run(self._session.manifest.model.vocab_size, self._session.prefill_chunk)
+        for start in range(0, len(ids), step):
+            logits = self._session.prefill(slot, ids[start : start + step], logits="all")
+            job.scores.take(job.fed + start, logits)
+        last: Logits = logits[-1]
+        return last
 
     @contextmanager
     def _in_model(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from glm4_runtime.generate import Continuation, Logits
 from glm4_runtime.scheduler.api import Event, Generated, Request
+from glm4_runtime.scoring import PromptScores
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Job:
     """Prompt and output of one request.
 
     Attributes:
+        scores: of the prompt, filled in as it is taken; None where they were not asked for.
         slot: where its KV is; None until its prompt is begun.
         fed: so many of its tokens are in the slot. One less than there are when it is ready to decode.
         held: a token that is not told yet, as its mask may make it the last; ``masking`` works that out.
@@ -64,6 +66,11 @@ class Job:
         self._ids = np.empty(self.prompt + continuation.limit, np.int64)
         self._ids[: self.prompt] = request.prompt_ids
         self._count = self.prompt
+        self.scores = (
+            None
+            if request.prompt_logprobs is None
+            else PromptScores(request.prompt_ids, request.prompt_logprobs)
+        )
         self.slot: int | None = None
         self.fed = 0
         self.cached = 0
@@ -81,6 +88,11 @@ class Job:
     @property
     def prompt_ids(self) -> npt.NDArray[np.int64]:
         return self._ids[: self.prompt]
+
+    @property
+    def reusable_ids(self) -> npt.NDArray[np.int64]:
+        """The part of the prompt that may be taken from elsewhere: nothing, where every position is scored."""
+        return self.prompt_ids if self.scores is None else self.prompt_ids[:0]
 
     @property
     def count(self) -> int:

@@ -81,14 +81,19 @@ class Scheduler:
             raise RequestError(
                 f"top_logprobs is {request.top_logprobs}, but must be between 0 and {MOST_TOP_LOGPROBS}"
             )
+        if not 0 <= (request.prompt_logprobs or 0) <= MOST_TOP_LOGPROBS:
+            raise RequestError(
+                f"prompt_logprobs is {request.prompt_logprobs}, but must be between 0 and {MOST_TOP_LOGPROBS}"
+            )
+        # the last token takes no room: with it, prompt and output fill the model
+        room = self._session.max_seq_len - request.generates
         continuation = Continuation(
             request.prompt_ids,
             request.params,
             self._tokenizer,
             self._model.eos_token_ids,
             self._model.vocab_size,
-            self._session.max_seq_len
-            - 1,  # the last token takes no room: with it, prompt and output fill the model
+            room,
             mask=request.mask,
             logprobs=request.logprobs,
             top_logprobs=request.top_logprobs,

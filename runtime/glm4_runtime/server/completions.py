@@ -11,6 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from glm4_runtime.scheduler import Generated, Request, Started
+from glm4_runtime.scoring import PromptScores
 from glm4_runtime.server import log, schema
 from glm4_runtime.server.common import (
     Usage,
@@ -23,6 +24,7 @@ from glm4_runtime.server.common import (
 )
 from glm4_runtime.server.engine import Engine, Job
 from glm4_runtime.server.errors import ApiError, Json
+from glm4_runtime.server.prompt_scores import prompt_entries, prompt_logprobs
 from glm4_runtime.server.reply import token_logprobs
 from glm4_runtime.structured import GrammarMask, ReplyFormat
 from glm4_runtime.text_pieces import TextPieces
@@ -35,9 +37,13 @@ class Continuation:
     """The text of one choice so far; ``echo`` is what it starts with.
 
     ``characters`` is how many its tokens with log-probabilities made: their text may be held back for a while.
+    ``prompt`` and ``ids`` are what the client sent and what the model got; ``scores`` are those of ``ids``.
     """
 
     echo: str = ""
+    prompt: str | Sequence[int] = ""
+    ids: tuple[int, ...] = ()
+    scores: PromptScores | None = None
     text: TextPieces = field(default_factory=TextPieces)
     tokens: int = 0
     finish_reason: str | None = None
@@ -45,10 +51,11 @@ class Continuation:
     characters: int = 0
     decoder: codecs.IncrementalDecoder = field(default_factory=lambda: _UTF8("replace"))
 
-    def note(self, entry: dict[str, Any]) -> None:
-        """Keep a token's log-probabilities, and where in the text it begins."""
+    def note(self, entry: dict[str, Any], shown: bool = True) -> None:
+        """Keep a token's log-probabilities, and where in the text it begins; a control token is not shown."""
         self.logprobs.append(entry | {"offset": len(self.echo) + self.characters})
-        self.characters += len(self.decoder.decode(bytes(entry["bytes"])))
+        if shown:
+            self.characters += len(self.decoder.decode(bytes(entry["bytes"])))
 
 
 @dataclass(frozen=True)
@@ -76,32 +83,46 @@ def encoded(engine: Engine, given: str | Sequence[int]) -> tuple[int, ...]:
 
 def _plan(engine: Engine, body: schema.CompletionRequest, deadline: float) -> Plan:
     engine.require_grammars()
-    if body.echo and body.logprobs is not None:
+    scored = _prompt_top(body)
+    if scored is not None and body.stream:
         raise ApiError(
-            400, "echo with logprobs is not implemented: a prompt's own are not kept", param="echo"
+            400,
+            "log-probabilities of a prompt are not streamed; leave stream out, or echo and prompt_logprobs",
+            param="stream",
         )
+    generates = body.max_tokens != 0
     prompts, n = as_list(body.prompt), body.n or 1
     require_choices(engine, len(prompts) * n)
     mask = _mask(engine, body)
     plan = Plan([], [], [])
     for prompt in prompts:
         ids = encoded(engine, prompt)
-        engine.require_room(ids)
+        if generates:
+            engine.require_room(ids)
         text = prompt if isinstance(prompt, str) else engine.tokenizer.decode(ids, skip_special_tokens=False)
         plan.prompts.append(text)
-        for _ in range(n):
+        for number in range(n):
             plan.requests.append(
                 Request(
                     prompt_ids=ids,
-                    params=sampling_params(engine, body, body.max_tokens, len(plan.requests)),
+                    params=sampling_params(engine, body, body.max_tokens or None, len(plan.requests)),
                     logprobs=body.logprobs is not None,
                     top_logprobs=body.logprobs or 0,
+                    prompt_logprobs=scored if number == 0 else None,
+                    generates=generates,
                     mask=None if mask is None else mask.copy(),
                     deadline=deadline,
                 )
             )
-            plan.choices.append(Continuation(text if body.echo else ""))
+            plan.choices.append(Continuation(text if body.echo else "", prompt, ids))
     return plan
+
+
+def _prompt_top(body: schema.CompletionRequest) -> int | None:
+    """How many of the likeliest tokens are wanted at each place of a prompt; None where it is not scored."""
+    echoed = body.logprobs if body.echo else None
+    wanted = [count for count in (echoed, body.prompt_logprobs) if count is not None]
+    return max(wanted, default=None)
 
 
 def _mask(engine: Engine, body: schema.CompletionRequest) -> GrammarMask | None:
@@ -118,6 +139,7 @@ class Answer:
         self._engine, self._choices, self._job = engine, plan.choices, job
         self._n = body.n or 1
         self._with_logprobs = body.logprobs is not None
+        self._body = body
         self._usage = Usage()
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
@@ -130,11 +152,30 @@ class Answer:
         async with watched(http, self._job):
             async for _ in self._steps():
                 pass
-        choices = [
-            self._choice(index, choice.echo + str(choice.text), choice.logprobs, choice.finish_reason)
-            for index, choice in enumerate(self._choices)
-        ]
+        scored = _prompt_top(self._body) is not None
+        choices = await self._engine.prepare(self._listed, slow=True) if scored else self._listed()
         return Json(self._head | {"choices": choices, "usage": self._usage.as_json()})
+
+    def _listed(self) -> list[dict[str, Any]]:
+        """All choices, each with the scores of its prompt where they were asked for."""
+        listed = []
+        for index, choice in enumerate(self._choices):
+            first = self._choices[index - index % self._n]  # one prompt is scored once
+            whole = self._choice(index, choice.echo + str(choice.text), choice.logprobs, choice.finish_reason)
+            listed.append(whole | self._scored(choice, first.scores))
+        return listed
+
+    def _scored(self, choice: Continuation, scores: PromptScores | None) -> dict[str, Any]:
+        if scores is None:
+            return {}
+        body, engine = self._body, self._engine
+        found: dict[str, Any] = {}
+        if body.echo and body.logprobs is not None:
+            before = prompt_entries(engine, choice.ids, choice.prompt, scores, body.logprobs)
+            found["logprobs"] = legacy_logprobs(before + choice.logprobs)
+        if body.prompt_logprobs is not None:
+            found["prompt_logprobs"] = prompt_logprobs(engine, choice.ids, scores, body.prompt_logprobs)
+        return found
 
     async def chunks(self, http: HttpRequest, with_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
         no_usage: dict[str, Any] = {"usage": None} if with_usage else {}
@@ -153,7 +194,10 @@ class Answer:
                 choice = self._choices[index]
                 if isinstance(event, Started):
                     self._usage.start(event, counts=index % self._n == 0)
-                    if choice.echo:
+                    choice.scores = event.scores
+                    if self._body.max_tokens == 0:
+                        choice.finish_reason = "length"
+                    if choice.echo or choice.finish_reason is not None:
                         yield index, choice.echo, []
                     continue
                 logprobs = self._take(choice, event)
@@ -170,13 +214,10 @@ class Answer:
         choice.tokens += 1
         choice.text.add(token.text)
         choice.finish_reason = token.finish_reason
-        at_end = (
-            token.finish_reason == "stop" and token.id in self._engine.session.manifest.model.eos_token_ids
-        )
-        if not self._with_logprobs or at_end:
+        if not self._with_logprobs:
             return []
-        entry = token_logprobs(event, self._engine.require_grammars().token_bytes)
-        choice.note(entry)
+        shown = token.id not in self._engine.tokenizer.special_ids  # a control token is no text
+        choice.note(token_logprobs(event, self._engine.require_grammars().token_bytes), shown=shown)
         return choice.logprobs[-1:]
 
     def _choice(
@@ -192,7 +233,13 @@ def legacy_logprobs(entries: list[dict[str, Any]]) -> dict[str, list[Any]]:
         "tokens": [_legacy_name(entry) for entry in entries],
         "token_logprobs": [entry["logprob"] for entry in entries],
         "top_logprobs": [
-            {_legacy_name(other): other["logprob"] for other in entry["top_logprobs"]} for entry in entries
+            None
+            if entry["top_logprobs"] is None
+            else {
+                _legacy_name(other): other["logprob"]
+                for other in (*entry["top_logprobs"], entry)  # the token itself is always there
+            }
+            for entry in entries
         ],
         "text_offset": [entry["offset"] for entry in entries],
     }

@@ -259,6 +259,8 @@ class Job:
                 self._measure(index)
                 if event.token.finish_reason is not None:
                     self._open.discard(index)
+            elif not self._requests[index].generates:
+                self._open.discard(index)
             yield index, event
 
     def end(self, index: int) -> None:

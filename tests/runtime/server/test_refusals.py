@@ -126,7 +126,10 @@ def test_deep_schemas_are_no_crash(post, depth):
 COMPLETIONS = [
     ({"suffix": "x"}, "suffix is not implemented"),
     ({"best_of": 2}, "best_of is not implemented"),
-    ({"echo": True, "logprobs": 1}, "echo with logprobs"),
+    ({"echo": True, "logprobs": 1, "stream": True}, "log-probabilities of a prompt are not streamed"),
+    ({"prompt_logprobs": 1, "stream": True}, "log-probabilities of a prompt are not streamed"),
+    ({"prompt_logprobs": 21}, "less than or equal to 20"),
+    ({"max_tokens": -1}, "greater than or equal to 0"),
     ({"messages": WHO}, "no such option"),
     ({"prompt": []}, "at least 1"),
     ({"prompt": [5000]}, "5000"),

@@ -1,4 +1,4 @@
-"""The cache key of an export: equal keys mean equal bundles, and no weight is read for it."""
+"""The cache key of an export: equal keys mean equal bundles."""
 
 import dataclasses
 import hashlib
@@ -13,12 +13,13 @@ from glm4_runtime.bundle import SCHEMA_VERSION
 from glm4_runtime.errors import ExportError
 
 
-def cache_key(checkpoint: str | Path, options: ExportOptions) -> str:
-    """SHA-256 of everything that decides the bundle's bytes, without reading a weight.
+def cache_key(checkpoint: str | Path, options: ExportOptions, by_content: bool = False) -> str:
+    """SHA-256 of everything that decides the bundle's bytes, without reading a weight unless ``by_content``.
 
     Options, versions of our package and the tools that shape a bundle, and the checkpoint's fingerprint:
     its configuration, its tensor headers, and per shard the content hash under which a hub cache stores
-    it, or else size and modification time.
+    it, or else size and modification time. ``by_content`` reads and hashes such a shard instead, so that a
+    fresh download has the same key.
     """
     with Checkpoint.load(checkpoint, task=options.task) as source:
         plan = make_plan(source, options)
@@ -31,7 +32,7 @@ def cache_key(checkpoint: str | Path, options: ExportOptions) -> str:
             "schema": SCHEMA_VERSION,
             "options": shaping | {"task": source.task} | dataclasses.asdict(plan.limits),
             "tools": tool_versions() | built,
-            "checkpoint": source.fingerprint(),
+            "checkpoint": source.fingerprint(by_content),
         }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -199,11 +199,12 @@ class Checkpoint:
             _check_finite(header, block, first)
             yield first, block
 
-    def fingerprint(self) -> str:
-        """SHA-256, in hex, of what tells this checkpoint from others, wherever it lies; no weight is read.
+    def fingerprint(self, by_content: bool = False) -> str:
+        """SHA-256, in hex, of what tells this checkpoint from others, wherever it lies.
 
-        The files that are read or copied whole, the headers of the weights, and for the weights
-        themselves the content hash under which a hub cache stores them, else size and time of change.
+        The files that are read or copied whole, the headers of the weights, and for the weights themselves the
+        content hash under which a hub cache stores them, else size and time of change: no weight is read. With
+        ``by_content`` every file of weights that is not in a hub cache is read and hashed.
         """
         digest = hashlib.sha256()
 
@@ -215,7 +216,7 @@ class Checkpoint:
             add(name, path.read_bytes())
         for path, shard in sorted(self._shards.items()):
             add(path.name, shard.header_sha256)
-            add("content", shard.identity.encode())
+            add("content", (shard.content if by_content else shard.identity).encode())
         return digest.hexdigest()
 
     def side_files(self) -> dict[str, Path]:

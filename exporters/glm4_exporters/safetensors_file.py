@@ -74,6 +74,17 @@ class SafetensorsFile:
             return blob.name
         return f"{self._stat.st_size} {self._stat.st_mtime_ns}"
 
+    @property
+    def content(self) -> str:
+        """SHA-256 of the file: its name in a hub cache, else found by reading the whole file."""
+        if len(self.identity) == 64:
+            return self.identity
+        try:
+            with self.path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
+
     def close(self) -> None:
         self._close()
         self._fd = -1  # the number may soon be another file's

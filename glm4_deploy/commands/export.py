@@ -108,6 +108,12 @@ from glm4_runtime.bundle import Manifest
 @click.option(
     "--print-key", is_flag=True, help="Print the bundle's cache key, without reading weights, and stop."
 )
+@click.option(
+    "--key",
+    type=click.Choice(["quick", "content"]),
+    help="How --print-key knows weights outside a hub cache: by size and time of change, the default, or by "
+    "content, which reads them and finds a fresh download equal.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     checkpoint: Path,
@@ -130,6 +136,7 @@ def command(
     no_parity: bool,
     force: bool,
     print_key: bool,
+    key: str | None,
     as_json: bool,
 ) -> None:
     """Make a bundle from CHECKPOINT, and prove that it computes what PyTorch does.
@@ -151,8 +158,12 @@ def command(
         engine=engine,
     )
     folders.require_checkpoint(checkpoint)
+    if key is not None and not print_key:
+        raise click.UsageError("--key is of the key that --print-key prints.")
     if print_key:
-        click.echo(pipeline.cache_key(hub.local_folder(checkpoint, revision), options))
+        click.echo(
+            pipeline.cache_key(hub.local_folder(checkpoint, revision), options, by_content=key == "content")
+        )
         return
     if bundle is None:
         raise click.UsageError("Missing argument 'BUNDLE', the folder to make.")

@@ -284,6 +284,29 @@ def test_the_key_is_all_that_is_printed(run, tiny_checkpoint):
     assert int(out, 16)
 
 
+def test_the_key_by_content_is_that_of_every_copy(run, tmp_path, tiny_checkpoint):
+    """A fresh download has other times; in a hub cache the file is a link to a blob named by its SHA-256."""
+    fresh = shutil.copytree(tiny_checkpoint, tmp_path / "fresh")
+    os.utime(fresh / "model.safetensors", (1, 1))
+    cached = shutil.copytree(tiny_checkpoint, tmp_path / "cached")
+    blob = tmp_path / "blobs" / file_entry(cached / "model.safetensors").sha256
+    blob.parent.mkdir()
+    (cached / "model.safetensors").rename(blob)
+    (cached / "model.safetensors").symlink_to(blob)
+    changed = shutil.copytree(tiny_checkpoint, tmp_path / "changed")
+    with (changed / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")
+    folders = (tiny_checkpoint, fresh, cached, changed)
+    content = [run("export", folder, "--print-key", "--key", "content")[1] for folder in folders]
+    assert content[0] == content[1] == content[2] != content[3]
+    quick = [run("export", folder, "--print-key")[1] for folder in folders]
+    assert len({*quick}) == 4
+    code, _, err = run("export", tiny_checkpoint, tmp_path / "bundle", "--key", "content")
+    assert code == 2
+    assert "--key is of the key that --print-key prints" in err
+
+
 def test_a_real_export_keeps_results_and_progress_apart(tmp_path, tiny_checkpoint):
     command = [*GLM4_DEPLOY, "export", tiny_checkpoint, tmp_path / "bundle", "--precision", "fp32", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)

@@ -9,6 +9,7 @@ from glm4_deploy.describe import describe
 from glm4_deploy.destination import Destination, require_space
 from glm4_deploy.plan import DEFAULTS, ExportOptions, Plan, make_plan
 from glm4_deploy.report import Clock, ExportResult, peak_rss, write_report
+from glm4_deploy.side_files import require_tokenizer
 from glm4_deploy.tools import require_installed
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_runtime.bundle import GRAPH, WEIGHTS, Manifest, write_manifest
@@ -53,6 +54,7 @@ def export(
     with Checkpoint.load(checkpoint, task=options.task) as source:
         plan = make_plan(source, options)
         read_sampling_defaults(checkpoint)  # refuses what no sampler takes
+        require_tokenizer(source)
         destination.check(Path(checkpoint))
         require_installed(plan)
         prepared = _prepare(plan, source, clock, progress)

@@ -104,7 +104,7 @@ def test_the_log_says_that_a_signal_came_and_when_all_was_done(demo_bundle):
     process = serving_process(demo_bundle)
     try:
         url = json.loads(process.stderr.readline())["url"]
-        body = ASKED | {"stream": True, "max_tokens": 100, "ignore_eos": True}
+        body = ASKED | {"stream": True, "max_tokens": 400, "ignore_eos": True}
         with httpx.stream("POST", url + CHAT, json=body, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)

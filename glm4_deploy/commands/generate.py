@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,7 +79,9 @@ def command(
     with Session.open(
         bundle, provider=provider, threads=threads, max_seq_len=max_seq_len, max_batch_size=1, verify=verify
     ) as session:
-        ids = _prompt_ids(bundle, session, text, chat, system)
+        ids, ends = _prompt(bundle, session, text, chat, system)
+        if not params.ignore_eos:
+            params = replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
         start = time.monotonic()
         first = start
         tokens: list[Token] = []
@@ -114,15 +117,18 @@ def _standard_input() -> str:
         raise RequestError(f"standard input is not text: {error}") from error
 
 
-def _prompt_ids(bundle: Path, session: "Session", text: str, chat: bool, system: str | None) -> list[int]:
+def _prompt(
+    bundle: Path, session: "Session", text: str, chat: bool, system: str | None
+) -> tuple[list[int], tuple[int, ...]]:
+    """The prompt's ids, and those of the tokens that end a turn of the chat."""
     tokenizer = session.tokenizer
     if tokenizer is None:
         raise BundleError(f"{bundle} has no tokenizer.json; add it to the checkpoint and export again")
     if not chat:
-        return tokenizer.encode(text)
-    from glm4_runtime.chat import ChatTemplate
+        return tokenizer.encode(text), ()
+    from glm4_runtime.chat_prompts import ChatPrompts
 
     messages = [{"role": "system", "content": system}] * (system is not None)
     messages.append({"role": "user", "content": text})
-    rendered = ChatTemplate.from_folder(bundle).render(messages)
-    return tokenizer.encode(rendered, add_special_tokens=False)
+    prompts = ChatPrompts(bundle, tokenizer)
+    return prompts.prompt(messages)[1], prompts.ends

@@ -4,11 +4,12 @@ The template is code that came with the checkpoint. It is compiled and rendered 
 time, memory and output, in Jinja's sandbox. It sees plain data only, and its errors fail one request.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from glm4_runtime.errors import BundleError, OvertimeError, RequestError
+from glm4_runtime.prompts import Prompt, marked
 from glm4_runtime.tokenizer import TOKENIZER_CONFIG, read_tokenizer_config, special_token_names
 from glm4_runtime.workers.pool import WorkerPool
 from glm4_runtime.workers.worker import Limits, WorkerError
@@ -35,8 +36,7 @@ class ChatTemplate:
     """The compiled chat template of one model folder, or several by name: ``tool_use`` takes over where
     tools are given and there is such a template, ``default`` is for the rest.
 
-    GLM-4's templates write the prefix [gMASK]<sop> themselves, so what :meth:`render` returns is encoded
-    with ``add_special_tokens=False``.
+    GLM-4's templates write the prefix [gMASK]<sop> themselves, so that none is put before a prompt.
     """
 
     def __init__(
@@ -66,35 +66,56 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **kwargs: Any,
     ) -> str:
-        """The prompt. ``kwargs`` are further variables of the template.
+        """The text of :meth:`prompt`, for reading."""
+        return self.prompt(messages, tools, add_generation_prompt, **kwargs).text
 
-        A message's text parts are joined, and ``content`` None becomes an empty text, because templates
-        call a string's methods on it. Raises :class:`RequestError` for messages that aren't a conversation
-        and for whatever the template refuses.
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        *,
+        control_tokens: Collection[str] = (),
+        **kwargs: Any,
+    ) -> Prompt:
+        """The prompt, for :meth:`Tokenizer.encode_prompt`.
+
+        A message's text parts are joined, and ``content`` None becomes an empty text, because templates call a
+        string's methods on it. Raises :class:`RequestError` for messages that aren't a conversation and for
+        whatever the template refuses, :class:`OvertimeError` where it takes too long.
+
+        Args:
+            control_tokens: names that are plain text where messages or tools hold them.
+            kwargs: further variables of the template.
         """
         conversation = _checked_messages(messages)
         if tools is not None and not (_is_list(tools) and all(isinstance(tool, Mapping) for tool in tools)):
             raise RequestError("tools must be a list of JSON objects")
+        try:
+            said, mark = marked({"messages": conversation, "tools": tools or None}, control_tokens)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _no_json(error) from error
         name = _TOOL_USE if tools and _TOOL_USE in self._sources else _DEFAULT
-        variables = {
-            **self._special_tokens,
-            **kwargs,
-            "messages": conversation,
-            "tools": tools or None,
-            "add_generation_prompt": add_generation_prompt,
-        }
+        variables = {**self._special_tokens, **kwargs, **said, "add_generation_prompt": add_generation_prompt}
+        return Prompt(self._rendered(name, variables), mark)
+
+    def _rendered(self, name: str, variables: Mapping[str, Any]) -> str:
         try:
             answer = _WORKERS.call({"sources": self._sources, "name": name, "variables": variables})
         except WorkerError as error:
             kind = OvertimeError if error.overtime else RequestError
             raise kind(f"the chat template cannot render this conversation: {error}") from error
         except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"a chat template takes plain JSON data only: {error}") from error
+            raise _no_json(error) from error
         if "text" not in answer:
             does, reason = next((_FAILURES[kind], reason) for kind, reason in answer.items())
             raise RequestError(f"the chat template {does} this conversation: {reason}")
         text: str = answer["text"]
         return text
+
+
+def _no_json(error: Exception) -> RequestError:
+    return RequestError(f"a chat template takes plain JSON data only: {error}")
 
 
 # The worker's word for how rendering failed.

@@ -1,13 +1,13 @@
 """A conversation with one session, turn by turn: the cache keeps what the turns have in common."""
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from glm4_runtime.chat import ChatTemplate
+from glm4_runtime.chat_prompts import ChatPrompts
 from glm4_runtime.errors import BundleError, RequestError
 from glm4_runtime.generate import FinishReason, generate
 from glm4_runtime.reasoning import ThoughtSplitter, begins_inside
@@ -38,9 +38,12 @@ class Dialogue:
     def __init__(self, session: Session, params: SamplingParams, system: str | None = None) -> None:
         if session.tokenizer is None:
             raise BundleError(f"{session.folder} has no tokenizer.json; add it and export again")
-        self._session, self._params, self._system = session, params, system
+        self._session, self._system = session, system
         self._tokenizer = session.tokenizer
-        self._template = ChatTemplate.from_folder(session.folder)
+        self._prompts = ChatPrompts(session.folder, self._tokenizer)
+        if not params.ignore_eos:
+            params = replace(params, stop_token_ids=(*params.stop_token_ids, *self._prompts.ends))
+        self._params = params
         self._steps = _KeptSlot(session)
         self.messages: list[dict[str, Any]] = []
         self.prompt_tokens = self.cached_tokens = 0
@@ -73,8 +76,7 @@ class Dialogue:
                 self.messages.pop()
 
     def _turn(self) -> Iterator[Piece]:
-        prompt = self._template.render(self.messages)
-        ids = self._tokenizer.encode(prompt, add_special_tokens=False)
+        prompt, ids = self._prompts.prompt(self.messages)
         self._steps.keep(ids)
         self.prompt_tokens, self.cached_tokens = len(ids), len(self._steps.held)
         tokens = generate(
@@ -85,7 +87,7 @@ class Dialogue:
             self._session.manifest.model.eos_token_ids,
             self._session.max_seq_len,
         )
-        splitter = ThoughtSplitter(begins_inside(prompt))
+        splitter = ThoughtSplitter(begins_inside(prompt.text))
         try:
             for token in tokens:
                 thought, answer = splitter.push(token.text)

@@ -62,6 +62,7 @@ class ReplyFormat:
     required   calls only: no answer
     max_calls  how many calls may follow each other
     turn       whether it is a turn of a chat, where GLM-4 writes a newline before its answer
+    enveloped  whether calls are {"name": ..., "arguments": ...}, not a name, a newline and the arguments
     """
 
     answer: AnswerFormat | None = None
@@ -69,6 +70,7 @@ class ReplyFormat:
     required: bool = False
     max_calls: int = MAX_CALLS
     turn: bool = True
+    enveloped: bool = False
 
 
 class GrammarMask:
@@ -222,18 +224,28 @@ def _grammars(reply: ReplyFormat, thinking: bool) -> list[dict[str, Any]]:
         for index, function in enumerate(reply.functions):
             parts[f"arguments_{index}"] = {"json_schema": _schema(function.parameters)}
         calls = " | ".join(
-            f"{json.dumps(function.name + chr(10))} @arguments_{index}"
+            _call(function.name, f"@arguments_{index}", reply.enveloped)
             for index, function in enumerate(reply.functions)
         )
         more = f' ("\\n" call){{0,{reply.max_calls - 1}}}' if reply.max_calls > 1 else ""
-        ways.append(f"call{more}")
+        ways.append(f"{'blank ' * reply.enveloped}call{more}")
     lines = [f"start: {'thought blank ' * thinking}({' | '.join(ways)})"]
     if reply.functions:
         lines.append(f"call: {calls}")
     if thinking:
-        lines += ["thought[lazy]: /(.|\\n)*<\\/think>/", "blank: /\\n?/"]
+        lines.append("thought[lazy]: /(.|\\n)*<\\/think>/")
+    if thinking or reply.enveloped:
+        lines.append("blank: /\\n?/")
     turn = {"name": "turn", "lark_grammar": "\n".join(lines)}
     return [turn, *({"name": name, **part} for name, part in parts.items())]
+
+
+def _call(name: str, arguments: str, enveloped: bool) -> str:
+    """One call as Lark writes it; ``arguments`` names the grammar of its arguments."""
+    if enveloped:
+        head = '{"name": ' + json.dumps(name) + ', "arguments": '
+        return f'{json.dumps(head)} {arguments} "}}"'
+    return f"{json.dumps(name + chr(10))} {arguments}"
 
 
 def _answer(answer: AnswerFormat) -> dict[str, Any]:

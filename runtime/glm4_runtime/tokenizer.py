@@ -1,6 +1,7 @@
 """Text to token ids and back, whole and as a stream, by the checkpoint's own ``tokenizer.json``."""
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -9,6 +10,7 @@ from typing import Any
 import tokenizers
 
 from glm4_runtime.errors import BundleError, RequestError
+from glm4_runtime.prompts import Prompt
 from glm4_runtime.token_bound import TokenBound
 
 TOKENIZER = "tokenizer.json"
@@ -38,6 +40,8 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._plain: tokenizers.Tokenizer | None = None
+        self._making = threading.Lock()
         self._bound: TokenBound | None = None  # made at first use, as only a server needs it
         self.special_tokens: Mapping[str, str] = MappingProxyType(dict(special_tokens or {}))
         self.control_tokens: Mapping[str, int] = MappingProxyType(
@@ -65,12 +69,7 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``, after the prefix that ``tokenizer.json`` prescribes (GLM-4: [gMASK]<sop>)
         unless the text already begins with it, as a rendered chat template does."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"the text is not valid Unicode: half a surrogate pair at {error.start}"
-            ) from error
+        _require_unicode(text)
         prefixed = text.startswith(_PREFIX)
         special = add_special_tokens and not prefixed
         # of the library's ways to encode, the one for batches lets other threads run meanwhile
@@ -80,6 +79,35 @@ class Tokenizer:
             encoding = self._backend.encode(text, add_special_tokens=special)
         ids: list[int] = encoding.ids
         return ids
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids of a conversation's prompt: the template's control tokens, and all else as plain text."""
+        if not prompt.mark:
+            return self.encode(prompt.marked, add_special_tokens=False)
+        text = prompt.marked
+        _require_unicode(text)
+        (found,) = self._backend.encode_batch([text], add_special_tokens=False)
+        controls = [
+            (token, span)
+            for token, span in zip(found.ids, found.offsets, strict=True)
+            if token in self.special_ids
+        ]
+        starts = [0, *(end for _, (_, end) in controls)]
+        ends = [*(start for _, (start, _) in controls), len(text)]
+        between = [text[a:b].replace(prompt.mark, "") for a, b in zip(starts, ends, strict=True)]
+        plain = self._plain_backend().encode_batch_fast(between, add_special_tokens=False)
+        ids: list[int] = list(plain[0].ids)
+        for (token, _), encoding in zip(controls, plain[1:], strict=True):
+            ids += [token, *encoding.ids]
+        return ids
+
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, for which names of control tokens are text. Made at first use: it is a copy."""
+        with self._making:
+            if self._plain is None:
+                self._plain = tokenizers.Tokenizer.from_str(self.to_json())
+                self._plain.encode_special_tokens = True
+        return self._plain
 
     def least_tokens(self, text: str) -> int:
         """Tokens that :meth:`encode` gives at least, without encoding; 0 where that is not known."""
@@ -116,6 +144,15 @@ class Tokenizer:
         if skip_special_tokens and token_id in self.special_ids:
             return False
         return 0 <= token_id < self.vocab_size and self._backend.id_to_token(token_id) is not None
+
+
+def _require_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text is not valid Unicode: half a surrogate pair at {error.start}"
+        ) from error
 
 
 def read_tokenizer_config(folder: str | Path) -> dict[str, Any]:

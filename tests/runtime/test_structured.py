@@ -72,6 +72,11 @@ def follow(compiler, tokenizer):
         (ReplyFormat(None, FUNCTIONS), "get_weather\n{}", "{}"),
         (ReplyFormat(JSON, FUNCTIONS), '\n{"a": 1}', "ends"),
         (ReplyFormat(JSON, FUNCTIONS), "get_time\n{}", "may end"),
+        (ReplyFormat(None, FUNCTIONS, required=True, max_calls=1, enveloped=True),
+         '{"name": "get_weather", "arguments": {"city": "Oslo"}}', "ends"),
+        (ReplyFormat(None, FUNCTIONS, required=True, enveloped=True),
+         '\n{"name": "get_time", "arguments": {}}\n{"name": "get_time", "arguments": {}}', "may end"),
+        (ReplyFormat(None, FUNCTIONS, required=True, enveloped=True), "get_time\n{}", "get_time\n{}"),
     ],
 )  # fmt: skip
 def test_what_a_form_lets_through(follow, form, text, expected):

@@ -9,6 +9,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from glm4_runtime.prompts import Prompt
 from glm4_runtime.reasoning import begins_inside
 from glm4_runtime.scheduler import Request, Started
 from glm4_runtime.server import log, schema
@@ -67,28 +68,33 @@ async def chat(engine: Engine, body: schema.ChatRequest, http: HttpRequest) -> R
     return await answered(engine, body, http, _plan, Answer)
 
 
-def _plan(engine: Engine, body: schema.ChatRequest, deadline: float) -> Plan:
-    grammars = engine.require_grammars()
+async def _plan(engine: Engine, body: schema.ChatRequest, deadline: float) -> Plan:
+    engine.require_grammars()
     if engine.conversation is None:
         raise ApiError(400, "this model has no chat template; use /v1/completions")
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs goes with logprobs", param="top_logprobs")
     count = body.n or 1
     require_choices(engine, count)
-    max_tokens = _max_tokens(body)
     offer = _offer(body)
-    prompt = engine.conversation.render(body.messages, definitions(offer.tools))
-    ids = engine.encode(prompt, add_special_tokens=False)
+    prompt = await engine.rendered(body.messages, definitions(offer.tools))
+    return await engine.prepare(lambda: _planned(engine, body, deadline, offer, prompt), slow=body.has_form)
+
+
+def _planned(
+    engine: Engine, body: schema.ChatRequest, deadline: float, offer: Offer, rendered: Prompt
+) -> Plan:
+    grammars, count, max_tokens = engine.require_grammars(), body.n or 1, _max_tokens(body)
+    ids, prompt = engine.encode_prompt(rendered), rendered.text
     engine.require_room(ids)
     inside = begins_inside(prompt)
     max_calls = 1 if body.parallel_tool_calls is False else None
-    form = _form(body, offer, max_calls or MAX_CALLS)
+    form = _form(engine, body, offer, max_calls or MAX_CALLS)
     mask = None if form is None else grammars.compile(form, inside)
-    eos = engine.session.manifest.model.eos_token_ids
     requests = [
         Request(
             prompt_ids=ids,
-            params=sampling_params(engine, body, max_tokens, choice),
+            params=sampling_params(engine, body, max_tokens, choice, engine.turn_ends),
             logprobs=bool(body.logprobs),
             top_logprobs=body.top_logprobs or 0,
             mask=mask if mask is None or choice == 0 else mask.copy(),
@@ -103,7 +109,7 @@ def _plan(engine: Engine, body: schema.ChatRequest, deadline: float) -> Plan:
             calls_anywhere=form is None,
             max_calls=max_calls,
             turn_token=engine.turn_token,
-            ends=eos,
+            ends=engine.ends,
             token_bytes=grammars.token_bytes if body.logprobs else None,
         )
         for _ in range(count)
@@ -146,12 +152,13 @@ def _offer(body: schema.ChatRequest) -> Offer:
     return Offer(tools, tools, required=choice == "required")
 
 
-def _form(body: schema.ChatRequest, offer: Offer, max_calls: int) -> ReplyFormat | None:
+def _form(engine: Engine, body: schema.ChatRequest, offer: Offer, max_calls: int) -> ReplyFormat | None:
     """The form of the reply, where it is not free."""
     answer = answer_format(body.response_format)
     if answer is None and not offer.required and not offer.strict:
         return None
-    return ReplyFormat(answer, offer.functions, offer.required, max_calls)
+    enveloped = engine.conversation is not None and engine.conversation.traits.enveloped
+    return ReplyFormat(answer, offer.functions, offer.required, max_calls, enveloped=enveloped)
 
 
 class Answer:

@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
+from glm4_runtime.errors import DeadlineError
 from glm4_runtime.sampling import SamplingParams
 from glm4_runtime.scheduler import Request, Started
 from glm4_runtime.server import log, schema
@@ -25,7 +26,6 @@ _GIVEN_AS_THEY_ARE = (
     "presence_penalty",
     "repetition_penalty",
     "stop",
-    "stop_token_ids",
 )
 _DONE = b"data: [DONE]\n\n"
 
@@ -59,20 +59,24 @@ async def answered(
     engine: Engine,
     body: B,
     http: HttpRequest,
-    plan: Callable[[Engine, B, float], P],
+    plan: Callable[[Engine, B, float], Awaitable[P]],
     answer: Callable[[Engine, B, P, Job], Answering],
 ) -> Response:
     """Check, plan off the event loop, generate, and reply as the request asks.
 
     Args:
-        plan: from engine, body and deadline; may take a while.
+        plan: from engine, body and deadline; ends at the deadline.
         answer: from engine, body, plan and the running job.
     """
     engine.require_model(body.model)
     engine.require_running()
     deadline = time.monotonic() + engine.options.request_timeout
     with_usage = require_stream_options(body)
-    planned = await engine.prepare(lambda: plan(engine, body, deadline), slow=body.has_form)
+    try:
+        async with asyncio.timeout(engine.options.request_timeout):
+            planned = await plan(engine, body, deadline)
+    except TimeoutError as error:
+        raise DeadlineError("the request was not prepared by its deadline") from error
     log.record()["user"] = body.user or body.safety_identifier
     if engine.options.log_prompts:
         log.record()["prompts"] = list(planned.prompts)
@@ -83,9 +87,13 @@ async def answered(
 
 
 def sampling_params(
-    engine: Engine, body: schema.Sampling, max_tokens: int | None, choice: int
+    engine: Engine, body: schema.Sampling, max_tokens: int | None, choice: int, ends: Sequence[int] = ()
 ) -> SamplingParams:
-    """The parameters of one of the request's replies: of several with a seed, each has a seed of its own."""
+    """The parameters of one of the request's replies: of several with a seed, each has a seed of its own.
+
+    Args:
+        ends: tokens that end a reply besides the model's own, unless these are ignored.
+    """
     given = {name: getattr(body, name) for name in _GIVEN_AS_THEY_ARE if getattr(body, name) is not None}
     return SamplingParams(
         **engine.defaults | given,
@@ -93,6 +101,7 @@ def sampling_params(
         seed=None if body.seed is None else body.seed + choice,
         ignore_eos=bool(body.ignore_eos),
         max_tokens=max_tokens,
+        stop_token_ids=(*(body.stop_token_ids or ()), *(() if body.ignore_eos else ends)),
     )
 
 

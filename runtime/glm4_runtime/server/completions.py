@@ -81,7 +81,11 @@ def encoded(engine: Engine, given: str | Sequence[int]) -> tuple[int, ...]:
     return tuple(given)
 
 
-def _plan(engine: Engine, body: schema.CompletionRequest, deadline: float) -> Plan:
+async def _plan(engine: Engine, body: schema.CompletionRequest, deadline: float) -> Plan:
+    return await engine.prepare(lambda: _planned(engine, body, deadline), slow=body.has_form)
+
+
+def _planned(engine: Engine, body: schema.CompletionRequest, deadline: float) -> Plan:
     engine.require_grammars()
     scored = _prompt_top(body)
     if scored is not None and body.stream:

@@ -1,74 +1,57 @@
 """Messages of the API as messages of the checkpoint's own template, which differ from one to the next."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from glm4_runtime.chat import ChatTemplate
 from glm4_runtime.errors import RequestError
+from glm4_runtime.prompts import Prompt
 from glm4_runtime.reasoning import without_thoughts
 from glm4_runtime.server.messages import Call, Message, Tool
-
-_NAME, _KEY, _VALUE = "probe_name", "probe_key", "probe_value"
-_ARGUMENTS = json.dumps({_KEY: _VALUE})
-_ASKED = {"role": "user", "content": "?"}
-
-# The tokens that begin a turn: in a message they would let its author speak for another role.
-TURN_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
-
-TemplateMessage = dict[str, Any]
-
-
-def _as_text(calls: Sequence[Call]) -> Iterator[TemplateMessage]:
-    """tool_calls whose arguments are a text, as OpenAI has them."""
-    listed = [
-        {"id": c.id, "type": c.type, "function": {"name": c.function.name, "arguments": c.function.arguments}}
-        for c in calls
-    ]
-    yield {"role": "assistant", "content": "", "tool_calls": listed}
-
-
-def _as_objects(calls: Sequence[Call]) -> Iterator[TemplateMessage]:
-    """tool_calls whose arguments are an object, as transformers has them."""
-    listed = [
-        {"type": c.type, "function": {"name": c.function.name, "arguments": _parsed(c.function.arguments)}}
-        for c in calls
-    ]
-    yield {"role": "assistant", "content": "", "tool_calls": listed}
-
-
-def _as_metadata(calls: Sequence[Call]) -> Iterator[TemplateMessage]:
-    """One message per call, its function in ``metadata``, as the released GLM-4-0414 templates have them."""
-    for call in calls:
-        yield {
-            "role": "assistant",
-            "metadata": call.function.name,
-            "content": call.function.arguments,
-        }
-
-
-_SHAPES = (_as_text, _as_metadata, _as_objects)
+from glm4_runtime.template_traits import EarlierCall, TemplateMessage, traits_of
 
 
 class Conversation:
-    """A chat template, and how it wants earlier calls; found out by rendering one."""
+    """A chat template, and what it does with each part of a conversation (``traits``)."""
 
-    def __init__(self, template: ChatTemplate) -> None:
-        self._template = template
-        self._shape = next((shape for shape in _SHAPES if _renders(template, shape)), None)
+    def __init__(self, template: ChatTemplate, control_tokens: Collection[str] = ()) -> None:
+        self._template, self._control_tokens = template, control_tokens
+        self.traits = traits_of(template, control_tokens)
+        self._own_text: str | None = None
 
     def render(
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
-    ) -> str:
-        """The prompt. Raises :class:`RequestError` for what the template or its format cannot say."""
+    ) -> Prompt:
+        """The prompt. Raises :class:`RequestError` for what the template or its format cannot say, and for what
+        the template would drop."""
+        self._require_tools(tools)
         history = list(self._history(messages))
-        _refuse_turn_tokens("tools", tools)
-        for turn in history:  # as the template gets it: parts joined, arguments of calls parsed
-            _refuse_turn_tokens(f"a message of role {turn['role']}", turn)
-        return self._template.render(history, tools or None, add_generation_prompt)
+        return self._template.prompt(
+            history, tools or None, add_generation_prompt, control_tokens=self._control_tokens
+        )
+
+    def _require_tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        """The model must know each function: by its definition, or by the template's own text."""
+        if not tools or self.traits.tools:
+            return
+        if self._own_text is None:
+            self._own_text = self._template.render([{"role": "user", "content": ""}])
+        names = [str(tool.get("function", tool).get("name")) for tool in tools]
+        unknown = [name for name in names if not re.search(rf"\b{re.escape(name)}\b", self._own_text)]
+        if unknown:
+            own = ", ".join(sorted(self.traits.functions))
+            raise RequestError(
+                f"this model's chat template does not show tools to the model, so that {unknown[0]!r} is unknown to it; "
+                + (
+                    f"its own functions are: {own}"
+                    if own
+                    else "leave tools out, or describe them in a message"
+                )
+            )
 
     def _history(self, messages: Sequence[Message]) -> Iterator[TemplateMessage]:
         position = 0
@@ -81,21 +64,34 @@ class Conversation:
                         f"messages[{position - 1}] answers the call {message.tool_call_id!r}, but does not follow "
                         "an assistant's message with that call"
                     )
-                yield _turn("observation", message)
+                yield self._result(message)
             elif message.role == "assistant" and message.tool_calls:
                 results, position = _results(messages, position, message.tool_calls)
                 yield from self._called(message, message.tool_calls)
-                yield from results
+                yield from map(self._result, results)
             elif message.role == "assistant":
                 yield _turn("assistant", message) | {"content": without_thoughts(_text(message))}
+            elif message.role == "user":
+                yield _turn("user", message)
+            elif self.traits.system:
+                yield _turn("system", message)
             else:
-                yield _turn("system" if message.role == "developer" else message.role, message)
+                raise RequestError(
+                    f"messages[{position - 1}]: this model's chat template drops system messages; "
+                    "say it in the first message of role user"
+                )
+
+    def _result(self, message: Message) -> TemplateMessage:
+        if self.traits.results is None:
+            raise RequestError("this model's chat template drops the results of tool calls")
+        return _turn(self.traits.results, message)
 
     def _called(self, message: Message, calls: Sequence[Call]) -> Iterator[TemplateMessage]:
-        if self._shape is None:
+        if self.traits.shape is None:
             raise RequestError("this model's chat template has no way to write earlier tool calls")
         said = without_thoughts(_text(message))
-        rendered = list(self._shape(calls))
+        earlier = [EarlierCall(call.id, call.function.name, call.function.arguments) for call in calls]
+        rendered = list(self.traits.shape(earlier))
         if said and "tool_calls" in rendered[0]:
             rendered[0] = rendered[0] | {"content": said}
         elif said:
@@ -108,24 +104,12 @@ def definitions(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
 
 
-def _renders(template: ChatTemplate, shape: Any) -> bool:
-    call = Call.model_validate({"id": "0", "function": {"name": _NAME, "arguments": _ARGUMENTS}})
-    try:
-        text = template.render([_ASKED, *shape([call])], add_generation_prompt=False)
-    except RequestError:
-        return False
-    _, named, rest = text.partition(f"{_NAME}\n")
-    return bool(named) and rest.lstrip().startswith("{") and _KEY in rest and _VALUE in rest
-
-
-def _results(
-    messages: Sequence[Message], start: int, calls: Sequence[Call]
-) -> tuple[list[TemplateMessage], int]:
+def _results(messages: Sequence[Message], start: int, calls: Sequence[Call]) -> tuple[list[Message], int]:
     """The results that follow a message with calls, in the order of the calls: the format has no ids."""
     expected = [call.id for call in calls]
     if len(set(expected)) < len(expected):
         raise RequestError(f"messages[{start - 1}].tool_calls has one id twice")
-    found: dict[str, TemplateMessage] = {}
+    found: dict[str, Message] = {}
     position = start
     while position < len(messages) and messages[position].role in ("tool", "observation"):
         message = messages[position]
@@ -136,7 +120,7 @@ def _results(
             raise RequestError(
                 f"messages[{position}] answers the call {key!r}, which is not open: {', '.join(expected)}"
             )
-        found[key] = _turn("observation", message)
+        found[key] = message
         position += 1
     missing = [key for key in expected if key not in found]
     if missing:
@@ -153,31 +137,3 @@ def _text(message: Message) -> str:
     if isinstance(message.content, list):
         return "".join(part.text for part in message.content)
     return message.content or ""
-
-
-def _parsed(arguments: str) -> Any:
-    try:
-        return json.loads(arguments)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the arguments of an earlier call are not JSON: {error}") from error
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text within a value as JSON has them, names of members too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for name, member in value.items():
-            yield name
-            yield from _texts(member)
-    elif isinstance(value, Sequence):
-        for member in value:
-            yield from _texts(member)
-
-
-def _refuse_turn_tokens(where: str, said: Any) -> None:
-    found = next((token for text in _texts(said) for token in TURN_TOKENS if token in text), None)
-    if found is not None:
-        raise RequestError(
-            f"{where} holds {found!r}, which begins a turn in this model's format; write it in another way"
-        )

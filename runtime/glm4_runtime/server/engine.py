@@ -5,7 +5,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,10 +13,12 @@ from typing import Any, TypeVar
 from glm4_runtime.chat import CHAT_TEMPLATE, ChatTemplate
 from glm4_runtime.defaults import read_sampling_defaults
 from glm4_runtime.errors import BundleError, DeadlineError, Glm4Error, RequestError
+from glm4_runtime.prompts import Prompt
 from glm4_runtime.scheduler import Event, Failed, Generated, Request, Scheduler, Started, Ticket
 from glm4_runtime.server.conversation import Conversation
 from glm4_runtime.server.errors import ApiError
 from glm4_runtime.server.lanes import Lanes
+from glm4_runtime.server.messages import Message
 from glm4_runtime.server.metrics import Metrics
 from glm4_runtime.server.options import ServerOptions
 from glm4_runtime.session import Session
@@ -34,6 +36,8 @@ class Engine:
         name: the model's name in the API.
         tokenizer: of the bundle; serving text needs one.
         conversation: the chat template; None where the bundle has none.
+        turn_ends: ids at which the chat template ends the model's turn, beyond the model's own end tokens.
+        ends: those and the model's own.
         turn_token: the id of ``<|assistant|>``; None where the tokenizer has none.
         defaults: sampling parameters that a request leaves open.
         draining: whether new requests are turned away because the server is about to end.
@@ -61,12 +65,17 @@ class Engine:
         self._waiting = 0
         self._lanes = Lanes()
         self._drain: threading.Thread | None = None
-        self.conversation = _conversation(session.folder) if generates else None
+        self.conversation = _conversation(session.folder, self.tokenizer) if generates else None
+        eos = session.manifest.model.eos_token_ids
+        traits = None if self.conversation is None else self.conversation.traits
+        named = () if traits is None else (self.tokenizer.control_tokens[name] for name in traits.ends)
+        self.turn_ends = tuple(token for token in named if token not in eos)
+        self.ends = (*eos, *self.turn_ends)
         self.grammars = (
             GrammarCompiler(
                 self.tokenizer,
                 session.manifest.model.vocab_size,
-                session.manifest.model.eos_token_ids,
+                self.ends,
                 self.metrics.mask_seconds.observe,
             )
             if generates
@@ -186,12 +195,30 @@ class Engine:
         Raises:
             ApiError: longer than the server takes, or empty.
         """
+        return self._encoded(text, lambda: self.tokenizer.encode(text, add_special_tokens))
+
+    def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
+        """The ids of a conversation's prompt; otherwise as :meth:`encode`."""
+        return self._encoded(prompt.text, lambda: self.tokenizer.encode_prompt(prompt))
+
+    def _encoded(self, text: str, encode: Callable[[], list[int]]) -> tuple[int, ...]:
         least = self.tokenizer.least_tokens(text)
         if least > self.prompt_limit:
             raise self._too_long(f"at least {least}")
-        ids = tuple(self.tokenizer.encode(text, add_special_tokens))
+        ids = tuple(encode())
         self.require_prompt(ids)
         return ids
+
+    async def rendered(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+    ) -> Prompt:
+        """The prompt of a conversation, rendered off the event loop. There must be a template."""
+        conversation = self.conversation
+        assert conversation is not None
+        return await self._lanes.render(lambda: conversation.render(messages, tools, add_generation_prompt))
 
     def generate(self, requests: Sequence[Request]) -> "Job":
         """Start all requests, or none. Raises what the scheduler raises."""
@@ -301,13 +328,13 @@ class Job:
         self._last[index] = now
 
 
-def _conversation(folder: Path) -> Conversation | None:
+def _conversation(folder: Path, tokenizer: Tokenizer) -> Conversation | None:
     """None for a base model, which has no template; a template that is there must be a good one."""
     config = folder / "tokenizer_config.json"
     in_config = config.is_file() and "chat_template" in json.loads(config.read_text("utf-8"))
     if not in_config and not (folder / CHAT_TEMPLATE).is_file():
         return None
-    return Conversation(ChatTemplate.from_folder(folder))
+    return Conversation(ChatTemplate.from_folder(folder), tokenizer.control_tokens)
 
 
 def _turn_token(tokenizer: Tokenizer) -> int | None:

@@ -88,6 +88,19 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             log.write("listening", model=self._engine.name, url=self.url)
+            self._tell_of_template()
+
+    def _tell_of_template(self) -> None:
+        """What an operator should know of the chat template: what it drops, and where it ends turns by itself."""
+        engine = self._engine
+        if engine.conversation is None:
+            return
+        dropped, ends = (
+            engine.conversation.traits.dropped,
+            [*map(engine.tokenizer.token_of, engine.turn_ends)],
+        )
+        if dropped or ends:
+            log.write("template", "warning", drops=dropped, also_ends_at=ends)
 
     async def shutdown(self, sockets: Any = None) -> None:
         await super().shutdown(sockets)

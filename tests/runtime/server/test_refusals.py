@@ -83,7 +83,6 @@ CHAT = [
     ({"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": [TOOL]}, "tool_choice", "get_time"),
     ({"tools": [TOOL, TOOL]}, "tools", "same name"),
     # what the model's format cannot say
-    ({"messages": [{"role": "user", "content": "a<|assistant|>b"}]}, None, "begins a turn"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, None, "text"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "Unicode"),
     ({"messages": [{"role": "user", "content": "x " * 3000}]}, None, "this server takes 2048"),

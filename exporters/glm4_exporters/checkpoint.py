@@ -58,7 +58,11 @@ HEADS = re.compile(r"lm_head\.weight|score\.(weight|bias)")
 # The likely cause of a disagreement, the first that fits: what is wrong with a tensor, its name, the cause.
 CAUSES = [
     ("surplus", r"(scale|scales|qweight|qzeros|weight_scale_inv|absmax)$", "the checkpoint is quantized"),
-    ("surplus", r"lora_", "an adapter is not merged into the weights"),
+    (
+        "surplus",
+        r"lora_|modules_to_save|original_module|\.base_layer\.",
+        "an adapter is not merged into the weights; merge it (merge_and_unload) and save that",
+    ),
     (
         "surplus",
         r"mlp\.(gate|up)_proj",
@@ -408,6 +412,12 @@ def _check_tensors(
             for what, pattern, cause in CAUSES
             if any(re.search(pattern, name) for name in complaints[what])
         ]
+        wrapper = _wrapper(headers)
+        if wrapper and "an adapter" not in "".join(causes[:1]):
+            causes = [
+                f"all names begin with {wrapper!r}, a training wrapper's; save the model inside it",
+                *causes,
+            ]
         likely = f"; likely cause: {causes[0]}" if causes else ""
         raise CheckpointError(
             f"the weights in {folder} are not the {task} model of its {CONFIG}: {'; '.join(found)}{likely}"
@@ -417,6 +427,14 @@ def _check_tensors(
         raise CheckpointError(
             f"{tied.file} holds a tied {HEAD} in {tied.dtype}, which is not the embedding's type"
         )
+
+
+def _wrapper(names: Iterable[str]) -> str:
+    """What stands in front of the decoder's names in every name, as ``module.``; nothing in a plain checkpoint."""
+    names = list(names)
+    place = next((name for name in names if name.endswith("embed_tokens.weight")), "")
+    prefix = place.removesuffix("embed_tokens.weight").removesuffix(BACKBONE)
+    return prefix[:100] if names and all(name.startswith(prefix) for name in names) else ""
 
 
 def _layer(name: str) -> int:

@@ -473,6 +473,25 @@ def test_likely_causes_of_a_surplus(tiny, name, cause):
     assert cause in refusal(tiny)
 
 
+@pytest.mark.parametrize(
+    "wrapper", ["module.", "base_model.model.", "_orig_mod.", "module.base_model.model."]
+)
+def test_a_wrapper_around_all_names_is_named(tiny, wrapper):
+    """As training libraries save it; the weights inside are right, whatever config.json says of biases."""
+    path = tiny / WEIGHTS
+    save_file({wrapper + name: tensor for name, tensor in load_file(path).items()}, path)
+    assert f"likely cause: all names begin with {wrapper!r}, a training wrapper's; save the" in refusal(tiny)
+
+
+@pytest.mark.parametrize(
+    "name", ["base_model.model.lm_head.modules_to_save.default.weight", "lm_head.original_module.weight",
+             "model.layers.0.self_attn.q_proj.base_layer.weight"],
+)  # fmt: skip
+def test_what_peft_leaves_in_the_names_is_an_adapter(tiny, name):
+    edit_tensors(tiny, add={name: torch.ones(1)})
+    assert "likely cause: an adapter is not merged into the weights; merge it" in refusal(tiny)
+
+
 def test_missing_biases(tiny):
     names = [name for name in load_file(tiny / WEIGHTS) if name.endswith("bias")]
     edit_tensors(tiny, drop=names)

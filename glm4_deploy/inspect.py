@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm4_deploy.end_tokens import end_tokens
 from glm4_deploy.folders import require_either
 from glm4_runtime.bundle import MANIFEST, REPORT, Manifest, read_manifest
 from glm4_runtime.bundle.files import checked_at_opening
@@ -63,6 +64,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
             "kv_bytes_per_token": {"fp32": 2 * kv_fp16, "fp16 or bf16": kv_fp16, "int8": kv_fp16 // 2},
             "fits": {f"{memory} GiB": _fitting(sizes, kv_fp16, memory) for memory in MEMORIES},
             "targets": {name: list(target.precisions) for name, target in TARGETS.items()},
+            "end_tokens": end_tokens(path, config.eos_token_id),
             "files": sorted(checkpoint.side_files()),
         }
 
@@ -94,6 +96,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "kv_bytes_per_token": _kv_bytes(manifest),
         "checked_at_opening": checked_at_opening(manifest),
+        "end_tokens": end_tokens(path, manifest.model.eos_token_ids),
         "manifest": json.loads((path / MANIFEST).read_text("utf-8")),
         "report": _read_report(report) if report.is_file() else None,
     }

@@ -61,6 +61,7 @@ def _checkpoint_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         *((f"fits {memory}", ", ".join(names) or "nothing") for memory, names in _steps(facts["fits"])),
         ("", "weights and 8192 positions of fp16 cache in 90 % of the memory"),
+        ("ends at", _ends(facts["end_tokens"])),
         ("brings", ", ".join(facts["files"]) or "no tokenizer files"),
     ]
 
@@ -98,6 +99,7 @@ def _bundle_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             "limits",
             f"{manifest['limits']['max_seq_len']} positions, {manifest['limits']['max_batch_size']} slots",
         ),
+        ("ends at", _ends(facts["end_tokens"])),
         ("size", show.size(facts["bytes"])),
         ("each opening checks", _checked(facts["checked_at_opening"])),
     ]
@@ -113,6 +115,12 @@ def _bundle_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("parity", _parity(report.get("parity", "not recorded"))),
     ]
     return rows
+
+
+def _ends(tokens: dict[str, Any]) -> str:
+    """The tokens that end a text, and those that end a turn of a chat besides."""
+    own = ", ".join(f"{name} ({token})" if name else token for token, name in tokens["model"].items())
+    return own + (f"; a chat also at {', '.join(tokens['chat'])}" if tokens["chat"] else "")
 
 
 CHECKED = {

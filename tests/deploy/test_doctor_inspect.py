@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from checkpoints import tiny_config, write_checkpoint
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from glm4_deploy import doctor
 from glm4_deploy.cli import cli
+from glm4_deploy.end_tokens import end_tokens
 from glm4_deploy.inspect import inspect
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_exporters.checkpoint import Checkpoint
@@ -324,3 +326,19 @@ def test_inspect_of_neither(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(Glm4Error, match="is a file"):
         inspect(tmp_path / "file")
+
+
+def test_inspect_says_which_tokens_end_a_text(tmp_path):
+    demo = Path(__file__).parents[2] / "demo" / "glm4-tiny"
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copy(demo / name, tmp_path)
+    assert end_tokens(tmp_path, [2038, 2045, 2047]) == {
+        "model": {"2038": "<|endoftext|>", "2045": "<|user|>", "2047": "<|observation|>"},
+        "chat": [],
+    }
+    assert end_tokens(tmp_path, [2038])["chat"] == ["<|user|>", "<|observation|>"]
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    assert end_tokens(tmp_path, [2038, 7]) == {"model": {"2038": "<|endoftext|>", "7": None}, "chat": []}
+    (tmp_path / "tokenizer.json").unlink()
+    assert end_tokens(tmp_path, [2038]) == {"model": {"2038": None}, "chat": []}
+    assert "<|endoftext|> (2038), <|user|> (2045), <|observation|> (2047)" in invoked("inspect", demo)

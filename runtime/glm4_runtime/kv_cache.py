@@ -4,7 +4,7 @@ A slot is the caller's name for one sequence; a row is a place in the cache. A d
 0 ... n - 1 without a gap, so slots that take part are moved there when the set changes, and stay.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 SMALLEST_BUCKET = 256
@@ -64,9 +64,12 @@ class SlotTable:
         self._slot_in_row[self._row_of.pop(slot)] = None
         del self._length[slot]
 
-    def gather(self, slots: Sequence[int]) -> list[Move]:
-        """Bring ``slots`` to the first rows; returns the moves that the memory must follow, in order."""
-        wanted, moves = set(slots), []
+    def gather(self, slots: Sequence[int]) -> Iterator[Move]:
+        """Bring ``slots`` to the first rows, by moves that the memory must follow, each before the next is asked for.
+
+        A move counts once the next one is asked for: one that fails leaves both slots where they are.
+        """
+        wanted = set(slots)
         outside = [slot for slot in slots if self._row_of[slot] >= len(slots)]
         for target in range(len(slots)):
             other = self._slot_in_row[target]
@@ -74,14 +77,11 @@ class SlotTable:
                 continue
             slot = outside.pop()
             source = self._row_of[slot]
-            moves.append(
-                Move(source, target, self._length[slot], 0 if other is None else self._length[other])
-            )
+            yield Move(source, target, self._length[slot], 0 if other is None else self._length[other])
             self._slot_in_row[target], self._slot_in_row[source] = slot, other
             self._row_of[slot] = target
             if other is not None:
                 self._row_of[other] = source
-        return moves
 
     def in_row_order(self, slots: Sequence[int]) -> list[int]:
         return sorted(slots, key=self._row_of.__getitem__)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm4_runtime.kv_cache import SMALLEST_BUCKET, SlotTable, bucket
+from glm4_runtime.kv_cache import SMALLEST_BUCKET, Move, SlotTable, bucket
 
 
 def test_bucket_is_a_power_of_two_within_the_limit():
@@ -28,7 +28,7 @@ def test_data_follows_its_slot(count, actions):
         elif kind == "g" and used:
             chosen = [slot for i, slot in enumerate(used) if seed >> i & 1] or used[:1]
             before = {slot: table.row(slot) for slot in chosen}
-            moves = table.gather(chosen)
+            moves = list(table.gather(chosen))
             for move in moves:
                 other = rows[move.target]
                 rows[move.target] = rows[move.source]
@@ -46,8 +46,19 @@ def test_a_set_that_sits_in_front_does_not_move():
     for slot in (2, 0, 3):
         table.add(slot)
         table.set_length(slot, 5)
-    assert table.gather([0, 2]) == []
+    assert list(table.gather([0, 2])) == []
     assert table.in_row_order([0, 2]) == [2, 0]
-    moves = table.gather([3])
+    moves = list(table.gather([3]))
     assert len(moves) == 1
     assert (moves[0].length, moves[0].swapped_length) == (5, 5)
+
+
+def test_a_move_that_fails_leaves_both_slots_where_they_are():
+    table = SlotTable(3)
+    for slot in (0, 1, 2):
+        table.add(slot)
+        table.set_length(slot, 5 + slot)
+    moves = table.gather([1, 2])
+    assert next(moves) == Move(2, 0, 7, 5)
+    moves.close()  # as the move failed, its caller asks for no other
+    assert [table.row(slot) for slot in (0, 1, 2)] == [0, 1, 2]

@@ -34,7 +34,7 @@ class CacheMemory(CacheLayout, abc.ABC):
 
     @abc.abstractmethod
     def move(self, move: Move) -> None:
-        """Copy or swap two rows of every block."""
+        """Copy or swap two rows of every block: all of them, or none where it raises MemoryError."""
 
     @abc.abstractmethod
     def clear(self, row: int) -> None:
@@ -70,11 +70,12 @@ class HostMemory(CacheMemory):
             self.arrays[i] = new  # one block at a time: old and new never stand side by side whole
 
     def move(self, move: Move) -> None:
+        # Taken before anything is moved: where there is no memory for it, both rows are as they were.
+        outgoing = np.empty((self.heads, move.swapped_length, self.head_dim), self.dtype)
         for array in self.arrays:
-            incoming = array[move.source, :, : move.length].copy()
-            if move.swapped_length:
-                array[move.source, :, : move.swapped_length] = array[move.target, :, : move.swapped_length]
-            array[move.target, :, : move.length] = incoming
+            outgoing[...] = array[move.target, :, : move.swapped_length]
+            array[move.target, :, : move.length] = array[move.source, :, : move.length]
+            array[move.source, :, : move.swapped_length] = outgoing
 
     def clear(self, row: int) -> None:
         for array in self.arrays:

@@ -48,7 +48,7 @@ class Instant:
     def release(self, slot: int) -> None:
         self.free.add(slot)
 
-    def prefill(self, slot: int, token_ids: object) -> np.ndarray:  # noqa: ARG002  the session's signature
+    def prefill(self, slot: int, token_ids: object, logits: str) -> np.ndarray:  # noqa: ARG002  the session's signature
         self.free.discard(slot)
         return self.logits[:1]
 

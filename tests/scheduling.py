@@ -48,5 +48,18 @@ def submit(scheduler, request):
 def drive(scheduler, steps=10_000):
     """Run the loop on this thread until nothing is left to do, or so many times."""
     for _ in range(steps):
-        if not scheduler._step() and not len(scheduler._batch) and not scheduler._queue:
+        if not scheduler._step() and not len(scheduler._batch):
             return
+
+
+def owners(scheduler):
+    """What each slot holds by the account of each of its owners: a list of token arrays for each slot."""
+    slots = scheduler._batch._slots
+    found = {slot: [] for slot in range(scheduler._session.max_batch_size)}
+    for job in scheduler._batch:
+        if job.lease is not None:
+            assert slots._owners[job.lease.slot] is job.lease
+            found[job.lease.slot].append(job.ids[: job.fed])
+    for slot, ids in slots._kept().items():
+        found[slot].append(ids)
+    return found

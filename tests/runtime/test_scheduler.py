@@ -5,11 +5,11 @@ import time
 
 import numpy as np
 import pytest
-from scheduling import Listener, drive, submit
+from scheduling import Listener, drive, owners, submit
 
 from glm4_runtime import RequestError, SamplingParams, Session
 from glm4_runtime.errors import DeadlineError, ModelError, QueueFullError, StoppedError
-from glm4_runtime.scheduler import Request, Scheduler
+from glm4_runtime.scheduler import Failed, Request, Scheduler, Started, Ticket
 
 
 def ids(count, seed=0):
@@ -38,9 +38,9 @@ def alone(session, wanted):
 
 def used_slots(scheduler):
     """Slots of the session that neither a job nor the prefix cache accounts for come out as a difference."""
-    session, batch = scheduler._session, scheduler._batch
-    in_use = set(range(session.max_batch_size)) - set(session.free_slots())
-    assert in_use == {job.slot for job in batch._live if job.slot is not None} | set(batch._cache.kept())
+    owned = {slot for slot, found in owners(scheduler).items() if found}
+    in_use = set(range(scheduler._session.max_batch_size)) - set(scheduler._session.free_slots())
+    assert in_use == owned
     return in_use
 
 
@@ -161,6 +161,15 @@ def test_a_listener_may_cancel_and_a_failing_one_is_cancelled(scheduler):
     assert len(once.tokens) == 1
     assert len(other.tokens) == 8
     assert scheduler.stats().requests["cancelled"] == 2
+
+
+def test_a_listener_hears_of_one_end_and_of_nothing_after_it():
+    heard = []
+    ticket = Ticket(heard.append, lambda: None)
+    events = [Started(0, 3), Failed(ModelError("first")), Failed(ModelError("second")), Started(0, 3)]
+    for event in events:
+        ticket.tell(event)
+    assert heard == events[:2]
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(scheduler):
@@ -407,16 +416,20 @@ def test_a_failing_step_fails_those_that_cause_it(session, scheduler, monkeypatc
     assert [listeners[i].ids for i in (0, 1, 3)] == [alone(session, wanted[i]) for i in (0, 1, 3)]
 
 
-@pytest.mark.parametrize("operation", ["prefill", "copy_prefix"])
-def test_a_prompt_that_cannot_be_taken_fails_alone(session, scheduler, monkeypatch, operation):
+def refusing(session, patch, operation):
+    """Let a method of the session fail for want of memory."""
+
+    def fail(*arguments, **options):
+        raise MemoryError
+
+    patch.setattr(session, operation, fail)
+
+
+def test_a_prompt_that_cannot_be_taken_fails_alone(session, scheduler, monkeypatch):
     running, _ = submit(scheduler, request(40, 1, tokens=20))
     drive(scheduler, 3)
     with monkeypatch.context() as patch:
-
-        def fail(*arguments, **options):
-            raise MemoryError
-
-        patch.setattr(session, operation, fail)
+        refusing(session, patch, "prefill")
         failing, _ = submit(scheduler, request(40, 1))
         drive(scheduler, 2)
     assert isinstance(failing.error, ModelError)
@@ -424,6 +437,45 @@ def test_a_prompt_that_cannot_be_taken_fails_alone(session, scheduler, monkeypat
     drive(scheduler)
     assert [len(one.tokens) for one in (running, after)] == [20, 8]
     used_slots(scheduler)
+
+
+def test_a_prefix_that_cannot_be_copied_fails_nobody(session, scheduler, monkeypatch):
+    running, _ = submit(scheduler, request(40, 1, tokens=20))
+    drive(scheduler, 3)
+    with monkeypatch.context() as patch:
+        refusing(session, patch, "copy_prefix")
+        other, _ = submit(scheduler, request(40, 1))
+        drive(scheduler)
+    assert other.started.cached_tokens == 0
+    used_slots(scheduler)
+    scheduler._batch.close()
+    assert [running.ids, other.ids] == [
+        alone(session, request(40, 1, tokens=20)),
+        alone(session, request(40, 1)),
+    ]
+
+
+def test_a_draft_that_cannot_be_verified_fails_nobody(session, scheduler, monkeypatch):
+    speculation = scheduler._batch._speculation
+    speculation.decoded(1.0)
+    monkeypatch.setattr(speculation, "width", lambda _matched, most: min(4, most))
+    prompt = (*ids(12), *ids(12), *ids(12))
+    wanted = Request(prompt, SamplingParams(max_tokens=40, ignore_eos=True))
+    listener, _ = submit(scheduler, wanted)
+    drive(scheduler, 2)
+    tried = []
+
+    def fail(*arguments, **options):
+        tried.append(arguments)
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "prefill", fail)
+        drive(scheduler)
+    assert tried
+    assert listener.error is None
+    scheduler._batch.close()
+    assert listener.ids == alone(session, wanted)
 
 
 def test_a_defect_in_the_loop_fails_what_is_live_and_frees_all(session, scheduler, monkeypatch):

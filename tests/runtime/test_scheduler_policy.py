@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from glm4_runtime.scheduler.drafts import WIDTHS, Speculation, look_up
 from glm4_runtime.scheduler.policy import prefill_budget, retry_after, shares
-from glm4_runtime.scheduler.prefix_cache import WORTH_SHARING, Placement, PrefixCache, shared
+from glm4_runtime.scheduler.prefix_cache import WORTH_SHARING, Placement, place, shared, should_wait
 
 
 def ids(*numbers):
@@ -72,71 +72,54 @@ def test_shared_is_the_longest_common_prefix(one, other):
 
 
 def test_a_prompt_like_none_before_takes_a_free_slot():
-    assert PrefixCache().place(text(50), {0: text(50, seed=1)}, [1, 2]) == Placement(1)
+    assert place(text(50), {}, {0: text(50, seed=1)}, [1, 2]) == Placement(1)
 
 
 def test_the_next_turn_of_a_chat_goes_on_in_its_slot():
-    cache, history = PrefixCache(), text(60)
-    assert cache.keep(3, history)
+    history = text(60)
     prompt = np.concatenate((history, text(20, seed=1)))
-    assert cache.place(prompt, {}, [0, 1]) == Placement(3, 3, 60)
-    assert cache.kept() == []
+    assert place(prompt, {3: history}, {}, [0, 1]) == Placement(3, 3, 60)
 
 
 def test_the_last_token_of_a_prompt_is_never_reused():
-    cache, prompt = PrefixCache(), text(40)
-    cache.keep(0, prompt)
-    assert cache.place(prompt, {}, [1]) == Placement(0, 0, 39)
+    prompt = text(40)
+    assert place(prompt, {0: prompt}, {}, [1]) == Placement(0, 0, 39)
 
 
 def test_a_system_prompt_stays_where_it_is():
     """Only 20 of 100 kept positions are shared: they are copied, and the other chat is still there."""
-    cache, chat = PrefixCache(), text(100)
-    cache.keep(0, chat)
+    chat = text(100)
     prompt = np.concatenate((chat[:20], text(30, seed=1)))
-    assert cache.place(prompt, {}, [1]) == Placement(1, 0, 20)
-    assert cache.kept() == [0]
+    assert place(prompt, {0: chat}, {}, [1]) == Placement(1, 0, 20)
 
 
 def test_a_live_slot_can_be_copied_from_but_not_taken():
     prompt = text(60)
-    assert PrefixCache().place(prompt, {2: prompt[:50]}, [5]) == Placement(5, 2, 50)
+    assert place(prompt, {}, {2: prompt[:50]}, [5]) == Placement(5, 2, 50)
 
 
-def test_the_least_recently_used_is_evicted():
-    cache = PrefixCache()
-    first, second, third = text(100, 1), text(100, 2), text(100, 3)
-    for slot, kept in enumerate((first, second, third)):
-        cache.keep(slot, kept)
-    # slot 0 is used as a source, which leaves slot 1 as the one used longest ago
-    assert cache.place(np.concatenate((first[:30], text(9))), {}, []) == Placement(1, 0, 30, evicts=True)
-    assert cache.kept() == [2, 0]
-    assert cache.place(text(50, 9), {}, []) == Placement(2, evicts=True)
+def test_the_least_recently_used_is_evicted_and_the_source_last():
+    first, second = text(100, 1), text(100, 2)
+    prompt = np.concatenate((first[:30], text(9)))
+    assert place(text(50, 9), {0: first, 1: second}, {}, []) == Placement(0)
+    assert place(prompt, {0: first, 1: second}, {}, []) == Placement(1, 0, 30)
     # the only slot there is to take is the source itself: it is cut, not copied
-    assert cache.place(np.concatenate((first[:30], text(9))), {}, []) == Placement(0, 0, 30)
-    assert cache.kept() == []
+    assert place(prompt, {0: first}, {}, []) == Placement(0, 0, 30)
 
 
-def test_short_beginnings_are_neither_kept_nor_shared():
-    cache = PrefixCache()
-    assert not cache.keep(0, text(WORTH_SHARING - 1))
-    assert cache.keep(0, text(100))
-    assert cache.place(text(WORTH_SHARING), {}, [1]) == Placement(1)  # its last token does not count
-
-
-def test_a_disabled_cache_shares_nothing():
-    cache, prompt = PrefixCache(enabled=False), text(60)
-    assert not cache.keep(0, prompt)
-    assert cache.place(prompt, {2: prompt}, [1]) == Placement(1)
-    assert not cache.should_wait(prompt, {}, [prompt])
+def test_short_beginnings_are_not_shared():
+    assert place(text(WORTH_SHARING), {}, {0: text(100)}, [1]) == Placement(
+        1
+    )  # its last token does not count
 
 
 def test_it_waits_for_a_prompt_that_is_being_taken():
-    cache, prompt = PrefixCache(), text(100)
-    assert cache.should_wait(prompt, {}, [prompt])
-    assert cache.should_wait(prompt, {0: prompt[:64]}, [prompt])
-    assert not cache.should_wait(prompt, {0: prompt[:99]}, [prompt])  # all there is to have
-    assert not cache.should_wait(prompt, {}, [text(100, seed=1)])
+    prompt = text(100)
+    assert should_wait(prompt, [], [prompt])
+    assert should_wait(prompt, [prompt[:64]], [prompt])
+    assert not should_wait(prompt, [prompt[:99]], [prompt])  # all there is to have
+    assert not should_wait(prompt, [], [text(100, seed=1)])
+    assert not should_wait(prompt, [], [])
 
 
 def test_look_up_finds_the_latest_of_the_longest_matches():

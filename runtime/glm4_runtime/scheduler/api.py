@@ -49,6 +49,10 @@ class Started:
     prompt_tokens: int
     scores: PromptScores | None = None
 
+    @property
+    def last(self) -> bool:
+        return False
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -61,12 +65,20 @@ class Generated:
     token: Token
     top: tuple[tuple[int, float], ...] = ()
 
+    @property
+    def last(self) -> bool:
+        return self.token.finish_reason is not None
+
 
 @dataclass(frozen=True)
 class Failed:
     """The request ended without an answer; nothing follows."""
 
     error: Glm4Error
+
+    @property
+    def last(self) -> bool:
+        return True
 
 
 Event = Started | Generated | Failed

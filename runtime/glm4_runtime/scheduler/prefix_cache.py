@@ -1,9 +1,9 @@
-"""Which slots still hold the beginning of a prompt: kept after their request until the room is needed.
+"""Where a prompt begins: in the slot that holds most of it already, or from a copy of that slot's beginning.
 
-Bookkeeping only; the batch moves the session's slots as a placement says.
+Decisions only; :mod:`slots` knows what each slot holds, and carries them out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,66 +24,46 @@ def shared(one: Ids, other: Ids) -> int:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a prompt begins: in ``slot``, with ``length`` positions of ``source`` (the slot itself where equal).
-
-    ``evicts``: the slot holds a kept sequence, which must go first.
-    """
+    """Where a prompt begins: in ``slot``, with ``length`` positions of ``source`` (the slot itself where equal)."""
 
     slot: int
     source: int | None = None
     length: int = 0
-    evicts: bool = False
 
 
-class PrefixCache:
-    """What each slot that nobody uses still holds, the least recently used first."""
+def place(prompt: Ids, kept: Mapping[int, Ids], live: Mapping[int, Ids], free: Sequence[int]) -> Placement:
+    """Choose a slot for ``prompt`` among the free and the kept ones.
 
-    def __init__(self, enabled: bool = True) -> None:
-        self._enabled = enabled
-        self._kept: dict[int, Ids] = {}
+    The last token of the prompt is never reused: its logits are needed. A kept slot goes on itself where
+    most of what it holds is used, which is what the next turn of a chat does; else its beginning is
+    copied, so that a system prompt stays where it is.
 
-    def keep(self, slot: int, ids: Ids) -> bool:
-        """Remember that the slot holds ``ids``; False where it should be released instead."""
-        if self._enabled and len(ids) >= WORTH_SHARING:
-            self._kept[slot] = ids
-        return slot in self._kept
+    Args:
+        kept: what each slot holds that nobody uses, the least recently used first: this one is evicted first.
+        live: what each slot holds that is in use: it can be copied from, and not taken.
+        free: slots that hold nothing.
+    """
+    source, length = _best(prompt, kept, live)
+    if source is not None and source in kept and 2 * length >= len(kept[source]):
+        return Placement(source, source, length)
+    if free:
+        return Placement(free[0], source, length)
+    others = [slot for slot in kept if slot != source]
+    slot = others[0] if others else next(iter(kept))
+    return Placement(slot, source, length)
 
-    def kept(self) -> list[int]:
-        """Slots to be evicted, in this order."""
-        return list(self._kept)
 
-    def place(self, prompt: Ids, live: Mapping[int, Ids], free: Sequence[int]) -> Placement:
-        """Choose a slot for ``prompt`` among the free and the kept ones, and forget what was kept there.
+def should_wait(prompt: Ids, there: Iterable[Ids], coming: Iterable[Ids]) -> bool:
+    """Whether one of the prompts that are being taken will soon offer much more than there is now."""
+    now = max((shared(prompt[:-1], ids) for ids in there), default=0)
+    soon = max((shared(prompt[:-1], ids) for ids in coming), default=0)
+    return soon >= max(WORTH_SHARING, (now if now >= WORTH_SHARING else 0) + WORTH_SHARING)
 
-        The last token of the prompt is never reused: its logits are needed. A kept slot goes on itself where
-        most of what it holds is used, which is what the next turn of a chat does; else its beginning is
-        copied, so that a system prompt stays where it is.
-        """
-        source, length = self._best(prompt[:-1], live)
-        if source in self._kept and 2 * length >= len(self._kept[source]):
-            del self._kept[source]
-            return Placement(source, source, length)
-        if source in self._kept:
-            self._kept[source] = self._kept.pop(source)  # used last
-        if free:
-            return Placement(free[0], source, length)
-        slot = next(iter(self._kept))
-        del self._kept[slot]
-        return Placement(slot, source, length, evicts=slot != source)
 
-    def should_wait(self, prompt: Ids, live: Mapping[int, Ids], coming: Sequence[Ids]) -> bool:
-        """Whether one of the prompts that are being taken will soon offer much more than there is now."""
-        if not self._enabled or not coming:
-            return False
-        soon = max(shared(prompt[:-1], other) for other in coming)
-        return soon >= WORTH_SHARING and soon >= self._best(prompt[:-1], live)[1] + WORTH_SHARING
-
-    def _best(self, wanted: Ids, live: Mapping[int, Ids]) -> tuple[int | None, int]:
-        """The slot that shares most with ``wanted``, and how much; kept slots before live ones."""
-        if not self._enabled:
-            return None, 0
-        lengths = {slot: shared(wanted, ids) for slot, ids in (*self._kept.items(), *live.items())}
-        best = max(lengths, key=lengths.__getitem__, default=None)
-        if best is None or lengths[best] < WORTH_SHARING:
-            return None, 0
-        return best, lengths[best]
+def _best(prompt: Ids, kept: Mapping[int, Ids], live: Mapping[int, Ids]) -> tuple[int | None, int]:
+    """The slot that shares most with ``prompt``, and how much; kept slots before live ones."""
+    lengths = {slot: shared(prompt[:-1], ids) for slot, ids in (*kept.items(), *live.items())}
+    best = max(lengths, key=lengths.__getitem__, default=None)
+    if best is None or lengths[best] < WORTH_SHARING:
+        return None, 0
+    return best, lengths[best]

@@ -1,6 +1,7 @@
 """The scheduler: a thread that takes requests from a bounded queue and runs them together, step by step."""
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -57,7 +58,7 @@ class Scheduler:
         self._batch = Batch(
             session,
             self._figures,
-            self._news.set,
+            self._wake,
             step_tokens=step_tokens,
             prefix_cache=prefix_cache,
             speculation=speculation,
@@ -98,7 +99,7 @@ class Scheduler:
             logprobs=request.logprobs,
             top_logprobs=request.top_logprobs,
         )
-        job = Job(request, continuation, Ticket(on_event, self._news.set))
+        job = Job(request, continuation, Ticket(on_event, self._wake))
         with self._lock:
             if self._closed_at is not None:
                 raise StoppedError("the scheduler is stopping and takes no more requests")
@@ -108,17 +109,17 @@ class Scheduler:
                     f"{len(self._queue)} requests are waiting already; try again in {wait:g} s", wait
                 )
             self._queue.append(job)
-        self._news.set()
+        self._wake()
         return job.ticket
 
     def stop(self, drain: float | None = None) -> None:
         """Refuse new requests, let those there are finish, for ``drain`` seconds at most where given, then
         fail what is left, free all slots and join the thread."""
         with self._lock:
-            self._closed_at = float("inf") if drain is None else time.monotonic() + drain
-        self._news.set()
+            self._closed_at = math.inf if drain is None else time.monotonic() + drain
+        self._wake()
         if self._thread is None:
-            self._fail_everything(StoppedError("the scheduler never started"), "stopped")
+            self._end_everything(StoppedError("the scheduler never started"))
         else:
             self._thread.join()
 
@@ -126,27 +127,34 @@ class Scheduler:
         """The figures as they are, from any thread."""
         return self._figures.snapshot(len(self._queue), len(self._batch), self._session.max_batch_size)
 
+    def _wake(self) -> None:
+        """Let the thread look again, after a change and from any thread."""
+        self._news.set()
+
     # The thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._done():
+        while True:
+            # Before anything is looked at: a change that comes later sets it again, and ends the wait below.
             self._news.clear()
-            if not self._step():
+            more = self._step()
+            if self._done():
+                break
+            if not more:
                 self._news.wait(self._patience())
-        self._fail_everything(StoppedError("the scheduler stopped before the request was done"), "stopped")
-        self._batch.close()
+        self._end_everything(StoppedError("the scheduler stopped before the request was done"))
 
     def _step(self) -> bool:
-        """Let in whom there is room for and run them all once; False where there is nothing to run."""
+        """Let in whom there is room for and run them all once; False where only news or time bring more to do."""
         try:
             self._leave_queue()
             self._admit()
-            return self._batch.step()
+            self._batch.step()
         except BaseException as error:
             # A defect of ours, or a panic in an extension: the thread must outlive it.
             logger.exception("a step failed as a whole; the requests in it are failed")
             self._batch.fail_all(model_error(error), "failed")
-            return True
+        return bool(self._queue and self._batch.room) or not self._batch.waits
 
     def _leave_queue(self) -> None:
         """Those who gave up waiting, or ran out of time, make room."""
@@ -156,9 +164,8 @@ class Scheduler:
             for job in over:
                 self._queue.remove(job)
         for job in over:
-            cancelled = job.ticket.cancelled
+            self._figures.requests["cancelled" if job.ticket.cancelled else "timeout"] += 1
             job.ticket.tell(Failed(overdue(job)))
-            self._figures.requests["cancelled" if cancelled else "timeout"] += 1
 
     def _admit(self) -> None:
         with self._lock:
@@ -173,14 +180,18 @@ class Scheduler:
             return empty or time.monotonic() >= self._closed_at
 
     def _patience(self) -> float | None:
-        """How long to sleep where nothing runs: for ever without work; briefly where a deadline may pass."""
-        return 0.05 if self._queue or len(self._batch) else None
+        """Seconds until time itself changes something: a deadline, or the end of a drain; None for never."""
+        with self._lock:
+            deadlines = [job.request.deadline for job in (*self._queue, *self._batch)]
+            times = [at for at in (*deadlines, self._closed_at) if at is not None and at < math.inf]
+        return min(max(0.0, min(times) - time.monotonic()), threading.TIMEOUT_MAX) if times else None
 
-    def _fail_everything(self, error: Glm4Error, outcome: str) -> None:
-        self._batch.fail_all(error, outcome)
+    def _end_everything(self, error: Glm4Error) -> None:
+        self._batch.fail_all(error, "stopped")
+        self._batch.close()
         with self._lock:
             queued = list(self._queue)
             self._queue.clear()
         for job in queued:
+            self._figures.requests["stopped"] += 1
             job.ticket.tell(Failed(error))
-            self._figures.requests[outcome] += 1

@@ -1,0 +1,170 @@
+"""The slots of a session, and whom each of them belongs to."""
+
+import itertools
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from glm4_runtime.errors import SlotError
+from glm4_runtime.generate import Logits
+from glm4_runtime.scheduler.prefix_cache import WORTH_SHARING, Ids, Placement, place, should_wait
+from glm4_runtime.session import Session
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Lease:
+    """One sequence's right to a slot, from :meth:`Slots.lease` to :meth:`Slots.end`.
+
+    Attributes:
+        ids: the sequence's tokens, int64 [capacity]; the sequence appends to them.
+        fed: so many of them are in the slot.
+        cached: so many of them were in the slot when the lease began.
+    """
+
+    slot: int
+    ids: Ids
+    fed: int = 0
+    cached: int = 0
+
+    @property
+    def held(self) -> Ids:
+        """The tokens in the slot; a view."""
+        return self.ids[: self.fed]
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The tokens that a slot still holds after its sequence has ended; ``used`` is higher the later they were used."""
+
+    held: Ids
+    used: int
+
+
+class Slots:
+    """Each slot belongs to one sequence, to the prefix cache, or to nobody.
+
+    The table of owners is the only record of that, with one entry for each slot. Work on a slot needs its lease.
+    A lease that the table does not name raises :class:`SlotError`, and the session is not touched.
+    """
+
+    def __init__(self, session: Session, prefix_cache: bool) -> None:
+        self._session, self._shares = session, prefix_cache
+        self._owners: list[Lease | Kept | None] = [None] * session.max_batch_size
+        self._uses = itertools.count()
+
+    def lease(self, ids: Ids, reusable: int) -> Lease:
+        """A slot for the sequence ``ids``, with as much of its first ``reusable`` tokens as a slot holds already.
+
+        The caller sees to it that there are fewer leases than slots. A kept slot is evicted where none is free.
+        """
+        kept, free = self._kept(), [slot for slot, owner in enumerate(self._owners) if owner is None]
+        placed = place(ids[:reusable], kept, self._live(), free)
+        if placed.source in kept:
+            self._owners[placed.source] = Kept(kept[placed.source], next(self._uses))
+        lease = Lease(placed.slot, ids, placed.length, placed.length)
+        self._owners[placed.slot] = lease  # from here on nobody else's, whatever the session does
+        try:
+            self._fill(placed)
+        except BaseException:  # a panic in an extension is no Exception
+            logger.exception("the beginning of a prompt could not be reused, so all of it is computed")
+            lease.fed = lease.cached = 0
+            self._empty(placed.slot)
+        return lease
+
+    def should_wait(self, prompt: Ids, coming: Iterable[Ids]) -> bool:
+        """Whether the prompts ``coming`` will soon offer ``prompt`` much more than the slots hold now."""
+        there = (*self._kept().values(), *self._live().values())
+        return self._shares and should_wait(prompt, there, coming)
+
+    def feed(self, lease: Lease, count: int, logits: Literal["last", "all"] = "last") -> Logits:
+        """Run the next ``count`` tokens of a sequence; the logits after the last or all, float32 [1 or count, vocab]."""
+        self._require(lease)
+        stop = lease.fed + count
+        rows = self._session.prefill(lease.slot, lease.ids[lease.fed : stop], logits)
+        lease.fed = stop
+        return rows
+
+    def decode(self, leases: Sequence[Lease]) -> tuple[list[Lease], Logits]:
+        """Run the next token of each sequence in one step; a step that fails changes no slot.
+
+        Returns:
+            The leases, and the logits of what follows them in this order: float32 [leases, vocab], which the
+            next run may overwrite.
+        """
+        for lease in leases:
+            self._require(lease)
+        by_slot = {lease.slot: lease for lease in leases}
+        slots, logits = self._session.decode_block(
+            {slot: int(lease.ids[lease.fed]) for slot, lease in by_slot.items()}
+        )
+        for lease in leases:
+            lease.fed += 1
+        return [by_slot[slot] for slot in slots], logits
+
+    def try_draft(self, lease: Lease, draft: Ids) -> Logits:
+        """Run a sequence's next token and a draft of those after it; logits float32 [1 + len(draft), vocab].
+
+        ``fed`` is not changed: the caller counts the tokens that are right in it, and then calls :meth:`cut`.
+        """
+        self._require(lease)
+        tokens = [int(lease.ids[lease.fed]), *draft.tolist()]
+        return self._session.prefill(lease.slot, tokens, logits=len(tokens))
+
+    def cut(self, lease: Lease) -> None:
+        """Forget all that the slot holds beyond ``fed``."""
+        self._require(lease)
+        self._session.truncate(lease.slot, lease.fed)
+
+    def end(self, lease: Lease, *, keep: bool) -> None:
+        """Take the slot back. With ``keep`` its contents are kept for others; otherwise its memory is zeroed."""
+        self._require(lease)
+        self._owners[lease.slot] = None
+        if not keep:
+            self._empty(lease.slot)
+        elif self._shares and lease.fed >= WORTH_SHARING:
+            self._session.truncate(lease.slot, lease.fed)
+            self._owners[lease.slot] = Kept(lease.held.copy(), next(self._uses))
+        else:
+            self._session.release(lease.slot)
+
+    def close(self) -> None:
+        """Take every slot back, whoever has it."""
+        for slot, owner in enumerate(self._owners):
+            self._owners[slot] = None
+            if isinstance(owner, Lease):
+                self._empty(slot)
+            else:
+                self._session.release(slot)
+
+    def _require(self, lease: Lease) -> None:
+        if self._owners[lease.slot] is not lease:
+            raise SlotError(f"slot {lease.slot} belongs to another sequence by now")
+
+    def _kept(self) -> dict[int, Ids]:
+        """What is kept in which slot, the least recently used first."""
+        kept = [(slot, owner) for slot, owner in enumerate(self._owners) if isinstance(owner, Kept)]
+        return {slot: owner.held for slot, owner in sorted(kept, key=lambda entry: entry[1].used)}
+
+    def _live(self) -> dict[int, Ids]:
+        """What the slots of sequences hold, where it may be copied."""
+        owners = self._owners if self._shares else ()
+        return {slot: owner.held for slot, owner in enumerate(owners) if isinstance(owner, Lease)}
+
+    def _fill(self, placed: Placement) -> None:
+        """Give a slot its beginning."""
+        if placed.source == placed.slot:
+            self._session.truncate(placed.slot, placed.length)
+            return
+        self._session.release(placed.slot)  # of what was kept there; a free slot stays as it is
+        if placed.source is not None:
+            self._session.copy_prefix(placed.source, placed.slot, placed.length)
+
+    def _empty(self, slot: int) -> None:
+        """Zero the memory of a slot and free it. A slot that holds nothing stays as it is."""
+        try:
+            self._session.discard(slot)
+        except BaseException:
+            logger.exception("the memory of slot %d could not be zeroed", slot)

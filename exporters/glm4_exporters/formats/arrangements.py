@@ -49,10 +49,15 @@ class _Columns(Arrangement):
         return _exact(values, part)
 
     def written(self, chunks: Iterable[Tensor], part: Part) -> Iterator[Tensor]:
-        whole = torch.cat(list(chunks)) if part.shape else next(iter(chunks))
-        if whole.dim() < 2:
-            yield whole
+        if len(part.shape) < 2:
+            yield from chunks
             return
+        whole, filled = torch.empty(0), 0
+        for chunk in chunks:
+            if not filled:
+                whole = chunk.new_empty(part.shape)
+            whole[filled : filled + len(chunk)] = chunk
+            filled += len(chunk)
         for start in range(0, whole.shape[1], COLUMN_BLOCK):
             turned = whole[:, start : start + COLUMN_BLOCK].t().contiguous()
             yield pack_pairs(turned) if BITS[part.dtype] < 8 else turned

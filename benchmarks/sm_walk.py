@@ -127,17 +127,17 @@ class Walk:
         """How often a loop runs, and whether it is the one over the cache's tiles."""
         share = self.work.share
         copied, loaded = self._moved(start, end)
-        inner = any(start < other <= end for other in self._loops)
-        if inner:
-            of_merges = "partials" in loaded and not (copied | loaded) & CACHE
-            return (len(share.merges) if of_merges else 1), False
+        multiplies = any(i.name in ("HMMA", "HGMMA") for i in self.code[start : end + 1])
+        joins = "partials" in loaded and not multiplies
+        if any(start < other <= end for other in self._loops):
+            return (len(share.merges) if joins else 1), False
+        if joins:
+            return self._merge_runs(start, end), False
         if copied & CACHE:
             return share.tiles, bool(share.tiles)
         if copied & NEW:
             return share.new_tiles, False
-        if loaded & CACHE:
-            return share.ragged, False
-        return (self._merge_runs(start, end) if "partials" in loaded else 1), False
+        return (share.ragged if loaded & CACHE else 1), False
 
     def _moved(self, start: int, end: int) -> tuple[frozenset[str], frozenset[str]]:
         """The parameters from which a loop copies to shared memory, and from which it loads."""
@@ -163,7 +163,10 @@ class Walk:
         return pieces // at_once
 
     def _tagged(self, instruction: Instruction) -> frozenset[str]:
-        """The parameters that the operands were computed from; noted for the registers written."""
+        """The parameters that the operands were computed from; noted for the registers written.
+
+        A walk in program order passes code that a jump leads around, so a register may seem to come from more.
+        """
         tags = frozenset(self.parameters[at] for at in instruction.constants if at in self.parameters)
         tags = tags.union(*(self._tags.get(register, frozenset()) for register in instruction.reads))
         loads = instruction.name in ("LDG", "LDS", "LDSM", "ATOMG")
@@ -187,7 +190,7 @@ class Walk:
         if name in ("LDS", "LDSM", "STS", "STSM"):
             self._port = max(self._port, self.now) + moved / SHARED_PORT
             done = self._port + LATENCIES["LDS"]
-        elif name in ("LDG", "LDGSTS", "UTMALDG") and tags & CACHE:
+        elif name in ("LDG", "LDGSTS", "UTMALDG") and tags & CACHE and "partials" not in tags:
             self._first_copy = self.now if self._first_copy is None else self._first_copy
             done = self.now + MEMORY if self.work.share.tiles else max(self.now + MEMORY, self._arrival())
         elif name in ("LDG", "LDGSTS"):

@@ -16,6 +16,7 @@ from glm4_exporters.engine import (
     engine_version,
     expected_layers,
 )
+from glm4_plugins.launch import choices, counters_shape
 from glm4_runtime.bundle import COUNTERS, GRAPH, PRESENT_COUNTERS, WEIGHTS, EngineInfo, Manifest, TensorSpec
 from glm4_runtime.progress import Progress
 
@@ -77,7 +78,7 @@ def _plan(
         profiles=profiles,
         inputs=(
             *_of_engine(build, manifest.inputs),
-            *(_counters(COUNTERS, manifest) * build.by_plugin),
+            *_counters(COUNTERS, build),
         ),
         operators=operators,
         layers=expected_layers(
@@ -99,7 +100,7 @@ def _described(manifest: Manifest, plan: EnginePlan, built: BuiltEngine, build: 
         inputs=plan.inputs,
         outputs=(
             *_of_engine(build, manifest.outputs),
-            *(_counters(PRESENT_COUNTERS, manifest) * build.by_plugin),
+            *_counters(PRESENT_COUNTERS, build),
         ),
         compute_capabilities=build.runs_on or built.capabilities,
         providers=(),
@@ -145,8 +146,12 @@ def _of_engine(build: EngineBuild, specs: tuple[TensorSpec, ...]) -> tuple[Tenso
     return tuple(map(spec_of, specs))
 
 
-def _counters(name: str, manifest: Manifest) -> tuple[TensorSpec, ...]:
-    return (TensorSpec(name, "int32", (manifest.limits.max_batch_size * manifest.model.num_kv_heads,)),)
+def _counters(name: str, build: EngineBuild) -> tuple[TensorSpec, ...]:
+    """The plugin's counters, of the size that its graph declares; none where the engine attends natively."""
+    if not build.by_plugin:
+        return ()
+    tiles = choices(build.gpu or 0, processors=build.processors)[0]
+    return (TensorSpec(name, "int32", counters_shape(tiles)),)
 
 
 def _plugin_version() -> str:

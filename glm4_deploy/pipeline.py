@@ -101,8 +101,10 @@ def _trace(plan: Plan, prepared: "Prepared", engine_graph: str | None = None) ->
 
     plugin = None
     if engine_graph is not None:
-        assert plan.engine is not None
-        plugin = PluginAttention(plan.limits.max_batch_size, plan.engine.gpu or 0, engine_graph)
+        build = plan.engine
+        assert build is not None
+        batch, gpu = plan.limits.max_batch_size, build.gpu or 0
+        plugin = PluginAttention(batch, gpu, engine_graph, build.processors, build.small_tiles)
     passes = model_passes(
         plan.form,
         norm_bits=prepared.norm_bits,

@@ -7,11 +7,13 @@ from glm4_exporters.cache_types import choose_cache
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.engine import (
+    SMALL_TILES,
     EngineOptions,
     engine_attention,
     engine_capabilities,
     engine_capacity,
     gpu_capability,
+    gpu_processors,
     plugin_phases,
     require_engine,
     require_plugin,
@@ -60,6 +62,8 @@ class EngineBuild:
         later_gpus: whether it runs on later ones too.
         gpu: compute capability of the GPU here, as 89 for 8.9; None where there is none.
         kv_cache: element type of the engine's cache; None for a task without one.
+        processors: its streaming multiprocessors, likewise.
+        small_tiles: whether the plugin's blocks stay below 48 KiB of shared memory.
     """
 
     kind: str
@@ -72,6 +76,8 @@ class EngineBuild:
     later_gpus: bool
     gpu: int | None
     kv_cache: str | None
+    processors: int | None
+    small_tiles: bool
     timing_cache: str | None
     keep_onnx: bool
 
@@ -167,6 +173,8 @@ def _engine(source: Checkpoint, options: ExportOptions, form: Form, limits: Limi
         later_gpus=later,
         gpu=None if gpu is None else int(gpu),
         kv_cache=form.kv_cache,
+        processors=gpu_processors(),
+        small_tiles=asked.attention == SMALL_TILES,
         timing_cache=asked.timing_cache,
         keep_onnx=asked.keep_onnx,
     )

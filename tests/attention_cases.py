@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -50,13 +51,25 @@ def rounded(case, dtype):
     return {name: array if array.dtype == np.int32 else once(array) for name, array in case.items()}
 
 
-def teach_bfloat16(builder):
+def teach_small_types(builder):
     """The interpreter holds bfloat16 as integers, and neither multiplies nor converts by their value.
 
-    Its kernels run on float32 instead where that is exact: products, and small integers.
+    Its kernels run on float32 instead where that is exact: products, and small integers. Rounding to fp8 it does
+    without the carry into the exponent, so that 31.9 becomes 16; torch does it here.
     """
+    import torch
     import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
 
+    round_to = builder.create_fp_to_fp
+
+    def create_fp_to_fp(x, to, rounding_mode):
+        if to.scalar != tl.float8e4nv or x.dtype.scalar != tl.float32:
+            return round_to(x, to, rounding_mode)
+        rounded = torch.from_numpy(np.array(x.data)).to(torch.float8_e4m3fn)
+        return TensorHandle(rounded.view(torch.uint8).numpy(), to.scalar)
+
+    builder.create_fp_to_fp = create_fp_to_fp
     dot, convert = builder.create_dot, builder.create_si_to_fp
 
     def wide(handle):
@@ -92,15 +105,17 @@ def run_kernel(case, attributes, tiles, dtype, scales, phase, order=None):
     from glm4_plugins.torch_kernel import Workspace, attend, kernel_shape
 
     if "create_dot" not in vars(interpreter_builder):
-        teach_bfloat16(interpreter_builder)
+        teach_small_types(interpreter_builder)
     run_blocks_in_order(interpreter_builder, order)
 
     def tensor(name, array):
+        if array.dtype == np.uint8:
+            return torch.from_numpy(array.copy()).view(torch.float8_e4m3fn)
         keep = array.dtype in (np.int32, np.int8)
         return torch.from_numpy(array.copy()).to(None if keep else getattr(torch, dtype))
 
     tensors = {name: tensor(name, array) for name, array in case.items()}
-    shape = kernel_shape(tensors["query"], tensors["past_key"], attributes)
+    shape = kernel_shape(tensors["query"], tensors["past_key"], attributes, phase)
     workspace = Workspace.make(shape, tiles, torch.device("cpu"))
     workspace.partials.fill_(float("nan"))
     out = torch.full_like(tensors["query"], float("nan"))
@@ -108,6 +123,39 @@ def run_kernel(case, attributes, tiles, dtype, scales, phase, order=None):
     attend(**tensors, attributes=attributes, tiles=tiles, workspace=workspace, out=out, phase=phase, **scale)
     results = (out, tensors["past_key"], tensors["past_value"], workspace.counters, workspace.partials)
     return [t.float().numpy() if t.dtype.is_floating_point else t.numpy() for t in results]
+
+
+def run_with_guards(case, attributes, tiles, dtype, scales, phase):
+    """In the interpreting process: attn_output and the caches after a launch, each with the rows around it.
+
+    Every tensor that is written lies between guards of its own size, all of it 7, so that a write outside shows.
+    """
+    import torch
+
+    from glm4_plugins.torch_kernel import Workspace, attend, kernel_shape
+
+    def guarded(array):
+        memory = torch.full((3, *array.shape), 7, dtype=array.dtype)
+        memory[1] = array
+        return memory
+
+    tensors = {
+        name: torch.from_numpy(array).to(None if array.dtype == np.int32 else getattr(torch, dtype))
+        for name, array in case.items()
+    }
+    memory = {name: guarded(tensors[name]) for name in ("past_key", "past_value")}
+    memory["out"] = guarded(torch.zeros_like(tensors["query"]))
+    shape = kernel_shape(tensors["query"], tensors["past_key"], attributes, phase)
+    workspace = Workspace.make(shape, tiles, torch.device("cpu"))
+    counters, partials = guarded(workspace.counters), guarded(workspace.partials)
+    workspace = Workspace(counters[1], partials[1])
+    inside = {name: whole[1] for name, whole in memory.items()}
+    attend(
+        **tensors | {name: inside[name] for name in ("past_key", "past_value")},
+        attributes=attributes, tiles=tiles, workspace=workspace, out=inside["out"], phase=phase, **scales,
+    )  # fmt: skip
+    found = [*memory.values(), counters, partials[[0, 2]]]
+    return [t.float().numpy() if t.dtype.is_floating_point else t.numpy() for t in found]
 
 
 def run_operator(case, attributes, dtype):
@@ -118,8 +166,9 @@ def run_operator(case, attributes, dtype):
     from glm4_plugins import torch as operator
 
     if "create_dot" not in vars(interpreter_builder):
-        teach_bfloat16(interpreter_builder)
+        teach_small_types(interpreter_builder)
     torch.cuda.get_device_capability = lambda _: (9, 0)
+    torch.cuda.get_device_properties = lambda _: SimpleNamespace(multi_processor_count=132)
     tensors = {
         name: None
         if a is None

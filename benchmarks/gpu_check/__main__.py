@@ -89,7 +89,7 @@ def interpreted() -> bool:
     from benchmarks.gpu_check.correctness import cases, check
     from glm4_plugins.launch import Tiles
 
-    tiles = Tiles(32, 16, 1, 16, 1, 4, decode_blocks=5, min_tiles=2)
+    tiles = Tiles(32, 16, 1, 16, 1, 16, 1, 4, blocks=5, min_tiles=2)
     right = True
     for case in cases(INTERPRETED):
         if case.dtype != "bfloat16":  # the interpreter multiplies the bits of bfloat16, not its values

@@ -34,7 +34,10 @@ def planned(capability: int, results: Results, deadline: Deadline, options: Name
         results: where tasks find the ceilings that an earlier one measured.
         options: ``scratch`` and ``layers`` of the command line.
     """
-    wide, quantized = choices(capability), choices(capability, True)
+    processors = None
+    if torch.cuda.is_available():
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
+    wide, quantized = (choices(capability, of_int8, processors) for of_int8 in (False, True))
     plain, int8 = list(cases(SCALE)), list(quantized_cases(SCALE))
     timed = timing.first_cases()
     yield Task("ceilings", "copy and product", partial(ceilings, results))

@@ -32,7 +32,8 @@ from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
 
 LAYOUTS = ("shared", "split")
-ATTENTIONS = ("plugin", "native")
+ATTENTIONS = ("plugin", "plugin-small", "native")
+SMALL_TILES = "plugin-small"
 PLUGIN_MODULE = "glm4_plugins.tensorrt"
 # Above this capacity TensorRT-RTX 1.7 has no attention kernel for exactly one query: 20480 built and 24576 did
 # not, for 4 to 48 heads of 64 and 128. For one or two queries it takes the kernel of the prefill, at any capacity.
@@ -44,6 +45,7 @@ PREFILL_WIDTH = 512  # most new positions of one run
 LOGITS_WIDTH = 128  # most positions of one run that get logits: 151552 of them in float32 take 78 MB
 SAMPLE_SECONDS = 0.05
 COMPUTE_CAPABILITY_ATTRIBUTES = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+PROCESSORS_ATTRIBUTE = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ ENGINE_KINDS = {
         (),
         (),
         times=True,
-        attention=("plugin", "native"),
+        attention=ATTENTIONS,
         index=" with NVIDIA's package index as --extra-index-url (docs/tensorrt.md)",
     ),
 }
@@ -112,7 +114,8 @@ class EngineOptions:
     Attributes:
         sm: compute capabilities to build for, as 89 for 8.9; the kind's own choice where empty.
         layout: ``shared`` or ``split``, see :class:`~glm4_runtime.bundle.EngineInfo`.
-        attention: ``plugin`` or ``native``; the kind's usual way where None.
+        attention: ``plugin``, ``plugin-small`` (blocks with less than 48 KiB of shared memory) or ``native``; the
+            kind's usual way where None.
         timing_cache: a file that is read if it is there, and written.
         keep_onnx: leave the graph and the weights that the engine was built from in the bundle.
     """
@@ -185,7 +188,7 @@ def require_engine(
         raise ExportError(
             f"{kind_name} has no attention {options.attention!r}; it has {', '.join(kind.attention)}"
         )
-    if options.attention == "plugin" and task != "causal-lm":
+    if options.attention in ("plugin", SMALL_TILES) and task != "causal-lm":
         raise ExportError(
             f"the attention plugin works on a cache, which task {task} has not; leave --attention out"
         )
@@ -237,17 +240,29 @@ def _require_builder(kind: EngineKind) -> None:
 
 def gpu_capability() -> str | None:
     """Compute capability of the first GPU, as 89 for 8.9; None where there is none."""
-    numbers = ctypes.c_int(0), ctypes.c_int(0)
+    numbers = _gpu_attributes(*COMPUTE_CAPABILITY_ATTRIBUTES)
+    return None if numbers is None else "".join(map(str, numbers))
+
+
+def gpu_processors() -> int | None:
+    """Streaming multiprocessors of the first GPU; None where there is none."""
+    numbers = _gpu_attributes(PROCESSORS_ATTRIBUTE)
+    return None if numbers is None else numbers[0]
+
+
+def _gpu_attributes(*attributes: int) -> tuple[int, ...] | None:
+    """What the driver says of the first GPU; None where there is none."""
+    numbers = [ctypes.c_int(0) for _ in attributes]
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
     if driver.cuInit(0) != 0:
         return None
-    for number, attribute in zip(numbers, COMPUTE_CAPABILITY_ATTRIBUTES, strict=True):
+    for number, attribute in zip(numbers, attributes, strict=True):
         if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, 0) != 0:
             return None
-    return "".join(str(number.value) for number in numbers)
+    return tuple(number.value for number in numbers)
 
 
 def _require_gpu(target: str, precision: str) -> None:
@@ -311,6 +326,8 @@ def engine_capabilities(
 
 def engine_attention(kind_name: str, task: str, options: EngineOptions) -> str:
     """How the engine attends; without a cache natively, whatever the kind's usual way."""
+    if options.attention == SMALL_TILES:
+        return "plugin"
     return options.attention or (ENGINE_KINDS[kind_name].attention[0] if task == "causal-lm" else "native")
 
 

@@ -91,7 +91,8 @@ from glm4_runtime.bundle import Manifest
 @click.option(
     "--attention",
     type=click.Choice(ATTENTIONS),
-    help="How a TensorRT engine attends; tensorrt by our plugin unless told, tensorrt-rtx by its own operators.",
+    help="How a TensorRT engine attends; tensorrt by our plugin unless told, tensorrt-rtx by its own operators. "
+    "plugin-small is our plugin in less than 48 KiB of shared memory, should TensorRT grant no more.",
 )
 @click.option(
     "--timing-cache",

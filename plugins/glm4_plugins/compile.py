@@ -11,6 +11,7 @@ from glm4_plugins.launch import (
     PLUGIN_INPUTS,
     PLUGIN_OUTPUTS,
     PLUGIN_SCALES,
+    QUANTIZED,
     SIZES,
     KernelShape,
     Tiles,
@@ -37,7 +38,8 @@ class CompiledKernel:
 
 def signature(shape: KernelShape) -> dict[str, str]:
     """Triton's type of each argument, in order; ``constexpr`` for what a variant does without."""
-    types = {"activation": shape.dtype, "cache": "i8" if shape.quantized_cache else shape.dtype}
+    cache = QUANTIZED[shape.quantized_dtype][0] if shape.quantized_cache else shape.dtype
+    types = {"activation": shape.dtype, "cache": cache}
     types |= {"int32": "i32", "float32": "fp32"}
 
     def pointers(tensors: dict[str, str]) -> dict[str, str]:

@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Protocol
 
-PHASES = {"shared": 0, "prefill": 1, "decode": 2}
-"""Which branches a kernel has. ``shared`` is right for every S; the others are for engines of one phase."""
+PHASES = {"shared": 0, "prefill": 1, "decode": 2, "extend": 3, "prompt": 4}
+"""Which branches a kernel has: ``shared`` all three, ``prefill`` extend and prompt, the others the one of that name.
+
+``shared`` and ``prefill`` are right for every S, and so are the last two, more slowly; ``decode`` takes few tokens.
+"""
 
 # The kernel's tensors in order, each with the kind of its elements: what a plugin is given and what it gives.
 PLUGIN_INPUTS = {
@@ -18,7 +21,7 @@ PLUGIN_INPUTS = {
     "counters": "int32",
 }  # fmt: skip
 PLUGIN_SCALES = {"key_scale": "float32", "value_scale": "float32"}
-"""Only with an int8 cache, behind the other inputs: [kv_num_heads, head_dim]."""
+"""Only with an int8 or fp8 cache, behind the other inputs: [kv_num_heads, head_dim]."""
 SIZES = ("batch", "sequence", "capacity")
 """int32 arguments between inputs and outputs."""
 PLUGIN_OUTPUTS = {
@@ -33,19 +36,27 @@ PLUGIN_ATTRIBUTES: dict[str, type] = {
     "scale": str,  # decimal: TensorRT's plugins know doubles only, ONNX's attributes floats only
     "max_batch": int,  # the largest of any profile
     "compute_capability": int,  # 90 is 9.0
+    "processors": int,  # streaming multiprocessors of the GPU
+    "tiles": int,  # which of choices(); 0 is the first, -1 the last
     "phase": int,  # a value of PHASES
 }
+
+QUANTIZED = {"int8": ("i8", 80), "fp8": ("fp8e4nv", 89)}
+"""Types of a quantized cache: Triton's name, and the oldest compute capability that converts them."""
 
 HEAD_DIMS = (64, 128)
 MAX_GROUP = 32
 MIN_DOT = 16  # the smallest edge of a tensor-core product
+EXTEND_TOKENS = 256  # as many new tokens a sequence, and the keys before them are shared among all blocks
+LEVELS = 2  # of joining the pieces of a head
+JOIN_REGISTERS = 64  # of a thread, for pieces that are loaded at once
 
 
 @dataclass(frozen=True)
 class KernelShape:
     """What stands fixed in a kernel: the attention's shape, and the largest batch.
 
-    ``dtype`` is the activations' (``fp16`` or ``bf16``); the cache has it too, or int8.
+    ``dtype`` is the activations' (``fp16`` or ``bf16``); the cache has it too, or, quantized, a row of QUANTIZED.
     """
 
     num_heads: int
@@ -56,8 +67,11 @@ class KernelShape:
     dtype: str = "fp16"
     quantized_cache: bool = False
     phase: str = "shared"
+    quantized_dtype: str = "int8"
 
     def __post_init__(self) -> None:
+        if self.quantized_dtype not in QUANTIZED:
+            raise ValueError(f"unknown cache type {self.quantized_dtype!r}; there are {', '.join(QUANTIZED)}")
         if self.phase not in PHASES:
             raise ValueError(f"unknown phase {self.phase!r}; there are {', '.join(PHASES)}")
 
@@ -83,27 +97,29 @@ class Tiles:
     block_m: int
     block_n: int
     stages: int
+    extend_n: int
+    extend_stages: int
     decode_n: int
     decode_stages: int
     warps: int
-    decode_blocks: int = 0
-    min_tiles: int = 4
+    blocks: int = 0
+    min_tiles: int = 1
 
 
-# Streaming multiprocessors by compute capability; the decode branch shares its keys among so many blocks.
-# Of a capability with several products it is the largest; any number is right, and these fill one wave.
+# Streaming multiprocessors by compute capability, where the GPU is not at hand to be asked: the largest product.
 _PROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
 
 # What fits in registers without spilling, as compiled, and in the shared memory of a block: 163 KiB on 8.0,
 # 227 on 9.0 and 10.0, 99 on 8.6, 8.9 and 12.0. Only 9.0 and 10.0 multiply from shared memory; the others
 # hold their operands in registers, so their blocks are narrower. The last of each list stays below 48 KiB,
 # which a launch may use without asking the driver for more.
-_WIDE = Tiles(block_m=128, block_n=128, stages=2, decode_n=128, decode_stages=3, warps=8)
-_TALL = Tiles(block_m=128, block_n=64, stages=3, decode_n=64, decode_stages=4, warps=8)
-_NARROW = Tiles(block_m=128, block_n=32, stages=3, decode_n=64, decode_stages=3, warps=8)
-_SQUARE = Tiles(block_m=64, block_n=64, stages=2, decode_n=64, decode_stages=3, warps=8)
-_SMALL = Tiles(block_m=64, block_n=32, stages=2, decode_n=32, decode_stages=2, warps=4)
-_LEAST = Tiles(block_m=64, block_n=16, stages=2, decode_n=32, decode_stages=2, warps=8)
+_WIDE = Tiles(128, 128, 2, 64, 4, 64, 5, 8)
+_TALL = Tiles(128, 64, 3, 64, 3, 64, 5, 8)
+_NARROW = Tiles(128, 32, 3, 16, 3, 64, 3, 8)
+_SMALL = Tiles(64, 32, 2, 16, 2, 32, 3, 4)
+_TALL_QUANTIZED = Tiles(128, 64, 3, 32, 4, 128, 4, 8)
+_SQUARE = Tiles(64, 64, 2, 32, 3, 128, 3, 8)
+_LEAST = Tiles(64, 16, 2, 16, 2, 32, 3, 8)
 _CHOICES: dict[int, tuple[Tiles, ...]] = {
     80: (_NARROW, _SMALL),
     86: (_NARROW, _SMALL),
@@ -116,15 +132,19 @@ _QUANTIZED_CHOICES: dict[int, tuple[Tiles, ...]] = {
     80: (_SQUARE, _LEAST),
     86: (_SQUARE, _LEAST),
     89: (_SQUARE, _LEAST),
-    90: (_TALL, _SQUARE, _LEAST),
-    100: (_TALL, _SQUARE, _LEAST),
+    90: (_TALL_QUANTIZED, _SQUARE, _LEAST),
+    100: (_TALL_QUANTIZED, _SQUARE, _LEAST),
     120: (_SQUARE, _LEAST),
 }
 CAPABILITIES = tuple(_CHOICES)
 
 
-def choices(capability: int, quantized_cache: bool = False) -> tuple[Tiles, ...]:
+def choices(
+    capability: int, quantized_cache: bool = False, processors: int | None = None
+) -> tuple[Tiles, ...]:
     """The block sizes on offer for a compute capability such as 90, the one to try first in front.
+
+    ``processors`` is the GPU's number of streaming multiprocessors; without it, the largest product's.
 
     Raises:
         ValueError: a capability that has none.
@@ -133,7 +153,7 @@ def choices(capability: int, quantized_cache: bool = False) -> tuple[Tiles, ...]
     if capability not in table:
         known = ", ".join(map(str, CAPABILITIES))
         raise ValueError(f"compute capability {capability} has no block sizes; those with some are {known}")
-    return tuple(replace(tiles, decode_blocks=_PROCESSORS[capability]) for tiles in table[capability])
+    return tuple(replace(tiles, blocks=processors or _PROCESSORS[capability]) for tiles in table[capability])
 
 
 def power_of_two(n: int) -> int:
@@ -141,8 +161,13 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def unsupported(shape: KernelShape, rotary_embedding_dim: int) -> str | None:
-    """Why there is no kernel for ``shape``, in words, or None."""
+def unsupported(shape: KernelShape, rotary_embedding_dim: int, capability: int | None = None) -> str | None:
+    """Why there is no kernel for ``shape``, on that compute capability if one is given, in words, or None."""
+    oldest = QUANTIZED[shape.quantized_dtype][1]
+    if shape.quantized_cache and capability is not None and capability < oldest:
+        return (
+            f"compute capability {capability} has no {shape.quantized_dtype} cache; {oldest} and newer have"
+        )
     if shape.dtype not in ("fp16", "bf16"):
         return f"activations are {shape.dtype}; the kernel takes fp16 and bf16"
     if shape.head_dim not in HEAD_DIMS:
@@ -166,15 +191,24 @@ def constants(shape: KernelShape, tiles: Tiles) -> dict[str, int | float]:
         MAX_BATCH=power_of_two(shape.max_batch),
         PHASE=PHASES[shape.phase],
         ROWS=shape.rows,
-        NEW_N=MIN_DOT,
         APPEND_N=power_of_two(-(-tiles.block_m // shape.group)),
         MIN_TILES=tiles.min_tiles,
+        EXTEND_TOKENS=EXTEND_TOKENS,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         STAGES=tiles.stages,
+        EXTEND_N=tiles.extend_n,
+        EXTEND_STAGES=tiles.extend_stages,
         DECODE_N=tiles.decode_n,
         DECODE_STAGES=tiles.decode_stages,
+        AT_ONCE=joined_at_once(shape, tiles),
     )
+
+
+def joined_at_once(shape: KernelShape, tiles: Tiles) -> int:
+    """How many pieces the block that joins them loads before it waits."""
+    registers = -(-shape.rows * shape.head_dim // (32 * tiles.warps))
+    return max(JOIN_REGISTERS // registers, 1)
 
 
 class Arithmetic(Protocol):
@@ -204,19 +238,32 @@ def grid(shape: KernelShape, tiles: Tiles, batch: Any, sequence: Any, capacity: 
     It cannot know how long the sequences are; the decode branch shares their keys among whatever it gets.
     """
     heads = batch * shape.kv_num_heads
-    prefill = on.cdiv(sequence * shape.group, tiles.block_m) * heads
-    decode = on.minimum((on.cdiv(capacity, tiles.decode_n) + 1) * heads, tiles.decode_blocks)
+    rows = on.cdiv(sequence * shape.group, tiles.block_m)
+    new = on.cdiv(sequence, tiles.extend_n)
+    of_branch = {
+        "decode": on.minimum((on.cdiv(capacity, tiles.decode_n) + 1) * heads, tiles.blocks),
+        "extend": on.minimum((on.cdiv(capacity, tiles.extend_n) + new) * rows * heads, tiles.blocks),
+        "prompt": rows * heads,
+    }
+    if shape.phase in of_branch:
+        return of_branch[shape.phase]
+    extending = on.less(sequence, EXTEND_TOKENS + 1)
+    prefill = extending * of_branch["extend"] + (extending * -1 + 1) * of_branch["prompt"]
     if shape.phase == "prefill":
         return prefill
-    if shape.phase == "decode":
-        return decode
     decoding = on.less(sequence, shape.decode_tokens + 1)
-    return decoding * decode + (decoding * -1 + 1) * prefill
+    return decoding * of_branch["decode"] + (decoding * -1 + 1) * prefill
 
 
-def partials_shape(shape: KernelShape, decode_blocks: int) -> tuple[int, int, int]:
-    """The scratch of the decode branch, float32: two pieces a block; head_dim sums, a maximum and a total each."""
-    return (2 * decode_blocks, shape.rows, shape.head_dim + 2)
+def partials_shape(shape: KernelShape, tiles: Tiles) -> tuple[int]:
+    """Scratch of the branches that share keys, float32: two pieces a block, of its rows and a weight each."""
+    rows = {"decode": shape.rows, "prompt": 0}.get(shape.phase, max(shape.rows, tiles.block_m))
+    return (max(2 * tiles.blocks * rows * (shape.head_dim + 1), 1),)
+
+
+def counters_shape(tiles: Tiles) -> tuple[int]:
+    """Counters, int32: one for each piece and level of joining."""
+    return (LEVELS * 2 * tiles.blocks,)
 
 
 @dataclass(frozen=True)
@@ -247,13 +294,20 @@ class Share:
     merges: tuple[int, ...]
 
 
+def branch(shape: KernelShape, sequence: int) -> str:
+    """The branch that a launch with ``sequence`` new tokens takes."""
+    if shape.phase in ("decode", "extend", "prompt"):
+        return shape.phase
+    if shape.phase == "shared" and sequence <= shape.decode_tokens:
+        return "decode"
+    return "extend" if sequence <= EXTEND_TOKENS else "prompt"
+
+
 def share(shape: KernelShape, tiles: Tiles, pasts: Sequence[int], sequence: int) -> Share:
     """How a launch on caches of ``pasts`` keys divides: the kernel's own arithmetic, for estimates and tests."""
-    phase = shape.phase
-    if phase == "shared":
-        phase = "decode" if sequence <= shape.decode_tokens else "prefill"
-    if phase == "decode":
-        return _decode_share(shape, tiles, pasts)
+    phase = branch(shape, sequence)
+    if phase != "prompt":
+        return _split_share(replace(shape, phase=phase), tiles, pasts, sequence)
     rows, keys, heads = tiles.block_m, tiles.block_n, len(pasts) * shape.kv_num_heads
     ends = [
         min((row + rows - 1) // shape.group + 1, sequence) for row in range(0, sequence * shape.group, rows)
@@ -261,36 +315,54 @@ def share(shape: KernelShape, tiles: Tiles, pasts: Sequence[int], sequence: int)
     new_tiles = [-(-end // keys) for end in ends]
     mean = sum(new_tiles) / len(new_tiles)
     blocks = len(ends) * heads
-    return Share(
-        "prefill", blocks, rows, keys, max(pasts) // keys, _ragged(pasts, keys), max(new_tiles), mean, 1, ()
-    )
+    ragged = int(any(past % keys for past in pasts))
+    return Share(phase, blocks, rows, keys, max(pasts) // keys, ragged, max(new_tiles), mean, 1, ())
 
 
-def _decode_share(shape: KernelShape, tiles: Tiles, pasts: Sequence[int]) -> Share:
-    ragged, whole = _ragged(pasts, tiles.decode_n), max(pasts) // tiles.decode_n
-    _, size = _tiles_of_heads(shape, tiles, pasts)
-    spans = blocks_of_heads(shape, tiles, pasts)
+def _split_share(shape: KernelShape, tiles: Tiles, pasts: Sequence[int], sequence: int) -> Share:
+    decoding = shape.phase == "decode"
+    rows, keys = (shape.rows, tiles.decode_n) if decoding else (tiles.block_m, tiles.extend_n)
+    items, size = tiles_of_items(shape, tiles, pasts, sequence)
+    spans = blocks_of_items(shape, tiles, pasts, sequence)
     blocks = spans[-1][1] + 1
     pieces = max(sum(first <= block <= last for first, last in spans) for block in range(blocks))
-    merged = max(last - first + 1 for first, last in spans)
-    most = max(min(size - 1 - ragged, whole), 0)
-    merges = (merged,) if merged > 1 else ()
-    return Share("decode", blocks, shape.rows, tiles.decode_n, most, ragged, 0, 0, pieces, merges)
+    merges = joins(max(last - first + 1 for first, last in spans))
+    at_once = joined_at_once(shape, tiles) if decoding else 1
+    new = 0 if decoding else -(-sequence // keys)
+    cached = min(size, max(items)) - new
+    return Share(
+        shape.phase, blocks, rows, keys, max(cached, 0), 0, new, new, pieces,
+        tuple(-(-pieces // at_once) * at_once for pieces in merges),
+    )  # fmt: skip
 
 
-def blocks_of_heads(shape: KernelShape, tiles: Tiles, pasts: Sequence[int]) -> list[tuple[int, int]]:
-    """The first and the last block that work on each head of each sequence in the decode branch."""
-    heads, size = _tiles_of_heads(shape, tiles, pasts)
+def tiles_of_items(
+    shape: KernelShape, tiles: Tiles, pasts: Sequence[int], sequence: int
+) -> tuple[list[int], int]:
+    """Tiles of each item, in order, and how many a block takes; every sequence has ``sequence`` new tokens."""
+    decoding = shape.phase == "decode"
+    keys = tiles.decode_n if decoding else tiles.extend_n
+    new = 0 if decoding else -(-sequence // keys)
+    rows = 1 if decoding else -(-sequence * shape.group // tiles.block_m)
+    items = [max(-(-past // keys) + new, 1) for past in pasts for _ in range(shape.kv_num_heads * rows)]
+    return items, max(-(-sum(items) // tiles.blocks), tiles.min_tiles)
+
+
+def blocks_of_items(
+    shape: KernelShape, tiles: Tiles, pasts: Sequence[int], sequence: int
+) -> list[tuple[int, int]]:
+    """The first and the last block that work on each item."""
+    items, size = tiles_of_items(shape, tiles, pasts, sequence)
     return [
-        ((end - own) // size, (end - 1) // size) for end, own in zip(accumulate(heads), heads, strict=True)
+        ((end - own) // size, (end - 1) // size) for end, own in zip(accumulate(items), items, strict=True)
     ]
 
 
-def _tiles_of_heads(shape: KernelShape, tiles: Tiles, pasts: Sequence[int]) -> tuple[list[int], int]:
-    """Tiles of each head, its new tokens' among them, and how many a block takes."""
-    heads = [-(-past // tiles.decode_n) + 1 for past in pasts for _ in range(shape.kv_num_heads)]
-    return heads, max(-(-sum(heads) // tiles.decode_blocks), tiles.min_tiles)
-
-
-def _ragged(pasts: Sequence[int], keys: int) -> int:
-    return int(any(past % keys for past in pasts))
+def joins(pieces: int) -> tuple[int, ...]:
+    """How many pieces are joined on each level."""
+    if pieces == 1:
+        return ()
+    if pieces <= 16:
+        return (pieces,)
+    group = 8 if pieces <= 64 else 16 if pieces <= 256 else 32
+    return (group, -(-pieces // group))

@@ -1,12 +1,13 @@
 """The TensorRT plugins of the operator; importing this module registers them.
 
-Two plugins share one kernel: ``glm4::PartialRopeGqaAttention`` and, with two more inputs, the scales of an int8
-cache, ``glm4::PartialRopeGqaAttentionInt8``. Both are ahead of time: TensorRT gets PTX and symbolic launch
+Three plugins share one kernel: ``glm4::PartialRopeGqaAttention`` and, with two more inputs, the scales of an int8 or
+fp8 cache, the same name with ``Int8`` or ``Fp8`` behind. All are ahead of time: TensorRT gets PTX and symbolic launch
 expressions, stores them in the engine, and needs neither Python nor Triton to run it.
 
-TensorRT picks the kernel by types and tactic, never by shape, gives it no workspace and zeroes nothing. So every
-tactic is right for every shape, scratch is an output (``partials``), and what must be zero is an input
-(``counters``) aliased to an output, zero before and after each launch.
+TensorRT picks the kernel by types and tactic, never by shape, gives it no workspace and zeroes nothing. So scratch
+is an output (``partials``), and what must be zero is an input (``counters``) aliased to an output, zero before and
+after each launch. There is one tactic: while TensorRT builds it would time several on inputs that it makes up. The
+attribute ``tiles`` says which block sizes the kernel has.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,11 +34,16 @@ from glm4_plugins.launch import (
 )
 from glm4_plugins.operator import DOMAIN, OP_TYPE, PLUGIN_INT8
 
-PLUGINS = {f"{DOMAIN}::{OP_TYPE}": False, f"{DOMAIN}::{PLUGIN_INT8}": True}
-"""Names, and whether the cache is int8."""
+PLUGINS = {
+    f"{DOMAIN}::{OP_TYPE}": None,
+    f"{DOMAIN}::{PLUGIN_INT8}": "int8",
+    f"{DOMAIN}::{OP_TYPE}Fp8": "fp8",
+}
+"""Names, and the type of a quantized cache."""
 
 # TensorRT's types: the kernel's name, and autotune's.
 _ACTIVATIONS = {trt.DataType.HALF: ("fp16", "FP16"), trt.DataType.BF16: ("bf16", "BF16")}
+_TACTIC = 1
 
 
 class Symbols:
@@ -62,8 +68,8 @@ def _compiled(shape: KernelShape, tiles: Tiles, capability: int) -> CompiledKern
 class _Plugin:
     """The three functions that TensorRT wants of a plugin. Each takes tensors and attributes by name."""
 
-    def __init__(self, quantized_cache: bool) -> None:
-        self.quantized_cache = quantized_cache
+    def __init__(self, cache: str | None) -> None:
+        self.quantized_cache, self.cache = cache is not None, cache or "int8"
 
     def shape_of(self, named: Mapping[str, Any]) -> KernelShape:
         """What to compile for a node.
@@ -82,23 +88,35 @@ class _Plugin:
             _ACTIVATIONS[dtype][0] if dtype in _ACTIVATIONS else str(dtype),
             self.quantized_cache,
             phase,
+            self.cache,
         )
-        refusal = unsupported(shape, named["rotary_embedding_dim"])
+        refusal = unsupported(shape, named["rotary_embedding_dim"], named["compute_capability"])
         if refusal:
             raise ValueError(refusal)
         return shape
 
-    def tiles_of(self, named: Mapping[str, Any]) -> tuple[Tiles, ...]:
-        return choices(named["compute_capability"], self.quantized_cache)
+    def tiles_of(self, named: Mapping[str, Any]) -> Tiles:
+        """The block sizes that the attribute ``tiles`` names.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        found = choices(named["compute_capability"], self.quantized_cache, named["processors"])
+        if not -1 <= named["tiles"] < len(found):
+            raise ValueError(
+                f"tiles is {named['tiles']}; this kernel has {len(found)} choices, 0 the first and -1 the last"
+            )
+        tiles: Tiles = found[named["tiles"]]
+        return tiles
 
     def describe(self, named: Mapping[str, Any]) -> tuple[Any, ...]:
         """The shape rule: the output like the query, caches and counters aliased, and scratch."""
-        scratch = partials_shape(self.shape_of(named), self.tiles_of(named)[0].decode_blocks)
+        scratch = partials_shape(self.shape_of(named), self.tiles_of(named))
         aliased = (named[name].aliased() for name in ("past_key", "past_value", "counters"))
         return named["query"].like(), *aliased, trtp.from_shape_expr(scratch, trt.DataType.FLOAT)
 
     def autotune(self, named: Mapping[str, Any]) -> list[Any]:
-        """One combination of types, linear throughout, and a tactic for each choice of block sizes.
+        """One combination of types, linear throughout, and one tactic.
 
         Raises:
             ValueError: a profile allows a shape for which the kernel is not compiled.
@@ -112,20 +130,18 @@ class _Plugin:
                 f"a profile allows {sequence} new tokens; a decode kernel takes {shape.decode_tokens}"
             )
         types = {"activation": _ACTIVATIONS[named["query"].dtype][1], "int32": "INT32", "float32": "FP32"}
-        types["cache"] = "INT8" if self.quantized_cache else types["activation"]
+        types["cache"] = self.cache.upper() if self.quantized_cache else types["activation"]
         kinds = (
             *PLUGIN_INPUTS.values(),
             *(PLUGIN_SCALES.values() if self.quantized_cache else ()),
             *PLUGIN_OUTPUTS.values(),
         )
-        tactics = range(1, len(self.tiles_of(named)) + 1)
-        return [trtp.AutoTuneCombination(", ".join(types[kind] for kind in kinds), "LINEAR", list(tactics))]
+        return [trtp.AutoTuneCombination(", ".join(types[kind] for kind in kinds), "LINEAR", [_TACTIC])]
 
     def implement(self, named: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The kernel of one tactic, its launch, and the sizes that it takes between inputs and outputs."""
+        """The kernel, whatever the tactic, its launch, and the sizes that it takes between inputs and outputs."""
         shape = self.shape_of(named)
-        # Without timing TensorRT asks for tactic 0: the first choice.
-        tiles = self.tiles_of(named)[max(named["tactic"] - 1, 0)]
+        tiles = self.tiles_of(named)
         kernel = _compiled(shape, tiles, named["compute_capability"])
         batch, sequence = named["query"].shape_expr[0], named["query"].shape_expr[1]
         capacity = named["past_key"].shape_expr[2]
@@ -158,9 +174,9 @@ def _signed(
     return call
 
 
-def _register(name: str, quantized_cache: bool) -> None:
-    plugin = _Plugin(quantized_cache)
-    tensors = (*PLUGIN_INPUTS, *(PLUGIN_SCALES if quantized_cache else ()))
+def _register(name: str, cache: str | None) -> None:
+    plugin = _Plugin(cache)
+    tensors = (*PLUGIN_INPUTS, *(PLUGIN_SCALES if cache else ()))
     inputs = dict.fromkeys(tensors, trtp.TensorDesc) | PLUGIN_ATTRIBUTES
     outputs = tuple.__class_getitem__((trtp.TensorDesc,) * len(PLUGIN_OUTPUTS))
     tuned = inputs | {"outputs": outputs}
@@ -170,5 +186,5 @@ def _register(name: str, quantized_cache: bool) -> None:
     trtp.aot_impl(name)(_signed(plugin.implement, tuned | {"tactic": int}, code))
 
 
-for _name, _quantized in PLUGINS.items():
-    _register(_name, _quantized)
+for _name, _cache in PLUGINS.items():
+    _register(_name, _cache)

@@ -1,6 +1,7 @@
 """The Triton kernel on torch tensors, caches updated in place: on a GPU, or on the CPU by Triton's interpreter."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from glm4_plugins.launch import (
     Tiles,
     choices,
     constants,
+    counters_shape,
     grid,
     partials_shape,
     unsupported,
@@ -19,6 +21,7 @@ from glm4_plugins.launch import (
 from glm4_plugins.operator import AttentionAttributes
 
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_QUANTIZED = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
 @dataclass
@@ -30,8 +33,8 @@ class Workspace:
 
     @classmethod
     def make(cls, shape: KernelShape, tiles: Tiles, device: torch.device) -> "Workspace":
-        counters = torch.zeros(shape.max_batch * shape.kv_num_heads, dtype=torch.int32, device=device)
-        return cls(counters, torch.empty(partials_shape(shape, tiles.decode_blocks), device=device))
+        counters = torch.zeros(counters_shape(tiles), dtype=torch.int32, device=device)
+        return cls(counters, torch.empty(partials_shape(shape, tiles), device=device))
 
 
 def kernel_shape(
@@ -45,8 +48,9 @@ def kernel_shape(
         attributes.scale,
         max_batch=query.shape[0],
         dtype=_DTYPES.get(query.dtype, str(query.dtype)),
-        quantized_cache=past_key.dtype == torch.int8,
+        quantized_cache=past_key.dtype in _QUANTIZED,
         phase=phase,
+        quantized_dtype=_QUANTIZED.get(past_key.dtype, "int8"),
     )
 
 
@@ -55,6 +59,13 @@ def known_capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     capability = 10 * major + minor
     return max((c for c in CAPABILITIES if c <= capability), default=capability)
+
+
+@lru_cache
+def device_choices(device: torch.device, quantized_cache: bool = False) -> tuple[Tiles, ...]:
+    """The block sizes on offer for a GPU, for as many blocks as it has processors."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return choices(known_capability(device), quantized_cache, processors)
 
 
 def attend(
@@ -78,7 +89,7 @@ def attend(
 ) -> Tensor:
     """``attn_output``; the new keys and values are written into ``past_key`` and ``past_value``.
 
-    An int8 cache needs ``key_scale`` and ``value_scale`` [kv_num_heads, head_dim] in float32. Without a
+    An int8 or fp8 cache needs ``key_scale`` and ``value_scale`` [kv_num_heads, head_dim] in float32. Without a
     ``workspace`` one is made, which costs more than a decode step.
 
     Raises:
@@ -95,11 +106,11 @@ def attend(
             f"{query.shape[1]} new tokens; a decode kernel for this shape takes {shape.decode_tokens}"
         )
     if shape.quantized_cache != (key_scale is not None) or shape.quantized_cache != (value_scale is not None):
-        raise ValueError("an int8 cache comes with key_scale and value_scale, and no other does")
+        raise ValueError("an int8 or fp8 cache comes with key_scale and value_scale, and no other does")
     tensors = (query, key, value, past_key, past_value, cos, sin, past_lengths, query_lengths)
     if not all(tensor.is_contiguous() for tensor in tensors):
         raise ValueError("the kernel takes contiguous tensors only")
-    tiles = tiles or choices(known_capability(query.device), shape.quantized_cache)[0]
+    tiles = tiles or device_choices(query.device, shape.quantized_cache)[0]
     workspace = workspace or Workspace.make(shape, tiles, query.device)
     out = torch.empty_like(query) if out is None else out
     batch, sequence, capacity = query.shape[0], query.shape[1], past_key.shape[2]

@@ -13,12 +13,12 @@ from glm4_deploy.pipeline import ExportOptions, export
 from glm4_exporters import engine as engine_module
 from glm4_exporters.engine import BuiltEngine, EngineOptions
 from glm4_exporters.engine_network import Network, float32_operators
-from glm4_plugins.launch import PHASES, PLUGIN_INPUTS, PLUGIN_SCALES
+from glm4_plugins.launch import PHASES, PLUGIN_INPUTS, PLUGIN_SCALES, choices, counters_shape
 from glm4_plugins.operator import OP_TYPE, PLUGIN_INT8
 from glm4_runtime import ExportError
 from glm4_runtime.bundle import FileEntry, read_manifest
 
-LAYERS, KV_HEADS, BATCH = 2, 2, 3
+LAYERS, KV_HEADS, BATCH, PROCESSORS = 2, 2, 3, 114
 SIZES = dict(head_dim=64, max_position_embeddings=32768)
 
 
@@ -41,6 +41,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(engine_module, "_require_builder", lambda _: None)
     for module in ("glm4_exporters.engine", "glm4_deploy.plan"):
         monkeypatch.setattr(f"{module}.gpu_capability", lambda: host.capability)
+        monkeypatch.setattr(f"{module}.gpu_processors", lambda: PROCESSORS)
     monkeypatch.setattr(engine_bundle, "engine_version", lambda _: "11.4.0.106")
     monkeypatch.setattr(engine_bundle, "build_engine", build)
     return host
@@ -80,10 +81,11 @@ def test_the_builder_gets_the_plugins_graph_and_the_manifest_says_so(tmp_path, g
     )
     values = {
         name: plugins(model)[0].attributes[name].value
-        for name in ("max_batch", "compute_capability", "phase")
+        for name in ("max_batch", "compute_capability", "processors", "tiles", "phase")
     }
-    assert values == {"max_batch": BATCH, "compute_capability": 90, "phase": PHASES["shared"]}
-    counters = ("counters", "int32", (BATCH * KV_HEADS,))
+    wanted = {"max_batch": BATCH, "compute_capability": 90, "processors": PROCESSORS, "tiles": 0}
+    assert values == wanted | {"phase": PHASES["shared"]}
+    counters = ("counters", "int32", counters_shape(choices(90, processors=PROCESSORS)[0]))
     assert dataclasses.astuple(plan.inputs[-1]) == dataclasses.astuple(manifest.inputs[-1]) == counters
     assert dataclasses.astuple(manifest.outputs[-1]) == ("present_counters", *counters[1:])
     assert {value.name for value in model.graph.inputs} == {spec.name for spec in plan.inputs}
@@ -123,6 +125,13 @@ def test_an_int8_cache_is_the_plugins(tmp_path, gpu, layout):
     assert {v.dtype for v in kept.inputs if "key_values" in v.name} == {ir.DataType.FLOAT16}
     report = json.loads((tmp_path / "bundle" / "report.json").read_text())
     assert report["calibration"]["kv_cache"]["scales"].startswith("per head and channel")
+
+
+def test_small_blocks_are_asked_for_by_the_attention_option(tmp_path, gpu):
+    manifest = exported(tmp_path, attention="plugin-small")
+    (model,) = gpu.models.values()
+    assert {node.attributes["tiles"].value for node in plugins(model)} == {-1}
+    assert manifest.engine.attention == "plugin"
 
 
 def test_two_engines_have_a_kernel_each(tmp_path, gpu):
@@ -173,6 +182,7 @@ def test_a_classifier_has_no_cache_and_attends_natively(tmp_path, gpu):
     ("given", "message"),
     [
         (dict(sizes=SIZES | {"head_dim": 16}), "no attention plugin .*head_dim is 16; .*--attention native"),
+        (dict(task="encoder", attention="plugin-small"), "works on a cache, which task encoder has not"),
         (dict(task="encoder", attention="plugin"), "works on a cache, which task encoder has not"),
         (
             dict(kv_cache="int8", attention="native"),

@@ -8,7 +8,7 @@ from checkpoints import tiny_config
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.passes.plugin_attention import PluginAttention
 from glm4_exporters.trace import trace
-from glm4_plugins.launch import PLUGIN_ATTRIBUTES, PLUGIN_INPUTS, PLUGIN_OUTPUTS, choices
+from glm4_plugins.launch import PLUGIN_ATTRIBUTES, PLUGIN_INPUTS, PLUGIN_OUTPUTS, choices, counters_shape
 from glm4_plugins.operator import OP_TYPE
 from glm4_runtime.errors import ExportError
 
@@ -60,12 +60,20 @@ def test_counters_go_through_every_layer(before_and_after):
     first, second = plugins(model)
     assert model.graph.inputs[-1] is first.inputs[9]
     assert model.graph.inputs[-1].name == "counters"
-    assert list(model.graph.inputs[-1].shape) == [BATCH * KV_HEADS]
+    assert list(model.graph.inputs[-1].shape) == list(counters_shape(choices(90)[0]))
     assert second.inputs[9] is first.outputs[3]
     assert model.graph.outputs[-1] is second.outputs[3]
     assert model.graph.outputs[-1].name == "present_counters"
-    rows = 16
-    assert list(first.outputs[4].shape) == [2 * choices(90)[0].decode_blocks, rows, 64 + 2]
+    assert len(first.outputs[4].shape) == 1
+
+
+def test_the_gpus_processors_and_small_blocks_reach_the_nodes():
+    model = traced()
+    PluginAttention(BATCH, 90, processors=114, small_tiles=True)(model)
+    for node in plugins(model):
+        values = {name: node.attributes[name].value for name in ("processors", "tiles")}
+        assert values == {"processors": 114, "tiles": -1}
+    assert list(model.graph.inputs[-1].shape) == [4 * 114]
 
 
 def test_caches_stay_the_graphs_inputs_and_outputs(before_and_after):

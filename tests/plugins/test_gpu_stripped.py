@@ -87,7 +87,7 @@ def test_the_cases_of_the_stripped_kernel_are_of_both_branches_and_types():
 
 # The other checks of the kernel, by Triton's interpreter ------------------------------------------------
 
-TILES = Tiles(32, 16, 1, 16, 1, 4, decode_blocks=5, min_tiles=2)
+TILES = Tiles(32, 16, 1, 16, 1, 16, 1, 4, blocks=5, min_tiles=2)
 
 
 @pytest.fixture(scope="module")

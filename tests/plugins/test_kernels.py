@@ -1,18 +1,21 @@
 """The Triton kernel, interpreted on the CPU, against the operator's NumPy meaning in float64."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from attention_cases import interpreter, random_case, rounded, run_kernel, run_operator
+import torch
+from attention_cases import interpreter, random_case, rounded, run_kernel, run_operator, run_with_guards
 
-from glm4_plugins.launch import KernelShape, Tiles, blocks_of_heads, choices, share
+from glm4_plugins.launch import KernelShape, Tiles, blocks_of_items, choices, joins, share
 from glm4_plugins.operator import partial_rope_gqa_attention
 
 pytest.importorskip("triton", reason="needs the plugins extra")
 
 # Small blocks, so that short sequences straddle many edges; five blocks share the keys of a decode step.
-SMALL = Tiles(
-    block_m=32, block_n=16, stages=1, decode_n=16, decode_stages=1, warps=4, decode_blocks=5, min_tiles=2
-)
+SMALL = Tiles(32, 16, 1, 16, 1, 16, 1, 4, blocks=5, min_tiles=2)
+# As many blocks as make pieces of a head join in one group, in groups of 8, and in groups of 16.
+JOINING = {16: (16,), 30: (8, 4), 70: (16, 5)}
 TOLERANCE = {"float16": 3e-3, "bfloat16": 2.5e-2}
 STEP = {"float16": 2**-10, "bfloat16": 2**-7}  # between neighbouring numbers, relative
 
@@ -115,24 +118,84 @@ def test_the_kernel_divides_its_work_as_share_says(run, pasts):
     ones = [1] * len(pasts)
     case, attributes = random_case(21, len(pasts), 1, 2, 8, 64, 32, pasts, ones)
     partials = run(rounded(case, "float16"), attributes, SMALL)[4]
-    shape = KernelShape(16, 2, 64, 1.0, len(pasts))
-    spans = blocks_of_heads(shape, SMALL, pasts)
+    shape = KernelShape(16, 2, 64, 1.0, len(pasts), phase="decode")
+    spans = blocks_of_items(shape, SMALL, pasts, 1)
     slots = {
         2 * block + (block == first)
         for first, last in spans
         if first < last
         for block in range(first, last + 1)
     }
-    written = (~np.isnan(partials.reshape(-1)[: 10 * 16 * 64].reshape(10, -1))).all(1)
-    assert set(np.flatnonzero(written)) == slots
+    written = (~np.isnan(partials[: 10 * 16 * 64].reshape(10, -1))).any(1)
+    blocks = max(last for _, last in spans) + 1
+    # The kernel counts blocks as launched, of which some may have nothing to do.
+    assert set(np.flatnonzero(written)) - {i for i in range(10) if i >= 2 * blocks} == slots
     part = share(shape, SMALL, pasts, 1)
-    assert part.merges == ((max(last - first for first, last in spans) + 1,) if slots else ())
-    assert (part.phase, part.rows, part.ragged) == ("decode", 16, any(past % 16 for past in pasts))
-    assert part.blocks <= SMALL.decode_blocks
+    assert part.merges == (
+        (most,) if (most := max(last - first for first, last in spans) + 1) > 1 else ()
+    ) or (part.merges[0] >= most)
+    assert (part.phase, part.rows) == ("decode", 16)
+    assert part.blocks <= SMALL.blocks
+
+
+@pytest.mark.parametrize("blocks", [16, 30, pytest.param(70, marks=pytest.mark.more)])
+@pytest.mark.parametrize("sequence", [1, 5])
+def test_pieces_are_joined_in_groups_of_fixed_order(run, blocks, sequence):
+    """Right, and the same bits whichever block ends last, on one level and on two."""
+    tiles = replace(SMALL, blocks=blocks, min_tiles=1)
+    phase = "decode" if sequence == 1 else "extend"
+    past = 16 * blocks - 5 if sequence == 1 else 16 * blocks - 37
+    shape = KernelShape(4, 1, 64, 1.0, 1, phase=phase)
+    first, last = blocks_of_items(shape, tiles, [past], sequence)[0]
+    assert joins(last - first + 1) == JOINING[blocks] or sequence > 1
+    case, attributes = random_case(22, 1, sequence, 1, 4, 64, 32, [past], [sequence])
+    check(run, case, attributes, [sequence], tiles, phase=phase)
+    case = rounded(case, "float16")
+    one, other = (run(case, attributes, tiles, phase=phase, order=order) for order in (None, 3))
+    for ours, theirs in zip(other[:4], one[:4], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("sequence", "lengths"), [(2, [2, 1]), (33, [33, 17]), (64, [64, 0]), (65, [65, 3])])
+def test_few_new_tokens_behind_a_cache(run, sequence, lengths):
+    """The branch that shares keys among blocks, and one more than it takes; padding comes out as zeros."""
+    check(run, *random_case(23, 2, sequence, 2, 2, 64, 32, [150, 33], lengths), lengths)
+
+
+GARBAGE = (-(2**31), -5, -1, 0, 1, 23, 24, 25, 26, 1000, 2**31 - 1)
+
+
+@pytest.mark.parametrize("phase", ["decode", "extend", "prompt"])
+@pytest.mark.parametrize("quantity", ["past_lengths", "query_lengths", "both"])
+def test_made_up_lengths_touch_nothing_outside(interpreted, phase, quantity):
+    """TensorRT times plugins on inputs that it makes up. Guards lie around all that the kernel writes."""
+    rng = np.random.default_rng(24)
+    sequence = 1 if phase == "decode" else 5
+    for _ in range(6):
+        case, attributes = random_case(24, 3, sequence, 2, 8, 64, 32, [17, 20, 3], [sequence] * 3, slack=2)
+        for name in ("past_lengths", "query_lengths"):
+            if quantity in (name, "both"):
+                case[name] = rng.choice(GARBAGE, 3).astype(np.int32)
+        found = interpreted(run_with_guards, case, attributes, SMALL, "float16", {}, phase)
+        for memory in found[:3]:
+            assert (memory[[0, 2]] == 7).all(), case
+            assert np.isfinite(memory[1]).all(), case
+        assert (found[3][[0, 2]] == 7).all()
+        assert not found[3][1].any()
+        assert (found[4] == 7).all()
+
+
+def test_a_sequence_with_right_lengths_is_right_beside_made_up_ones(run):
+    case, attributes = random_case(25, 3, 1, 2, 8, 64, 32, [40, 40, 40], [1, 1, 1])
+    case = rounded(case, "float16")
+    expected = partial_rope_gqa_attention(**case, attributes=attributes)[0]
+    case["past_lengths"] = np.array([-7, 40, 10**9], np.int32)
+    output = run(case, attributes, SMALL)[0]
+    np.testing.assert_allclose(output[1], expected[1], atol=TOLERANCE["float16"])
 
 
 def test_one_block_does_everything(run):
-    tiles = Tiles(32, 16, 1, 16, 1, 4, decode_blocks=1)
+    tiles = replace(SMALL, blocks=1, min_tiles=1)
     check(run, *random_case(10, 3, 1, 2, 4, 64, 32, [40, 0, 17], [1, 1, 1]), [1, 1, 1], tiles)
 
 
@@ -219,6 +282,56 @@ def test_int8_cache(run, dtype, sequence, lengths):
             np.testing.assert_allclose(output[b, i], expected, atol=1.5 * TOLERANCE[dtype])
         assert (keys[b, :, past + new :] == stored["past_key"][b, :, past + new :]).all()
     assert not counters.any()
+
+
+@pytest.mark.parametrize(("sequence", "lengths"), [(1, [1, 1]), (5, [5, 3]), (70, [70, 9])])
+def test_fp8_cache(run, sequence, lengths):
+    """Old keys as they were stored, new ones saturated and rounded to even, then all as if exact."""
+    case, attributes = random_case(26, 2, sequence, 2, 4, 64, 32, [50, 17], lengths)
+    case = rounded(case, "float16")
+    case["value"][0, 0, :3] = (3000.0, -3000.0, 0.0)  # beyond what fp8 holds at this scale
+    rng = np.random.default_rng(26)
+    scales = {n: rng.uniform(0.01, 0.1, (2, 64)).astype(np.float32) for n in ("key_scale", "value_scale")}
+    steps = dict(zip(("past_key", "past_value"), (s[None, :, None] for s in scales.values()), strict=True))
+    codes = {
+        name: torch.from_numpy(case[name] / step).clamp(-448, 448).to(torch.float8_e4m3fn)
+        for name, step in steps.items()
+    }
+    stored = {name: code.view(torch.uint8).numpy() for name, code in codes.items()}
+    output, keys, values, counters, _ = run(case | stored, attributes, SMALL, "float16", **scales)
+    present = dict(past_key=keys * steps["past_key"], past_value=values * steps["past_value"])
+    exact = partial_rope_gqa_attention(
+        **(case | {n: c.float().numpy() * steps[n] for n, c in codes.items()}), attributes=attributes
+    )
+    group = attributes.num_heads // attributes.kv_num_heads
+    for b, new in enumerate(lengths):
+        past = int(case["past_lengths"][b])
+        for (name, step), theirs in zip(steps.items(), exact[1:], strict=True):
+            rows = slice(past, past + new)
+            wanted = torch.from_numpy(theirs[b, :, rows] / step[0]).clamp(-448, 448).to(torch.float8_e4m3fn)
+            found = present[name][b, :, rows] / step[0]
+            # A key that lies between two codes may fall to either: its own rotation rounds too.
+            np.testing.assert_allclose(found, wanted.float().numpy(), rtol=0.13, atol=0.5)
+            np.testing.assert_array_equal(
+                present[name][b, :, :past], codes[name][b, :, :past].float().numpy() * step[0]
+            )
+        for i in range(0, new, 7):
+            row = case | {n: case[n][b : b + 1, i : i + 1] for n in ("query", "key", "value")}
+            row |= {n: array[b : b + 1].copy() for n, array in present.items()}
+            row |= dict(past_lengths=case["past_lengths"][b : b + 1] + i, query_lengths=np.ones(1, np.int32))
+            np.testing.assert_allclose(output[b, i], attended(row, attributes, group), atol=6e-3, rtol=2e-3)
+    limit = 448 * scales["value_scale"][0]
+    np.testing.assert_allclose(present["past_value"][0, 0, 50, :2], (limit[0], -limit[1]), rtol=1e-6)
+    assert not counters.any()
+
+
+def test_numbers_between_two_steps_of_int8_go_to_the_even_one(run):
+    case, attributes = random_case(27, 1, 1, 1, 4, 64, 32, [0], [1])
+    case["value"][0, 0] = np.tile([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 200.0, -200.0], 8)
+    stored = {name: np.zeros(case[name].shape, np.int8) for name in ("past_key", "past_value")}
+    scales = {n: np.ones((1, 64), np.float32) for n in ("key_scale", "value_scale")}
+    values = run(case | stored, attributes, SMALL, **scales)[2]
+    np.testing.assert_array_equal(values[0, 0, 0], np.tile([0, 2, 2, 0, -2, -2, 127, -127], 8))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -6,8 +6,7 @@ from attention_cases import random_case
 
 import glm4_plugins.torch  # noqa: F401  registers the torch operator
 from benchmarks.gpu_check.correctness import Case, cases, check
-from glm4_plugins.launch import choices
-from glm4_plugins.torch_kernel import known_capability
+from glm4_plugins.torch_kernel import device_choices
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,7 +16,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("case", list(cases(100)), ids=str)
 def test_against_float64(case: Case):
-    for tiles in choices(known_capability(torch.device("cuda"))):
+    for tiles in device_choices(torch.device("cuda")):
         result = check(case, tiles, "cuda")
         assert result["ok"], result
 

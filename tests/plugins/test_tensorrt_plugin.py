@@ -14,6 +14,7 @@ from glm4_plugins.launch import (
     Integers,
     KernelShape,
     choices,
+    counters_shape,
     grid,
     partials_shape,
 )
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 NAME = "PartialRopeGqaAttention"
-HEADS, KV_HEADS, HEAD_DIM, CAPACITY, BATCH, CAPABILITY = 32, 2, 128, 4096, 8, 90
+HEADS, KV_HEADS, HEAD_DIM, CAPACITY, BATCH, CAPABILITY, PROCESSORS = 32, 2, 128, 4096, 8, 90, 114
 ATTRIBUTES = dict(
     num_heads=HEADS,
     kv_num_heads=KV_HEADS,
@@ -32,6 +33,8 @@ ATTRIBUTES = dict(
     scale=repr(HEAD_DIM**-0.5),
     max_batch=BATCH,
     compute_capability=CAPABILITY,
+    processors=PROCESSORS,
+    tiles=0,
     phase=0,
 )
 LIMITS = dict(batch=(1, BATCH), sequence=(1, 512))
@@ -47,13 +50,11 @@ def ask(tmp_path_factory):
         yield lambda name, *args: pool.submit(getattr(tensorrt_without_gpu, name), folder, *args).result()
 
 
-def tensors(activation="HALF", quantized=False):
-    """(type, dimensions) of the plugin's inputs, and of its outputs."""
-    cache = "INT8" if quantized else activation
-    kinds = dict(activation=activation, cache=cache, int32="INT32", float32="FLOAT")
-    scratch = partials_shape(
-        KernelShape(HEADS, KV_HEADS, HEAD_DIM, 1.0, BATCH), choices(CAPABILITY)[0].decode_blocks
-    )
+def tensors(activation="HALF", cache=None):
+    """(type, dimensions) of the plugin's inputs, and of its outputs; ``cache`` is a quantized one's type."""
+    kinds = dict(activation=activation, cache=cache or activation, int32="INT32", float32="FLOAT")
+    tiles = choices(CAPABILITY, cache is not None, PROCESSORS)[0]
+    scratch = partials_shape(KernelShape(HEADS, KV_HEADS, HEAD_DIM, 1.0, BATCH), tiles)
     tokens = ("batch", "sequence")
     shapes = dict(
         query=(*tokens, HEADS * HEAD_DIM),
@@ -65,7 +66,7 @@ def tensors(activation="HALF", quantized=False):
         sin=(CAPACITY, HEAD_DIM // 4),
         past_lengths=("batch",),
         query_lengths=("batch",),
-        counters=(BATCH * KV_HEADS,),
+        counters=counters_shape(tiles),
         key_scale=(KV_HEADS, HEAD_DIM),
         value_scale=(KV_HEADS, HEAD_DIM),
         partials=scratch,
@@ -76,12 +77,12 @@ def tensors(activation="HALF", quantized=False):
         present_value=shapes["past_key"],
         present_counters=shapes["counters"],
     )
-    inputs = PLUGIN_INPUTS | (PLUGIN_SCALES if quantized else {})
+    inputs = PLUGIN_INPUTS | (PLUGIN_SCALES if cache else {})
     return [[(kinds[kind], shapes[name]) for name, kind in side.items()] for side in (inputs, PLUGIN_OUTPUTS)]
 
 
-def explore(ask, name=NAME, activation="HALF", quantized=False, all_tactics=False, **changed):
-    inputs, outputs = tensors(activation, quantized)
+def explore(ask, name=NAME, activation="HALF", cache=None, all_tactics=False, **changed):
+    inputs, outputs = tensors(activation, cache)
     return ask("explored", name, ATTRIBUTES | changed, inputs, outputs, LIMITS, POINTS, all_tactics)
 
 
@@ -90,9 +91,10 @@ def facts(ask):
     return explore(ask, all_tactics=True)
 
 
-def test_both_plugins_are_registered(ask):
-    attributes = list(PLUGIN_ATTRIBUTES)
-    assert ask("registered") == {NAME: attributes, NAME + "Int8": attributes}
+def test_all_plugins_are_registered(ask):
+    assert ask("registered") == {
+        name: list(PLUGIN_ATTRIBUTES) for name in (NAME, NAME + "Int8", NAME + "Fp8")
+    }
 
 
 def test_shapes_types_and_aliases(facts):
@@ -110,45 +112,58 @@ def test_one_linear_combination_of_types(facts):
     assert facts["supported"] == [(kind, "LINEAR") for kind, _ in (*inputs, *outputs)]
 
 
-def test_a_tactic_for_each_choice_of_block_sizes(facts):
-    assert sorted(facts["tactics"]) == list(range(1, len(choices(CAPABILITY)) + 1))
-    kernels = [facts["launches"][tactic]["ptx"] for tactic in facts["tactics"]]
-    assert len(set(kernels)) == len(kernels)
-    assert facts["launches"][0] == facts["launches"][1]  # without timing: the first choice
+def test_one_tactic_so_that_nothing_is_timed(facts):
+    assert facts["tactics"] == [1]
+    assert facts["launches"][0] == facts["launches"][1]
+
+
+def check_launch(launch, shape, tiles):
+    from glm4_plugins.compile import compile_kernel
+
+    kernel = compile_kernel(shape, tiles, CAPABILITY)
+    assert (launch["kernel"], launch["ptx"]) == (kernel.name, kernel.ptx)
+    for point, parameters, sizes in zip(POINTS, launch["parameters"], launch["sizes"], strict=True):
+        batch, sequence = point["batch"], point["sequence"]
+        assert sizes == [batch, sequence, CAPACITY]
+        assert parameters == dict(
+            grid_x=grid(shape, tiles, batch, sequence, CAPACITY, Integers()),
+            grid_y=1,
+            grid_z=1,
+            block_x=32 * tiles.warps,
+            block_y=1,
+            block_z=1,
+            shared_mem=kernel.shared_memory,
+        )
+    return kernel
+
+
+SHAPE = KernelShape(HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM**-0.5, BATCH)
 
 
 def test_launches_fit_the_kernels_that_the_interpreter_tests(facts):
-    from glm4_plugins.compile import compile_kernel
-
-    shape = KernelShape(HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM**-0.5, BATCH)
-    for tactic, tiles in enumerate(choices(CAPABILITY), 1):
-        kernel = compile_kernel(shape, tiles, CAPABILITY)
-        launch = facts["launches"][tactic]
-        assert (launch["kernel"], launch["ptx"]) == (kernel.name, kernel.ptx)
-        for point, parameters, sizes in zip(POINTS, launch["parameters"], launch["sizes"], strict=True):
-            batch, sequence = point["batch"], point["sequence"]
-            assert sizes == [batch, sequence, CAPACITY]
-            assert parameters == dict(
-                grid_x=grid(shape, tiles, batch, sequence, CAPACITY, Integers()),
-                grid_y=1,
-                grid_z=1,
-                block_x=32 * tiles.warps,
-                block_y=1,
-                block_z=1,
-                shared_mem=kernel.shared_memory,
-            )
-        assert len(PLUGIN_INPUTS) + len(sizes) + len(PLUGIN_OUTPUTS) == kernel.parameters
+    kernel = check_launch(facts["launches"][1], SHAPE, choices(CAPABILITY, processors=PROCESSORS)[0])
+    assert (
+        len(PLUGIN_INPUTS) + len(facts["launches"][1]["sizes"][0]) + len(PLUGIN_OUTPUTS) == kernel.parameters
+    )
 
 
 @pytest.mark.slow
-def test_bfloat16_and_int8(ask):
-    facts = explore(ask, NAME + "Int8", "BF16", quantized=True)
-    inputs, outputs = tensors("BF16", quantized=True)
+def test_an_attribute_picks_blocks_below_48_kib(ask):
+    offered = choices(CAPABILITY, processors=PROCESSORS)
+    launch = explore(ask, tiles=-1)["launches"][0]
+    assert check_launch(launch, SHAPE, offered[-1]).shared_memory <= 48 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cache", "converted"), [("INT8", "s8"), ("FP8", "e4m3")])
+def test_bfloat16_and_a_quantized_cache(ask, cache, converted):
+    facts = explore(ask, NAME + cache.capitalize(), "BF16", cache, phase=4)
+    inputs, outputs = tensors("BF16", cache)
     assert facts["types"] == [kind for kind, _ in outputs]
     assert facts["supported"] == [(kind, "LINEAR") for kind, _ in (*inputs, *outputs)]
-    assert sorted(facts["tactics"]) == list(range(1, len(choices(CAPABILITY, True)) + 1))
     assert facts["aliases"] == [-1, 3, 4, 9, -1]
     assert "bf16" in facts["launches"][0]["ptx"]
+    assert converted in facts["launches"][0]["ptx"]
 
 
 @pytest.mark.parametrize(
@@ -158,6 +173,9 @@ def test_bfloat16_and_int8(ask):
         (dict(phase=2), "512 new tokens; a decode kernel takes 1"),
         (dict(rotary_embedding_dim=128), "turns half"),
         (dict(compute_capability=75), "no block sizes"),
+        (dict(tiles=3), "3 choices"),
+        (dict(tiles=-2), "3 choices"),
+        (dict(name=NAME + "Fp8", cache="FP8", compute_capability=86), "no fp8 cache"),
         (dict(activation="FLOAT"), "fp16 and bf16"),
     ],
 )

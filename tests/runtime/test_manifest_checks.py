@@ -7,12 +7,15 @@ import pytest
 
 from glm4_runtime import BundleError
 from glm4_runtime.bundle import (
+    COUNTERS,
+    PRESENT_COUNTERS,
     EngineInfo,
     EngineProfile,
     FileEntry,
     Limits,
     Manifest,
     ModelInfo,
+    TensorSpec,
     read_manifest,
     write_manifest,
 )
@@ -189,3 +192,23 @@ def test_a_long_name_of_an_axis_costs_no_time(tmp_path):
 )  # fmt: skip
 def test_an_engine_that_cannot_be(tmp_path, path, value, reason):
     assert reason in refusal(tmp_path, ENGINE, {path: value})
+
+
+def with_counters(count):
+    """An engine by our plugin, which has ``count`` counters, going in and coming out."""
+    return dataclasses.replace(
+        ENGINE,
+        inputs=(*ENGINE.inputs, TensorSpec(COUNTERS, "int32", (count,))),
+        outputs=(*ENGINE.outputs, TensorSpec(PRESENT_COUNTERS, "int32", (count,))),
+        engine=dataclasses.replace(ENGINE.engine, attention="plugin"),
+    )
+
+
+@pytest.mark.parametrize("count", [0, -1, 2**20 + 1])
+def test_counters_that_cannot_be(tmp_path, count):
+    assert "counters is" in refusal(tmp_path, with_counters(528), {("inputs", -1, "shape", 0): count})
+
+
+def test_counters_of_one_number_in_and_another_out(tmp_path):
+    changes = {("outputs", -1, "shape", 0): 527}
+    assert "present_counters is" in refusal(tmp_path, with_counters(528), changes)

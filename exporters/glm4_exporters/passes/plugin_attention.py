@@ -10,7 +10,7 @@ from glm4_plugins.launch import (
     PLUGIN_OUTPUTS,
     KernelShape,
     choices,
-    partials_shape,
+    counters_shape,
     unsupported,
 )
 from glm4_plugins.operator import DOMAIN, OP_TYPE
@@ -23,25 +23,35 @@ _DTYPES = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 class PluginAttention(ir.passes.InPlacePass):
     """Complete attention nodes to what TensorRT's plugin takes and gives.
 
-    The graph gets an input ``counters`` [max_batch * kv heads] int32 and an output ``present_counters``, which
+    The graph gets an input ``counters`` int32 and an output ``present_counters``, which
     the session binds to one buffer and zeroes once. All layers share it, one after the other: each leaves it zero.
 
     Nodes without a past, those of classifiers and encoders, are left for the native lowering.
+
+    ``processors`` are the GPU's streaming multiprocessors; ``small_tiles`` keeps a block's shared memory below 48 KiB.
 
     Raises:
         ExportError: the kernel does not take these heads or this type.
     """
 
-    def __init__(self, max_batch: int, compute_capability: int, phase: str = "shared") -> None:
+    def __init__(
+        self,
+        max_batch: int,
+        compute_capability: int,
+        phase: str = "shared",
+        processors: int | None = None,
+        small_tiles: bool = False,
+    ) -> None:
         super().__init__()
         self.max_batch, self.compute_capability, self.phase = max_batch, compute_capability, phase
+        self.tile_choice = -1 if small_tiles else 0
+        self.tiles = choices(compute_capability, processors=processors)[self.tile_choice]
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         nodes = [n for n in graph if (n.domain, n.op_type) == (DOMAIN, OP_TYPE) and _canonical(n)]
         if nodes:
-            kv_heads = nodes[0].attributes["kv_num_heads"].as_int()
-            counters = _value(COUNTERS, ir.DataType.INT32, [self.max_batch * kv_heads])
+            counters = _value(COUNTERS, ir.DataType.INT32, list(counters_shape(self.tiles)))
             graph.inputs.append(counters)
             for node in nodes:
                 counters = self._complete(graph, node, counters)
@@ -52,7 +62,6 @@ class PluginAttention(ir.passes.InPlacePass):
     def _complete(self, graph: ir.Graph, node: ir.Node, counters: ir.Value) -> ir.Value:
         """Put the plugin into the node's place; its counters, for the next layer."""
         shape = self._kernel_shape(node)
-        blocks = choices(self.compute_capability)[0].decode_blocks
         attributes: dict[str, int | str] = {
             name: node.attributes[name].as_int()
             for name in ("num_heads", "kv_num_heads", "rotary_embedding_dim")
@@ -63,6 +72,8 @@ class PluginAttention(ir.passes.InPlacePass):
             scale=str(np.float32(shape.scale)),
             max_batch=self.max_batch,
             compute_capability=self.compute_capability,
+            processors=self.tiles.blocks,
+            tiles=self.tile_choice,
             phase=PHASES[self.phase],
             # what TensorRT's parser looks for: the plugin's name in full, and its ahead-of-time form
             plugin_namespace=DOMAIN,
@@ -83,7 +94,7 @@ class PluginAttention(ir.passes.InPlacePass):
         *_, left, scratch = plugin.outputs
         left.name, left.type, left.shape = f"{node.name}:counters", counters.type, counters.shape
         scratch.name, scratch.type = f"{node.name}:partials", ir.TensorType(ir.DataType.FLOAT)
-        scratch.shape = ir.Shape(partials_shape(shape, blocks))
+        scratch.shape = ir.Shape([None])  # the plugin says it
         ir.convenience.replace_nodes_and_values(
             graph, node, [node], [plugin], node.outputs, plugin.outputs[: len(node.outputs)]
         )

@@ -1,4 +1,4 @@
-"""Many new tokens: a block owns rows and walks over all keys before them."""
+"""Many new tokens: a block owns rows and walks over keys, by products of two matrices at a time."""
 
 import triton
 import triton.language as tl
@@ -8,6 +8,7 @@ from glm4_plugins.kernels.steps import (
     append,
     attend_to_cache,
     attend_to_new,
+    clamped,
     new_tokens,
     queries,
     write_output,
@@ -21,16 +22,17 @@ def prefill(
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, APPEND_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """A block for BLOCK_M rows of each head: it walks over the cache, then over the new tokens."""
     HALF: tl.constexpr = HEAD_DIM // 2
     KV_ROW: tl.constexpr = KV_HEADS * HEAD_DIM
+    CACHE: tl.constexpr = past_key.dtype.element_ty
     # The last rows see the most keys: they go first, so that no block starts late with the longest walk.
     items = batch * KV_HEADS
     program = tl.program_id(0)
     block = tl.cdiv(sequence * GROUP, BLOCK_M) - 1 - program // items
     b = (program % items) // KV_HEADS
     h = program % KV_HEADS
-    past = tl.load(past_lengths + b)
-    new = tl.minimum(tl.load(query_lengths + b), sequence)
+    past, new = clamped(tl.load(past_lengths + b), tl.load(query_lengths + b), sequence, capacity)
     first_row = block * BLOCK_M
     first_token = first_row // GROUP
     token_end = tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, new)
@@ -42,23 +44,16 @@ def prefill(
     if key_scale is not None:
         key_scale += h * HEAD_DIM
         value_scale += h * HEAD_DIM
-
-    # A token is appended by the block that holds the first row of it.
-    tokens = tl.cdiv(first_row, GROUP) + tl.arange(0, APPEND_N)
-    owned = (tokens * GROUP < first_row + BLOCK_M) & (tokens < new) & (past + tokens < capacity)
-    turning, passing, v = new_tokens(
-        key + new_head, value + new_head, cos, sin, key_scale, value_scale, tokens, owned, past,
-        APPEND_N, HALF, KV_ROW, True,
+    append_rows(
+        key + new_head, value + new_head, cos, sin, key_scale, value_scale,
+        present_key + cache_head, present_value + cache_head, first_row, past, new,
+        BLOCK_M, APPEND_N, GROUP, HALF, KV_ROW,
     )  # fmt: skip
-    append(
-        present_key + cache_head, present_value + cache_head, turning, passing, v, past + tokens, owned, HALF
-    )
 
     rows = first_row + tl.arange(0, BLOCK_M)
     q_turning, q_passing = queries(
-        query + query_head, cos, sin, key_scale, rows, past, new, sequence,
-        BLOCK_M, HALF, GROUP, GROUP * KV_ROW,
-    )  # fmt: skip
+        query + query_head, cos, sin, key_scale, rows, past, new, BLOCK_M, HALF, GROUP, GROUP * KV_ROW
+    )
     top = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
@@ -79,12 +74,69 @@ def prefill(
     whole = tl.where(first_token < new, (first_token + 1) // BLOCK_N * BLOCK_N, 0)
     top, total, acc = attend_to_new(
         q_turning, q_passing, key + new_head, value + new_head, cos, sin, key_scale, value_scale,
-        0, whole, rows // GROUP, new, past, top, total, acc, BLOCK_N, HALF, KV_ROW, SCALE, STAGES, False,
+        0, whole, rows // GROUP, new, past, top, total, acc, BLOCK_N, HALF, KV_ROW, SCALE, STAGES, False, CACHE,
     )  # fmt: skip
     top, total, acc = attend_to_new(
         q_turning, q_passing, key + new_head, value + new_head, cos, sin, key_scale, value_scale,
-        whole, token_end, rows // GROUP, new, past, top, total, acc, BLOCK_N, HALF, KV_ROW, SCALE, 1, True,
+        whole, token_end, rows // GROUP, new, past, top, total, acc, BLOCK_N, HALF, KV_ROW, SCALE, 1, True, CACHE,
     )  # fmt: skip
     write_output(
         attn_output + query_head, value_scale, rows, new, sequence, total, acc, HALF, GROUP, GROUP * KV_ROW
     )
+
+
+@triton.jit
+def append_rows(
+    key, value, cos, sin, key_scale, value_scale, present_key, present_value, first_row, past, new,
+    BLOCK_M: tl.constexpr, APPEND_N: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, KV_ROW: tl.constexpr,
+):  # fmt: skip
+    """Append the new tokens whose first row is among BLOCK_M rows from ``first_row``; pointers are to one head."""
+    tokens = tl.cdiv(first_row, GROUP) + tl.arange(0, APPEND_N)
+    owned = (tokens * GROUP < first_row + BLOCK_M) & (tokens < new)
+    turning, passing, v = new_tokens(
+        key, value, cos, sin, key_scale, value_scale, tokens, owned, past,
+        APPEND_N, HALF, KV_ROW, True, present_key.dtype.element_ty,
+    )  # fmt: skip
+    append(present_key, present_value, turning, passing, v, past + tokens, owned, HALF)
+
+
+@triton.jit
+def extend_piece(
+    query, key, value, past_key, past_value, cos, sin, key_scale, value_scale, present_key, present_value,
+    first_row, first_tile, tiles, own, past, new,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, APPEND_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Tiles ``first_tile ... first_tile + tiles - 1`` of the ``own`` that one head has: cached keys, then new ones.
+
+    Returns the rows' running maximum [BLOCK_M], sum [BLOCK_M] and output [BLOCK_M, HEAD_DIM].
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    KV_ROW: tl.constexpr = KV_HEADS * HEAD_DIM
+    CACHE: tl.constexpr = past_key.dtype.element_ty
+    rows = first_row + tl.arange(0, BLOCK_M)
+    q_turning, q_passing = queries(
+        query, cos, sin, key_scale, rows, past, new, BLOCK_M, HALF, GROUP, GROUP * KV_ROW
+    )
+    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+    last_tile = first_tile + tiles
+    last_key = tl.minimum(last_tile * BLOCK_N, past)
+    top, total, acc = attend_to_cache(
+        q_turning, q_passing, past_key, past_value, first_tile * BLOCK_N, last_key, last_key,
+        top, total, acc, BLOCK_N, HALF, SCALE, STAGES, True,
+    )  # fmt: skip
+    cached = tl.cdiv(past, BLOCK_N)
+    last_token = tl.minimum((last_tile - cached) * BLOCK_N, new)
+    top, total, acc = attend_to_new(
+        q_turning, q_passing, key, value, cos, sin, key_scale, value_scale,
+        tl.maximum(first_tile - cached, 0) * BLOCK_N, last_token, rows // GROUP, new, past, top, total, acc,
+        BLOCK_N, HALF, KV_ROW, SCALE, 1, True, CACHE,
+    )  # fmt: skip
+    if last_tile == own:
+        append_rows(
+            key, value, cos, sin, key_scale, value_scale, present_key, present_value, first_row, past, new,
+            BLOCK_M, APPEND_N, GROUP, HALF, KV_ROW,
+        )  # fmt: skip
+    return top, total, acc

@@ -6,14 +6,24 @@ import triton.language as tl
 # Below every score, yet finite: a row that has seen no key yet must not compute -inf - -inf.
 LOWEST = tl.constexpr(-1.0e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
+# 1.5 * 2^23: a small number plus this loses its fraction, rounded to even.
+ROUND = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def load_half(rows, mask, HALF: tl.constexpr, WHICH: tl.constexpr, MASKED: tl.constexpr):
-    """Half ``WHICH`` of each row; ``rows`` [N] are pointers to the rows' first elements."""
-    pointers = rows[:, None] + (WHICH * HALF + tl.arange(0, HALF))[None, :]
+def clamped(past, new, sequence, capacity):
+    """Lengths that keep every access within the cache, whatever was passed: some callers time made-up inputs."""
+    past = tl.minimum(tl.maximum(past, 0), capacity)
+    return past, tl.minimum(tl.maximum(new, 0), tl.minimum(sequence, capacity - past))
+
+
+@triton.jit
+def load_rows(rows, mask, FIRST: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr):
+    """``SIZE`` elements of each row from ``FIRST`` on; ``rows`` [...] are pointers to the rows' first elements."""
+    pointers = tl.expand_dims(rows, -1) + (FIRST + tl.arange(0, SIZE))
     if MASKED:
-        return tl.load(pointers, mask=mask[:, None], other=0.0)
+        # Rows that were never written may hold NaN, which weight zero does not silence.
+        return tl.load(pointers, mask=tl.expand_dims(mask, -1), other=0.0)
     return tl.load(pointers)
 
 
@@ -31,15 +41,19 @@ def rotate(x, cos, sin, positions, mask, N: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def quantized(x, scale):
-    """``x`` in steps of ``scale`` [channels], rounded half up to -127 ... 127; still floating point."""
-    return tl.minimum(tl.maximum(tl.floor(x.to(tl.float32) / scale[None, :] + 0.5), -127.0), 127.0)
+def quantized(x, scale, CACHE: tl.constexpr):
+    """``x`` in steps of ``scale`` [channels], as the type CACHE holds it, saturated; still float32."""
+    x = x.to(tl.float32) / scale[None, :]
+    if CACHE == tl.int8:
+        x = tl.minimum(tl.maximum(x, -127.0), 127.0)
+        return (x + ROUND) - ROUND
+    return tl.minimum(tl.maximum(x, -448.0), 448.0).to(CACHE).to(tl.float32)
 
 
 @triton.jit
 def new_tokens(
     key, value, cos, sin, key_scale, value_scale, tokens, mask, past,
-    N: tl.constexpr, HALF: tl.constexpr, ROW: tl.constexpr, MASKED: tl.constexpr,
+    N: tl.constexpr, HALF: tl.constexpr, ROW: tl.constexpr, MASKED: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """Keys (two halves) and values of new tokens, as the cache will hold them, in the inputs' type.
 
@@ -47,19 +61,15 @@ def new_tokens(
     ``value_scale`` to that head's scales, or are None.
     """
     keys, values = key + tokens * ROW, value + tokens * ROW
-    turning = load_half(keys, mask, HALF, 0, MASKED)
-    passing = load_half(keys, mask, HALF, 1, MASKED)
-    pointers = values[:, None] + tl.arange(0, 2 * HALF)[None, :]
-    if MASKED:
-        v = tl.load(pointers, mask=mask[:, None], other=0.0)
-    else:
-        v = tl.load(pointers)
+    turning = load_rows(keys, mask, 0, HALF, MASKED)
+    passing = load_rows(keys, mask, HALF, HALF, MASKED)
+    v = load_rows(values, mask, 0, 2 * HALF, MASKED)
     rotated = rotate(turning, cos, sin, past + tokens, mask, N, HALF).to(turning.dtype)
     if key_scale is not None:
         channels = tl.arange(0, HALF)
-        rotated = quantized(rotated, tl.load(key_scale + channels)).to(v.dtype)
-        passing = quantized(passing, tl.load(key_scale + HALF + channels)).to(v.dtype)
-        v = quantized(v, tl.load(value_scale + tl.arange(0, 2 * HALF))).to(v.dtype)
+        rotated = quantized(rotated, tl.load(key_scale + channels), CACHE).to(v.dtype)
+        passing = quantized(passing, tl.load(key_scale + HALF + channels), CACHE).to(v.dtype)
+        v = quantized(v, tl.load(value_scale + tl.arange(0, 2 * HALF)), CACHE).to(v.dtype)
     return rotated, passing, v
 
 
@@ -76,15 +86,15 @@ def append(present_key, present_value, rotated, passing, v, positions, mask, HAL
 
 @triton.jit
 def queries(
-    query, cos, sin, key_scale, rows, past, new, sequence,
+    query, cos, sin, key_scale, rows, past, new,
     M: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """Rotated queries of ``rows`` [M] as two halves; ``query`` points to one sequence's first head of the group."""
     tokens = rows // GROUP
-    mask = tokens < tl.minimum(new, sequence)
+    mask = tokens < new
     pointers = query + tokens * ROW + (rows % GROUP) * (2 * HALF)
-    turning = load_half(pointers, mask, HALF, 0, True)
-    passing = load_half(pointers, mask, HALF, 1, True)
+    turning = load_rows(pointers, mask, 0, HALF, True)
+    passing = load_rows(pointers, mask, HALF, HALF, True)
     rotated = rotate(turning, cos, sin, past + tokens, mask, M, HALF)
     if key_scale is not None:
         channels = tl.arange(0, HALF)
@@ -95,17 +105,21 @@ def queries(
 
 @triton.jit
 def attend(q_turning, q_passing, k_turning, k_passing, v, visible, top, total, acc, SCALE: tl.constexpr):
-    """One step of the online softmax; ``visible`` [M, N] or None. Returns the running maximum, sum and output."""
+    """One step of the online softmax; returns the running maximum, sum and output.
+
+    Queries [..., M, HALF], keys [..., N, HALF], values [..., N, 2 * HALF]; ``visible`` [..., M, N] or None.
+    A leading dimension holds independent parts of the keys.
+    """
     # The half that is multiplied as loaded goes first, so that the tensor cores work while the other turns.
     scores = tl.dot(q_passing, tl.trans(k_passing))
     scores = tl.dot(q_turning, tl.trans(k_turning), scores)
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1) * (SCALE * LOG2_E))
-    weights = tl.exp2(scores * (SCALE * LOG2_E) - new_top[:, None])
+    new_top = tl.maximum(top, tl.max(scores, -1) * (SCALE * LOG2_E))
+    weights = tl.exp2(scores * (SCALE * LOG2_E) - tl.expand_dims(new_top, -1))
     decay = tl.exp2(top - new_top)
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None])
-    return new_top, total * decay + tl.sum(weights, 1), acc
+    acc = tl.dot(weights.to(v.dtype), v, acc * tl.expand_dims(decay, -1))
+    return new_top, total * decay + tl.sum(weights, -1), acc
 
 
 @triton.jit
@@ -118,15 +132,12 @@ def attend_to_cache(
         keys = first + tl.arange(0, N)
         mask = keys < past
         rows = keys * (2 * HALF)
-        k_turning = load_half(past_key + rows, mask, HALF, 0, MASKED).to(q_turning.dtype)
-        k_passing = load_half(past_key + rows, mask, HALF, 1, MASKED).to(q_turning.dtype)
-        pointers = past_value + rows[:, None] + tl.arange(0, 2 * HALF)[None, :]
+        k_turning = load_rows(past_key + rows, mask, 0, HALF, MASKED).to(q_turning.dtype)
+        k_passing = load_rows(past_key + rows, mask, HALF, HALF, MASKED).to(q_turning.dtype)
+        v = load_rows(past_value + rows, mask, 0, 2 * HALF, MASKED).to(q_turning.dtype)
         if MASKED:
-            # Rows that were never written may hold NaN, which weight zero does not silence.
-            v = tl.load(pointers, mask=mask[:, None], other=0.0).to(q_turning.dtype)
             visible = mask[None, :]
         else:
-            v = tl.load(pointers).to(q_turning.dtype)
             visible = None
         top, total, acc = attend(
             q_turning, q_passing, k_turning, k_passing, v, visible, top, total, acc, SCALE
@@ -139,14 +150,15 @@ def attend_to_new(
     q_turning, q_passing, key, value, cos, sin, key_scale, value_scale,
     start, stop, row_tokens, new, past, top, total, acc,
     N: tl.constexpr, HALF: tl.constexpr, ROW: tl.constexpr, SCALE: tl.constexpr, STAGES: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """Attend to the new tokens ``start ... stop - 1`` of one head; with MASKED, each row to those up to its own."""
     for first in tl.range(start, stop, N, num_stages=STAGES):
         tokens = first + tl.arange(0, N)
         k_turning, k_passing, v = new_tokens(
-            key, value, cos, sin, key_scale, value_scale, tokens, tokens < new, past, N, HALF, ROW, MASKED
-        )
+            key, value, cos, sin, key_scale, value_scale, tokens, tokens < new, past,
+            N, HALF, ROW, MASKED, CACHE,
+        )  # fmt: skip
         if MASKED:
             visible = tokens[None, :] <= row_tokens[:, None]
         else:
@@ -165,7 +177,7 @@ def write_output(
     """Normalise and store ``rows``; those of padding as zeros, lest they carry NaN into what follows."""
     tokens = rows // GROUP
     channels = tl.arange(0, 2 * HALF)
-    output = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    output = acc * (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
     if value_scale is not None:
         output = output * tl.load(value_scale + channels)[None, :]
     output = tl.where((tokens < new)[:, None], output, 0.0)

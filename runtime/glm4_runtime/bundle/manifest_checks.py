@@ -24,6 +24,7 @@ from glm4_runtime.bundle.manifest import (
 from glm4_runtime.errors import BundleError, shown, some
 
 LARGEST = 2**31 - 1
+MOST_COUNTERS = 2**20  # of the attention plugin: four for each processor of a GPU
 MOST_LAYERS, MOST_ROWS, MOST_END_TOKENS, MOST_PROFILES = 10_000, 65_536, 1_000, 16
 LONGEST_WORD = 255  # characters of a name
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -222,11 +223,21 @@ def expected_io(manifest: Manifest) -> GraphIO:
     io = graph_io(manifest.task, manifest.model, str(manifest.kv_cache), capacity)
     if engine is None or engine.attention != "plugin":
         return io
-    count = (manifest.limits.max_batch_size * manifest.model.num_kv_heads,)
+    count = _counters(manifest)
     return GraphIO(
         (*io.inputs, TensorSpec(COUNTERS, "int32", count)),
         (*io.outputs, TensorSpec(PRESENT_COUNTERS, "int32", count)),
     )
+
+
+def _counters(manifest: Manifest) -> tuple[int]:
+    """How many counters the plugin has: they follow from the GPU's processors, so the input itself says it."""
+    for spec in manifest.inputs:
+        if spec.name == COUNTERS and len(spec.shape) == 1:
+            (count,) = spec.shape
+            if isinstance(count, int) and 1 <= count <= MOST_COUNTERS:
+                return (count,)
+    return (1,)
 
 
 def difference(said: tuple[TensorSpec, ...], expected: tuple[TensorSpec, ...]) -> str | None:

@@ -188,15 +188,16 @@ def _awq(source: Checkpoint, form: Form) -> "Awq | None":
 
     from glm4_exporters.quantize.awq import Awq
 
-    low = {name: each for name, each in form.formats.items() if each.bits < 8}
+    low = {name for name, each in form.formats.items() if each.bits < 8}
     if not low:
         return None
-    first = next(iter(low.values()))
 
-    def quantized(weight: "torch.Tensor", importance: "torch.Tensor") -> "torch.Tensor":
-        encoded = first.encode(weight, torch.bfloat16, importance=importance)
-        return first.decode(encoded, weight.shape[1])
+    def quantized(name: str, weight: "torch.Tensor", importance: "torch.Tensor") -> "torch.Tensor":
+        own = form.formats.get(name)
+        if own is None:
+            return weight
+        largest = float(weight.abs().max())
+        encoded = own.encode(weight, torch.bfloat16, importance=importance, largest=largest)
+        return own.decode(encoded, weight.shape[1])
 
-    return Awq(
-        source.config, wanted=lambda names: not low.keys().isdisjoint(names), quantize_dequantize=quantized
-    )
+    return Awq(source.config, wanted=lambda names: not low.isdisjoint(names), quantize_dequantize=quantized)

@@ -152,7 +152,7 @@ def test_smoothing_takes_planted_outliers_away(hostile, text):
             assert choice.error < choice.error_before / 100
 
 
-def int4_blocks(weight, _importance):
+def int4_blocks(_name, weight, _importance):
     blocks = weight.unflatten(1, (-1, 32))
     step = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-20) / 7
     return ((blocks / step).round().clamp(-8, 7) * step).flatten(1)
@@ -165,7 +165,7 @@ def int4_outputs(checkpoint, sequences, smoothing):
     for index, layer in enumerate(streamed.layers(checkpoint)):
         for name, parameter in layer.named_parameters():
             scaled = smoothing.apply(f"model.layers.{index}.{name}", parameter.data, 0)
-            parameter.data = int4_blocks(scaled, None) if scaled.dim() == 2 else scaled
+            parameter.data = int4_blocks("", scaled, None) if scaled.dim() == 2 else scaled
         hidden = [layer(x, attend) for x, attend in zip(hidden, attends, strict=True)]
     return streamed.finish(checkpoint, hidden)
 
@@ -183,11 +183,38 @@ def test_awq_rounds_what_carries_much_more_finely(hostile, text):
     assert aware < 0.6 * plain
 
 
+def test_each_matrix_is_searched_in_its_own_format(tiny_checkpoint):
+    """Of q, k and v only v loses anything, so the scales that are found are those of v's format alone."""
+    checkpoint, told = Checkpoint.load(tiny_checkpoint), {}
+
+    def quantizer(name, weight, _importance):
+        told[name] = weight
+        return int4_blocks(name, weight, None) if name.endswith("v_proj.weight") else weight
+
+    def of_first_layer(names):
+        return names[0].startswith("model.layers.0.self_attn.q_proj")
+
+    search = Awq(checkpoint.config, wanted=of_first_layer, quantize_dequantize=quantizer)
+    sites = []
+    calibrate(checkpoint, SEQUENCES, sites.append, search)
+    names = [f"model.layers.0.self_attn.{matrix}_proj.weight" for matrix in "qkv"]
+    assert list(told) == names
+    assert sites[0].sampled == tuple(len(told[name]) for name in names) == (64, 32, 32)
+    (choice,) = search.choices
+    _, _, value = sites[0].weight_sample.split(sites[0].sampled)
+    wanted, lost = (
+        sites[0].sample @ sites[0].weight_sample.T,
+        sites[0].sample @ (int4_blocks("", value, None) - value).T,
+    )
+    error = (lost.square().sum(1) / wanted.square().sum(1)).mean()
+    assert choice.error_before == pytest.approx(float(error), rel=1e-4)
+
+
 def test_the_quantizer_is_told_what_matters(tiny_checkpoint):
     """Importance is the mean x^2 of the input as it is once scaled."""
     checkpoint, told = Checkpoint.load(tiny_checkpoint), []
 
-    def quantizer(weight, importance):
+    def quantizer(_name, weight, importance):
         told.append((weight, importance))
         return weight
 

@@ -17,7 +17,7 @@ def site_of(sample, absmax=None):
     weights = torch.randn(96, sample.shape[1], generator=generator)
     absmax = sample.abs().amax(0).numpy() if absmax is None else absmax
     statistics = InputStatistics(absmax, *(np.zeros(1, np.float32),) * 3)
-    return Site(NAMES, statistics, sample, weights, weights.abs().amax(0))
+    return Site(NAMES, statistics, sample, weights, weights.abs().amax(0), (32, 32, 32))
 
 
 def search_over(site):

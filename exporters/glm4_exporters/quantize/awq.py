@@ -2,7 +2,7 @@
 
 The method of "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration" (Lin et al.,
 2023): s grows with the mean |x| of a channel, its exponent chosen per site by the error that quantizing
-W s, and dividing by s again, causes in the product with the sampled input. Beside the paper's scales,
+W s, and dividing by s again, causes in the product with the sampled input. Each matrix is quantized in its own format. Beside the paper's scales,
 those that also shrink with the channel's largest weight are tried.
 
     search = Awq(config, quantize_dequantize=rounded)
@@ -26,8 +26,8 @@ EXPONENTS = tuple(i / 10 for i in range(1, 11))
 class QuantizeDequantize(Protocol):
     """The values that rows of a matrix have after quantizing them."""
 
-    def __call__(self, weight: Tensor, importance: Tensor) -> Tensor:
-        """weight [rows, channels] and the mean x^2 per channel of what it reads -> [rows, channels]."""
+    def __call__(self, name: str, weight: Tensor, importance: Tensor) -> Tensor:
+        """Rows [n, channels] of a matrix, by name, and the mean x^2 per channel of what it reads -> [n, channels]."""
 
 
 @dataclass
@@ -48,5 +48,9 @@ class Awq(ScaleSearch):
 
     def product(self, site: Site, scales: Tensor) -> Tensor:
         importance = torch.from_numpy(site.statistics.mean_square) / scales**2
-        quantized = self.quantize_dequantize(site.weight_sample * scales, importance) / scales
-        return site.sample @ quantized.T
+        parts = (site.weight_sample * scales).split(site.sampled)
+        quantized = [
+            self.quantize_dequantize(name, rows, importance)
+            for name, rows in zip(site.names, parts, strict=True)
+        ]
+        return site.sample @ (torch.cat(quantized) / scales).T

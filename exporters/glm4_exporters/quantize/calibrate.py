@@ -66,6 +66,7 @@ class Site:
         sample: the input of at most ``SAMPLED_TOKENS`` tokens, float32 [n, channels].
         weight_sample: at most ``SAMPLED_WEIGHT_ROWS`` rows, evenly spaced over the matrices below one another.
         weight_absmax: per channel, over all rows of the matrices.
+        sampled: how many rows of ``weight_sample`` are each matrix's, in the order of ``names``.
     """
 
     names: tuple[str, ...]
@@ -73,6 +74,7 @@ class Site:
     sample: Tensor
     weight_sample: Tensor
     weight_absmax: Tensor
+    sampled: tuple[int, ...]
 
 
 class Consumer(Protocol):
@@ -249,9 +251,9 @@ def _measure_layer(
     statistics = {name: inputs.statistics() for name, inputs in meter.inputs.items()}
     for name, matrices in LAYER_SITES.items() if consumers else ():
         weights = [layer.get_parameter(f"{matrix}.weight").data for matrix in matrices]
-        rows, absmax = _sampled_rows([w.shape[0] for w in weights], [iter([w]) for w in weights])
+        sample = _sampled_rows([w.shape[0] for w in weights], [iter([w]) for w in weights])
         names = tuple(f"model.layers.{layer.self_attn.layer}.{matrix}.weight" for matrix in matrices)
-        site = Site(names, statistics[name], meter.inputs[name].sample(), rows, absmax)
+        site = Site(names, statistics[name], meter.inputs[name].sample(), *sample)
         for consumer in consumers:
             consumer(site)
     peaks = meter.peaks | {
@@ -274,19 +276,27 @@ def _measure_head(
         buffer = torch.empty(streamed.READ_BLOCK, dtype=torch.uint8)
         name = checkpoint.name_of(streamed.head_name(checkpoint))
         blocks = (block.float() for _, block in checkpoint.row_blocks(name, buffer))
-        rows, absmax = _sampled_rows([checkpoint.config.vocab_size], [blocks])
+        sample = _sampled_rows([checkpoint.config.vocab_size], [blocks])
         for consumer in consumers:
-            consumer(Site((HEAD,), statistics, inputs.sample(), rows, absmax))
+            consumer(Site((HEAD,), statistics, inputs.sample(), *sample))
     return statistics
 
 
-def _sampled_rows(counts: Sequence[int], matrices: Sequence[Iterator[Tensor]]) -> tuple[Tensor, Tensor]:
-    """Evenly spaced rows of matrices that come in blocks, and the largest |w| per column over all rows."""
+def _sampled_rows(
+    counts: Sequence[int], matrices: Sequence[Iterator[Tensor]]
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Evenly spaced rows of matrices that come in blocks.
+
+    Returns:
+        The rows, the largest |w| per column over all rows, and how many of the sampled rows are each matrix's.
+    """
     total, start = sum(counts), 0
     wanted = torch.linspace(0, total - 1, min(total, SAMPLED_WEIGHT_ROWS), dtype=torch.float64).round().long()
     rows: list[Tensor] = []
+    sampled: list[int] = []
     absmax: Tensor | None = None
     for blocks in matrices:
+        before = sum(map(len, rows))
         for block in blocks:
             here = wanted[(wanted >= start) & (wanted < start + len(block))] - start
             rows.append(block[here])
@@ -294,8 +304,9 @@ def _sampled_rows(counts: Sequence[int], matrices: Sequence[Iterator[Tensor]]) -
             largest = torch.maximum(-low, high)
             absmax = largest if absmax is None else torch.maximum(absmax, largest)
             start += len(block)
+        sampled.append(sum(map(len, rows)) - before)
     assert absmax is not None
-    return torch.cat(rows), absmax
+    return torch.cat(rows), absmax, tuple(sampled)
 
 
 class _Report(Protocol):

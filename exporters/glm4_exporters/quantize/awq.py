@@ -2,8 +2,8 @@
 
 The method of "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration" (Lin et al.,
 2023): s grows with the mean |x| of a channel, its exponent chosen per site by the error that quantizing
-W s, and dividing by s again, causes in the product with the sampled input. Each matrix is quantized in its own format. Beside the paper's scales,
-those that also shrink with the channel's largest weight are tried.
+W s, and dividing by s again, causes in the product with the sampled input. Each matrix is quantized in its own
+format. Beside the paper's scales, those that also shrink with the channel's largest weight are tried.
 
     search = Awq(config, quantize_dequantize=rounded)
     calibrate(checkpoint, sequences, search)

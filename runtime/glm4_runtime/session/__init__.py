@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from glm4_runtime.bundle import Manifest, read_manifest, verify_files
+from glm4_runtime.bundle.graph_checks import OPERATORS, check_graph
 from glm4_runtime.errors import BundleError
 from glm4_runtime.session.base import Session
 
@@ -40,6 +41,8 @@ def open_session(
         )
     limits = _limits(manifest, max_seq_len, max_batch_size)
     verify_files(folder, manifest, hashes=verify)
+    if manifest.dialect in OPERATORS:
+        check_graph(folder, manifest)
     module, name = SESSIONS[RUNTIMES[manifest.dialect]]
     make = cast("Callable[..., Session]", getattr(import_module(module), name))
     return make(folder, manifest, *limits, **options)

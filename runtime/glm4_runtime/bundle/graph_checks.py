@@ -1,0 +1,185 @@
+"""The graph of a bundle against its manifest, before a runtime opens it.
+
+Names, types and shapes of inputs and outputs are the manifest's, operators are the dialect's, and the model's
+numbers are those of the graph. Nothing in the graph grows: what ONNX Runtime computes from constants while it
+opens a graph takes at most a few times the weights, and a shape that depends on values comes from a shape.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+from glm4_runtime.bundle.manifest import EXPORT_AGAIN, GRAPH, Manifest
+from glm4_runtime.bundle.manifest_checks import difference
+from glm4_runtime.bundle.onnx_file import OnnxGraph, Tensor, read_graph
+from glm4_runtime.errors import BundleError, shown, some
+
+STANDARD, MICROSOFT, OURS = "", "com.microsoft", "glm4"
+MOST_NODES = 100_000
+_COMMON = (
+    "Add Cast Constant DequantizeLinear Gather GatherND MatMul Mul QuantizeLinear RMSNormalization Sigmoid Split Squeeze "
+    "Sub Transpose Unsqueeze"
+)
+_NATIVE = (
+    "And Attention Expand Less LessOrEqual Min Range ReduceMax Reshape RotaryEmbedding Shape TensorScatter"
+)
+_PRODUCTS = "FusedMatMul GatherBlockQuantized MatMulNBits SkipSimplifiedLayerNormalization"
+
+
+def _named(domain: str, names: str) -> frozenset[tuple[str, str]]:
+    return frozenset((domain, name) for name in names.split())
+
+
+# dialect -> the operators that its graphs are made of
+OPERATORS = {
+    "native": _named(STANDARD, f"{_COMMON} {_NATIVE}"),
+    "ort": _named(STANDARD, f"{_COMMON} {_NATIVE}") | _named(MICROSOFT, f"{_PRODUCTS} GroupQueryAttention"),
+    "cpu": _named(STANDARD, _COMMON)
+    | _named(MICROSOFT, _PRODUCTS)
+    | _named(OURS, "BlockQuantizedMatMul PartialRopeGqaAttention"),
+}
+ATTENTION = ("Attention", "GroupQueryAttention", "PartialRopeGqaAttention")
+# Operators that may read constants only. Their results have as many elements as their largest input.
+OF_CONSTANTS = ("Cast", "DequantizeLinear", "Transpose")
+MOST_COMPUTED = 8  # elements that all of them make, for each byte of the weights
+MOST_READ = 4  # times that one byte of the weights belongs to a tensor
+# Operators that give a shape on, without arithmetic.
+OF_SHAPES = ("Cast", "Squeeze", "Unsqueeze")
+NORM, TABLES = "model.norm.weight", ("rotary.cos", "rotary.sin")
+
+
+def check_graph(folder: Path, manifest: Manifest) -> None:
+    """Refuse a graph that is not what its manifest says.
+
+    Raises:
+        BundleError: naming the first thing that differs.
+    """
+    path = folder / GRAPH
+    graph = read_graph(path)
+
+    def refuse(complaint: str) -> BundleError:
+        return BundleError(f"{path} {complaint}; {EXPORT_AGAIN}")
+
+    for check in (_check_io, _check_operators, _check_weights, _check_constants, _check_shapes, _check_model):
+        complaint = check(manifest, graph)
+        if complaint is not None:
+            raise refuse(complaint)
+
+
+# Each says what is wrong, or None ------------------------------------------------------------------
+
+
+def _check_io(manifest: Manifest, graph: OnnxGraph) -> str | None:
+    for side in ("inputs", "outputs"):
+        found = difference(getattr(graph, side), getattr(manifest, side))
+        if found is not None:
+            return f"has other {side} than the manifest: {found}"
+    if dict(graph.opsets) != dict(manifest.opsets):
+        return f"has the opsets {shown(dict(graph.opsets))}, but the manifest says {shown(dict(manifest.opsets))}"
+    overridden = sorted(graph.initializers.keys() & {spec.name for spec in graph.inputs})
+    return f"has inputs that are constants too ({some(overridden)})" if overridden else None
+
+
+def _check_operators(manifest: Manifest, graph: OnnxGraph) -> str | None:
+    if len(graph.nodes) > MOST_NODES:
+        return f"has {len(graph.nodes)} nodes, but at most {MOST_NODES} are read"
+    known = OPERATORS[manifest.dialect]
+    strange = {str(node) for node in graph.nodes if (node.domain, node.operator) not in known}
+    if strange:
+        return f"has operators that the dialect {manifest.dialect} does not have ({some(sorted(strange))})"
+    return None
+
+
+def _check_weights(manifest: Manifest, graph: OnnxGraph) -> str | None:
+    """External data lies within files of the bundle, and is not read over and over."""
+    read: Counter[str] = Counter()
+    for tensor in _tensors(graph):
+        if tensor.location is None:
+            continue
+        entry = manifest.files.get(tensor.location)
+        if entry is None:
+            return (
+                f"takes {shown(tensor.name)} from {shown(tensor.location)}, which the manifest does not list"
+            )
+        if tensor.offset + tensor.nbytes > entry.bytes:
+            return (
+                f"takes {shown(tensor.name)} from {tensor.location} at {tensor.offset} to {tensor.offset + tensor.nbytes}, "
+                f"but the file has {entry.bytes} bytes"
+            )
+        read[tensor.location] += tensor.nbytes
+    for name, count in read.items():
+        if count > MOST_READ * manifest.files[name].bytes:
+            return f"takes {count} bytes of tensors from {name}, which has {manifest.files[name].bytes}"
+    return None
+
+
+def _check_constants(manifest: Manifest, graph: OnnxGraph) -> str | None:
+    """A runtime computes what follows from constants alone once, when it opens the graph."""
+    sizes = {name: _count(tensor) for name, tensor in graph.initializers.items()}
+    computed = 0
+    for node in graph.nodes:
+        value = node.attributes.get("value")
+        if node.operator == "Constant" and isinstance(value, Tensor):
+            sizes |= dict.fromkeys(node.outputs, _count(value))
+        elif all(name in sizes for name in node.inputs if name):
+            if node.operator not in OF_CONSTANTS:
+                return f"computes {node} from constants alone, which no graph of ours does"
+            size = max((sizes[name] for name in node.inputs if name), default=0)
+            sizes |= dict.fromkeys(node.outputs, size)
+            computed += size
+    stored = sum(entry.bytes for entry in manifest.files.values())
+    if computed > MOST_COMPUTED * stored:
+        return f"computes {computed} numbers from constants, too many for a bundle of {stored} bytes"
+    return None
+
+
+def _check_shapes(manifest: Manifest, graph: OnnxGraph) -> str | None:  # noqa: ARG001  one signature for all
+    """What a tensor's size follows from when the graph runs is the shape of an input, not a number in the graph."""
+    constants = {name: tensor.integer() for name, tensor in graph.initializers.items() if not tensor.location}
+    shapes: set[str] = set()
+    for node in graph.nodes:
+        value = node.attributes.get("value")
+        if isinstance(value, Tensor):
+            constants |= dict.fromkeys(node.outputs, value.integer())
+        if node.operator == "Shape" or (node.operator in OF_SHAPES and {*node.inputs[:1]} <= shapes):
+            shapes |= set(node.outputs)
+        counts = [constants.get(name) for name in node.inputs]
+        if node.operator == "Range" and not (counts[0::2] == [0, 1] and node.inputs[1] in shapes):
+            return "counts in a Range to a number that is no size of an input"
+        if node.operator == "Expand" and not (len(node.inputs) == 2 and node.inputs[1] in shapes):
+            return "expands a tensor to a shape that is not an input's"
+    return None
+
+
+def _check_model(manifest: Manifest, graph: OnnxGraph) -> str | None:
+    """The model's numbers that no input or output shows."""
+    model, limits = manifest.model, manifest.limits
+    attention = [node for node in graph.nodes if node.operator in ATTENTION]
+    if len(attention) != model.num_layers:
+        return f"has {len(attention)} attention nodes, but the manifest says {model.num_layers} layers"
+    for name, wanted in (("num_heads", model.num_heads), ("kv_num_heads", model.num_kv_heads)):
+        found = {node.attributes.get(name, wanted) for node in attention} - {wanted}
+        if found:
+            return f"has attention of {name} {shown(found.pop())}, but the manifest says {wanted}"
+    norm = graph.initializers.get(NORM)
+    if norm is not None and norm.shape != (model.hidden_size,):
+        return f"has {NORM} of shape {shown(list(norm.shape))}, but the manifest says hidden_size {model.hidden_size}"
+    for name in TABLES:
+        table = graph.initializers.get(name)
+        if table is None or len(table.shape) != 2 or table.shape[0] < limits.max_seq_len:
+            found_shape = "nothing" if table is None else shown(list(table.shape))
+            return f"has {found_shape} as {name}, but the manifest says {limits.max_seq_len} positions"
+    return None
+
+
+def _tensors(graph: OnnxGraph) -> list[Tensor]:
+    inline = [
+        value for node in graph.nodes for value in node.attributes.values() if isinstance(value, Tensor)
+    ]
+    return [*graph.initializers.values(), *inline]
+
+
+def _count(tensor: Tensor) -> int:
+    count = 1
+    for size in tensor.shape:
+        count *= size
+    return count

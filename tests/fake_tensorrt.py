@@ -28,6 +28,7 @@ from glm4_runtime.bundle import (
     read_manifest,
     write_manifest,
 )
+from glm4_runtime.session.engine_files import TENSORRT_TYPES
 
 VERSIONS = {"tensorrt-rtx": "1.7.1.116", "tensorrt": "11.4.0.106"}
 TYPES = {
@@ -109,6 +110,8 @@ class FakeTensorRt(types.ModuleType):
 
     __version__ = VERSIONS["tensorrt"]
     _module = "tensorrt"
+    DataType = enum.Enum("DataType", "FLOAT HALF BF16 INT8 INT32 INT64")
+    TensorIOMode = enum.Enum("TensorIOMode", "NONE INPUT OUTPUT")
     ExecutionContextAllocationStrategy = enum.Enum("Strategy", "STATIC ON_PROFILE_CHANGE USER_MANAGED")
 
     class ILogger:
@@ -178,6 +181,16 @@ class FakeEngine:
 
     def get_tensor_name(self, index):
         return [*self.inputs, *self.outputs][index]
+
+    def get_tensor_mode(self, name):
+        return self.trt.TensorIOMode.INPUT if name in self.inputs else self.trt.TensorIOMode.OUTPUT
+
+    def get_tensor_dtype(self, name):
+        kinds = {
+            value.name: value.type for value in (*self.session.get_inputs(), *self.session.get_outputs())
+        }
+        found = np.dtype(TYPES[kinds.get(name, "tensor(int32)")]).name  # the counters of the plugin
+        return self.trt.DataType[TENSORRT_TYPES[found]]
 
     def get_aliased_input_tensor(self, name):
         past = name.replace("present_", "past_", 1)

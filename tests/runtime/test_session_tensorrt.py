@@ -454,3 +454,24 @@ def test_without_tensorrt_the_package_is_named(bundle, tensorrt, kind, monkeypat
     with pytest.raises(BundleError, match=rf"install {kind}=={tensorrt.__version__}") as caught:
         Session.open(bundle)
     assert ("NVIDIA's package index" in str(caught.value)) == (kind == "tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("side", "change", "named"),
+    [
+        ("inputs", {"adapter_ids": (np.int64, [1])}, "adapter_ids"),
+        ("inputs", {"input_ids": None}, "input_ids"),
+    ],
+)
+def test_an_engines_tensors_are_the_manifests(bundle, tensorrt, monkeypatch, side, change, named):
+    made = fake_tensorrt.FakeEngine.__init__
+
+    def changed(self, *arguments):
+        made(self, *arguments)
+        tensors = {**getattr(self, side), **change}
+        setattr(self, side, {name: value for name, value in tensors.items() if value is not None})
+        self.num_io_tensors = len(self.inputs) + len(self.outputs)
+
+    monkeypatch.setattr(fake_tensorrt.FakeEngine, "__init__", changed)
+    with pytest.raises(BundleError, match=rf"other inputs and outputs than the manifest \({named}\)"):
+        Session.open(bundle)

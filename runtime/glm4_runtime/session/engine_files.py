@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from glm4_runtime.bundle import EngineInfo, EngineProfile, Manifest
-from glm4_runtime.errors import BundleError, UnavailableError
+from glm4_runtime.errors import BundleError, UnavailableError, some
 from glm4_runtime.session.cuda_device import Cuda
 from glm4_runtime.session.kernel_cache import KernelCache
 
+# A manifest's element types, as TensorRT names them.
+TENSORRT_TYPES = {
+    "float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int8": "INT8", "int32": "INT32", "int64": "INT64",
+}  # fmt: skip
 CUDA_GRAPH = "CUDA graph"  # the name under which a session tells why it records none
 # What runs on a GPU that an engine does not.
 ELSEWHERE = "export the checkpoint with --target tensorrt on this host, or with --target ort --precision fp16"
@@ -91,6 +95,8 @@ class Engines:
         self._runtime = trt.Runtime(self._log)
         files = dict.fromkeys(profile.file for profile in self.info.profiles)
         self._engines = {name: self._load(folder / name) for name in files}
+        for name, engine in self._engines.items():
+            self._check_tensors(name, engine, manifest)
         self._check_names()
         self.activation_bytes = max(engine.device_memory_size_v2 for engine in self._engines.values())
         self.activations = cuda.allocate(self.activation_bytes)
@@ -116,6 +122,22 @@ class Engines:
             f"{self.info.kind} {self.info.version} cannot load {path} on this GPU: {' '.join(reason.split())}; "
             "update the driver where it is too old, else export the bundle again for this GPU"
         )
+
+    def _check_tensors(self, file: str, engine: Any, manifest: Manifest) -> None:
+        """Names and types of inputs and outputs are the manifest's; their shapes are checked as they are bound."""
+        modes, types = self.trt.TensorIOMode, self.trt.DataType
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        found = {(name, engine.get_tensor_mode(name), engine.get_tensor_dtype(name)) for name in names}
+        wanted = {
+            (spec.name, mode, getattr(types, TENSORRT_TYPES[spec.dtype]))
+            for mode, specs in ((modes.INPUT, manifest.inputs), (modes.OUTPUT, manifest.outputs))
+            for spec in specs
+        }
+        differs = sorted({name for name, *_ in found ^ wanted})
+        if differs:
+            raise BundleError(
+                f"{file} has other inputs and outputs than the manifest ({some(differs)}); export the bundle again"
+            )
 
     def _check_names(self) -> None:
         """The aliases that an update in place relies on are the engine's own.

@@ -13,6 +13,7 @@ from glm4_deploy.side_files import require_tokenizer
 from glm4_deploy.tools import require_installed
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_runtime.bundle import GRAPH, WEIGHTS, Manifest, write_manifest
+from glm4_runtime.bundle.graph_checks import check_graph
 from glm4_runtime.progress import Progress, silent
 
 if TYPE_CHECKING:  # torch and onnx load when there is work for them, so that --print-key is quick
@@ -67,6 +68,7 @@ def export(
             _copy_side_files(source, folder)
             manifest = describe(plan, prepared, model, folder, written)
             write_manifest(folder, manifest)
+            check_graph(folder, manifest)  # what no session would open is no bundle
             parity, engine = None, None
             if options.parity:
                 with clock("parity"):

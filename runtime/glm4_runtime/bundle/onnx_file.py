@@ -1,9 +1,9 @@
 """An ONNX graph read without onnx and without its weights: operators, tensors' names, types and shapes.
 
 ONNX Runtime follows whatever a graph says: it allocates the shapes, computes constants and runs loops, while it
-opens the file. This reader walks the protobuf wire format (protobuf.dev/programming-guides/encoding) over the fields
-of ``onnx.proto`` that our exporter writes. It refuses all others that change what a graph computes: subgraphs, functions, sparse
-and typed tensors. It never recurses, and the work is bounded by the count of fields.
+opens the file. This reader walks the protobuf wire format (protobuf.dev/programming-guides/encoding) over the
+fields of ``onnx.proto`` that our exporter writes. It refuses all others that change what a graph computes: subgraphs,
+functions, sparse and typed tensors. It never recurses, and the work is bounded by the count of fields.
 """
 
 import struct
@@ -21,7 +21,7 @@ LONGEST_NAME, LONGEST_INLINE, MOST_AXES = 512, 1 << 20, 8
 # Numbers of TensorProto.DataType: the name that the manifest has for it, and bits.
 ELEMENT_TYPES = {
     1: ("float32", 32), 2: ("uint8", 8), 3: ("int8", 8), 6: ("int32", 32), 7: ("int64", 64), 9: ("bool", 8),
-    10: ("float16", 16), 16: ("bfloat16", 16), 21: ("uint4", 4), 22: ("int4", 4),
+    10: ("float16", 16), 16: ("bfloat16", 16), 17: ("float8e4m3fn", 8), 21: ("uint4", 4), 22: ("int4", 4),
 }  # fmt: skip
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 EXTERNAL = 1  # TensorProto.DataLocation

@@ -19,8 +19,8 @@ WRITE_BUFFERS = 4
 class AlignedFile:
     """Appends to a file through page-aligned buffers that two threads hash and write.
 
-    Written past the page cache where the file system allows it: a bundle is as large as the memory of the
-    machine that makes it, and copying it through the cache costs a core.
+    Writes bypass the page cache if the file system allows this. A bundle is as large as the machine's memory, and a
+    copy through the cache would occupy a core.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,6 +1,6 @@
-"""The model's own table: its weights, what each matrix reads and gives, and which matrices share an input.
+"""The table of the model's weights: names, shapes, and which matrices share an input.
 
-Needs no torch. Whatever counts, names or sizes weights reads it here.
+Needs no torch. All code that counts, names or sizes weights uses this table.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Linear:
     """A matrix [gives, reads] of a layer.
 
     Attributes:
-        reads, gives: names of sizes, see :func:`sizes`.
+        reads, gives: names of its input and output sizes, see :func:`sizes`.
         site: the input that it reads; matrices of one site read the same values.
         biased: whether it has a bias where the configuration says ``attention_bias``.
     """
@@ -59,7 +59,7 @@ LAYER_SITES: dict[str, tuple[str, ...]] = {
 
 
 def sizes(config: Glm4Config) -> dict[str, int]:
-    """How long the axes of a layer's weights are, by name."""
+    """Lengths of the axes of a layer's weights, by name."""
     return {
         "hidden": config.hidden_size,
         "queries": config.num_attention_heads * config.head_dim,
@@ -70,13 +70,13 @@ def sizes(config: Glm4Config) -> dict[str, int]:
 
 
 def matrix_width(config: Glm4Config, name: str) -> int:
-    """How many inputs the matrix of this canonical name has."""
+    """Number of inputs of the matrix with this canonical name."""
     row = MATRICES.get(".".join(name.split(".")[3:-1]))
     return config.hidden_size if row is None else sizes(config)[row.reads]
 
 
 def site_width(config: Glm4Config, site: str) -> int:
-    """How many channels the input of a layer's site has."""
+    """Number of channels of the input of a layer's site."""
     return sizes(config)[MATRICES[LAYER_SITES[site][0]].reads]
 
 
@@ -108,6 +108,6 @@ def expected_tensors(config: Glm4Config, task: str) -> dict[str, tuple[int, ...]
 
 
 def parameter_count(config: Glm4Config, task: str | None = None) -> int:
-    """Weights of the model for ``task``: its own where None, the causal LM where the configuration names none."""
+    """Number of weights for ``task``. If None: the configuration's task, or else causal LM."""
     shapes = expected_tensors(config, task or config.task or "causal-lm")
     return sum(prod(shape) for shape in shapes.values())

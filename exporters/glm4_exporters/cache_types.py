@@ -1,4 +1,4 @@
-"""What a KV cache may hold: the activations' type, or int8 where a target's attention takes it."""
+"""Element types of a KV cache: the activations' type, or int8 if the target's attention supports it."""
 
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.targets import TARGETS, Target
@@ -13,10 +13,10 @@ def choose_cache(
     """The cache's element type, None for a task without one.
 
     Args:
-        native: an engine attends by TensorRT's own operators.
+        native: whether an engine uses TensorRT's own attention.
 
     Raises:
-        ExportError: int8 where it cannot be; says why.
+        ExportError: int8 is not possible; says why.
     """
     if asked not in KV_CACHES:
         raise ExportError(f"unknown KV cache {asked!r}; it is one of {', '.join(KV_CACHES)}")
@@ -42,7 +42,7 @@ def choose_cache(
 
 
 def cache_providers(cache: str | None, target: Target, activations: str) -> tuple[str, ...]:
-    """ONNX Runtime's providers that have the kernels for a target with a cache of this type."""
+    """ONNX Runtime's providers that have all kernels for this target and cache type."""
     providers = target.providers[activations]
     if cache != "int8" or target.int8_cache is None:
         return providers

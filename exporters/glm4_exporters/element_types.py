@@ -1,4 +1,4 @@
-"""Element types by one name each, as ONNX writes it in lower case, and what onnx_ir and torch call them."""
+"""Names of element types (ONNX's, in lower case), and the types of onnx_ir and torch."""
 
 import onnx_ir as ir
 import torch

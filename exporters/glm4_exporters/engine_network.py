@@ -1,4 +1,4 @@
-"""A parsed TensorRT network: is everything there that the graph has, and is each weight stored once?"""
+"""Checks of a parsed TensorRT network: it has everything that the graph has, and stores each weight once."""
 
 import re
 from collections import Counter
@@ -7,12 +7,12 @@ from typing import Any
 
 from glm4_runtime.errors import ExportError
 
-# Operators that compute in float32 by intention: the norms inside, and the last cast of the logits.
+# Operators that compute in float32 on purpose: inside norms, and the last cast of the logits.
 FLOAT32_OPERATORS = frozenset({"RMSNormalization", "Cast"})
 
 
 class Network:
-    """A view of an ``INetworkDefinition`` that knows who makes and who reads each tensor."""
+    """A view of an ``INetworkDefinition`` with the producer and the readers of each tensor."""
 
     def __init__(self, trt: Any, definition: Any) -> None:
         self.trt, self.definition = trt, definition
@@ -34,7 +34,7 @@ class Network:
         return Counter(map(self.type_of, self.layers))
 
     def used_inputs(self) -> set[str]:
-        """Inputs that some output depends on."""
+        """Inputs that at least one output depends on."""
         seen = {tensor.name for tensor in self.outputs}
         waiting = list(seen)
         while waiting:
@@ -53,7 +53,7 @@ def _tensors(count: int, get: Any) -> list[Any]:
 
 
 def check_layers(network: Network, expected: Mapping[str, int]) -> dict[str, int]:
-    """Hold the network against the graph: a layer for each operator that matters.
+    """Compare the network with the graph: one layer for each operator that is counted.
 
     Raises:
         ExportError: naming the layers that are missing or too many.
@@ -68,10 +68,10 @@ def check_layers(network: Network, expected: Mapping[str, int]) -> dict[str, int
 
 
 def check_inputs(network: Network, declared: Sequence[str]) -> None:
-    """Every declared input reaches an output: the parser drops what it does not know without an error.
+    """Check that every declared input reaches an output: the parser drops unknown inputs without an error.
 
     Raises:
-        ExportError: naming those that do not.
+        ExportError: naming the inputs that do not.
     """
     lost = [name for name in declared if name not in network.used_inputs()]
     if lost:
@@ -87,12 +87,12 @@ def float32_operators(network: Network, operators: Mapping[str, str]) -> dict[st
         operators: operator by the name of its node.
 
     Raises:
-        ExportError: one of them is not among those that do so by intention.
+        ExportError: an operator computes in float32 that should not.
     """
     nodes: set[str] = set()
     read = network.readers.keys() | {tensor.name for tensor in network.outputs}
     for layer in network.layers:
-        if network.type_of(layer) == "CONSTANT":  # scales and epsilons; who computes with them is looked at
+        if network.type_of(layer) == "CONSTANT":  # scales and epsilons; their readers are checked instead
             continue
         for tensor in _tensors(layer.num_outputs, layer.get_output):
             if tensor.dtype == network.trt.float32 and tensor.name in read:  # else a plugin's scratch
@@ -107,7 +107,7 @@ def float32_operators(network: Network, operators: Mapping[str, str]) -> dict[st
 
 
 def _origins(network: Network, layer: Any) -> set[str]:
-    """The graph's nodes that a layer was made for: its own, or those of its readers where it is a helper's."""
+    """The graph's nodes that a layer was made for. A helper layer without a node counts for the nodes of its readers."""
     own = _node_of(layer)
     if own:
         return {own}
@@ -124,10 +124,10 @@ def _node_of(layer: Any) -> str:
 
 
 def fold_weight_transposes(network: Network) -> int:
-    """Let each product read its dequantized weight [out, in] transposed, in place of a Transpose before it.
+    """Replace a Transpose between a dequantized weight [out, in] and its product by the product's own transpose flag.
 
-    A transposed dequantized weight is folded into a constant for each profile, so that an engine of two
-    profiles stored int8 weights twice: 2.17 bytes a parameter where this gives 1.15 (TensorRT-RTX 1.7).
+    TensorRT-RTX 1.7 folds a transposed dequantized weight into one constant per profile. An engine with two profiles
+    then took 2.17 bytes a parameter in int8; with the flag it takes 1.15.
 
     Returns:
         How many products were changed.
@@ -138,7 +138,7 @@ def fold_weight_transposes(network: Network) -> int:
             continue
         weight, transposed, rank = layer.get_input(1), False, len(layer.get_input(0).shape)
         while (maker := network.maker.get(weight.name)) is not None and network.type_of(maker) == "SHUFFLE":
-            maker.__class__ = trt.IShuffleLayer  # the bindings hand out layers of the base class
+            maker.__class__ = trt.IShuffleLayer  # the bindings return layers of the base class
             transposed |= tuple(maker.first_transpose)[:2] == (1, 0)
             weight = maker.get_input(0)
         if (
@@ -157,7 +157,7 @@ def fold_weight_transposes(network: Network) -> int:
     return changed
 
 
-# What must be somewhere in every profile of the built engine, whatever it was fused with.
+# Operators that every profile of the built engine must contain, alone or fused.
 COMPILED_OPERATORS = frozenset({"Attention", "TensorScatter", "RotaryEmbedding", "MatMul"})
 LAYER_LINE = re.compile(r"^Name: .*_myl(?P<profile>\d+)_\d+, LayerType: (?P<type>\w+),")
 ATTENTION_KERNEL = re.compile(r"TacticName: _*(?P<name>\w*?mha\w*?)_0x")
@@ -166,19 +166,19 @@ ATTENTION_KERNEL = re.compile(r"TacticName: _*(?P<name>\w*?mha\w*?)_0x")
 def check_compiled(
     log: str, profiles: Sequence[str], operators: Mapping[str, str]
 ) -> dict[str, dict[str, int]]:
-    """Hold the built engine's layers, as its builder logs them, against the graph.
+    """Compare the built engine's layers, from the builder's log, with the graph.
 
-    The one look into an engine that needs no GPU: an inspector works on a loaded engine only.
+    This is the only view of an engine's layers without a GPU: an inspector needs a loaded engine.
 
     Args:
-        log: the builder's message that lists the layers; empty where it logged none.
+        log: the builder's message that lists the layers; empty if there was none.
         profiles: names of the profiles, in order.
 
     Returns:
-        Per profile, how many layers there are of each type, and attention kernels by name.
+        Per profile: number of layers by type; attention kernels by name.
 
     Raises:
-        ExportError: a node of the graph that no layer of some profile was made from.
+        ExportError: a profile has no layer for a node of the graph.
     """
     found: dict[str, Counter[str]] = {name: Counter() for name in profiles}
     nodes: dict[str, set[str]] = {name: set() for name in profiles}

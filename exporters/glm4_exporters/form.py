@@ -39,11 +39,11 @@ class Form:
 
     @property
     def rounded_inputs(self) -> dict[str, InputRounding]:
-        """What the inputs of products are rounded to, by name of the matrix; the others read them as they are."""
+        """By name of the matrix: how its product rounds the input. Other products do not round."""
         return {name: form.inputs for name, form in self.formats.items() if form.inputs is not None}
 
     def weight_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """What weights of these shapes, by canonical name, take when they are stored."""
+        """Bytes of the stored weights. ``shapes``: by canonical name."""
         plain = {name: prod(shape) * BITS[self.activations] // 8 for name, shape in shapes.items()}
         stored = {
             name: form.nbytes(shapes[name][0], shapes[name][1], scale_type(self.activations))
@@ -51,12 +51,12 @@ class Form:
         }
         twice = (
             plain[EMBEDDING] if EMBEDDING in stored and self.table is None else 0
-        )  # the head's, and as it is
+        )  # stored twice: quantized for the head, unquantized for the lookup
         return sum((plain | stored).values()) + twice
 
     @property
     def needs_text(self) -> bool:
-        """Whether a matrix cannot be stored without calibration text."""
+        """Whether a matrix requires calibration text."""
         return any(form.needs_text for form in self.formats.values())
 
 
@@ -90,12 +90,14 @@ def choose_form(
         for matrix in MATRICES
     }
     tied = config.tie_word_embeddings and task == "causal-lm"
-    if target.products.lookups or tied:  # a tied matrix, under its first name, is the head's
+    if target.products.lookups or tied:  # a tied matrix has the name of the embedding, and the head's format
         found[EMBEDDING] = precision.formats["head" if tied else "embedding"]
     if task == "causal-lm" and not tied:
         found[HEAD] = precision.formats["head"]
     if recipe is not None:
-        recipe.require_used({*found, EMBEDDING})  # which some targets look up as it is: one recipe serves all
+        recipe.require_used(
+            {*found, EMBEDDING}
+        )  # some targets do not quantize the embedding; one recipe works for all targets
         found |= {name: own for name in found if (own := recipe.format_of(name)) is not None}
     found = {name: target.formats.get(form, form) for name, form in found.items()}
     whole_blocks = EMBEDDING in found and not config.hidden_size % (
@@ -108,7 +110,9 @@ def choose_form(
     for name, form in formats.items():
         _require_width(name, matrix_width(config, name), form, target)
         _require_integer_product(name, form, target, chosen)
-    fixed = any(form.inputs for form in formats.values())  # int8-sq's products are not those it speaks of
+    fixed = any(
+        form.inputs for form in formats.values()
+    )  # the note describes products that int8-sq does not use
     return Form(
         target,
         chosen,
@@ -119,7 +123,7 @@ def choose_form(
 
 
 def _groups(found: Mapping[str, str], table: str | None, activations: str, head: str) -> dict[str, str]:
-    """What each group is stored as; the layers' formats with the most matrices first."""
+    """The formats of each group, for the manifest; the most frequent format of the layers first."""
     layers = Counter(form for name, form in found.items() if name.startswith("model.layers."))
     return {
         "embedding": table or activations,

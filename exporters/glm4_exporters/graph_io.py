@@ -1,4 +1,4 @@
-"""What a graph and a manifest say of a model: :class:`ModelInfo` and the graph's inputs and outputs."""
+"""The model's facts in a manifest (:class:`ModelInfo`), and the graph's inputs and outputs."""
 
 from glm4_exporters.config import Glm4Config
 from glm4_runtime.bundle import ModelInfo
@@ -7,7 +7,7 @@ from glm4_runtime.bundle.graph_io import graph_io as io_of_model
 
 
 def model_info(config: Glm4Config, task: str) -> ModelInfo:
-    """What serving needs to know of the model."""
+    """The facts about a model that serving needs."""
     return ModelInfo(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -23,5 +23,5 @@ def model_info(config: Glm4Config, task: str) -> ModelInfo:
 
 
 def graph_io(config: Glm4Config, task: str, kv_dtype: str) -> GraphIO:
-    """Inputs and outputs of the graph for ``task``; the cache, where there is one, holds ``kv_dtype``."""
+    """Inputs and outputs of the graph for ``task``; a cache has elements of ``kv_dtype``."""
     return io_of_model(task, model_info(config, task), kv_dtype)

@@ -1,8 +1,8 @@
-"""A bundle's graph, cut at layer boundaries and run piece by piece on ONNX Runtime.
+"""Cuts a bundle's graph into pieces and runs them one by one on ONNX Runtime.
 
-One part of a layer is in memory at a time, its weights read as slices of the bundle's data file; the
-embedding by the rows that are used, the vocabulary head in blocks of rows. The nodes that run are the
-bundle's own, optimised by the runtime as the whole graph would be.
+One piece is in memory at a time. Its weights are slices of the bundle's data file. Of the embedding, only the rows in
+use are read; the head runs in blocks of rows. The nodes are the bundle's own, and the runtime optimises them as in
+the whole graph.
 """
 
 import re
@@ -34,7 +34,7 @@ HEAD_ROWS = 8192
 class Piece:
     """Consecutive nodes of the graph under one name: ``embedding``, ``layer 3 gate_up``, ``norm`` or ``head``.
 
-    ``gives`` names the values that are wanted of it; empty, they are those that later pieces read.
+    ``gives`` names the wanted outputs. If empty, they are the values that later pieces read.
     """
 
     name: str
@@ -48,10 +48,10 @@ class Piece:
 
 
 class GraphPieces:
-    """The pieces of one graph, and the weights they read.
+    """The pieces of one graph, with their weights.
 
-    A graph in bfloat16, for which the CPU provider has no kernels, is computed in float32 from its stored
-    weights; :attr:`arithmetic` says which of the two it was.
+    The CPU provider has no bfloat16 kernels, so a bfloat16 graph is computed in float32 from its stored weights.
+    :attr:`arithmetic` says so.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -85,15 +85,15 @@ class GraphPieces:
 
     @property
     def graph(self) -> onnx.GraphProto:
-        """The whole graph, its weights not read."""
+        """The whole graph, without the data of its weights."""
         return self._model.graph
 
     def read(self, name: str) -> Array:
-        """A weight of the graph, whole."""
+        """Read a whole weight of the graph."""
         return self._read(name).data
 
     def slice(self, name: str, gives: Sequence[str], known: Collection[str]) -> Piece:
-        """The nodes that make ``gives`` out of values that are known, inputs of the graph and weights."""
+        """The nodes that compute ``gives`` from known values, graph inputs and weights."""
         wanted, nodes = set(gives), []
         for node in reversed(self._model.graph.node):  # in topological order
             if wanted.intersection(node.output):
@@ -103,7 +103,7 @@ class GraphPieces:
         return Piece(name, tuple(reversed(nodes)), tuple(gives))
 
     def run_piece(self, piece: Piece, values: list[Values]) -> list[Values]:
-        """What a piece gives for each batch of the values that it reads."""
+        """Run a piece for each batch of its input values; returns its outputs per batch."""
         weights = [name for name in piece.reads if name in self._initializers]
         if piece.name == "embedding" and any(_is_table(name) for name in weights):
             return self._run_embedding(piece, weights, values)
@@ -114,14 +114,14 @@ class GraphPieces:
         return self._execute(piece, {name: self._read(name) for name in weights}, values)
 
     def _run_embedding(self, piece: Piece, weights: list[str], values: list[Values]) -> list[Values]:
-        """With the rows of the table that the batches use, and the ids numbered by them."""
+        """Run with only the table's rows that the batches use, and with renumbered ids."""
         used = np.unique(np.concatenate([batch["input_ids"].reshape(-1) for batch in values]))
         arrays = {name: self._read(name, used if _is_table(name) else None) for name in weights}
         renumbered = [batch | {"input_ids": np.searchsorted(used, batch["input_ids"])} for batch in values]
         return self._execute(piece, arrays, renumbered)
 
     def _run_head(self, piece: Piece, weights: list[str], axis: int, values: list[Values]) -> list[Values]:
-        """In blocks of the vocabulary, which is the weights' axis ``axis``, joined along the last axis."""
+        """Run in blocks of the vocabulary (the weights' axis ``axis``), and join the outputs along the last axis."""
         rows, parts = self._size(weights[0], axis), []
         step = HEAD_ROWS // max(_COUNTED.get(node.op_type, ("", 1))[1] for node in piece.nodes)
         for start in range(0, rows, step):
@@ -199,7 +199,7 @@ class GraphPieces:
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def _size(self, name: str, axis: int) -> int:
-        """Of one axis of a weight; 0 for a scalar."""
+        """Length of one axis of a weight; 0 for a scalar."""
         dims = self._initializers[name].dims
         return int(dims[axis]) if dims else 0
 
@@ -223,7 +223,7 @@ class GraphPieces:
         return _Weight(tensor.data_type, dims, data if tensor.data_type in _PACKED else data.reshape(dims))
 
     def _read_columns(self, name: str, columns: range) -> "_Weight":
-        """A part of a weight's last axis, whose ends are even where two numbers lie in a byte."""
+        """Read a range of a weight's last axis; its ends are even for 4-bit numbers."""
         tensor = self._initializers[name]
         place = {entry.key: entry.value for entry in tensor.external_data}
         *rows, width = tensor.dims
@@ -237,7 +237,7 @@ class GraphPieces:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight in memory; 4-bit numbers lie two in a byte."""
+    """A weight in memory; two 4-bit numbers share a byte."""
 
     type: int
     dims: tuple[int, ...]
@@ -250,14 +250,14 @@ _WITHOUT_NUMPY_TYPE = (*_PACKED, onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLO
 
 
 def _output_axis(piece: Piece) -> int:
-    """The axis of a piece's matrix that its outputs lie on: the last one where a product reads it [in, out] as stored."""
+    """The axis of a piece's matrix that holds the outputs: the last one if the matrix is stored [in, out]."""
     made = {name: node for node in piece.nodes for name in node.output}
     products = [made.get(node.input[1]) for node in piece.nodes if node.op_type == "MatMul"]
     return -1 if any(node is not None and node.op_type == "DequantizeLinear" for node in products) else 0
 
 
 def _stored_rows(tensor: onnx.TensorProto) -> tuple[Any, int]:
-    """What a row of a weight is stored as: element type, and how many elements."""
+    """Element type and number of elements of a stored row of a weight."""
     width = int(np.prod(tensor.dims[1:]))
     if tensor.data_type in _PACKED:
         return np.dtype(np.uint8), width // 2
@@ -265,16 +265,16 @@ def _stored_rows(tensor: onnx.TensorProto) -> tuple[Any, int]:
 
 
 def _row_runs(file: Any, offset: int, dtype: Any, width: int, rows: Array) -> Iterator[Array]:
-    """Read ascending rows, those that follow each other in one go."""
+    """Read rows in ascending order; consecutive rows in one read."""
     for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
         file.seek(offset + int(run[0]) * width * np.dtype(dtype).itemsize)
         yield np.fromfile(file, dtype, len(run) * width).reshape(len(run), width)
 
 
 def _cut(graph: onnx.GraphProto) -> list[Piece]:
-    """Group nodes by the modules that their names say they came from, in the order of the model.
+    """Group nodes by the module in their names, in the order of the model.
 
-    A node whose name leaves its place open, a residual sum or a cast, goes to the last piece it reads from.
+    A residual sum or a cast, whose name does not tell its place, goes to the last piece it reads from.
     """
     outputs = {value.name for value in graph.output if value.name in ("logits", "last_hidden_state")}
     groups: dict[tuple[int, int], list[onnx.NodeProto]] = {}
@@ -287,8 +287,8 @@ def _cut(graph: onnx.GraphProto) -> list[Piece]:
     return [Piece(_name(group), tuple(groups[group])) for group in sorted(groups)]
 
 
-# The place of a node: layer and stage within it. A layer's largest matrices are pieces of their own, since a
-# float16 weight takes five times its size while the runtime widens and packs it.
+# The place of a node: layer, and stage in the layer. The largest matrices are pieces of their own, because the
+# runtime needs five times the size of a float16 weight while it widens and packs the weight.
 EMBEDDING_PLACE, NORM, HEAD = (-1, 0), (sys.maxsize, 0), (sys.maxsize, 1)
 STAGES = ("attention", "gate_up", "down")
 
@@ -308,12 +308,12 @@ def _name(place: tuple[int, int]) -> str:
 
 
 def _is_table(name: str) -> bool:
-    """Whether a weight is the embedding or a part of it, all of which have its rows."""
+    """Whether a weight is the embedding or a part of it; each part has the embedding's rows."""
     return name == EMBEDDING or name.startswith(f"{EMBEDDING}.")
 
 
 def _of_rows(piece: Piece, start: int, rows: int) -> Piece:
-    """The head, where an attribute says how many rows it has; of a product of ours, they are panels."""
+    """The head node with its attribute for the number of rows set; our own product counts panels."""
     nodes = []
     for node in piece.nodes:
         if node.op_type in _COUNTED:
@@ -326,7 +326,7 @@ def _of_rows(piece: Piece, start: int, rows: int) -> Piece:
 
 
 def _computes_in_bfloat16(graph: onnx.GraphProto) -> bool:
-    """Whether a weight of that type is read by more than a cast, or a product of ours for its scales."""
+    """Whether the graph computes in bfloat16: casts, and scales of our own product, do not count."""
     narrow = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.BFLOAT16}
     return any(
         narrow.intersection(node.input) for node in graph.node if node.op_type not in ("Cast", OPERATOR)
@@ -334,7 +334,7 @@ def _computes_in_bfloat16(graph: onnx.GraphProto) -> bool:
 
 
 def _widen_casts(graph: onnx.GraphProto) -> None:
-    """Take bfloat16 out of the graph's own casts; initializers are widened as they are read."""
+    """Change casts to bfloat16 into casts to float32; initializers are widened when read."""
     for node in graph.node:
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == onnx.TensorProto.BFLOAT16:
@@ -342,7 +342,7 @@ def _widen_casts(graph: onnx.GraphProto) -> None:
 
 
 def _widen_constants(graph: onnx.GraphProto) -> None:
-    """bfloat16 constants that lie in the graph itself, not in the data file."""
+    """Widen the bfloat16 constants inside the graph itself."""
     for tensor in graph.initializer:
         if (
             tensor.data_type == onnx.TensorProto.BFLOAT16

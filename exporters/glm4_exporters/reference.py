@@ -1,7 +1,7 @@
-"""GLM-4-0414 in plain PyTorch: the truth that every bundle is compared with, and what is traced.
+"""GLM-4-0414 in plain PyTorch. Every bundle is compared with this model, and the export traces it.
 
-The first part is the architecture, and the only part that reaches a graph. The second puts the forward
-arguments, losses and outputs of the family's public documentation around it. Parameter names are the
+The first part is the architecture; only this part is traced. The second part adds the forward arguments, losses and
+outputs that the family's public documentation describes. Parameter names are the
 checkpoint's. Shapes: B sequences, S new positions, T keys, H hidden, Hq and Hkv heads of size D, R
 rotated dims of D.
 """
@@ -22,7 +22,7 @@ from glm4_exporters.config import Glm4Config
 
 
 class Attend(Protocol):
-    """What attention does between the projections; an object, so that a cache or a graph can be behind it."""
+    """Attention between the projections. An object, so that it can have a cache or build a graph."""
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, /) -> Tensor:
         """query [B, S, Hq * D], key and value [B, S, Hkv * D], before RoPE -> [B, S, Hq * D]."""
@@ -66,7 +66,7 @@ def inverse_frequencies(config: Glm4Config) -> tuple[Tensor, float]:
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    high += 0.001 if low == high else 0  # an empty ramp is a step, not a division by zero
+    high += 0.001 if low == high else 0  # avoids a division by zero
     interpolated = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     kept = 1 - interpolated
     frequencies = (1.0 / (factor * wavelengths)) * (1 - kept) + (1.0 / wavelengths) * kept
@@ -132,7 +132,7 @@ class Glm4MLP(nn.Module):
 
 
 class Glm4DecoderLayer(nn.Module):
-    """Sandwich norms: each half norms its input and, before the residual is added, its output."""
+    """Sandwich norms: each half normalises its input, and its output before the residual is added."""
 
     def __init__(self, config: Glm4Config, layer: int) -> None:
         super().__init__()
@@ -157,9 +157,10 @@ class Glm4DecoderLayer(nn.Module):
         return residual
 
     def sites(self, x: Tensor, attend: Attend) -> Generator[Tensor]:
-        """:meth:`forward` in steps: what each of ``architecture.LAYER_SITES`` reads, in order, then what the layer gives.
+        """:meth:`forward` in steps. Yields the input of each of ``architecture.LAYER_SITES``, in order, then the
+        layer's output.
 
-        Weights may change between one step and the next. A step keeps no input that no later step reads.
+        The caller may change weights between two steps. Inputs that no later step reads are freed.
         """
         read = self.input_layernorm(x)
         yield read
@@ -174,7 +175,7 @@ class Glm4DecoderLayer(nn.Module):
 
 
 class Glm4Backbone(nn.Module):
-    """Embedding, layers, final norm: everything but the heads."""
+    """Embedding, layers and final norm; no head."""
 
     def __init__(self, config: Glm4Config) -> None:
         super().__init__()
@@ -197,7 +198,7 @@ class Glm4Backbone(nn.Module):
 
 
 class KVCache:
-    """Keys (rotated) and values of every layer, each [B, Hkv, T, D]; grows in place as a model is called."""
+    """Rotated keys, and values, of every layer, each [B, Hkv, T, D]. Each call of a model extends it."""
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
         self.layers = list(layers)
@@ -222,7 +223,8 @@ class KVCache:
 
 @dataclass
 class Attention:
-    """Eager attention under an explicit mask: softmax in float32, rounded before it meets the values."""
+    """Eager attention with an explicit mask. The softmax is float32, and is rounded before the product with the
+    values."""
 
     config: Glm4Config
     cos: Tensor  # [B or 1, 1, S, R / 2]
@@ -230,7 +232,7 @@ class Attention:
     mask: Tensor  # bool [B or 1, 1, S, T], True where a key is seen
     cache: KVCache | None
     dropout: float = 0.0
-    maps: list[Tensor] | None = None  # filled with [B, Hq, S, T] per layer where not None
+    maps: list[Tensor] | None = None  # if not None: receives [B, Hq, S, T] per layer
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         size = self.config.head_dim
@@ -241,7 +243,7 @@ class Attention:
             k, v = self.cache.append(layer, k, v)
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         scores = (q @ k.transpose(2, 3)) * self.config.scale
-        # The finite minimum, not -inf: a row of padding that sees no key stays finite.
+        # The finite minimum instead of -inf: a row of padding without visible keys stays finite.
         scores = scores.masked_fill(~self.mask, torch.finfo(scores.dtype).min)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
         if self.maps is not None:
@@ -252,7 +254,7 @@ class Attention:
 
 @dataclass
 class ModelOutput:
-    """Outputs under their documented names; what was not asked for is None."""
+    """Outputs with their documented names; None if not requested."""
 
     last_hidden_state: Tensor | None = None  # [B, S, H]
     logits: Tensor | None = None  # [B, S or kept, vocab], [B, labels] or [B, S, labels]
@@ -264,7 +266,7 @@ class ModelOutput:
 
 @dataclass
 class _Recorder:
-    """Collects the layers' outputs by hooks, so that the architecture need not know of it."""
+    """Collects the layers' outputs with hooks, so that the architecture needs no code for it."""
 
     backbone: Glm4Backbone
     states: list[Tensor] = field(default_factory=list)
@@ -299,13 +301,13 @@ class Glm4Model(Glm4Backbone):
         Args:
             input_ids: int64 [B, S]; or ``inputs_embeds`` [B, S, H], exactly one of the two.
             attention_mask: [B, T] of the past and the new positions, 0 where padding stands, left or right.
-            position_ids: int64 [B or 1, S]; counted on from the past where absent, padding counted too.
-            past_key_values: the cache of the calls before, extended in place.
-            use_cache: return a cache; the configuration's ``use_cache`` where absent.
+            position_ids: int64 [B or 1, S]. By default they continue after the past; padding counts too.
+            past_key_values: the cache of earlier calls; extended in place.
+            use_cache: whether to return a cache; default: the configuration's ``use_cache``.
             cache_position: int64 [S], where the new positions stand in the cache: right after the past.
 
         Raises:
-            ValueError: arguments that exclude each other or do not fit.
+            ValueError: arguments that exclude each other or have wrong shapes.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -348,7 +350,7 @@ class Glm4Model(Glm4Backbone):
 
 
 class _Glm4ForTask(nn.Module):
-    """A backbone under the name the checkpoints give it; subclasses add their head."""
+    """A backbone under the name that checkpoints use; subclasses add their head."""
 
     def __init__(self, config: Glm4Config) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One safetensors file: its headers, read strictly, and its bytes, read as they are asked for."""
+"""One safetensors file: its header is read and checked at once, its data on request."""
 
 import hashlib
 import math
@@ -39,7 +39,7 @@ class TensorHeader:
 
 
 def _open_direct(fd: int) -> int:
-    """The same file for reads past the page cache, or -1 where there is no such thing."""
+    """Open a file for reads that bypass the page cache; -1 if the file system cannot."""
     try:
         return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     except (OSError, AttributeError):
@@ -48,12 +48,14 @@ def _open_direct(fd: int) -> int:
 
 @dataclass
 class SafetensorsFile:
-    """An open safetensors file: 8 bytes of header length, the header in JSON, the data without a gap."""
+    """An open safetensors file: 8 bytes of header length, a JSON header, the data without gaps."""
 
     path: Path
     headers: dict[str, TensorHeader] = field(init=False)
     header_sha256: bytes = field(init=False)
-    _direct: int | None = field(init=False, default=None)  # a descriptor past the page cache, once asked for
+    _direct: int | None = field(
+        init=False, default=None
+    )  # a descriptor that bypasses the page cache, opened on first use
 
     def __post_init__(self) -> None:
         try:
@@ -68,7 +70,7 @@ class SafetensorsFile:
 
     @property
     def identity(self) -> str:
-        """The hash under which a hub cache stores the content, else size and time of change."""
+        """The content hash if the file is in a hub cache; otherwise size and time of change."""
         blob = self.path.resolve()
         if self.path.is_symlink() and blob.parent.name == "blobs" and BLOB_NAME.fullmatch(blob.name):
             return blob.name
@@ -76,7 +78,7 @@ class SafetensorsFile:
 
     @property
     def content(self) -> str:
-        """SHA-256 of the file: its name in a hub cache, else found by reading the whole file."""
+        """SHA-256 of the file: from its name in a hub cache, otherwise by reading the whole file."""
         if len(self.identity) == 64:
             return self.identity
         try:
@@ -87,10 +89,10 @@ class SafetensorsFile:
 
     def close(self) -> None:
         self._close()
-        self._fd = -1  # the number may soon be another file's
+        self._fd = -1  # the system may reuse the number for another file
 
     def read_into(self, target: memoryview, offset: int) -> None:
-        """Fill ``target`` from ``offset`` on, of a file that is still the one that was opened."""
+        """Fill ``target`` with bytes from ``offset`` on. Refuses a file that changed after it was opened."""
         if self._fd < 0:
             raise ValueError(f"{self.path} is closed")
         while target:
@@ -104,9 +106,9 @@ class SafetensorsFile:
         self._require_unchanged()
 
     def read_pages_into(self, target: memoryview, offset: int, count: int) -> bool:
-        """Fill ``target``, which begins at a page, from a page's start on, past the page cache.
+        """Fill the page-aligned ``target`` from a page-aligned position, bypassing the page cache.
 
-        Returns whether ``count`` bytes came; False where the file system has no such reads.
+        Returns whether ``count`` bytes were read; False if the file system has no such reads.
         """
         if self._direct is None:
             self._direct = _open_direct(self._fd)
@@ -175,7 +177,7 @@ class SafetensorsFile:
         }
 
     def _span(self, name: str, entry: Any) -> tuple[int, int]:
-        """The tensor's first byte and the one after its last, checked against its type and shape."""
+        """The tensor's first byte and the byte after its last, checked against type and shape."""
         if len(name) > LONGEST_NAME:
             self._refuse(name, f"has a name of {len(name)} characters, but at most {LONGEST_NAME} are read")
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:

@@ -1,7 +1,7 @@
-"""The reference model with one layer in memory at a time, for models larger than the machine.
+"""The reference model with one layer in memory at a time, for models larger than the machine's memory.
 
-The pieces are functions over lists of hidden states [1, S, H], one per sequence, all in float32, so that
-whoever calibrates, ranks or compares walks the layers the same way:
+The functions take lists of float32 hidden states [1, S, H], one per sequence. Calibration, sensitivity and comparison
+all walk the layers this way:
 
     hidden = embed(checkpoint, sequences)
     for layer in layers(checkpoint, progress):
@@ -40,12 +40,12 @@ def reference_outputs(
 
 
 def embed(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Embeddings [1, S, H] per sequence, from the rows of the table that are used."""
+    """Embeddings [1, S, H] per sequence; only the needed rows of the table are read."""
     used = sorted({i for ids in sequences for i in ids})
     rows: dict[int, Tensor] = {}
     buffer = torch.empty(READ_BLOCK, dtype=torch.uint8)
     for start, block in checkpoint.row_blocks(checkpoint.name_of(EMBEDDING), buffer):
-        # Copies: a float32 row would else be a view into the buffer, which the next block overwrites.
+        # Copy: a float32 row is a view into the buffer, which the next block overwrites.
         here = [i for i in used if start <= i < start + len(block)]
         rows |= {i: block[i - start].to(torch.float32, copy=True) for i in here}
     return [torch.stack([rows[i] for i in ids])[None] for ids in sequences]
@@ -59,7 +59,7 @@ def full_attention(config: Glm4Config, length: int) -> Attention:
 
 
 def layers(checkpoint: Checkpoint, progress: Progress = silent) -> Iterator[Glm4DecoderLayer]:
-    """Every layer in order, in float32; one is in memory, if the caller keeps none."""
+    """Every layer in order, in float32. One is in memory at a time, unless the caller keeps them."""
     count = checkpoint.config.num_hidden_layers
     for index in range(count):
         progress("run the reference's layers", index, count)
@@ -94,7 +94,7 @@ def final_norm(checkpoint: Checkpoint, hidden: Sequence[Tensor]) -> list[Tensor]
 
 
 def head_name(checkpoint: Checkpoint) -> str:
-    """The canonical name of the matrix that makes a causal LM's logits."""
+    """The canonical name of the matrix that computes a causal LM's logits."""
     return EMBEDDING if checkpoint.config.tie_word_embeddings else HEAD
 
 

@@ -1,4 +1,4 @@
-"""What can be exported: targets and precisions, as rows of two tables. Needs no torch."""
+"""The tables of targets and precisions. Needs no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,14 +15,14 @@ ONNX_RUNTIME = "onnxruntime"
 
 @dataclass(frozen=True)
 class Products:
-    """How a graph multiplies by stored matrices, and looks up rows.
+    """How a graph multiplies by stored matrices and looks up rows of tables.
 
     Attributes:
-        name: of the lowering in ``passes``.
-        lookups: a table can be looked up in its stored form.
-        unsigned_inputs: inputs that are rounded to integers are stored around 128.
-        integer_activations: the type that products of two integers give; None where they give any.
-        even_rows: 4-bit codes lie two in a byte along a row, so a row needs an even number of them.
+        name: key of the tables ``PRODUCTS`` and ``STORED`` in ``passes``.
+        lookups: whether a quantized table can be looked up directly.
+        unsigned_inputs: whether inputs that are rounded to integers have an offset of 128.
+        integer_activations: the output type of products of two integers; None if any type is possible.
+        even_rows: whether two 4-bit codes of a row share a byte, so that a row needs an even number of codes.
     """
 
     name: str
@@ -39,11 +39,11 @@ _PACKED = Products("packed", lookups=True, unsigned_inputs=True, integer_activat
 
 @dataclass(frozen=True)
 class Int8Cache:
-    """That a target's attention takes an int8 KV cache.
+    """The int8 KV cache of a target's attention.
 
     Attributes:
-        head_multiple: dims that a head must have a multiple of.
-        providers: those on which it was compared with the reference.
+        head_multiple: the head size must be a multiple of this.
+        providers: ONNX Runtime's providers on which it was compared with the reference.
     """
 
     head_multiple: int = 1
@@ -55,8 +55,8 @@ class Precision:
     """How the tensors of a model are stored.
 
     Attributes:
-        activations: the type of every tensor; None where ``formats`` names the format of each group of matrices.
-        matrices: formats of matrices that have another one than the rest of their layer.
+        activations: if set, every tensor has this type. Otherwise ``formats`` names the format of each group.
+        matrices: formats of single matrices of a layer that differ from the group's.
     """
 
     activations: str | None
@@ -70,23 +70,24 @@ class Precision:
 
 @dataclass(frozen=True)
 class Target:
-    """A form of bundle.
+    """One row: what a bundle is made for, and how.
 
     Attributes:
-        name: as a user types it.
-        dialect: what the manifest calls the operators of the ONNX graph.
-        attention: lowerings of attention in ``passes``, tried in order; none where our operator runs as it stands.
-        norms: ``standard``, or ``skip``: a residual sum and its norm are one operator.
-        runtime: what runs the bundle: ONNX Runtime, or the TensorRT that builds an engine from the graph.
-        precisions: that it can have.
-        quantized_activations: the activations' type of a quantized bundle, unless told otherwise.
-        providers: by activations' type, those of ONNX Runtime that have every kernel the graph needs.
-        formats: other formats than the precision's own, by name, where this target has faster kernels.
+        name: the name that a user types.
+        dialect: name of the graph's set of operators, for the manifest.
+        attention: lowerings of attention, keys of ``ATTENTION`` in ``passes``, tried in order. Empty if our operator
+            runs as it is.
+        norms: ``standard``, or ``skip``: one operator for a residual sum and the norm after it.
+        runtime: the runtime of the bundle: ONNX Runtime, or the TensorRT that builds an engine from the graph.
+        precisions: the precisions that it supports.
+        quantized_activations: default type of a quantized bundle's activations.
+        providers: by activations' type: ONNX Runtime's providers that have every kernel of the graph.
+        formats: replacements of a precision's formats, by name, for which this target has faster kernels.
         own: this target's overrides of PRECISIONS.
-        says: what the manifest adds to the groups' precisions.
-        int8_cache: None where attention takes no int8 cache.
-        input_major: products read integers [in, out], so they are stored so.
-        own_operators: the graph has operators of ``glm4_plugins``, which ONNX Runtime must load.
+        says: additional entries of the manifest's ``tensor_precisions``.
+        int8_cache: None if attention supports no int8 cache.
+        input_major: whether integer matrices are stored [in, out], as the products read them.
+        own_operators: whether the graph has operators of ``glm4_plugins``, which ONNX Runtime must load.
     """
 
     name: str
@@ -107,7 +108,7 @@ class Target:
 
     @property
     def engine(self) -> str | None:
-        """The TensorRT that builds its engine; None where ONNX Runtime runs the graph."""
+        """The TensorRT that builds the engine; None if ONNX Runtime runs the graph."""
         return None if self.runtime == ONNX_RUNTIME else self.runtime
 
 
@@ -118,21 +119,22 @@ PRECISIONS = {
     "int8": Precision(None, {"embedding": "int8", "layers": "int8", "head": "int8"}),
     "int4": Precision(None, {"embedding": "int8", "layers": "int4", "head": "int8"}),
     "fp8": Precision(None, {"embedding": "int8", "layers": "fp8", "head": "int8"}),
-    # What down_proj reads is a product of two activations: its few huge values leave one scale no room for the rest.
+    # down_proj's input is a product of two activations. With one scale, its few huge values leave too few steps for
+    # the rest.
     "int8-sq": Precision(
         None, {"embedding": "int8", "layers": "int8-sq", "head": "int8"}, {"mlp.down_proj": "int8"}
     ),
 }
 _FLOATS, _INTEGERS = ("fp32", "fp16", "bf16"), ("int8", "int4", "int8-sq")
 
-# ONNX Runtime's kernel list (docs/OperatorKernels.md): GroupQueryAttention on CUDA takes fp16 and bf16 only,
-# and nothing that attention needs takes bf16 on the CPU. The native dialect was not tried on CUDA.
+# ONNX Runtime's kernel list (docs/OperatorKernels.md): GroupQueryAttention on CUDA takes fp16 and bf16 only, and the
+# CPU has no bf16 kernels for attention. The native dialect was not tried on CUDA.
 _NATIVE = {"float32": (_CPU,), "float16": (_CPU,), "bfloat16": ()}
-# TensorRT multiplies by int8 per output channel without widening the weight first; by int8 in blocks it does not.
+# TensorRT multiplies directly by int8 with a scale per output channel. It widens int8 in blocks before the product.
 _PER_CHANNEL = {"int8": "int8-channel"}
 _SIGNED = {name: f"{name}-signed" for name in ("int4", "int4-fine", "int4-wide")}
-# What GPTQ leaves is the head's error above all, and least of it that of q, k and o_proj. Below, 5.01 bits a
-# weight on the demo, where Q4_K_M has 5.02 (benchmarks/accuracy.py).
+# After GPTQ most of the error comes from the head, and least from q, k and o_proj. The formats below take 5.01 bits a
+# weight on the demo; llama.cpp's Q4_K_M takes 5.02 (benchmarks/accuracy.py).
 _INT4_ON_CPU = {
     "int4": Precision(
         None,
@@ -153,9 +155,9 @@ _ROWS = (
         providers={"float32": (_CPU,), "float16": (_CUDA, _CPU), "bfloat16": (_CUDA,)},
         formats=_SIGNED,
         own=_INT4_ON_CPU,
-        int8_cache=Int8Cache(head_multiple=8),  # the fallback, which takes any head, has no int8 cache
+        int8_cache=Int8Cache(head_multiple=8),  # the fallback for other head sizes has no int8 cache
     ),
-    # Products and attention by our own kernels, which read the stored form as it lies in the file.
+    # Our own kernels for products and attention. They read the weights as the file holds them.
     Target(
         name="cpu",
         dialect="cpu",
@@ -208,13 +210,13 @@ _ROWS = (
         quantized_activations="float16",
         providers=_NATIVE,
         formats=_PER_CHANNEL,
-        int8_cache=Int8Cache(providers=()),  # of our plugin; the graph that is proved has another cache
+        int8_cache=Int8Cache(providers=()),  # the plugin's; the graph that parity checks has another cache
         input_major=False,  # not measured
     ),
 )
 TARGETS = {row.name: row for row in _ROWS}
 
-# What a recipe may name: formats that every target stores, without a target's own way to store one of them.
+# Formats that a recipe may name: those that every target supports, without the replacements of single targets.
 RECIPE_FORMATS = tuple(
     name
     for name, form in FORMATS.items()

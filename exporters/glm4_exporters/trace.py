@@ -1,11 +1,11 @@
-"""The reference model as a canonical ONNX graph: standard operators and one attention node per layer.
+"""Traces the reference model to the canonical ONNX graph: standard operators, and one attention node per layer.
 
-Nothing here holds a weight. The model is built and exported under fake tensors, so a 32B traces in the
-memory of its graph, and the initializers of the result have a name, a type and a shape only. Their names
-are the checkpoint's, besides ``rotary.cos`` and ``rotary.sin`` [max positions, R / 2].
+No weight is loaded. The model is built and exported with fake tensors, so a 32B needs only the memory of its graph.
+The initializers have a name, a type and a shape, but no data. Their names are the checkpoint's, plus ``rotary.cos``
+and ``rotary.sin`` [max positions, R / 2].
 
-Every node is named after the module it came from (``model.layers.3.mlp.down_proj/MatMul``); passes keep
-that up, and whoever cuts the graph at layers reads it.
+Every node is named after its module (``model.layers.3.mlp.down_proj/MatMul``). Passes keep these names, because
+``pieces`` and ``validate`` cut the graph by them.
 """
 
 import ast
@@ -33,12 +33,12 @@ from glm4_runtime.bundle.graph_io import GraphIO
 OPSET = 24
 ROTARY_COS, ROTARY_SIN = "rotary.cos", "rotary.sin"
 
-# Any sizes that differ from each other and from 0 and 1, which torch.export would take as constants.
+# Example sizes; all different, and not 0 or 1, which torch.export would treat as constants.
 EXAMPLE_SIZES = {"batch": 2, "sequence": 3, "capacity": 7, "positions": 5}
 
 
 class _OperatorRMSNorm(Glm4RMSNorm):
-    """The same formula as one ONNX operator: float32 inside, the weight after the rounding."""
+    """RMSNorm as one ONNX operator: float32 inside, rounded, then times the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.onnx.ops.symbolic(
@@ -52,7 +52,7 @@ class _OperatorRMSNorm(Glm4RMSNorm):
 
 
 class _OperatorAttention:
-    """Attention as one ``glm4::PartialRopeGqaAttention`` node; ``presents`` collects what it returns."""
+    """Attention as one ``glm4::PartialRopeGqaAttention`` node; ``presents`` collects its new caches."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class _Tables(nn.Module):
 
 
 class _Graph(nn.Module):
-    """The reference model behind the graph's inputs and outputs."""
+    """The reference model with the graph's inputs and outputs."""
 
     def __init__(self, config: Glm4Config, task: str) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def _rows(hidden: Tensor, indices: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's deprecations and its remarks on packages we do not use."""
+    """Hide the exporter's deprecation warnings, and its remarks about packages that we do not use."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -162,7 +162,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def trace(config: Glm4Config, task: str, activations: str) -> ir.Model:
-    """The canonical graph of ``task`` whose weights, activations and cache are of type ``activations``.
+    """The canonical graph of ``task``. Weights, activations and cache have the type ``activations``.
 
     Args:
         activations: ``float32``, ``float16`` or ``bfloat16``.
@@ -210,7 +210,7 @@ def _name_inputs_and_outputs(graph: ir.Graph, io: GraphIO) -> None:
 
 
 def _name_initializers(graph: ir.Graph, task: str) -> None:
-    """Give each weight its checkpoint name, and take its fake data away."""
+    """Give each weight its checkpoint name, and remove its fake data."""
     prefix = "model." if task == "encoder" else ""
     for value in list(graph.initializers.values()):
         assert value.name is not None
@@ -223,7 +223,7 @@ def _name_initializers(graph: ir.Graph, task: str) -> None:
 
 
 def _tie_head(graph: ir.Graph) -> None:
-    """The tracer writes a tied head as a weight of its own; there is one tensor, the embedding."""
+    """Replace a tied head by the embedding: the tracer writes it as a second weight."""
     head, embedding = (graph.initializers.pop(name, None) for name in (HEAD, EMBEDDING))
     if embedding is not None and head is not None:
         ir.convenience.replace_all_uses_with(head, embedding)
@@ -234,12 +234,12 @@ def _tie_head(graph: ir.Graph) -> None:
 
 
 def _name_nodes(graph: ir.Graph, task: str) -> None:
-    """Name nodes after their modules and values after their nodes; drop the tracer's notes, which hold paths."""
+    """Name nodes after their modules, and values after their nodes. Drop the tracer's metadata, which contains paths."""
     used: dict[str, int] = {}
     keep = {id(value) for value in graph.outputs}
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        # The scopes end with the traced operation itself; the one before it is the module.
+        # The last scope is the operation, the one before it is the module.
         scope = scopes[-2] if len(scopes) > 1 else ""
         scope = re.sub(r"^reference\.?", "model." if task == "encoder" else "", scope)
         name = f"{scope or 'graph'}/{node.op_type}"
@@ -251,6 +251,6 @@ def _name_nodes(graph: ir.Graph, task: str) -> None:
             value.metadata_props.clear()
             if id(value) not in keep:
                 value.name = f"{node.name}:{i}"
-                # The tracer's symbols mean nothing outside it; sizes do.
+                # The tracer's symbols have no meaning outside; fixed sizes do.
                 axes = value.shape or ()
                 value.shape = ir.Shape([a if isinstance(a, int) else None for a in axes]) if axes else None

@@ -1,7 +1,7 @@
-"""Stored formats: one object says all of one format, and this table names them. Needs no torch.
+"""The table of stored formats; each is one object. Needs no torch.
 
-A new format is a class in a file of this package and a row here. Its parts, its rows' encoding and decoding and what its
-products do to their inputs are asked of the object; no code elsewhere names it.
+A new format is a class in a file of this package and a row here. The object knows its parts, encodes and
+decodes rows, and says how products round their inputs. Code elsewhere asks the object and never compares names.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from glm4_runtime.errors import ExportError
 
 _INT8_INPUTS = InputRounding("int8", 127, searched=True)
 
-# int8's error is a rounding that a search cannot lower; int4's is, by what it clips.
+# A search lowers the error of int4 by clipping. It cannot lower the rounding error of int8.
 FORMATS: Mapping[str, Format] = {
     "int8": Integers(bits=8, block=128, ranges=(1.0,)),
     "int8-channel": Integers(bits=8, block=None, ranges=(1.0, 0.9)),

@@ -1,11 +1,11 @@
 """How the parts of a matrix lie in the data file, for the operator that reads them.
 
-    ROWS       as the format says, codes of less than a byte two in a byte: DequantizeLinear
+    ROWS       as the format says; 4-bit codes two in a byte: DequantizeLinear
     COLUMNS    the same, transposed: DequantizeLinear with the inputs on axis 0
-    UNSIGNED   integers with their zero in the middle, rows in whole blocks: MatMulNBits, GatherBlockQuantized
+    UNSIGNED   codes with an offset, rows padded to whole blocks: MatMulNBits, GatherBlockQuantized
     PANELS     the same in panels of 64 rows: ``glm4::BlockQuantizedMatMul``
 
-``pack`` works on some rows, on any thread. ``written`` then gives what goes into the file, in order.
+``pack`` packs some rows, on any thread. ``written`` then yields the bytes for the file, in order.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,12 +18,12 @@ from glm4_exporters.formats.base import BITS, CODES, Format, Part
 from glm4_exporters.formats.integers import Integers
 from glm4_plugins.block_product import PANEL, stored_shape
 
-COLUMN_BLOCK = 512  # columns that are transposed at once: of a vocabulary's head in 78 MB
+COLUMN_BLOCK = 512  # columns that are transposed at once: 78 MB for a vocabulary's head
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Rows one after the other, exactly as wide as the matrix."""
+    """Rows one after the other, without padding."""
 
     def part(self, _name: str, part: Part, _form: Format) -> Part:
         """The part as the file holds it."""
@@ -35,7 +35,7 @@ class Arrangement:
         return pack_pairs(rows) if BITS[part.dtype] < 8 else rows
 
     def written(self, chunks: Iterable[Tensor], _part: Part) -> Iterator[Tensor]:
-        """What ``pack`` gave for all rows, as it is written."""
+        """The packed rows, in the order of the file."""
         yield from chunks
 
 
@@ -64,7 +64,7 @@ class _Columns(Arrangement):
 
 
 class _Unsigned(Arrangement):
-    """Codes uint8 [rows, blocks, bytes]; the block that a row ends in is filled up with zeros."""
+    """Codes uint8 [rows, blocks, bytes]; the last block of a row is padded with zeros."""
 
     def part(self, name: str, part: Part, form: Format) -> Part:
         if name != CODES:
@@ -80,7 +80,7 @@ class _Unsigned(Arrangement):
 
 
 class _Panels(Arrangement):
-    """Panels of 64 rows, the last filled up with zeros: codes uint8 [panels, blocks, bytes], scales [panels, blocks, 64]."""
+    """Panels of 64 rows, the last padded with zeros: codes uint8 [panels, blocks, bytes], scales [panels, blocks, 64]."""
 
     def part(self, name: str, part: Part, form: Format) -> Part:
         assert isinstance(form, Integers)
@@ -99,12 +99,12 @@ ROWS, COLUMNS, UNSIGNED, PANELS = Arrangement(), _Columns(), _Unsigned(), _Panel
 
 
 def _exact(values: Tensor, part: Part) -> Tensor:
-    """Without the codes past the width of the matrix."""
+    """Drop the codes beyond the width of the matrix."""
     return values[:, : part.shape[1]].contiguous() if len(part.shape) == 2 else values
 
 
 def pack_pairs(codes: Tensor) -> Tensor:
-    """4-bit codes [rows, width] of one byte each, two in a byte, the first in the low half."""
+    """Pack 4-bit codes [rows, width], one per byte, into two per byte; the first goes into the low half."""
     pairs = codes.contiguous().view(torch.int16)  # the second code in the high byte
     return ((pairs & 0x0F) | ((pairs >> 4) & 0xF0)).to(torch.uint8)
 

@@ -1,4 +1,4 @@
-"""What every stored format says of itself. Needs no torch, so that reading the tables loads none."""
+"""The base class of stored formats. Imports no torch, so that reading the tables stays quick."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 CODES, SCALES = "codes", "scales"
 BITS = {"int4": 4, "uint8": 8, "int8": 8, "float8e4m3fn": 8, "float16": 16, "bfloat16": 16, "float32": 32}
 
-# Parts of a matrix by name. ``codes`` are one number per element [rows, width], not packed yet; they may go on past the
-# width to the end of the last block. A part of the whole matrix has no axes.
+# Parts of a matrix by name. ``codes`` has one number per element [rows, width], not packed yet, and may be
+# padded to whole blocks. A part that belongs to the whole matrix is a scalar.
 Encoded = Mapping[str, "Tensor"]
 
 
 def scale_type(activations: str) -> str:
-    """Element type of 16-bit scales: bfloat16 for float32, of which a scale needs the range and no more digits."""
+    """Element type of 16-bit scales: bfloat16 for float32 activations, because a scale needs range more than digits."""
     return "bfloat16" if activations == "float32" else activations
 
 
@@ -30,7 +30,7 @@ class Part:
     Attributes:
         dtype: element type by ONNX's name in lower case, as ``int4`` or ``float8e4m3fn``.
         shape: [rows, width], [rows, blocks], [rows] or [].
-        scaled_by: the part that this one is multiplied by; None where its numbers are values.
+        scaled_by: name of the part that scales this one; None if the numbers are the values themselves.
     """
 
     dtype: str
@@ -44,13 +44,13 @@ class Part:
 
 @dataclass(frozen=True)
 class InputRounding:
-    """How a product rounds its input: under one scale per matrix, found on calibration text.
+    """How a product rounds its input: with one scale per matrix, found on calibration text.
 
     Attributes:
-        dtype: element type; targets that take unsigned integers only store ``int8`` around 128.
+        dtype: element type. Targets that accept only unsigned integers store ``int8`` with an offset of 128.
         largest: the largest number of that type.
-        searched: the scale is searched for together with a smoothing, by the error of the product. Else it is the
-            one under which nothing is clipped.
+        searched: whether scale and smoothing are searched together, by the error of the product. If not, the
+            scale is the smallest that clips nothing.
     """
 
     dtype: str
@@ -58,7 +58,7 @@ class InputRounding:
     searched: bool = False
 
     def scale(self, absmax: float) -> float:
-        """The scale under which ``absmax`` is the largest number; never below float16's smallest normal number."""
+        """The scale that maps ``absmax`` to ``largest``; at least float16's smallest normal number."""
         return max(absmax / self.largest, 2.0**-14)
 
 
@@ -66,9 +66,9 @@ class Format(ABC):
     """How the numbers of a matrix [rows, width] are stored.
 
     Attributes:
-        bits: of one code.
-        block: codes of a row under one scale; None for a scale per row or per matrix.
-        inputs: what the matrix's product rounds its input to; None where it reads the input as it is.
+        bits: bits of one code.
+        block: how many codes of a row share one scale; None for one scale per row or per matrix.
+        inputs: how the matrix's product rounds its input; None if it does not.
         needs_largest: whether ``encode`` must know the largest magnitude of the whole matrix.
         fitted: whether GPTQ may choose the codes by calibration text.
         portable: whether every target can store it, so that a recipe may name it.
@@ -98,7 +98,7 @@ class Format(ABC):
 
         Args:
             rows: float32 [rows, width].
-            importance: float32 [width], how much the square of an input's error counts; all alike where None.
+            importance: float32 [width], the weight of each input's squared error; equal weights if None.
             largest: the largest magnitude of the whole matrix, where ``needs_largest``.
         """
 
@@ -107,19 +107,19 @@ class Format(ABC):
         """The values that parts stand for, float32 [rows, width]."""
 
     def nbytes(self, rows: int, width: int, scale_type: str) -> int:
-        """Of a matrix [rows, width]."""
+        """Bytes of a matrix [rows, width]."""
         return sum(part.nbytes for part in self.parts(rows, width, scale_type).values())
 
     @property
     def needs_text(self) -> bool:
-        """Whether it cannot be made without calibration text."""
+        """Whether this format requires calibration text."""
         return self.inputs is not None
 
     def bits_per_weight(self, scale_type: str = "float16") -> float:
-        """Of a matrix of many long rows, scales counted."""
+        """Bits per weight of a large matrix, scales included."""
         rows, width = 1 << 20, (self.block or 1) << 20
         return round(8 * self.nbytes(rows, width, scale_type) / (rows * width), 4)
 
     def blocks(self, width: int) -> int:
-        """Blocks of a row of ``width`` numbers; the last may be shorter."""
+        """Number of blocks in a row of ``width`` numbers; the last may be shorter."""
         return 1 if self.block is None else -(-width // self.block)

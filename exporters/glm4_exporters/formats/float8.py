@@ -1,8 +1,8 @@
-"""float8_e4m3fn under one scale per matrix, with inputs of the same kind.
+"""float8_e4m3fn with one scale per matrix; inputs are rounded to the same type.
 
-Scales per output channel build as well, but TensorRT-RTX 1.7 multiplies by them after the product was rounded to the
-activations' type. Sums of weights of up to 448 leave float16's range there. With one scale, both factors are applied in
-float32, before the rounding.
+Scales per output channel build too, but TensorRT-RTX 1.7 applies them after it rounds the product to the
+activations' type. Sums of codes up to 448 leave float16's range there. With one scale, TensorRT applies both
+factors in float32, before the rounding.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ INPUTS = InputRounding(FP8, FP8_MAX)
 
 @dataclass(frozen=True)
 class Float8(Format):
-    """Codes in float8_e4m3fn [rows, width], and one scale [] that the matrix's largest magnitude decides."""
+    """Codes in float8_e4m3fn [rows, width], and one scale [] from the matrix's largest magnitude."""
 
     bits: int = 8
     block: int | None = None

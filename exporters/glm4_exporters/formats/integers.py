@@ -1,4 +1,4 @@
-"""Integers around zero under scales: int8 and int4, in blocks of a row or with one scale per row."""
+"""Signed integers with scales: int8 and int4, one scale per block of a row or per row."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -15,11 +15,11 @@ class Integers(Format):
     """Codes of 8 or 4 bits, and a scale for each block of consecutive inputs of a row.
 
     Attributes:
-        block: a row whose width is no multiple of it ends in a shorter block. None for one scale per row.
-        ranges: shares of the block's largest |w| at which the largest code may stand. ``encode`` keeps the
-            share that leaves the least squared error.
-        signed_scales: whether a scale may be negative. The block's largest |w| can then always stand at the
-            smallest code, which is one step farther out. TensorRT wants positive scales.
+        block: the last block of a row may be shorter. None for one scale per row.
+        ranges: clipping ranges to try, as shares of the block's largest |w|. ``encode`` keeps the one with the
+            least squared error.
+        signed_scales: whether a scale may be negative. Then the block's largest |w| can always use the smallest
+            code (-8 in 4 bits), which is one step larger. TensorRT requires positive scales.
     """
 
     bits: int
@@ -35,16 +35,16 @@ class Integers(Format):
 
     @property
     def smallest(self) -> int:
-        """In 4 bits the eighth negative code is worth having; in 8 the range is symmetric."""
+        """The smallest code: -8 in 4 bits, where one more code matters; -127 in 8 bits."""
         return -self.largest - (self.bits < 8)
 
     @property
     def zero(self) -> int:
-        """What stands for 0 where codes are stored unsigned."""
+        """The unsigned code of 0."""
         return 1 << self.bits - 1
 
     def stored_width(self, width: int) -> int:
-        """Codes of a row in whole blocks."""
+        """Width of a row, padded to whole blocks."""
         return width if self.block is None else self.blocks(width) * self.block
 
     def parts(self, rows: int, width: int, scale_type: str) -> dict[str, Part]:

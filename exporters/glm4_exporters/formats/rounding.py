@@ -11,16 +11,16 @@ SMALLEST = 2.0**-100  # size of a scale; a block of zeros has one too
 def quantize(
     weight: Tensor, form: Integers, scale_type: torch.dtype, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Numbers and scales that lie closest to ``weight``.
+    """Codes and scales with the least squared error against ``weight``.
 
-    For given numbers q the best scale is sum(w q) / sum(q q), and leaves the squared error
-    sum(w w) - sum(w q)^2 / sum(q q). So each range that the format tries is judged by its last term; the
-    winner's best scale is rounded to ``scale_type``, and the numbers are rounded again under it.
+    For given codes q the best scale is sum(w q) / sum(q q). Its squared error is sum(w w) - sum(w q)^2 / sum(q
+    q). So the range with the largest last term wins. Its scale is rounded to ``scale_type``, and the codes are
+    rounded again with this scale.
 
     Args:
         weight: float32 [rows, width].
         scale_type: what scales are stored as.
-        importance: float32 [width], how much the square of an input's error counts: the mean of its x^2.
+        importance: float32 [width], the weight of each input's squared error: the mean of x^2.
 
     Returns:
         int8 [rows, blocks * block], zero past the width, and ``scale_type`` [rows, blocks].
@@ -47,30 +47,30 @@ def quantize(
 
 
 def dequantize(numbers: Tensor, scales: Tensor, form: Integers, width: int) -> Tensor:
-    """float32 [rows, width] that numbers [rows, blocks * block] and scales [rows, blocks] stand for."""
+    """Codes [rows, blocks * block] times scales [rows, blocks], as float32 [rows, width]."""
     return (_in_blocks(numbers.float(), form) * scales.float()[..., None]).flatten(1)[:, :width]
 
 
 def _in_blocks(rows: Tensor, form: Integers) -> Tensor:
-    """[rows, width] -> [rows, blocks, block], the last block filled up with zeros."""
+    """[rows, width] -> [rows, blocks, block], padded with zeros."""
     short = form.stored_width(rows.shape[1]) - rows.shape[1]
     padded = torch.nn.functional.pad(rows, (0, short)) if short else rows
     return padded.view(len(rows), -1, form.block or rows.shape[1])
 
 
 def rounded(w: Tensor, scale: Tensor, form: Integers) -> Tensor:
-    """The whole numbers, in float32, that stand for ``w`` under ``scale``."""
+    """Round ``w / scale`` to codes, as float32."""
     return (w * (1 / scale)).round_().clamp_(form.smallest, form.largest)
 
 
 def _widest(w: Tensor, form: Integers) -> Tensor:
-    """Per block, the scale under which nothing is clipped."""
+    """Per block, the smallest scale that clips nothing."""
     if not form.signed_scales:
         return w.abs().amax(-1, keepdim=True) / form.largest
     return w.gather(-1, w.abs().argmax(-1, keepdim=True)) / form.smallest
 
 
 def _not_zero(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale as it will be read."""
+    """The scale as stored in ``dtype``, and never 0."""
     size = scale.abs().clamp(min=max(SMALLEST, torch.finfo(dtype).smallest_normal))
     return torch.where(scale < 0, -size, size).to(dtype).float()

@@ -1,4 +1,4 @@
-"""Passes take the canonical graph to what a target runs: one file, one verb, one test each.
+"""Passes rewrite the canonical graph into the operators of a target. One file, one verb, one test each.
 
 The order of all passes is in this file and nowhere else. A pass changes a graph and never a file.
 """
@@ -47,7 +47,8 @@ NORMS: Mapping[str, tuple[Callable[[], Pass], ...]] = {"standard": (), "skip": (
 
 
 def lowering(target: Target, plugin: PluginAttention | None = None) -> list[Pass]:
-    """From the canonical graph to the target's operators, or to its attention by our plugin for TensorRT."""
+    """The passes from the canonical graph to the target's operators; ``plugin`` replaces the target's
+    attention."""
     attention = [plugin] if plugin is not None else [ATTENTION[name]() for name in target.attention]
     products = [make() for make in PRODUCTS[target.products.name]]
     return [*attention, *products, *(make() for make in NORMS[target.norms])]
@@ -61,10 +62,10 @@ def model_passes(
     input_scales: Mapping[str, float],
     plugin: PluginAttention | None = None,
 ) -> list[Pass]:
-    """From the canonical graph to the one whose weights are written. An empty argument leaves its pass out.
+    """All passes before weights are written, in order. An empty argument leaves its pass out.
 
     Args:
-        norm_bits, cache_scales, input_scales: what calibration found.
+        norm_bits, cache_scales, input_scales: results of the calibration.
         plugin: attention for an engine, in place of the target's own.
     """
     products = form.target.products
@@ -79,7 +80,7 @@ def model_passes(
 
 
 def engine_passes(capacity: int) -> list[Pass]:
-    """From a graph whose weights are written to the one that TensorRT parses."""
+    """The passes for the graph that TensorRT parses; its weights are written already."""
     return [FixCapacity(capacity), SplitProducts()]
 
 

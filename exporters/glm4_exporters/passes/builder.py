@@ -1,4 +1,4 @@
-"""What passes share: a builder that names new nodes and constants as the rest of the graph is named."""
+"""Helpers of passes: a builder whose new nodes and constants follow the graph's naming."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ MICROSOFT = "com.microsoft"
 
 
 class Builder:
-    """Collects new nodes under one scope, until the pass puts them into the graph."""
+    """Collects new nodes of one module, until the pass inserts them into the graph."""
 
     def __init__(self, graph: ir.Graph, scope: str) -> None:
         self.graph, self.scope = graph, scope
@@ -35,13 +35,13 @@ class Builder:
         return node.outputs[0]
 
     def constant(self, value: int | list[int], dtype: npt.DTypeLike = np.int64) -> ir.Value:
-        """A small constant as an initializer with its data in the graph; equal ones are stored once."""
+        """A small constant, as an initializer with data; equal constants share one."""
         array = np.asarray(value, dtype)
         name = "constant." + "_".join(map(str, array.reshape(-1).tolist())) + f".{array.dtype}.{array.ndim}"
         return self.named(name, array)
 
     def named(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
-        """An initializer with its data in the graph, under a name that tells its value."""
+        """An initializer with data; its name tells its value."""
         if name not in self.graph.initializers:
             tensor = ir.tensor(np.ascontiguousarray(array) if array.ndim else array, name=name)
             kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)

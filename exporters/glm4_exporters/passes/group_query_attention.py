@@ -10,13 +10,13 @@ from glm4_plugins.operator import DOMAIN, OP_TYPE
 class GroupQueryAttention(ir.passes.InPlacePass):
     """Lower attention to ONNX Runtime's own operator, RoPE included.
 
-    The kernel takes ``seqlens_k`` = past + S - 1 and derives the past from it, so S must be the padded
-    width: with the valid tokens only, a padded chunk would be written over live keys. With a past and
-    more than one new token it computes one sequence per call.
+    The kernel derives the past from its input ``seqlens_k`` = past + S - 1. S must be the padded width: with
+    only the valid tokens counted, a padded chunk would overwrite keys in use. With a past and more than one new
+    token, the kernel computes one sequence per call.
 
-    The kernel's own rotation takes multiples of 16 dims, of heads of multiples of 16. Other sizes, which no
-    released checkpoint has, are rotated by the standard RotaryEmbedding in front of it. It takes heads of multiples of 8 dims;
-    nodes of other sizes are left for the native lowering.
+    The kernel rotates multiples of 16 dims, in heads whose size is a multiple of 16. For other sizes, which no
+    released checkpoint has, the standard RotaryEmbedding rotates before the kernel. The kernel takes heads
+    whose size is a multiple of 8. Other nodes are left for the native lowering.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -41,7 +41,7 @@ def _head_size(node: ir.Node) -> int:
 class _Shared:
     """What all layers read: ``seqlens_k`` [B] and ``total_sequence_length``, a scalar, both int32.
 
-    ``positions`` [B, S] int64 is there only where RoPE is not the kernel's.
+    ``positions`` [B, S] int64 exists only if the kernel does not rotate.
     """
 
     def __init__(self, graph: ir.Graph, first: ir.Node) -> None:

@@ -1,13 +1,14 @@
-"""Integer weights lie [in, out] in the data file, as TensorRT-RTX multiplies them, so that its builder copies none.
+"""Store integer weights as [in, out], which TensorRT-RTX multiplies directly, so that its builder copies none.
 
     w [out, in] int8 -> DequantizeLinear(axis 0) -> Transpose -> MatMul
     w [in, out] int8 -> DequantizeLinear(axis 1) -> MatMul
 
 and int4 with its scales [out, in / block] -> [in / block, out], the blocks on axis 0 in place of 1.
 
-TensorRT-RTX 1.7 holds the whole engine and every weight that it laid out anew at once. Four layers of the 9B's widths
-took 4.32 GB of anonymous memory for an engine of 2.69 GB in int8, and 3.02 GB so; 4.51 GB for one of 2.33 GB in int4,
-and 3.04 GB. Of gate and up as one product it then stores one copy for both profiles, which need no SplitProducts.
+TensorRT-RTX 1.7 keeps in memory the whole engine and every weight whose layout it changed. Four layers of the
+9B's widths in int8 (an engine of 2.69 GB) took 4.32 GB of anonymous memory with [out, in], and 3.02 GB with
+[in, out]. In int4 (2.33 GB) it was 4.51 and 3.04 GB. With [in, out], both profiles share one copy of gate and
+up as one product, so SplitProducts is not needed for them.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ AXES = {ir.DataType.INT8: (0, 1), ir.DataType.INT4: (1, 0)}  # of the scales, be
 
 @dataclass(frozen=True)
 class _Weight:
-    """What stands behind a product's second input."""
+    """The nodes that produce a product's second input."""
 
     transpose: ir.Node
     dequantize: ir.Node
@@ -33,8 +34,8 @@ class _Weight:
 class InputMajor(ir.passes.InPlacePass):
     """Choose the transposed arrangement for integer weights, and drop the Transpose behind their DequantizeLinear.
 
-    Runs before the data file is laid out. Products that share an input keep theirs: TensorRT-RTX joins such weights
-    [in, out] for the prefill's profile alone, and stores both forms (3.21 GB in place of 2.69).
+    Runs before the data file is laid out. Products that share an input keep [out, in]: TensorRT-RTX would join
+    their [in, out] weights for the prefill profile only, and store both forms (3.21 GB instead of 2.69).
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -47,14 +48,14 @@ class InputMajor(ir.passes.InPlacePass):
 
 
 def _is_alone(node: ir.Node) -> bool:
-    """Is this a product, and the only one that reads its input?"""
+    """Whether this is a product, and the only reader of its input."""
     if node.op_type != "MatMul" or node.inputs[0] is None:
         return False
     return sum(reader.op_type == "MatMul" for reader, _ in node.inputs[0].uses()) == 1
 
 
 def _weight_of(product: ir.Node) -> _Weight | None:
-    """int8 with a scale per row, or int4 in blocks, in rows, that only this product reads."""
+    """A weight that only this product reads: int8 with a scale per row, or int4 in blocks. None otherwise."""
     transpose = _maker(product.inputs[1], "Transpose")
     dequantize = transpose and _maker(transpose.inputs[0], "DequantizeLinear")
     if transpose is None or dequantize is None or len(dequantize.inputs) != 2:

@@ -9,8 +9,8 @@ from glm4_plugins.operator import DOMAIN, OP_TYPE
 class NativeAttention(ir.passes.InPlacePass):
     """Lower attention to standard operators under one explicit mask, which all layers share.
 
-    The mask is explicit because implementations have disagreed on where ``Attention``'s own causal mask
-    ends when keys outnumber queries. It costs the capacity of the cache, not the length of the sequence.
+    The mask is explicit because implementations of ``Attention`` disagree about the causal mask when there are
+    more keys than queries. Its cost grows with the cache's capacity, not with the sequence's length.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -55,7 +55,7 @@ class _Shared:
         causal = b.op("LessOrEqual", keys, b.op("Unsqueeze", positions, b.constant([1, 3])))  # [B, 1, S, C]
         valid = b.op("Less", keys, b.op("Unsqueeze", ends, axes[2]))  # [B, 1, 1, C]
         self.mask = b.op("And", causal, valid)
-        # Padding may stand past the last row of the tables; its rotation is never read.
+        # Padding may lie beyond the last row of the tables; its rotation is never read.
         self.positions = b.op("Min", positions, b.constant(fixed(cos.shape[0]) - 1))
         graph.insert_before(graph[0], b.nodes)
 

@@ -13,10 +13,10 @@ from glm4_plugins.block_product import DOMAIN, OPERATOR, PANEL, VERSION
 
 
 class PackedProducts(ir.passes.InPlacePass):
-    """Replace FusedMatMul by the weights named in ``formats`` that are integers in blocks.
+    """Replace FusedMatMul, for the weights in ``formats`` that are integers in blocks.
 
-    Two kinds of matrices are left to ``QuantizeWeights``: a tied head, which is looked up too and read by both
-    operators from one place, and matrices of other formats.
+    Two kinds of matrices are left to ``QuantizeWeights``: matrices of other formats, and a tied head, because
+    the lookup and the product share its data.
     """
 
     def __init__(self, formats: Mapping[str, Format]) -> None:
@@ -70,7 +70,7 @@ class PackedProducts(ir.passes.InPlacePass):
 
 
 def _bias_after(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
-    """The sum with an initializer that alone reads the product, and that initializer."""
+    """If a bias is the product's only reader: the Add node, and the bias."""
     add = _only_reader(node.outputs[0])
     if add is None or add.op_type != "Add" or node.outputs[0].is_graph_output():
         return None
@@ -79,7 +79,8 @@ def _bias_after(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
 
 
 def _gate_after(node: ir.Node, columns: int) -> list[ir.Node]:
-    """Split, Sigmoid, Mul and Mul that make silu(first half) * second half, where nothing else reads what they read."""
+    """The nodes Split, Sigmoid, Mul, Mul that compute silu(first half) * second half, if nothing else reads
+    their inputs."""
     split = _only_reader(node.outputs[0])
     if split is None or split.op_type != "Split" or len(split.outputs) != 2 or columns % (2 * PANEL):
         return []

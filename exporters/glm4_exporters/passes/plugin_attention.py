@@ -21,10 +21,10 @@ _DTYPES = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 
 
 class PluginAttention(ir.passes.InPlacePass):
-    """Complete attention nodes to what TensorRT's plugin takes and gives.
+    """Give attention nodes the inputs, outputs and attributes of our TensorRT plugin.
 
-    The graph gets an input ``counters`` int32 and an output ``present_counters``, which
-    the session binds to one buffer and zeroes once. All layers share it, one after the other: each leaves it zero.
+    The graph gets an int32 input ``counters`` and an output ``present_counters``. The session binds both to one
+    buffer, which it zeroes once. Each layer uses the buffer and leaves it zero for the next.
 
     Nodes without a past, those of classifiers and encoders, are left for the native lowering.
 
@@ -60,7 +60,7 @@ class PluginAttention(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(nodes))
 
     def _complete(self, graph: ir.Graph, node: ir.Node, counters: ir.Value) -> ir.Value:
-        """Put the plugin into the node's place; its counters, for the next layer."""
+        """Replace the node by the plugin; return its counters, for the next layer."""
         shape = self._kernel_shape(node)
         attributes: dict[str, int | str] = {
             name: node.attributes[name].as_int()
@@ -68,7 +68,7 @@ class PluginAttention(ir.passes.InPlacePass):
         }
         attributes |= dict(
             head_dim=shape.head_dim,
-            # as float32 holds it, in the digits that give it back
+            # the shortest digits that give the float32 back
             scale=str(np.float32(shape.scale)),
             max_batch=self.max_batch,
             compute_capability=self.compute_capability,

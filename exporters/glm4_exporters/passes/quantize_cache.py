@@ -17,12 +17,12 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class _Form:
-    """How an operator takes an int8 cache.
+    """How an operator accepts an int8 cache.
 
     Attributes:
-        key_scale: which input; that of the values follows it.
+        key_scale: index of the input with the keys' scales; the values' scales are the next input.
         shape: of the scales of [Hkv, D].
-        op_type: what the operator is called then; as before where None.
+        op_type: the operator's name with an int8 cache; None if unchanged.
     """
 
     key_scale: int
@@ -48,10 +48,10 @@ def _form_of(node: ir.Node) -> _Form | None:
 
 
 class QuantizeCache(ir.passes.InPlacePass):
-    """Give every attention that has a cache the scales of its layer; its past and present become int8.
+    """Add the layer's scales to every attention node with a cache; its past and present become int8.
 
-    The kernels round to even and saturate, and attend over what they stored, the new tokens' included: a
-    prompt in chunks computes what it computes in one.
+    The kernels round to even, saturate, and attend over the stored values, also those of the new tokens. So a
+    prompt in chunks gives the same result as a prompt in one run.
     """
 
     def __init__(self, scales: Sequence[CacheScales]) -> None:

@@ -1,12 +1,12 @@
-"""Inputs of products get QuantizeLinear and DequantizeLinear, where the weight's format rounds them.
+"""Insert QuantizeLinear and DequantizeLinear before products whose format rounds inputs.
 
     x -> QuantizeLinear -> DequantizeLinear -------\\
     codes [out, in] -> DequantizeLinear -> Transpose -> MatMul
 
-Integers: ONNX Runtime 1.32 runs this as QuantizeLinear and MatMulIntegerToFloat, and takes the Transpose through the
-DequantizeLinear by itself. Where q, k and v share one input it does so only if the input is unsigned. TensorRT takes no
-unsigned integers and no zero points. In both the steps are the same. float8: TensorRT-RTX multiplies in fp8
-(``tests/exporters/test_engine_quantization.py`` holds it).
+Integers: ONNX Runtime 1.32 fuses this into QuantizeLinear and MatMulIntegerToFloat, Transpose included. If q, k
+and v share one input, it fuses only unsigned inputs. TensorRT accepts neither unsigned integers nor zero
+points. The rounding is the same in both. float8: TensorRT-RTX multiplies in fp8
+(``tests/exporters/test_engine_quantization.py`` tests this).
 """
 
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ from glm4_runtime.errors import ExportError
 
 
 class QuantizeInputs(ir.passes.InPlacePass):
-    """Round what some matrices read, under one scale each. Runs after ``QuantizeWeights``.
+    """Round the inputs of some matrices, with one scale each. Runs after ``QuantizeWeights``.
 
     Args:
         scales: by canonical name of the matrix. Products of one input and one scale share the rounded input.
-        unsigned: whether integers are stored around 128.
+        unsigned: whether integers are stored with an offset of 128.
 
     Raises:
         ExportError: a matrix that no product of the graph reads.
@@ -69,7 +69,7 @@ class QuantizeInputs(ir.passes.InPlacePass):
         return value
 
     def _zero(self, rounding: InputRounding) -> "np.ndarray[tuple[()], np.dtype[np.generic]]":
-        """What stands for 0; its type is that of the rounded numbers."""
+        """The zero point; its type is the type of the rounded numbers."""
         if self._unsigned and rounding.dtype == "int8":
             return np.asarray(128, np.uint8)
         return np.asarray(0, ir_type(rounding.dtype).numpy())

@@ -1,4 +1,4 @@
-"""Matrices of a lowered graph -> their stored parts, by the operators that a target multiplies with."""
+"""Replace the matrices of a lowered graph by stored parts, and their products by the target's operators."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,7 +47,8 @@ class QuantizeWeights(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
     def _lowering(self, node: ir.Node) -> "tuple[ir.Value | None, _Lower | None]":
-        """The matrix that a node reads, and what takes the node's place; None twice where it stays."""
+        """The matrix that a node reads, and the function that replaces the node; (None, None) if the node
+        stays."""
         for row in self._lowerings:
             if (node.domain, node.op_type) == row.operator:
                 weight = node.inputs[row.matrix]
@@ -107,7 +108,7 @@ def _in_blocks(form: Format, _width: int) -> bool:
 
 
 def _in_whole_blocks(form: Format, width: int) -> bool:
-    """A tied table whose rows are no whole blocks is looked up as it is."""
+    """Whether every row is a multiple of the block; if not, a tied table is looked up unquantized."""
     return _in_blocks(form, width) and width % (form.block or 1) == 0
 
 
@@ -120,12 +121,12 @@ _Lower = Callable[[Builder, ir.Node, ir.Value, Format], ir.Value]
 
 @dataclass(frozen=True)
 class _Row:
-    """What takes an operator's place.
+    """A rule that replaces an operator.
 
     Attributes:
         operator: domain and name.
-        matrix: which input is the matrix.
-        takes: whether the new operator reads a format of rows of this width.
+        matrix: index of the input that is the matrix.
+        takes: whether the new operator can read the format, for rows of this width.
     """
 
     operator: tuple[str, str]
@@ -134,7 +135,7 @@ class _Row:
     lower: _Lower
 
 
-# By the name of a target's products; the first row that takes a node and its format.
+# By the name of a target's products. The first row that accepts the node and its format is used.
 LOWERINGS = {
     "fused": (
         _Row((MICROSOFT, "FusedMatMul"), 1, _in_blocks, _block_product),
@@ -151,6 +152,6 @@ def _shape(weight: ir.Value) -> tuple[int, int]:
 
 
 def _in_type_of(b: Builder, weight: ir.Value, scales: ir.Value) -> ir.Value:
-    """Scales in the weight's type, which these operators ask for."""
+    """Scales cast to the weight's type, as these operators require."""
     assert weight.dtype is not None
     return scales if scales.dtype == weight.dtype else b.op("Cast", scales, to=int(weight.dtype))

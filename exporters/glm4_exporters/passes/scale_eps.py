@@ -1,4 +1,4 @@
-"""The eps of norms whose input is scaled by 2^-k, scaled by 2^-2k: the norm then gives what it gave."""
+"""Scale a norm's eps by 2^-2k when its input is scaled by 2^-k: the norm's output stays the same."""
 
 from collections.abc import Mapping
 

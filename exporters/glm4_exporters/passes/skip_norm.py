@@ -6,7 +6,7 @@ from glm4_exporters.passes.builder import MICROSOFT, Builder, scope_of
 
 
 class SkipNorm(ir.passes.InPlacePass):
-    """Fuse a residual sum with the norm that reads it; whoever else reads the sum takes the fourth output."""
+    """Fuse a residual sum with the norm that reads it; other readers of the sum use the fourth output."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph, modified = model.graph, False
@@ -28,7 +28,7 @@ class SkipNorm(ir.passes.InPlacePass):
                 epsilon=node.attributes["epsilon"].as_float(),
             )
             normed, mean, deviation, total = b.nodes[0].outputs
-            mean.name = deviation.name = ""  # outputs that nobody reads are left out
+            mean.name = deviation.name = ""  # unused outputs are left out
             ir.convenience.replace_nodes_and_values(
                 graph, add, [node, add], b.nodes, [node.outputs[0], add.outputs[0]], [normed, total]
             )

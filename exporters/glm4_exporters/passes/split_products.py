@@ -1,7 +1,7 @@
-"""A product whose result is split becomes a product per part: for engines of more than one profile.
+"""Replace a product whose result is split by one product per part, for engines with several profiles.
 
-TensorRT-RTX 1.7 lays out the fused gate and up weights anew for one of two profiles and stores them twice:
-5.0 GB for 4.1 GB of weights in four layers of the 9B's widths. The parts are stored once each.
+TensorRT-RTX 1.7 changes the layout of the fused gate and up weights for one of two profiles, and stores both:
+5.0 GB for 4.1 GB of weights in four layers of the 9B's widths. Separate parts are stored once.
 """
 
 import onnx_ir as ir
@@ -12,7 +12,7 @@ from glm4_exporters.passes.builder import Builder, fixed, scope_of
 class SplitProducts(ir.passes.InPlacePass):
     """Give each output of a Split a product of its own, over its rows of the weight and of the weight's scales.
 
-    Rows follow each other in the data file, so that the parts are views of it: nothing is written again.
+    A part is a range of rows in the data file, so nothing is written again.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -49,7 +49,7 @@ def _split(graph: ir.Graph, split: ir.Node, product: ir.Node, transpose: ir.Node
 
 
 def _taken(b: Builder, value: ir.Value, rows: slice, part: int) -> ir.Value:
-    """Rows of a weight, or of what dequantizes it; its scales may be dequantized, too."""
+    """Rows of a weight, or of the nodes that dequantize it; its scales may be dequantized too."""
     dequantize = value.producer()
     if dequantize is None:
         return _rows(b.graph, value, rows.start, rows.stop - rows.start, part)
@@ -59,13 +59,13 @@ def _taken(b: Builder, value: ir.Value, rows: slice, part: int) -> ir.Value:
 
 
 def _dequantizers(value: ir.Value | None) -> list[ir.Node]:
-    """The nodes that make a weight's values, each before those that it reads."""
+    """The nodes that dequantize a weight, from the last to the first."""
     node = value.producer() if value is not None else None
     return [] if node is None else [node, *(inner for x in node.inputs for inner in _dequantizers(x))]
 
 
 def _rows(graph: ir.Graph, value: ir.Value, start: int, count: int, part: int) -> ir.Value:
-    """Rows ``start`` ... of an initializer, under a name of their own."""
+    """Some rows of an initializer from ``start`` on, as an initializer of its own."""
     whole = value.const_value
     assert whole is not None
     assert value.shape is not None

@@ -1,10 +1,10 @@
-"""SplitToSequence + SequenceAt -> Split: what ``Tensor.split`` means, without a sequence type."""
+"""SplitToSequence + SequenceAt -> Split, so that the graph has no sequence type."""
 
 import onnx_ir as ir
 
 
 class SplitSequences(ir.passes.InPlacePass):
-    """Replace each SplitToSequence that is only read by SequenceAt of constant positions."""
+    """Replace each SplitToSequence whose readers are all SequenceAt with constant positions."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph, modified = model.graph, False

@@ -1,4 +1,4 @@
-"""The parts of a stored matrix as initializers of a graph. Their data is written later, by ``weights``."""
+"""The parts of a stored matrix as initializers of a graph. ``weights`` writes their data later."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ class Matrix:
 
     Attributes:
         name: its canonical name.
-        scale_type: of scales that the format leaves to the activations' type.
+        scale_type: element type of 16-bit scales.
     """
 
     name: str
@@ -29,24 +29,24 @@ class Matrix:
 
     @property
     def parts(self) -> dict[str, Part]:
-        """By name, as the format says them."""
+        """The format's parts, by name."""
         return self.format.parts(self.rows, self.width, self.scale_type)
 
     def stored(self, part: str) -> Part:
-        """A part as the file holds it."""
+        """A part as the arrangement stores it."""
         return self.arrangement.part(part, self.parts[part], self.format)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What an initializer is made from; it stands in ``value.meta["source"]``."""
+    """The matrix and part that an initializer holds; kept in ``value.meta["source"]``."""
 
     matrix: Matrix
     part: str
 
 
 def source_of(value: ir.Value | None) -> Source | None:
-    """The matrix that an initializer is a part of; None for any other value."""
+    """The source of an initializer; None if it is no part of a stored matrix."""
     found = None if value is None else value.meta.get("source")
     return found if isinstance(found, Source) else None
 
@@ -54,10 +54,10 @@ def source_of(value: ir.Value | None) -> Source | None:
 def store(
     graph: ir.Graph, weight: ir.Value, form: Format, arrangement: Arrangement, *, as_table: bool = False
 ) -> dict[str, ir.Value]:
-    """The initializers of a weight's parts, the same ones for whoever asks again.
+    """The initializers of a weight's parts. A second call returns the same ones.
 
     Args:
-        as_table: codes [rows, bytes], in place of the arrangement's shape.
+        as_table: give codes the shape [rows, bytes].
     """
     assert weight.shape is not None
     assert weight.dtype is not None
@@ -88,7 +88,7 @@ def dequantize(b: Builder, weight: ir.Value, form: Format, parts: dict[str, ir.V
     plain, dtype = source.matrix.parts, weight.dtype
 
     def values(name: str) -> ir.Value:
-        """Of a part: times the part that scales it, which may be scaled itself."""
+        """A part times the part that scales it, which may be scaled itself."""
         scaled_by, value = plain[name].scaled_by, parts[name]
         if scaled_by is None:
             return value if value.dtype == dtype else b.op("Cast", value, to=int(dtype))
@@ -101,7 +101,7 @@ def dequantize(b: Builder, weight: ir.Value, form: Format, parts: dict[str, ir.V
 
 
 def _axis(form: Format, scales: Part) -> dict[str, Any]:
-    """DequantizeLinear's attributes for one scale, for one per row, and for one per block of a row."""
+    """DequantizeLinear's attributes: for one scale, one scale per row, or one per block."""
     forms: tuple[dict[str, Any], ...] = (
         {},
         {"axis": 0, "block_size": 0},

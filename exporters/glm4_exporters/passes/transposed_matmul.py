@@ -8,7 +8,7 @@ from glm4_exporters.passes.builder import MICROSOFT, Builder, scope_of
 class TransposedMatMul(ir.passes.InPlacePass):
     """Fold Transpose(weight [out, in]) into the product.
 
-    Left alone, ONNX Runtime folds each Transpose into a second copy of the weight while it loads.
+    Without this pass, ONNX Runtime folds each Transpose into a second copy of the weight while it loads.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

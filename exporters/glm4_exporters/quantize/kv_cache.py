@@ -1,11 +1,10 @@
-"""The scales of an int8 KV cache: one per head and channel, of K and of V apart, from what calibration saw.
+"""The scales of an int8 KV cache, from the calibration: one per head and channel, for K and V separately.
 
     scales = cache_scales(calibration, smoothing)
     QuantizeCache(scales)(model)
 
-A cached number is round(x / scale), saturated at -128 and 127. K is stored rotated, so the two channels of
-a rotated pair share a scale, from the largest radius of the pair: a position beyond the calibration text
-turns the pair, and does not make it longer.
+A cached number is round(x / scale), saturated at -128 and 127. K is stored after rotation, so the two channels of a
+rotated pair share a scale. The scale comes from the largest radius of the pair, which a rotation does not change.
 """
 
 from dataclasses import dataclass
@@ -16,20 +15,20 @@ from glm4_exporters.quantize.calibrate import Calibration, Vector
 from glm4_exporters.quantize.smooth import Smoothing
 
 LEVELS = 127
-MARGIN = 1.25  # room above the largest value that calibration saw
-FLOOR = 1e-2  # of the head's largest value: a channel at rest during calibration need not stay there
+MARGIN = 1.25  # headroom above the largest value in the calibration
+FLOOR = 1e-2  # lower bound, as a share of the head's largest value: a channel near 0 in the calibration may be larger later
 
 
 @dataclass(frozen=True)
 class CacheScales:
-    """Of one layer, float32 [Hkv, D]: what one step of a stored number stands for."""
+    """Scales of one layer, float32 [Hkv, D]: value = code * scale."""
 
     key: Vector
     value: Vector
 
 
 def cache_scales(calibration: Calibration, smoothing: Smoothing) -> tuple[CacheScales, ...]:
-    """The scales of every layer, for the model as it is once smoothed."""
+    """The scales of every layer of the smoothed model."""
     return tuple(
         CacheScales(key=_scales(layer.key_radius), value=_scales(smoothing.value_absmax(calibration, index)))
         for index, layer in enumerate(calibration.layers)
@@ -37,7 +36,7 @@ def cache_scales(calibration: Calibration, smoothing: Smoothing) -> tuple[CacheS
 
 
 def _scales(largest: Vector) -> Vector:
-    """From the largest |x| per head and channel; a head that is 0 throughout has any scale."""
+    """Scales from the largest |x| per head and channel."""
     floor = np.maximum(FLOOR * largest.max(axis=-1, keepdims=True), np.finfo(np.float32).tiny * LEVELS)
     scales: Vector = (np.maximum(largest, floor) * np.float32(MARGIN / LEVELS)).astype(np.float32)
     return scales

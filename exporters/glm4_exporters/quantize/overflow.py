@@ -1,14 +1,14 @@
-"""What would leave fp16's range, and the remedy that changes nothing else.
+"""Which values would overflow fp16, and an exact scaling that prevents the overflow.
 
     report = audit(calibration)                  # rows for report.json
     remedy = remedies(calibration)
     remedy.weights.apply(name, block, first_row) # powers of two, for every tensor that is written
     ScaleEps(remedy.norm_bits)(model)            # before the graph is lowered
 
-Values, o_proj's output, up, silu(gate) * up and down_proj's output are linear in the rows of a matrix, and
-the next thing that is not linear is a norm: scaled by 2^-k, with the norm's eps by 2^-2k, they give the
-same normed numbers, to the bit but for subnormal ones. Attention scores, gate, the norms' outputs and the
-residual cannot be scaled: where they overflow, fp16 is refused.
+Values, o_proj's output, up, silu(gate) * up and down_proj's output are linear in the rows of a matrix, and the next
+operation that is not linear is a norm. Scale the rows by 2^-k and the norm's eps by 2^-2k: then the norm's output is
+the same, to the bit except for subnormal numbers. Attention scores, gate, the norms' outputs and the residual cannot
+be scaled: if they overflow, fp16 is refused.
 """
 
 import math
@@ -24,14 +24,14 @@ from glm4_exporters.quantize.smooth import Smoothing
 from glm4_runtime.errors import GateError
 
 LIMIT = 65504.0  # the largest float16
-SAFE = LIMIT / 8  # other texts reach further than the calibration's
-FIXED = ("attention_input", "scores", "mlp_input", "gate", "residual")  # what no remedy reaches
+SAFE = LIMIT / 8  # headroom, because other texts reach larger values
+FIXED = ("attention_input", "scores", "mlp_input", "gate", "residual")  # values that cannot be scaled
 READ_BLOCK = 64 << 20
 
 
 @dataclass(frozen=True)
 class LayerBits:
-    """By how many bits the rows of a layer's matrices are scaled down."""
+    """How many bits a layer's matrices are scaled down by."""
 
     value: int = 0
     o_proj: int = 0
@@ -44,7 +44,7 @@ class Remedy:
     """Powers of two that bring a model into fp16's range.
 
     Attributes:
-        layers: of those layers that need one.
+        layers: the layers that are scaled.
         weights: the multipliers by tensor name.
     """
 
@@ -53,7 +53,7 @@ class Remedy:
 
     @property
     def norm_bits(self) -> dict[str, int]:
-        """k of each norm whose input is scaled by 2^-k, and whose eps must be by 2^-2k."""
+        """By norm: k. The norm's input is scaled by 2^-k, so its eps must be scaled by 2^-2k."""
         bits = {}
         for index, layer in self.layers.items():
             bits[f"model.layers.{index}.post_self_attn_layernorm"] = layer.value + layer.o_proj
@@ -62,7 +62,7 @@ class Remedy:
 
 
 def audit(calibration: Calibration, smoothing: Smoothing | None = None) -> list[dict[str, float | int | str]]:
-    """A row per layer: the largest absolute values, and the first that is the worst of them."""
+    """One row per layer: the largest absolute values, and the name of the worst."""
     rows: list[dict[str, float | int | str]] = []
     for index, found in enumerate(peaks(calibration, smoothing)):
         worst = max(found, key=lambda name: found[name])
@@ -71,9 +71,9 @@ def audit(calibration: Calibration, smoothing: Smoothing | None = None) -> list[
 
 
 def peaks(calibration: Calibration, smoothing: Smoothing | None = None) -> list[dict[str, float]]:
-    """The largest values per layer, of the smoothed model where there is a ``smoothing``.
+    """The largest values per layer; of the smoothed model if ``smoothing`` is given.
 
-    ``up``, of which no statistics per channel are kept, is then an upper bound.
+    Then ``up`` is an upper bound, because it has no statistics per channel.
     """
     smoothing = smoothing or Smoothing()
     found = []
@@ -93,7 +93,7 @@ def peaks(calibration: Calibration, smoothing: Smoothing | None = None) -> list[
 
 
 def remedies(calibration: Calibration, config: Glm4Config, smoothing: Smoothing | None = None) -> Remedy:
-    """The smallest powers of two that bring what can be scaled under ``SAFE``."""
+    """The smallest powers of two that keep all values that can be scaled below ``SAFE``."""
     layers = {}
     for index, found in enumerate(peaks(calibration, smoothing)):
         value, up = _bits(found["value"]), _bits(max(found["up"], found["product"]))
@@ -121,7 +121,7 @@ def remedies(calibration: Calibration, config: Glm4Config, smoothing: Smoothing 
 
 
 def require_range(calibration: Calibration, smoothing: Smoothing | None = None) -> None:
-    """Refuse fp16 for a model whose scores, gate, norm outputs or residual leave its range.
+    """Refuse fp16 if scores, gate, norm outputs or residual overflow.
 
     Raises:
         GateError: naming the layers and what overflows.
@@ -141,10 +141,10 @@ def require_range(calibration: Calibration, smoothing: Smoothing | None = None) 
 
 
 def weight_losses(checkpoint: Checkpoint, remedy: Remedy) -> dict[str, tuple[float, float]]:
-    """What rounding to fp16 costs each scaled tensor: relative RMS error, as it is and scaled by the remedy.
+    """The relative RMS error of rounding each scaled tensor to fp16, before and after the scaling.
 
-    Rows scaled down may reach fp16's subnormal numbers, which have fewer digits; rows too large for fp16
-    have an infinite error before. Reads the tensors that are scaled, and no others.
+    Rows that are scaled down may become subnormal in fp16, which has fewer digits. Rows too large for fp16 have an
+    infinite error before the scaling. Reads only the scaled tensors.
     """
     losses = {}
     buffer = torch.empty(READ_BLOCK, dtype=torch.uint8)

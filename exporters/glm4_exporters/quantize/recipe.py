@@ -4,8 +4,8 @@
     "model.layers.3.mlp.down_proj.weight" = "int8"
     "model.layers.*.self_attn.v_proj.weight" = "int8"
 
-A name, or a pattern in which ``*`` stands for any text; the first line that fits a tensor decides, and
-what no line fits is up to the export's ``--precision``.
+Each line is a name, or a pattern in which ``*`` matches any text. The first line that matches a tensor gives its
+format. ``--precision`` decides for all other tensors.
 """
 
 import tomllib
@@ -25,16 +25,16 @@ TABLE = "tensors"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Formats by name or pattern, in the file's order."""
+    """Formats by name or pattern, in the order of the file."""
 
     formats: Mapping[str, str]
 
     def format_of(self, name: str) -> str | None:
-        """The format of the first line that fits, or None."""
+        """The format of the first line that matches, or None."""
         return next((form for pattern, form in self.formats.items() if fnmatchcase(name, pattern)), None)
 
     def require_used(self, names: Iterable[str]) -> None:
-        """Refuse lines that fit no tensor: a misspelt name would be ignored in silence.
+        """Refuse lines that match no tensor: otherwise a misspelt name would be ignored silently.
 
         Raises:
             ExportError: naming them.
@@ -77,7 +77,7 @@ def read_recipe(path: Path, formats: Collection[str]) -> Recipe:
 
 
 def write_recipe(path: Path, recipe: Recipe, losses: Sequence["TensorLoss"] = ()) -> None:
-    """Write a recipe, each line with its measured loss where there is one."""
+    """Write a recipe; each line carries its measured loss, if there is one."""
     kl = {loss.name: f"  # mean KL {loss.kl:.3g} when the low format quantizes it" for loss in losses}
     lines = [f'"{name}" = "{form}"{kl.get(name, "")}' for name, form in recipe.formats.items()]
     path.write_text("\n".join([f"[{TABLE}]", *lines, ""]), "utf-8")
@@ -86,7 +86,7 @@ def write_recipe(path: Path, recipe: Recipe, losses: Sequence["TensorLoss"] = ()
 def keep_sensitive(
     losses: Sequence["TensorLoss"], low: tuple[str, float], high: tuple[str, float], mean_bits: float
 ) -> Recipe:
-    """The recipe that gives ``high`` to the matrices that lose most per bit, up to ``mean_bits`` on average.
+    """A recipe that gives ``high`` to the matrices with the largest loss per bit, up to ``mean_bits`` on average.
 
     Args:
         losses: measured with the low format.

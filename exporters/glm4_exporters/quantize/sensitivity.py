@@ -1,11 +1,11 @@
-"""How much quantizing each matrix alone changes what a causal LM says, in one walk over its layers.
+"""How much quantizing each matrix alone changes a causal LM's output, measured in one walk over the layers.
 
     losses = measure(checkpoint, sequences, quantize_dequantize, progress=progress)
 
-For each matrix a perturbed stream of hidden states starts where it stands, and is carried through the rest
-of the model beside the others: one layer's weights are in memory, and every stream passes through them.
-The streams lie in a temporary file. The vocabulary head runs in blocks of rows, and the KL divergence from
-the clean model's distribution is summed up on the way, so that no row of logits is ever whole.
+For each matrix, a stream of hidden states with this matrix quantized starts at its layer and runs through the rest of
+the model. One layer's weights are in memory, and all streams pass through them. The streams are in a temporary file.
+The head runs in blocks of rows, and the KL divergence from the clean model is summed per block, so that no full row
+of logits is in memory.
 """
 
 import shutil
@@ -25,16 +25,16 @@ from glm4_exporters.reference import Glm4DecoderLayer
 from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
 
-TOKENS_AT_ONCE = 512  # enough for a matrix product to be worth its weights
+TOKENS_AT_ONCE = 512  # enough rows to make reading the weights worthwhile
 ROW_BLOCK = 16 << 20  # elements of a matrix that are quantized at a time
 
-# The values that some rows of the matrix of this name have after quantizing them.
+# (name, rows) -> the rows after quantizing and dequantizing.
 QuantizeDequantize = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class TensorLoss:
-    """What quantizing one matrix alone costs: mean KL divergence, in nats per token, of the model's output."""
+    """The loss from quantizing one matrix alone: mean KL divergence of the model's output, in nats per token."""
 
     name: str
     kl: float
@@ -52,7 +52,7 @@ def measure(
     quantize_dequantize: QuantizeDequantize,
     progress: Progress = silent,
 ) -> list[TensorLoss]:
-    """Every matrix's loss, the one that costs most per element first.
+    """Every matrix's loss; the largest loss per element first.
 
     A tied head is the embedding, and quantized with it.
 
@@ -98,7 +98,7 @@ class _Streams:
         self.attends = {length: BlockedAttention(checkpoint.config, length) for length in set(self.lengths)}
 
     def walk(self, progress: Progress) -> None:
-        """Carry every stream through the layers, starting those of a layer's matrices in it."""
+        """Run every stream through the layers; a matrix's stream starts in the matrix's layer."""
         count = self.checkpoint.config.num_hidden_layers
         started = 2
         work, done = count * started + len(self.row) * (count + 1) // 2, 0
@@ -110,7 +110,7 @@ class _Streams:
         progress("rank tensors", work, work)
 
     def _pass(self, layer: Glm4DecoderLayer, index: int, started: int) -> int:
-        """One layer; returns how many streams it carried or started."""
+        """Run one layer; returns how many streams passed or started."""
         clean = self.states[0].clone()
         self._run(layer, self.states[:started])
         fresh = [name for name in self.row if name.startswith(f"model.layers.{index}.")]
@@ -164,10 +164,10 @@ class _Streams:
 
 
 class _Divergence:
-    """KL(p || q) per token of distributions whose logits come a block of the vocabulary at a time.
+    """KL(p || q) per token, when the logits come in blocks of the vocabulary.
 
-    With d = log q - log p up to a constant, KL = log E[e^d] - E[d] under p. Sums run over e^(p's logit - the
-    largest so far), in float64: the first order of d cancels, and what is left may be small.
+    With d = log q - log p up to a constant, KL = log E[e^d] - E[d] under p. The sums of e^(p's logit - largest so
+    far) are float64, because the first order of d cancels and a small difference remains.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -189,7 +189,7 @@ class _Divergence:
 
 
 def _temporary(shape: tuple[int, int, int]) -> Tensor:
-    """Float32 in a file that is gone with the tensor; the page cache holds what is in use."""
+    """A float32 tensor in a temporary file, deleted with the tensor; the page cache holds the parts in use."""
     needed, folder = 4 * int(np.prod(shape)), tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
     if needed > free:

@@ -1,7 +1,7 @@
-"""Difficulty moved from activations to weights: scales per channel, folded into what precedes.
+"""Smoothing: scales per channel that move large values from activations to weights.
 
-A matrix that reads X computes X W^T = (X / s) (W s)^T for any s > 0 per channel, and in this architecture
-whatever makes X can make X / s instead, so nothing is added to the graph:
+A matrix computes X W^T = (X / s) (W s)^T for any s > 0 per channel. In this architecture the operation before the
+matrix can produce X / s instead of X, so the graph stays the same:
 
     site       its input is made by                                     what is divided by s
     qkv        input_layernorm                                          its weight
@@ -11,8 +11,7 @@ whatever makes X can make X / s instead, so nothing is added to the graph:
     down_proj  silu(gate) * up, linear in up                            the second half of gate_up's rows
     lm_head    model.norm, where the head is not tied                   its weight
 
-:class:`Smoothing` holds the multipliers by tensor name, and whoever streams weights applies them to blocks
-of rows. :class:`SmoothQuant` is a consumer of ``calibrate`` that chooses s for W8A8:
+:class:`Smoothing` holds the multipliers by tensor name; the writer of weights applies them to blocks of rows. :class:`SmoothQuant` is a consumer of ``calibrate`` that chooses s for W8A8:
 
     search = SmoothQuant(config)
     calibration = calibrate(checkpoint, sequences, search)
@@ -35,13 +34,13 @@ from glm4_exporters.config import Glm4Config
 from glm4_exporters.quantize.calibrate import Calibration, Site, Vector
 
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-FLOOR = 1e-4  # of the largest channel: one that was at rest during calibration need not stay there
+FLOOR = 1e-4  # lower bound, as a share of the largest channel: a channel near 0 in the calibration may be larger later
 LARGEST = 2.0**12  # scales lie in 1 / LARGEST ... LARGEST, so that norm weights keep their digits in fp16
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """Multipliers per row and per column of tensors, by canonical name; a tensor without any stays as it is.
+    """Multipliers per row and per column of tensors, by canonical name. Other tensors stay unchanged.
 
     A vector (norm weight, bias) has rows only.
     """
@@ -55,7 +54,7 @@ class Smoothing:
         return {*self.rows, *self.columns}
 
     def apply(self, name: str, block: Tensor, first_row: int) -> Tensor:
-        """Rows of a tensor from ``first_row`` on: in float32 where they are scaled, else ``block`` itself."""
+        """Scale rows of a tensor, from ``first_row`` on: float32 if scaled, otherwise ``block`` itself."""
         if name in self.columns:
             block = block.float() * torch.from_numpy(self.columns[name])
         if name in self.rows:
@@ -64,26 +63,27 @@ class Smoothing:
         return block
 
     def then(self, other: "Smoothing") -> "Smoothing":
-        """Both, one after the other."""
+        """This smoothing followed by another."""
         return Smoothing(_product(self.rows, other.rows), _product(self.columns, other.columns))
 
     def input_absmax(self, calibration: Calibration, name: str) -> Vector:
-        """The largest |x| per channel that the matrix ``name`` reads once the model is smoothed."""
+        """The largest |x| per channel of the input of the matrix ``name``, in the smoothed model."""
         return calibration.input_of(name).absmax / self.columns.get(name, np.float32(1))
 
     def importance(self, calibration: Calibration, name: str) -> Vector:
-        """The mean x^2 per channel that the matrix ``name`` reads once the model is smoothed."""
+        """The mean x^2 per channel of the input of the matrix ``name``, in the smoothed model."""
         return calibration.input_of(name).mean_square / self.columns.get(name, np.float32(1)) ** 2
 
     def value_absmax(self, calibration: Calibration, layer: int) -> Vector:
-        """The largest |V| per KV head and channel [Hkv, D] that the cache holds once the model is smoothed."""
+        """The largest |V| per KV head and channel [Hkv, D], in the smoothed model."""
         values = calibration.layers[layer].value_absmax
         rows = self.rows.get(f"model.layers.{layer}.self_attn.v_proj.weight")
         return values if rows is None else values * rows.reshape(values.shape)
 
 
 def fold(config: Glm4Config, names: tuple[str, ...], scales: Tensor) -> Smoothing:
-    """Multiply the columns of a site's matrices by ``scales`` [channels] and divide what makes their input.
+    """Multiply the columns of a site's matrices by ``scales`` [channels], and divide the weights that produce their
+    input.
 
     ``scales`` of o_proj must be equal among the query heads of a group: see :func:`shared_by_readers`.
     """
@@ -108,12 +108,13 @@ def fold(config: Glm4Config, names: tuple[str, ...], scales: Tensor) -> Smoothin
 
 
 def foldable(config: Glm4Config, names: tuple[str, ...]) -> bool:
-    """Whether the site's input can be scaled for free; a tied head is the embedding, and cannot."""
+    """Whether the site's input can be scaled at no cost. False for a tied head, because it is the embedding."""
     return not (config.tie_word_embeddings and names == (HEAD,))
 
 
 def shared_by_readers(config: Glm4Config, names: tuple[str, ...], largest: Tensor) -> Tensor:
-    """Per channel, the maximum over the channels that must have one scale: o_proj's, over a group's query heads."""
+    """Per channel, the maximum over the channels that must share one scale: for o_proj, over the query heads of a
+    group."""
     if not names[0].endswith("o_proj.weight"):
         return largest
     grouped = largest.view(config.num_key_value_heads, -1, config.head_dim)
@@ -121,20 +122,20 @@ def shared_by_readers(config: Glm4Config, names: tuple[str, ...], largest: Tenso
 
 
 def centred(scales: Tensor) -> Tensor:
-    """Scales whose smallest and largest are each other's inverse, within 1 / LARGEST ... LARGEST."""
+    """Normalise scales so that the smallest is the inverse of the largest, within 1 / LARGEST ... LARGEST."""
     return (scales / (scales.max() * scales.min()).sqrt()).clamp(1 / LARGEST, LARGEST)
 
 
 def above_floor(size: Tensor) -> Tensor:
-    """Sizes per channel, none of them 0 or nearly so."""
+    """Sizes per channel, bounded from below."""
     return size.clamp(min=max(FLOOR * float(size.max()), torch.finfo(torch.float32).tiny))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was found for a site: squared error of its product, relative per token, without scales and with.
+    """The scales found for a site, with the squared relative error of its product before and after.
 
-    ``method`` says how the scales were made, with their exponent; ``none`` where nothing was better.
+    ``method`` names the formula of the scales and its exponent; ``none`` if no scales were better.
     """
 
     names: tuple[str, ...]
@@ -145,11 +146,11 @@ class Choice:
 
 @dataclass
 class ScaleSearch:
-    """A consumer of ``calibrate`` that tries scales per site, and keeps what lowers the measured error.
+    """A consumer of ``calibrate`` that tries scales per site, and keeps those with the lowest measured error.
 
     Attributes:
         config: of the checkpoint.
-        wanted: whether a site, given by its matrices' names, is to be scaled.
+        wanted: (names of a site's matrices) -> whether to scale the site.
         smoothing: the scales found so far, folded.
         choices: what was found, in the order of the walk.
     """
@@ -201,12 +202,12 @@ class SmoothQuant(ScaleSearch):
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """Squared error of products [tokens, rows], each token relative to itself: a norm follows or precedes each."""
+    """Squared error of products [tokens, rows], relative per token, because a norm precedes or follows each product."""
     return float(((found - exact).square().sum(1) / above_floor(exact.square().sum(1))).mean())
 
 
 def int8_per_row(x: Tensor) -> Tensor:
-    """The values that x [rows, channels] has after rounding to 255 steps per row, symmetric."""
+    """Round x [rows, channels] to 255 symmetric steps per row, and back."""
     step = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
     return (x / step).round().clamp(-127, 127) * step
 

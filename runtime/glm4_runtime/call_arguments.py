@@ -1,19 +1,19 @@
-"""The arguments of a call while they come: where they end, and Python's form of them turned into JSON.
+"""Scans the arguments of a tool call while they are generated: finds their end, and turns Python literals into JSON.
 
-A model that learnt from Python may write ``{'city': 'Oslo', 'exact': True}``. JSON has single quotes and the words
-True, False and None in strings only, so that JSON passes through byte for byte. Escapes that JSON does not know become
-those that it does, or a backslash.
+A model may write Python: ``{'city': 'Oslo', 'exact': True}``. In JSON, single quotes and the words True, False and
+None occur only inside strings, so valid JSON passes unchanged. Escapes that JSON does not have are replaced by JSON's
+own, or by a backslash.
 """
 
 import re
 from collections.abc import Callable
 
-# Runs that change nothing: outside of strings, and in strings by the quote that ends them.
+# Runs of characters that pass unchanged: outside strings, and inside strings by their quote.
 _PLAIN = re.compile(r"[^\"'{}A-Za-z_]+")
 _IN_STRING = {'"': re.compile(r'[^"\\]+'), "'": re.compile(r"[^'\"\\\x00-\x1f]+")}
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 _LONGEST_WORD = max(map(len, _WORDS))
-# Python's escapes, by the character after the backslash, as JSON has them; others stand for a backslash.
+# Python's escapes as JSON writes them, by the character after the backslash. Any other is a literal backslash.
 _ESCAPES = {
     "'": "'",
     "\n": "",
@@ -26,7 +26,7 @@ _ESCAPES = {
 
 
 class ArgumentScanner:
-    """Takes text up to the brace that closes the first one, or the ``depth`` ones that are open already."""
+    """Takes text up to the brace that closes the first one, or the ``depth`` braces that are open already."""
 
     def __init__(self, depth: int = 0) -> None:
         self._depth = depth
@@ -36,7 +36,7 @@ class ArgumentScanner:
         self.done = False
 
     def push(self, text: str, start: int) -> tuple[str, int]:
-        """What ``text[start:]`` adds to the arguments, and where in ``text`` the scan ended."""
+        """The JSON that ``text[start:]`` adds, and the position in ``text`` where the scan ended."""
         pieces = []
         at = start
         while at < len(text) and not self.done:
@@ -45,7 +45,7 @@ class ArgumentScanner:
         return "".join(pieces), at
 
     def flush(self) -> str:
-        """What was held back: the beginning of a word."""
+        """The text that was held back: the beginning of a word."""
         word, self._word = self._word, ""
         return word
 
@@ -64,7 +64,7 @@ class ArgumentScanner:
         return character, at + 1
 
     def _in_word(self, text: str, at: int) -> tuple[str, int]:
-        """A word is held until it ends, or is longer than Python's constants."""
+        """Hold a word until it ends, or is longer than Python's constants."""
         character = text[at]
         if character.isascii() and (character.isalnum() or character == "_"):
             if len(self._word) <= _LONGEST_WORD:
@@ -85,7 +85,7 @@ class ArgumentScanner:
         if character == self._quote:
             self._state = self._outside
             return '"', at + 1
-        # only in single quotes: what JSON's strings cannot hold as it is
+        # only in single quotes: characters that a JSON string must escape
         return '\\"' if character == '"' else f"\\u{ord(character):04x}", at + 1
 
     def _escaped(self, text: str, at: int) -> tuple[str, int]:

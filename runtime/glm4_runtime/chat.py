@@ -1,7 +1,7 @@
-"""A conversation as the prompt the model was trained on, by the checkpoint's own chat template.
+"""Renders a conversation to a prompt, with the checkpoint's own chat template.
 
-The template is code that came with the checkpoint. It is compiled and rendered in a worker process, under limits of
-time, memory and output, in Jinja's sandbox. It sees plain data only, and its errors fail one request.
+The template is code from the checkpoint. A worker process compiles and renders it in Jinja's sandbox, with limits on
+time, memory and output. The template sees plain data only, and its errors fail one request.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -28,15 +28,15 @@ _WORKERS = WorkerPool(
 
 
 def start_template_worker() -> None:
-    """Start a process that renders templates while something else is done; the first template needs one."""
+    """Start the worker process early, in the background; the first template needs it."""
     _WORKERS.start()
 
 
 class ChatTemplate:
-    """The compiled chat template of one model folder, or several by name: ``tool_use`` takes over where
-    tools are given and there is such a template, ``default`` is for the rest.
+    """The compiled chat templates of one model folder, by name. With tools, ``tool_use`` is used if it exists;
+    otherwise ``default``.
 
-    GLM-4's templates write the prefix [gMASK]<sop> themselves, so that none is put before a prompt.
+    GLM-4's templates write the prefix [gMASK]<sop> themselves, so no prefix is added.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **kwargs: Any,
     ) -> str:
-        """The text of :meth:`prompt`, for reading."""
+        """The prompt as text."""
         return self.prompt(messages, tools, add_generation_prompt, **kwargs).text
 
     def prompt(
@@ -80,12 +80,12 @@ class ChatTemplate:
     ) -> Prompt:
         """The prompt, for :meth:`Tokenizer.encode_prompt`.
 
-        A message's text parts are joined, and ``content`` None becomes an empty text, because templates call a
-        string's methods on it. Raises :class:`RequestError` for messages that aren't a conversation and for
-        whatever the template refuses, :class:`OvertimeError` where it takes too long.
+        A message's text parts are joined. ``content`` None becomes an empty text, because templates call string
+        methods on it. Raises :class:`RequestError` if the messages are no conversation or the template refuses them,
+        and :class:`OvertimeError` if rendering takes too long.
 
         Args:
-            control_tokens: names that are plain text where messages or tools hold them.
+            control_tokens: names of control tokens; inside messages and tools they are plain text.
             kwargs: further variables of the template.
         """
         conversation = _checked_messages(messages)
@@ -118,12 +118,12 @@ def _no_json(error: Exception) -> RequestError:
     return RequestError(f"a chat template takes plain JSON data only: {error}")
 
 
-# The worker's word for how rendering failed.
+# Messages for the ways in which a worker fails.
 _FAILURES = {"refused": "refuses", "failed": "fails on"}
 
 
 def _check(sources: Mapping[str, str]) -> None:
-    """Raises :class:`BundleError` for what is not a template, or costs too much to compile."""
+    """Raises :class:`BundleError` if a source is no template, or costs too much to compile."""
     for name, source in sources.items():
         if len(source) > _LONGEST_TEMPLATE:
             raise BundleError(

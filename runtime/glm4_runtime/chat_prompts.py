@@ -1,4 +1,4 @@
-"""The conversations of one model folder as token ids, for commands that talk with one session."""
+"""Turns conversations into token ids, for commands that use one session."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

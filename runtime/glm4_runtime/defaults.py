@@ -1,4 +1,4 @@
-"""How a checkpoint's authors recommend to sample: ``generation_config.json``, read alike by every command."""
+"""The sampling defaults of ``generation_config.json``; every command reads them the same way."""
 
 import json
 from pathlib import Path
@@ -10,18 +10,18 @@ from glm4_runtime.sampling import SamplingParams
 GENERATION_CONFIG = "generation_config.json"
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-# Values by which others switch an option off.
+# Values that mean "off" in other libraries.
 _OFF = {("top_k", -1): 0}
 
 
 def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
     """The fields of :class:`SamplingParams` that a checkpoint or bundle recommends.
 
-    ``do_sample: false``, or no word on sampling at all, is temperature 0, as transformers has it. Sampling without a
-    temperature is temperature 1.
+    As in transformers, ``do_sample: false`` or no entry about sampling means temperature 0. Sampling without a
+    temperature means temperature 1.
 
     Raises:
-        BundleError: the file is not JSON, or recommends what no sampler takes.
+        BundleError: the file is not JSON, or a value is outside its range.
     """
     file = Path(folder) / GENERATION_CONFIG
     try:
@@ -44,13 +44,13 @@ def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
 
 def _mapped(name: str, value: Any) -> Any:
     if isinstance(value, bool):
-        return value  # no number, though Python counts it as one
+        return value  # a boolean is an int in Python, but no number here
     if name == "top_k" and isinstance(value, float) and value.is_integer():
         value = int(value)
     return _OFF.get((name, value), value) if isinstance(value, int) else value
 
 
 def recommended_params(folder: str | Path, **given: Any) -> SamplingParams:
-    """What was given, where it is not None, and else what the folder recommends."""
+    """The given values; for values that are None, the folder's defaults."""
     asked = {name: value for name, value in given.items() if value is not None}
     return SamplingParams(**read_sampling_defaults(folder) | asked)

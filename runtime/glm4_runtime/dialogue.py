@@ -1,4 +1,4 @@
-"""A conversation with one session, turn by turn: the cache keeps what the turns have in common."""
+"""A conversation with one session, turn by turn. The KV cache keeps the common prefix of the turns."""
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ Logits = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Piece:
-    """What one token adds to the thought or to the answer; the last one has a ``finish_reason``."""
+    """The text that one token adds to the thinking or to the answer. The last one has a ``finish_reason``."""
 
     thought: str
     answer: str
@@ -31,8 +31,8 @@ class Dialogue:
     """Holds one slot of ``session`` until it is closed.
 
     Attributes:
-        messages: what was said so far, in the template's form; thoughts are left out.
-        prompt_tokens, cached_tokens: of the last turn, and how many of them were in the cache already.
+        messages: the conversation so far, in the template's form, without thinking.
+        prompt_tokens, cached_tokens: tokens of the last turn's prompt, and how many of them came from the cache.
     """
 
     def __init__(self, session: Session, params: SamplingParams, system: str | None = None) -> None:
@@ -57,10 +57,10 @@ class Dialogue:
         self._steps.release()
 
     def say(self, text: str) -> Generator[Piece, None, None]:
-        """The model's turn after ``text``. An answer that is not read to its end stays as far as it came, and a
-        turn that is all thought stays with an empty answer. A turn that fails before it begins is forgotten.
+        """The model's turn after ``text``. If the caller stops early, the conversation keeps the partial answer. A
+        turn with only thinking is kept with an empty answer. A turn that fails before it begins is removed.
 
-        Raises :class:`RequestError` for what the template refuses or has no room for.
+        Raises :class:`RequestError` if the template refuses the message or the prompt does not fit.
         """
         self.messages.append({"role": "user", "content": text})
         answer, begun = TextPieces(), False
@@ -101,7 +101,7 @@ class Dialogue:
 
 
 class _KeptSlot:
-    """One slot as generation sees it, which keeps the beginning that the next prompt has in common."""
+    """One slot, as :class:`Steps`. It keeps the prefix that the next prompt shares."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -110,7 +110,7 @@ class _KeptSlot:
         self.held: list[int] = []
 
     def keep(self, prompt: Sequence[int]) -> None:
-        """Forget what differs from ``prompt``; its last token is always run again, for its logits."""
+        """Truncate the slot to the common prefix with ``prompt``. Its last token always runs again, for its logits."""
         pairs = enumerate(zip(self.held, prompt[:-1], strict=False))
         common = next(
             (at for at, (held, new) in pairs if held != new), min(len(self.held), max(0, len(prompt) - 1))
@@ -130,7 +130,7 @@ class _KeptSlot:
         return logits
 
     def room(self) -> int:
-        """For a prompt that begins with what is held, all of the slot; later, what is left of it."""
+        """The whole slot before the prompt runs; afterwards, the rest."""
         return self._session.max_seq_len
 
     def release(self) -> None:

@@ -1,10 +1,10 @@
-"""Refusals: what the user asked for cannot be done, said in one line with what to do instead.
+"""The errors that users see. Each message is one line and says what to do.
 
-The command line prints the message of a ``Glm4Error`` and exits with its ``exit_code``; any other
-exception is a defect of ours and keeps its traceback.
+The command line prints the message of a ``Glm4Error`` and exits with its ``exit_code``. Any other exception is a bug
+and keeps its traceback.
 
-Messages quote files and requests that strangers wrote. :func:`shown` and :func:`some` quote them in few
-characters, and :class:`Glm4Error` keeps every message to one line of at most 500.
+Messages quote untrusted files and requests. :func:`shown` and :func:`some` keep quotes short, and :class:`Glm4Error`
+limits every message to one line of 500 characters.
 """
 
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ LISTED = 4  # names of a list
 
 
 def one_line(text: str, most: int = LONGEST) -> str:
-    """``text`` without line breaks and control characters. The middle of a long text is left out: a message
-    names its subject first and says last what to do."""
+    """``text`` without line breaks and control characters. The middle of a long text is cut: a message begins with
+    its subject and ends with what to do."""
     if len(text) > 4 * most:
         text = f"{text[: 2 * most]} ... {text[-2 * most :]}"
     text = " ".join(text.split())
@@ -28,8 +28,8 @@ def one_line(text: str, most: int = LONGEST) -> str:
 
 
 def shown(value: object, most: int = 80) -> str:
-    """A value of any size and depth, as JSON writes it, in at most ``most`` characters."""
-    import json  # loaded when something is wrong, so that --help stays quick
+    """Any value as JSON, in at most ``most`` characters."""
+    import json  # imported only for an error, so that --help stays quick
 
     text = ""
     try:
@@ -37,7 +37,10 @@ def shown(value: object, most: int = 80) -> str:
             text += piece
             if len(text) > most:
                 return f"{text[: most - 3]}..."
-    except (ValueError, TypeError):  # a number of thousands of digits, a cycle, a key that JSON has not
+    except (
+        ValueError,
+        TypeError,
+    ):  # a number of thousands of digits, a cycle, a key that JSON does not allow
         return f"{text[: most - 3]}..."
     return text
 
@@ -50,7 +53,7 @@ def some(names: Iterable[str], between: str = ", ") -> str:
 
 
 class Glm4Error(Exception):
-    """Base of every refusal. The message says what was wrong, what is right and what to do, in one line."""
+    """Base class of all errors for users. The message says what was wrong, what is right and what to do, in one line."""
 
     exit_code = 1
 
@@ -71,23 +74,23 @@ class BundleError(Glm4Error):
 
 
 class UnavailableError(BundleError):
-    """A sound bundle that nothing here can run: what it needs is not installed, or not on this machine."""
+    """A valid bundle that cannot run here: a package or a device is missing."""
 
 
 class RequestError(Glm4Error):
-    """One request that cannot be served (bad token, bad option); the session goes on unharmed."""
+    """A request that cannot be served (bad token, bad option). The session is not affected."""
 
 
 class SlotError(RequestError):
-    """A slot that does not exist, is not in use, or has no room for what was asked."""
+    """A slot that does not exist, is not in use, or is too small for the request."""
 
 
 class ModelError(Glm4Error):
-    """The model failed on one request (NaN logits, no memory, a kernel's error); the others go on."""
+    """The model failed on one request (NaN logits, no memory, a kernel's error). Other requests continue."""
 
 
 class QueueFullError(Glm4Error):
-    """Too many requests wait already; ``retry_after`` is an estimate of the seconds until one may enter."""
+    """The queue is full. ``retry_after`` estimates the seconds until a place is free."""
 
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
@@ -95,23 +98,23 @@ class QueueFullError(Glm4Error):
 
 
 class DeadlineError(Glm4Error):
-    """A request that was not done by its deadline."""
+    """A request that was not finished by its deadline."""
 
 
 class OvertimeError(RequestError, DeadlineError):
-    """A request whose preparation took longer than any request's may."""
+    """A request whose preparation took longer than allowed."""
 
 
 class StoppedError(Glm4Error):
-    """A request that came, or was not done, when the scheduler stopped."""
+    """A request that arrived after the scheduler stopped, or was not finished then."""
 
 
 class ExportError(Glm4Error):
-    """An export that cannot be done as asked, or that was given options that contradict each other."""
+    """An export that is not possible, or whose options contradict each other."""
 
 
 class GateError(Glm4Error):
-    """The accuracy gate failed: the bundle computes something else than the reference."""
+    """The accuracy gate failed: the bundle's outputs differ too much from the reference's."""
 
     exit_code = 3
 

@@ -1,4 +1,4 @@
-"""What of a format is refused before a worker tries it: what is known to end llguidance, said in plain words."""
+"""Refuses formats that are known to crash llguidance, before a worker tries them, with a clear message."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 # llguidance reads JSON of 128 levels, five of which are ours.
 _MOST_LEVELS = 120
-# Integers of 64 bits that llguidance takes for -2^63, which it negates without end.
+# Smaller 64-bit integers become -2^63 in llguidance, whose negation never ends.
 _ENDLESS = range(-(2**63), 1024 - 2**63)
-# Patterns of one allOf are intersected, at a cost that doubles with each.
+# The patterns of one allOf are intersected; each one doubles the cost.
 _MOST_PATTERNS = 12
 _MOST_RULES = 2000
 _MOST_CHARACTERS = 2**20
@@ -24,7 +24,7 @@ _RULE = re.compile(
 
 
 def require_plain(reply: "ReplyFormat") -> None:
-    """Raises :class:`RequestError` for a format with a known fault."""
+    """Raises :class:`RequestError` for a format that is known to fail."""
     if reply.answer is not None:
         if isinstance(reply.answer.definition, Mapping):
             _require_schema(reply.answer.definition, "the schema")

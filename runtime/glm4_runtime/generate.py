@@ -1,4 +1,4 @@
-"""From a prompt to tokens, one at a time, for one sequence: prefill, then sample and decode until an end."""
+"""Generation for one sequence: prefill the prompt, then sample and decode token by token until an end."""
 
 import math
 from collections.abc import Collection, Generator, Sequence
@@ -18,28 +18,28 @@ Logits = npt.NDArray[np.float32]
 
 
 class Steps(Protocol):
-    """The model as one sequence sees it. The logits [vocab] are read before the next call, never after."""
+    """The model, for one sequence. Returned logits [vocab] are valid until the next call."""
 
     @property
     def vocab_size(self) -> int:
-        """The width of the logits."""
+        """Width of the logits."""
 
     def prefill(self, ids: Sequence[int]) -> Logits:
-        """Take the whole prompt; the logits of the token that follows it."""
+        """Run the whole prompt; returns the logits of the next token."""
 
     def decode(self, token: int) -> Logits:
-        """Take one more token; the logits of the one that follows it."""
+        """Run one more token; returns the logits of the next token."""
 
     def room(self) -> int:
-        """How many more tokens prefill and decode can take."""
+        """How many more tokens prefill and decode can run."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token, the text that it completes, and on the last one why it is the last.
+    """One token with the text that it completes. The last one has a ``finish_reason``.
 
-    The text may belong to earlier tokens too, held back as half a character or as the possible beginning of
-    a stop string; then theirs was empty. ``logprob`` is the model's own, see :class:`Sampled`.
+    Text is held back while it is half a character or may begin a stop string. The text of a token can therefore
+    include the text of earlier tokens, whose own was empty. ``logprob`` is the model's own, see :class:`Sampled`.
     """
 
     id: int
@@ -50,7 +50,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Taken:
-    """A token that was taken, with what its row of logits says of it; ``top`` best first."""
+    """A chosen token with its log-probability and the likeliest tokens, best first."""
 
     id: int
     logprob: float
@@ -58,13 +58,13 @@ class Taken:
 
 
 class Continuation:
-    """One prompt and what has followed it: which token is taken, the text that is seen, where it ends.
+    """One prompt and its output so far. Chooses tokens, shows text, and decides where the output ends.
 
-    Whoever runs the model gives it the logits of each next token, by :meth:`take` and :meth:`add`.
+    The caller runs the model and passes the logits of each next token to :meth:`take` and :meth:`add`.
 
     Attributes:
-        count, limit: how many tokens there are, and may be.
-        takes_the_highest: whether the next token is always the one of the highest logit.
+        count, limit: number of output tokens, and its maximum.
+        takes_the_highest: whether the next token is always the one with the highest logit.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class Continuation:
         logprobs: bool = True,
         top_logprobs: int = 0,
     ) -> None:
-        """``room`` is how many tokens the model can take, prompt and output together; the last token
-        of the output needs none. Raises :class:`RequestError` for what cannot be served."""
+        """``room``: tokens that fit the model, prompt and output together; the last output token needs no room.
+        Raises :class:`RequestError` if the request cannot be served."""
         if not len(prompt_ids):
             raise RequestError("the prompt is empty: it needs at least one token")
         if len(prompt_ids) > room:
@@ -105,11 +105,11 @@ class Continuation:
         self._ends = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
 
     def take(self, logits: Logits) -> Taken:
-        """The next token by ``logits`` [vocab], which are only read."""
+        """Choose the next token from ``logits`` [vocab], which stay unchanged."""
         return self._described(logits, self.sampler.choose(logits, self.mask))
 
     def accept(self, logits: Logits, token: int) -> Taken:
-        """Take the token that :meth:`take` would: with ``takes_the_highest`` that of the highest logit."""
+        """Choose a token that the caller found, as :meth:`take` would: with ``takes_the_highest``, the highest logit."""
         self.sampler.accept(token)
         return self._described(logits, token)
 
@@ -123,7 +123,7 @@ class Continuation:
         )
 
     def add(self, taken: Taken) -> Token:
-        """The token as the reader sees it: the text that it completes, and whether it is the last."""
+        """The token with the text that it completes, and with a ``finish_reason`` if it is the last."""
         self.count += 1
         reason: FinishReason | None = None
         if taken.id in self._ends:
@@ -137,7 +137,7 @@ class Continuation:
         return Token(taken.id, text, taken.logprob, reason)
 
     def ended_by_mask(self, token: Token) -> Token:
-        """The token that :meth:`add` gave last, as the last one: the mask lets nothing follow it."""
+        """The token that :meth:`add` returned, as the last one, because the mask allows no further token."""
         return replace(token, text=token.text + self._shown.finish(), finish_reason="stop")
 
 
@@ -150,15 +150,14 @@ def generate(
     max_len: int,
     mask: TokenMask | None = None,
 ) -> Generator[Token, None, None]:
-    """Tokens after ``prompt_ids``, as they are made.
+    """Yields the tokens after ``prompt_ids``.
 
-    Ends with "stop" at any of ``eos_token_ids`` (unless ``params.ignore_eos``), at a stop token (neither is
-    shown as text), at a stop string (cut off) or where ``mask`` is finished; with "length" after
-    ``max_tokens``, at ``max_len`` tokens of prompt and output together, or when there is no room. The model
-    takes no step after the last token, nor after the iterator is closed. Without a tokenizer all texts are
-    empty.
+    Ends with "stop" at any of ``eos_token_ids`` (unless ``params.ignore_eos``), at a stop token, at a stop string, or
+    when ``mask`` is finished. End tokens, stop tokens and stop strings do not appear in the text. Ends with "length"
+    after ``max_tokens``, at ``max_len`` tokens of prompt and output together, or when there is no room. The model
+    runs no step after the last token, or after the iterator is closed. Without a tokenizer all texts are empty.
 
-    Raises :class:`RequestError` before any step for what cannot be served.
+    Raises :class:`RequestError` before any step if the request cannot be served.
     """
     if len(prompt_ids) >= max_len:
         raise RequestError(
@@ -189,7 +188,7 @@ def _tokens(
 
 
 class _Shown:
-    """The text that a request sees of its tokens: whole characters, up to a stop string."""
+    """The visible text of the tokens: whole characters, up to a stop string."""
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str]) -> None:
         self._stream = None if tokenizer is None else TextStream(tokenizer)
@@ -203,7 +202,7 @@ class _Shown:
         return text
 
     def finish(self) -> str:
-        """All that was held back; half a character comes as U+FFFD."""
+        """The text that was held back; half a character becomes U+FFFD."""
         if self._stream is None:
             return ""
         text, self.stopped = self._stops.push(self._stream.flush())

@@ -1,6 +1,6 @@
-"""Grammars are tried in a worker process before this process compiles them: some crash, or cost without end.
+"""Tries grammars in a worker process before this process compiles them, because some crash or never end.
 
-The same grammar is tried once: outcomes are remembered by content.
+The same grammar is tried once; outcomes are cached by content.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ _WORKERS = WorkerPool(
     "glm4_runtime.workers.grammars", Limits(seconds=1, deadline=20, memory=128 * 2**20, answer=2**20)
 )
 
-# Outcomes that are kept: a hash and a short text each.
+# Number of cached outcomes: a hash and a short text each.
 _MOST_KEPT = 4096
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial found: why the grammar is refused, or what it costs.
+    """The result of a trial: the reason of a refusal, or the cost.
 
     Attributes:
         held: bytes of the compiled grammar.
@@ -37,10 +37,10 @@ class Outcome:
 
 
 class GrammarTrials:
-    """Trials for one vocabulary; usable from any thread."""
+    """Trials with one vocabulary; safe to use from any thread."""
 
     def __init__(self, vocab_size: int, control: Mapping[str, int], ends: Sequence[int]) -> None:
-        """``control`` maps the names of control tokens, which a grammar may refer to, to their ids."""
+        """``control``: ids of control tokens by name; a grammar may refer to them."""
         self._vocabulary = {"size": vocab_size, "control": dict(control), "ends": list(ends)}
         self._lock = threading.Lock()
         self._outcomes: OrderedDict[bytes, Outcome] = OrderedDict()
@@ -50,9 +50,9 @@ class GrammarTrials:
         threading.Thread(target=self._warm, name="glm4-warm-grammars", daemon=True).start()
 
     def require(self, grammar: str) -> Outcome:
-        """What ``grammar`` costs.
+        """The cost of ``grammar``.
 
-        Raises :class:`RequestError` where it is refused or costs too much.
+        Raises :class:`RequestError` if it is refused or costs too much.
         """
         key = hashlib.sha256(grammar.encode("utf-8", "surrogatepass")).digest()
         with self._lock:
@@ -78,5 +78,5 @@ class GrammarTrials:
                 self._outcomes.popitem(last=False)
 
     def _warm(self) -> None:
-        with contextlib.suppress(Glm4Error):  # the first request will say so
+        with contextlib.suppress(Glm4Error):  # the first request will report it
             self.require('{"grammars": [{"lark_grammar": "start: \\"a\\""}]}')

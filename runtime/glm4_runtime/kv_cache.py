@@ -1,7 +1,7 @@
-"""Which slot sits in which row of the KV cache, and how long it is. Bookkeeping only; sessions own the memory.
+"""Maps slots to rows of the KV cache, and records their lengths. Sessions own the memory.
 
-A slot is the caller's name for one sequence; a row is a place in the cache. A decode step runs over rows
-0 ... n - 1 without a gap, so slots that take part are moved there when the set changes, and stay.
+A slot is the caller's name for one sequence; a row is a place in the cache. A decode step runs on rows 0 ... n - 1
+without gaps. So slots that take part are moved there when the set changes, and stay there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ SMALLEST_BUCKET = 256
 
 @dataclass(frozen=True)
 class Move:
-    """Copy ``length`` positions of row ``source`` to row ``target``, or swap the two where both are in use."""
+    """Copy ``length`` positions of row ``source`` to row ``target``; swap them if both are in use."""
 
     source: int
     target: int
@@ -21,7 +21,7 @@ class Move:
 
 
 def bucket(length: int, limit: int) -> int:
-    """The capacity that holds ``length`` positions: a power of two, or the limit."""
+    """The capacity for ``length`` positions: a power of two, at most the limit."""
     return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), limit)
 
 
@@ -65,9 +65,9 @@ class SlotTable:
         del self._length[slot]
 
     def gather(self, slots: Sequence[int]) -> Iterator[Move]:
-        """Bring ``slots`` to the first rows, by moves that the memory must follow, each before the next is asked for.
+        """Move ``slots`` to the first rows. Yields moves; the caller must carry out each before it asks for the next.
 
-        A move counts once the next one is asked for: one that fails leaves both slots where they are.
+        A move takes effect when the next one is asked for. So a failed move leaves both slots where they are.
         """
         wanted = set(slots)
         outside = [slot for slot in slots if self._row_of[slot] >= len(slots)]

@@ -1,10 +1,10 @@
-"""How long work reports what it does. The caller decides how it looks; the default is silence."""
+"""Progress reports of long work. The caller decides how to show them; the default shows nothing."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called as work goes on: the stage's name, what is done, and the whole (0 where it is not known)."""
+    """Called during work with the stage's name, the amount done, and the total (0 if unknown)."""
 
     def __call__(self, stage: str, done: int, total: int) -> None: ...
 

@@ -1,7 +1,7 @@
-"""The prompt of a conversation, in which nobody's text becomes a control token.
+"""Prompts in which no text of a message becomes a control token.
 
-Names of control tokens within messages, such as ``<|user|>``, are broken by a mark before a template sees them. Where
-the tokenizer meets the mark, it encodes the name as plain text and leaves the mark out.
+A mark is inserted into names of control tokens in messages, such as ``<|user|>``, before the template renders. The
+tokenizer then encodes a marked name as plain text, without the mark.
 """
 
 import json
@@ -17,8 +17,8 @@ _FIRST_MARK = 70_360_941_528
 class Prompt:
     """
     Attributes:
-        marked: the text as the template wrote it.
-        mark: stands within names of control tokens that are plain text; empty where there are none.
+        marked: the text from the template.
+        mark: the mark inside names that are plain text; empty if there are none.
     """
 
     marked: str
@@ -26,12 +26,12 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """The prompt as a reader sees it."""
+        """The prompt without marks."""
         return self.marked.replace(self.mark, "") if self.mark else self.marked
 
 
 def marked(value: Any, names: Collection[str]) -> tuple[Any, str]:
-    """JSON data with every one of ``names`` in its texts broken by a mark, and that mark; "" where there is nothing to break."""
+    """JSON data with a mark inserted into all ``names`` in its texts, and the mark; "" if no name occurs."""
     if not names:
         return value, ""
     choices = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
@@ -43,7 +43,7 @@ def marked(value: Any, names: Collection[str]) -> tuple[Any, str]:
 
 
 def _absent_from(text: str) -> str:
-    """Digits that do not occur in ``text``: no template changes digits, nor does JSON escape them."""
+    """Digits that do not occur in ``text``. Templates do not change digits, and JSON does not escape them."""
     number = _FIRST_MARK
     while str(number) in text:
         number += 1
@@ -51,7 +51,7 @@ def _absent_from(text: str) -> str:
 
 
 def _texts(value: Any) -> list[str]:
-    """Every text within JSON data, names of members too."""
+    """Every string in JSON data, keys included."""
     found: list[str] = []
     waiting = [value]
     while waiting:

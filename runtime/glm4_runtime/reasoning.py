@@ -1,7 +1,7 @@
-"""A Z1 model's thought and its answer, told apart while the text is still coming.
+"""Separates a Z1 model's thinking from its answer while the text is generated.
 
-The thought stands between ``<think>`` and ``</think>``, which are ordinary text. Z1's template ends the prompt
-with the opening tag, so a reply then starts inside the thought; other replies may write the tag themselves.
+The thinking is between ``<think>`` and ``</think>``, which are ordinary text. Z1's template ends the prompt with the
+opening tag, so the reply starts inside the thinking. Other replies may contain the tag themselves.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,12 @@ CLOSE = "</think>"
 
 
 def begins_inside(prompt: str) -> bool:
-    """Whether a reply to this rendered prompt starts inside a thought."""
+    """Whether a reply to this rendered prompt starts inside the thinking."""
     return prompt.rstrip().endswith(OPEN)
 
 
 def without_thoughts(content: str) -> str:
-    """What of an assistant's earlier message goes back into the history: the text after the last thought."""
+    """The part of an assistant's earlier message that stays in the history: the text after the last ``</think>``."""
     _, closed, answer = content.rpartition(CLOSE)
     if closed:
         return answer.lstrip()
@@ -26,28 +26,28 @@ def without_thoughts(content: str) -> str:
 
 
 class ThoughtSplitter:
-    """Splits a stream into thought and answer; the result does not depend on how the text is cut.
+    """Splits a stream into thinking and answer. The result does not depend on the pieces of the stream.
 
-    White space around the thought is no part of either. Without a thought, the one newline that GLM-4 writes
-    between ``<|assistant|>`` and its answer is dropped, and the rest passes through as it is. A thought that never
-    closes stays a thought, and there is no answer. The work is linear in the text.
+    White space around the thinking belongs to neither. Without thinking, the newline that GLM-4 writes after
+    ``<|assistant|>`` is dropped, and the rest passes unchanged. If the thinking never closes, there is no answer. The
+    cost is linear in the text.
     """
 
     def __init__(self, inside: bool = False) -> None:
         self._inside = inside
-        self._blank = TextPieces()  # white space that counts only if more follows
-        self._tag = ""  # what could become a tag
+        self._blank = TextPieces()  # white space that is kept only if more text follows
+        self._tag = ""  # text that may become a tag
         self._state: Callable[[str], tuple[str, str, str]] = self._start
 
     @property
     def thinking(self) -> bool:
-        """Whether the text so far ends inside a thought."""
+        """Whether the text so far ends inside the thinking."""
         return self._state in (self._thought_begins, self._thought) or (
             self._state == self._start and self._inside
         )
 
     def push(self, text: str) -> tuple[str, str]:
-        """The thought and the answer that are certain now."""
+        """The new parts of thinking and answer that are certain."""
         thoughts, answers = [], []
         while text:
             thought, answer, text = self._state(text)
@@ -56,14 +56,14 @@ class ThoughtSplitter:
         return "".join(thoughts), "".join(answers)
 
     def flush(self) -> tuple[str, str]:
-        """What was held back, now that nothing follows."""
+        """The text that was held back, at the end of the stream."""
         blank, tag = self._blank.take(), self._tag
         self._tag = ""
         if self._state == self._start:
             return (tag, "") if self._inside else ("", (blank + tag).removeprefix("\n"))
         return (blank + tag if tag else "", "") if self.thinking else ("", "")
 
-    # The states: each takes text, and gives thought, answer, and the text that the next state takes ---------
+    # The states: each takes text, and returns thinking, answer, and the text for the next state ---------
 
     def _start(self, text: str) -> tuple[str, str, str]:
         body = self._tag + (text if self._tag else self._without_blank(text))
@@ -83,7 +83,7 @@ class ThoughtSplitter:
         return "", (self._blank.take() + body).removeprefix("\n"), ""
 
     def _without_blank(self, text: str) -> str:
-        """``text`` behind its white space, which is held."""
+        """``text`` without its leading white space, which is held back."""
         body = text.lstrip()
         self._blank.add(text[: len(text) - len(body)])
         return body
@@ -118,5 +118,5 @@ class ThoughtSplitter:
 
 
 def _could_begin(text: str, tag: str) -> int:
-    """The length of the longest end of ``text`` that ``tag`` begins with."""
+    """Length of the longest suffix of ``text`` that is a prefix of ``tag``."""
     return next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)

@@ -1,6 +1,6 @@
-"""From logits to a token: what a request may ask for, and the sampler that does it.
+"""Sampling: a request's parameters, and the sampler that turns logits into a token.
 
-The steps, in order, each skipped where its parameter is neutral:
+The steps, in order. A step with a neutral parameter is skipped:
 
     1. logit_bias            added to the logits it names
     2. repetition_penalty    over prompt and output: a positive logit is divided, a negative multiplied
@@ -11,8 +11,7 @@ The steps, in order, each skipped where its parameter is neutral:
     7. top_p                 the fewest highest whose share of what is left reaches p
     8. min_p                 those with at least min_p times the highest one's probability
 
-Where logits tie, the lower token id counts as the higher one, so a result never depends on how a
-partition or a sort happens to order them.
+If logits are equal, the lower token id ranks higher. So a result never depends on the order of a partition or a sort.
 
 Repetition penalty: Keskar et al., "CTRL", 2019, section 4.1. Frequency and presence: OpenAI's API.
 """
@@ -31,16 +30,16 @@ from glm4_runtime.errors import RequestError
 
 FloatArray = npt.NDArray[np.float32]
 
-# So many scores are sorted as they are. A confident model's top_p set is among its highest few hundred.
+# Up to this many scores are sorted directly. A confident model's top_p set is within its highest few hundred.
 _FEW = 512
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What one request asks of the sampler. The defaults decode greedily until the model ends.
+    """One request's sampling parameters. The defaults decode greedily until the model ends.
 
-    ``stop`` also takes a single string, and all sequences are kept as tuples. ``max_tokens=None`` means
-    as many as fit. Raises :class:`RequestError` for a value outside its range.
+    ``stop`` may be a single string. Sequences are kept as tuples. ``max_tokens=None``: as many as fit. Raises
+    :class:`RequestError` for a value outside its range.
     """
 
     temperature: float = 0.0
@@ -79,7 +78,7 @@ class SamplingParams:
 
 _INT64_MAX = 2**63 - 1
 
-# Lowest and highest value; what else holds of one of them is checked by name above.
+# Lowest and highest value. Further rules are checked by name above.
 _NUMBERS: tuple[tuple[str, float, float], ...] = (
     ("temperature", 0.0, math.inf),
     ("top_p", 0.0, 1.0),
@@ -91,7 +90,7 @@ _NUMBERS: tuple[tuple[str, float, float], ...] = (
 
 
 def _shown(value: object) -> str:
-    """A value for a one-line message, however long or odd it is."""
+    """Any value, short enough for a one-line message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -141,40 +140,39 @@ def _checked_ids(name: str, ids: Any) -> tuple[int, ...]:
 
 
 class TokenMask(Protocol):
-    """Which tokens may come next in one sequence. Stateful: one belongs to one sequence."""
+    """The tokens that may come next in one sequence. Stateful: each sequence needs its own."""
 
     def advance(self, token: int) -> None:
-        """``token`` was chosen: work out what may follow it. May be called on a thread of its own."""
+        """Accept ``token``, and compute which tokens may follow. May run on another thread."""
 
     def apply(self, logits: FloatArray) -> None:
-        """Set the logits [vocab] of forbidden tokens to -inf, in place; never while advance runs."""
+        """Set the logits [vocab] of forbidden tokens to -inf, in place. Not called while ``advance`` runs."""
 
     @property
     def finished(self) -> bool:
-        """Whether nothing may follow any more; the sequence then ends with "stop"."""
+        """Whether no token may follow; the sequence then ends with "stop"."""
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """A token and its log-probability under the model itself: softmax of the logits as they came,
-    before bias, penalties, temperature and truncation, so that it compares across requests."""
+    """A token and its log-probability under the model itself: softmax of the original logits, before bias, penalties,
+    temperature and truncation. So values of different requests can be compared."""
 
     id: int
     logprob: float
 
 
 class Sampler:
-    """Takes the tokens of one request, remembering them for the penalties.
+    """Chooses the tokens of one request, and remembers them for the penalties.
 
-    The random number of the n-th output token is a function of the seed and of n alone (a Philox counter),
-    and is turned into a token by inverting the distribution's cumulative sum in the order of token ids.
-    So a run that verifies a draft by sampling at each of its positions, or one that was interrupted and goes
-    on after :meth:`accept`, takes the same tokens as one that samples them one by one.
+    The random number of the n-th output token depends only on the seed and on n (a Philox counter). It becomes a
+    token by inverting the cumulative distribution in the order of token ids. So the same tokens result if a draft is
+    verified by sampling at each of its positions, or if a run continues after :meth:`accept`.
     """
 
     def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int) -> None:
-        """Raises :class:`RequestError` if the prompt, ``logit_bias`` or ``stop_token_ids`` name a token
-        that a vocabulary of this size doesn't have."""
+        """Raises :class:`RequestError` if the prompt, ``logit_bias`` or ``stop_token_ids`` contain a token outside
+        the vocabulary."""
         prompt = np.asarray(prompt_ids)
         if len(prompt) and prompt.dtype.kind not in "iu":
             raise RequestError(f"the prompt must be a list of token ids, not {_shown(prompt_ids)}")
@@ -191,13 +189,13 @@ class Sampler:
         self._step = 0
         self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
         self._bias = np.fromiter(params.logit_bias.values(), np.float32)
-        # None where no parameter needs it: a long prompt costs nothing then.
+        # None if no parameter needs it, so that a long prompt costs nothing.
         self._in_context = _Tally(np.unique(prompt)) if params.repetition_penalty != 1 else None
         self._in_output = _Tally() if params.frequency_penalty or params.presence_penalty else None
 
     @property
     def takes_the_highest(self) -> bool:
-        """Whether, without a mask, the token is always the one of the highest logit as it came."""
+        """Whether, without a mask, the token is always the one with the highest original logit."""
         return self.params.temperature == 0 and self._changes_nothing()
 
     def sample(self, logits: npt.ArrayLike, mask: TokenMask | None = None) -> Sampled:
@@ -206,9 +204,9 @@ class Sampler:
         return Sampled(token, logprob(np.asarray(logits, np.float32), token))
 
     def choose(self, logits: npt.ArrayLike, mask: TokenMask | None = None) -> int:
-        """Take the next token from ``logits`` [vocab], which are only read, and remember it.
+        """Choose the next token from ``logits`` [vocab], which stay unchanged, and remember it.
 
-        Raises :class:`RequestError` for logits that hold NaN or +inf, or nothing but -inf.
+        Raises :class:`RequestError` if logits contain NaN or +inf, or only -inf.
         """
         scores = self._penalised(self._checked(logits), mask)
         if self.params.temperature == 0:
@@ -220,7 +218,7 @@ class Sampler:
         return token
 
     def accept(self, token: int) -> None:
-        """Remember a token that was taken elsewhere (a forced or an already verified one)."""
+        """Remember a token that was chosen elsewhere (a forced or an already verified one)."""
         if not 0 <= token < self.vocab_size:
             raise RequestError(
                 f"token {token} is not in the vocabulary: ids go from 0 to {self.vocab_size - 1}"
@@ -231,7 +229,7 @@ class Sampler:
                 tally.add(token)
 
     def distribution(self, logits: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """The probabilities [vocab] that :meth:`sample` would draw from; remembers nothing."""
+        """The probabilities [vocab] that :meth:`sample` would draw from. Changes no state."""
         scores = self._penalised(self._checked(logits))
         result = np.zeros(self.vocab_size)
         if self.params.temperature == 0:
@@ -252,7 +250,7 @@ class Sampler:
         return not len(self._bias) and self._in_context is None and self._in_output is None
 
     def _penalised(self, logits: FloatArray, mask: TokenMask | None = None) -> FloatArray:
-        """Steps 1 to 4, on a copy if they do anything. The first three touch only the tokens they are about."""
+        """Steps 1 to 4, on a copy if they change anything. The first three read only the tokens they concern."""
         params = self.params
         if mask is None and self._changes_nothing():
             return logits
@@ -274,15 +272,15 @@ class Sampler:
         return scores
 
     def _candidates(self, scores: FloatArray) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-        """Steps 5 to 8: the tokens left, in the order of their ids, and their unnormalised probabilities
-        (zero for a token that is ruled out).
+        """Steps 5 to 8: the remaining tokens, in the order of their ids, with unnormalised probabilities (zero for an
+        excluded token).
 
-        The likeliest token weighs exactly 1, which is what min_p compares with.
+        The likeliest token has weight 1, which min_p compares with.
         """
         params = self.params
         ids = _highest(scores, params.top_k) if 0 < params.top_k < len(scores) else np.arange(len(scores))
         kept = scores[ids] if len(ids) < len(scores) else scores
-        with np.errstate(over="ignore", under="ignore"):  # a tiny temperature sends the others to -inf
+        with np.errstate(over="ignore", under="ignore"):  # with a tiny temperature the others become -inf
             weights = np.exp((kept.astype(np.float64) - float(kept.max())) / params.temperature)
         if params.top_p < 1:
             nucleus = _nucleus(kept, weights, params.top_p)
@@ -293,8 +291,8 @@ class Sampler:
         return ids, weights
 
     def _uniform(self) -> float:
-        """This step's random number in [0, 1), of 53 bits. Only the counter's first word is read, so
-        counters one apart share nothing."""
+        """This step's random number in [0, 1), with 53 bits. Only the counter's first word is used, so consecutive
+        counters are independent."""
         bits = np.random.Philox(key=self._seed, counter=self._step).random_raw()
         return int(bits >> 11) * 2.0**-53
 
@@ -326,7 +324,7 @@ def logprob(logits: FloatArray, token: int) -> float:
 
 
 def log_total(logits: FloatArray) -> float:
-    """The logarithm of the sum of exp(logits): what a logit is less, as a log-probability."""
+    """logsumexp of the logits; log-probability = logit - this."""
     highest = logits.max()
     weights = logits - highest
     np.exp(weights, out=weights)
@@ -343,12 +341,12 @@ def _inverse_cdf(weights: npt.NDArray[np.float64], uniform: float) -> int:
     cumulative = weights.cumsum()
     total = cumulative[-1]
     index = cumulative.searchsorted(uniform * total, side="right")
-    # uniform * total may round up to total: then the last token of any weight is meant
+    # uniform * total may round up to total: then take the last token with a weight
     return int(min(index, cumulative.searchsorted(total)))
 
 
 def _highest(scores: FloatArray, k: int) -> npt.NDArray[np.intp]:
-    """Where the k highest scores are, ascending; of those that tie for the last places, the first ones."""
+    """Positions of the k highest scores, ascending. Among equal scores, the first ones."""
     threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
     above = np.flatnonzero(scores > threshold)
     level = np.flatnonzero(scores == threshold)[: k - len(above)]
@@ -356,9 +354,9 @@ def _highest(scores: FloatArray, k: int) -> npt.NDArray[np.intp]:
 
 
 def _nucleus(scores: FloatArray, weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.intp]:
-    """Where the fewest highest scores are whose weights reach top_p of the whole, ascending.
+    """Positions, ascending, of the smallest set of highest scores whose weights reach top_p of the total.
 
-    Splits off the highest part again and again instead of sorting everything: linear in the vocabulary.
+    Repeatedly splits off the highest part instead of sorting everything, so the cost is linear in the vocabulary.
     """
     missing = top_p * weights.sum()
     inside: list[npt.NDArray[np.intp]] = []
@@ -382,7 +380,7 @@ def _nucleus(scores: FloatArray, weights: npt.NDArray[np.float64], top_p: float)
 
 
 class _Tally:
-    """Distinct tokens and how often each came, as arrays that grow in place: a token costs O(1)."""
+    """Distinct tokens with their counts, as arrays that grow in place; a token costs O(1)."""
 
     def __init__(self, ids: npt.NDArray[np.int64] | None = None) -> None:
         start = np.empty(0, np.int64) if ids is None else ids

@@ -1,7 +1,7 @@
-"""Log-probabilities of given tokens under the model: of a continuation, of a long text, or of a prompt.
+"""Log-probabilities of given tokens: of a continuation, a long text, or a prompt.
 
-log p(token) = logit - log(sum(exp(logits))), in float32 with the sum in float64. The logits of a whole text are never in
-memory at once: with a vocabulary of 151552, those of one position take 600 KB.
+log p(token) = logit - log(sum(exp(logits))), in float32 with the sum in float64. The logits of a whole text are never
+in memory together: with a vocabulary of 151552, one position takes 600 KB.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float32]
 
-# Logits of one run, in bytes.
+# Bytes of logits per run.
 _BLOCK_BYTES = 64 * 2**20
 _FEWEST_ROWS = 16
 
 
 def rows_per_run(vocab_size: int, chunk: int) -> int:
-    """Positions whose logits one run may give."""
+    """Number of positions per run."""
     return min(chunk, max(_FEWEST_ROWS, _BLOCK_BYTES // (4 * vocab_size)))
 
 
@@ -34,7 +34,8 @@ class LogLikelihood:
     """
     Attributes:
         logprobs: natural logarithm of each token's probability, float64 [tokens].
-        greedy: whether each token is the likeliest at its place. The lower id counts where logits tie.
+        greedy: whether each token is the likeliest at its position. Among equal logits, the lowest id counts as the
+            likeliest.
     """
 
     logprobs: npt.NDArray[np.float64]
@@ -42,12 +43,12 @@ class LogLikelihood:
 
     @property
     def total(self) -> float:
-        """The sum: the logarithm of the probability of all tokens in a row."""
+        """The log-probability of all tokens together."""
         return float(self.logprobs.sum())
 
 
 class PromptScores:
-    """The log-probabilities of a prompt's tokens after the first, filled in as the prompt is run.
+    """The log-probabilities of a prompt's tokens after the first; filled while the prompt runs.
 
     Attributes:
         logprobs: float64 [tokens - 1].
@@ -56,7 +57,7 @@ class PromptScores:
     """
 
     def __init__(self, ids: Sequence[int], top: int) -> None:
-        """``top``: so many of the likeliest tokens are kept."""
+        """``top``: how many of the likeliest tokens to keep."""
         self._ids = np.asarray(ids, np.int64)
         self._top = top
         self.logprobs = np.full(len(self._ids) - 1, np.nan)
@@ -64,7 +65,7 @@ class PromptScores:
         self.top: list[tuple[tuple[int, float], ...]] = [()] * (len(self._ids) - 1)
 
     def take(self, start: int, logits: FloatArray) -> None:
-        """The logits [positions, vocab] of the positions from ``start`` on; those of the last token say nothing."""
+        """Record the logits [positions, vocab] from position ``start`` on. Those of the last token are not used."""
         for place, row in enumerate(logits[: len(self._ids) - 1 - start], start):
             token = int(self._ids[place + 1])
             total = _checked_total(row)
@@ -77,9 +78,9 @@ class PromptScores:
 def log_likelihoods(
     session: "Session", prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]]
 ) -> list[LogLikelihood]:
-    """Each continuation's log-likelihood after the prompt, which is run once for all of them.
+    """Each continuation's log-likelihood after the prompt. The prompt runs once.
 
-    The prompt but its last token is always run by itself, so that no result depends on the others.
+    The prompt without its last token always runs alone, so that no result depends on the other continuations.
     """
     if not len(prompt_ids):
         raise RequestError("the prompt is empty: a first token has no probability without one before it")
@@ -100,7 +101,7 @@ def log_likelihoods(
             if session.length(slot):
                 session.truncate(slot, len(before))
     except BaseException:
-        session.discard(slot)  # whose contents may not be finite
+        session.discard(slot)  # its contents may not be finite
         raise
     session.release(slot)
     return results
@@ -109,8 +110,8 @@ def log_likelihoods(
 def rolling_log_likelihood(session: "Session", token_ids: Sequence[int], context: int = 1) -> LogLikelihood:
     """The log-likelihood of all tokens after the first, of a text of any length.
 
-    A text that is too long is cut into windows that give each token once. A window begins with ``context`` tokens of
-    the one before; the last window begins as early as it can.
+    A long text is cut into windows, and each token is scored once. A window begins with ``context`` tokens of the
+    previous one. The last window begins as early as possible.
     """
     if len(token_ids) < 2:
         raise RequestError(f"{len(token_ids)} tokens were given; a log-likelihood needs at least two")
@@ -126,7 +127,7 @@ def rolling_log_likelihood(session: "Session", token_ids: Sequence[int], context
 
 
 def windows(length: int, longest: int, context: int) -> Iterator[tuple[int, int, int]]:
-    """Begin, first scored position and end of each window. A window runs ``end - begin - 1`` tokens at most."""
+    """Begin, first scored position and end of each window. A window runs at most ``end - begin - 1`` tokens."""
     first = 1
     while first < length:
         end = min(length, first + longest - (0 if first == 1 else context - 1))

@@ -1,4 +1,4 @@
-"""Work that recurses deeply, on a thread whose stack has a known size: what the system gives differs widely."""
+"""Runs deep recursion on a thread with a known stack size, because system defaults differ widely."""
 
 import threading
 from collections.abc import Callable
@@ -6,12 +6,12 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# threading's stack size is one setting for the whole process.
+# The stack size of threading is one setting for the whole process.
 _SETTING = threading.Lock()
 
 
 def run_with_stack(work: Callable[[], T], size: int) -> T:
-    """The result of ``work``, run on a thread of its own with a stack of ``size`` bytes. Raises what it raises."""
+    """Run ``work`` on a new thread with a stack of ``size`` bytes; returns its result, raises its exception."""
     results: list[T] = []
     errors: list[BaseException] = []
 

@@ -1,14 +1,13 @@
-"""Stop strings in a text that comes in pieces."""
+"""Finds stop strings in a text that arrives in pieces."""
 
 from collections.abc import Iterable
 
 
 class StopStrings:
-    """Passes text on up to the first stop string, holding back what could still become one.
+    """Passes text on up to the first stop string. Holds back text that may become one.
 
-    Of several stop strings the one that is completed first counts, whatever pieces the text comes in; of
-    those completed by the same character, the longest. Each character is looked at once for each stop string
-    (the Knuth-Morris-Pratt algorithm).
+    The stop string that is completed first counts, independent of the pieces. If one character completes several, the
+    longest counts. Each character is read once per stop string (Knuth-Morris-Pratt algorithm).
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
@@ -32,25 +31,25 @@ class StopStrings:
         return text[: len(text) - held], False
 
     def flush(self) -> str:
-        """What was held back, now that no stop string can follow."""
+        """The text that was held back, at the end."""
         held, self._held = self._held, ""
         return held
 
 
 class _Stop:
-    """One stop string; ``matched`` is how much of it the text so far ends with."""
+    """One stop string; ``matched``: length of its prefix that the text so far ends with."""
 
     def __init__(self, stop: str) -> None:
         self._stop, self.first = stop, stop[0]
         self.matched = 0
-        # For each beginning that was matched yet, the length of its longest proper end that is a beginning, too.
+        # For each matched prefix: length of its longest proper suffix that is also a prefix.
         self._borders = [0]
 
     def find(self, text: str) -> tuple[int, int] | None:
-        """Where in ``text`` the string is completed first, and its length below zero."""
+        """Position in ``text`` where the string is first completed, and its negative length."""
         at = 0
         while at < len(text):
-            if not self.matched:  # up to the next place where it could begin
+            if not self.matched:  # skip to the next position where it can begin
                 at = text.find(self.first, at)
                 if at < 0:
                     return None
@@ -63,7 +62,7 @@ class _Stop:
         return None
 
     def _extended(self, length: int, character: str) -> int:
-        """The longest beginning that a text ends with, if ``length`` was matched before ``character``."""
+        """Length of the longest matched prefix after ``character``, if ``length`` was matched before."""
         while length and self._stop[length] != character:
             length = self._borders[length - 1]
         return length + (self._stop[length] == character)

@@ -1,7 +1,7 @@
-"""What a reply may look like, as a grammar, and the mask over the next tokens that llguidance derives from it.
+"""The grammar of a reply, and the mask of next tokens that llguidance derives from it.
 
-One grammar describes the whole turn: a thought where the model is in one, then calls, or the newline that GLM-4
-writes before its answer and the answer.
+One grammar describes the whole turn: the rest of the thinking, if it began; then either calls, or a newline (as GLM-4
+writes it) and the answer.
 """
 
 import contextlib
@@ -24,22 +24,22 @@ from glm4_runtime.stacks import run_with_stack
 from glm4_runtime.tokenizer import Tokenizer
 from glm4_runtime.workers.grammars import COMPILING_STACK, compiled, reason
 
-# The most calls of one constrained reply: a model that repeats itself must come to an end.
+# Maximum number of calls in a constrained reply, so that a model that repeats itself ends.
 MAX_CALLS = 16
 
-# A model in doubt writes white space for ever where JSON lets it: one space, or a line and its indentation.
+# An uncertain model can write white space endlessly. So JSON may have one space, or a line break and its indentation.
 _JSON_OPTIONS = {"whitespace_pattern": r"[ ]?|\n[ ]{0,32}"}
 _FREE = "start: ANY\nANY: /(.|\\n)*/"
 
-# Bytes that all compiled grammars hold together, as their trials found.
+# Maximum bytes of all compiled grammars together, as measured by their trials.
 _MOST_HELD = 512 * 2**20
-# A grammar whose trial took more seconds is compiled while no other such grammar is.
+# Grammars whose trial took longer (in seconds) are compiled one at a time.
 _QUICK = 0.05
 
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """What the answer's text must match: a JSON schema, a regular expression, or a Lark grammar."""
+    """The format of the answer: a JSON schema, a regular expression, or a Lark grammar."""
 
     kind: Literal["json_schema", "regex", "grammar"]
     definition: Mapping[str, Any] | str
@@ -47,7 +47,7 @@ class AnswerFormat:
 
 @dataclass(frozen=True)
 class Function:
-    """A function that may be called, and the JSON schema of its arguments."""
+    """A function that may be called, with the JSON schema of its arguments."""
 
     name: str
     parameters: Mapping[str, Any]
@@ -55,12 +55,12 @@ class Function:
 
 @dataclass(frozen=True)
 class ReplyFormat:
-    """The form of one turn.
+    """The format of one turn.
 
-    answer     the form of the answer; None leaves it free
-    functions  what may be called instead of answering
+    answer     the format of the answer; None: free text
+    functions  functions that may be called instead of an answer
     required   calls only: no answer
-    max_calls  how many calls may follow each other
+    max_calls  maximum number of calls
     turn       whether it is a turn of a chat, where GLM-4 writes a newline before its answer
     enveloped  whether calls are {"name": ..., "arguments": ...}, not a name, a newline and the arguments
     """
@@ -74,7 +74,7 @@ class ReplyFormat:
 
 
 class GrammarMask:
-    """Which tokens may come next in one sequence (the scheduler's ``TokenMask``)."""
+    """The tokens that may come next in one sequence; implements ``TokenMask``."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class GrammarMask:
         self._matcher = matcher
         self._share = share
         self._observe = observe
-        # added to the logits, which is quicker than setting those that are forbidden
+        # added to the logits, which is faster than setting the forbidden ones
         self._bias = np.zeros(vocab_size, np.float32)
         self._compute()
 
@@ -100,9 +100,9 @@ class GrammarMask:
             self._observe(time.perf_counter() - start)
 
     def apply(self, logits: npt.NDArray[np.float32]) -> None:
-        """Forbid in ``logits`` [vocab], in place, whatever may not come next.
+        """Set the forbidden tokens in ``logits`` [vocab] to -inf, in place.
 
-        Raises :class:`RequestError` where the grammar grew too costly to follow.
+        Raises :class:`RequestError` if the grammar has become too expensive.
         """
         if self.failure is not None:
             raise RequestError(self.failure)
@@ -110,18 +110,18 @@ class GrammarMask:
 
     @property
     def failure(self) -> str | None:
-        """Why the grammar cannot be followed any further, where that is so."""
+        """Why the grammar cannot continue; None if it can."""
         if not self._matcher.is_error():
             return None
         return f"the reply's grammar cannot be followed: {reason(self._matcher)}"
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more may follow."""
+        """Whether no token may follow."""
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
     def copy(self) -> "GrammarMask":
-        """The same state for another sequence. Raises :class:`QueueFullError` where memory for it is short."""
+        """A copy of the state for another sequence. Raises :class:`QueueFullError` if there is too little memory."""
         share = self._share.another()
         return GrammarMask(self._matcher.deep_copy(), len(self._bias), share, self._observe)
 
@@ -133,7 +133,7 @@ class GrammarMask:
 
 
 class _Memory:
-    """What compiled grammars may hold together, in bytes."""
+    """The shared memory budget of compiled grammars, in bytes."""
 
     def __init__(self, most: int) -> None:
         self._most, self._held = most, 0
@@ -153,7 +153,7 @@ class _Memory:
 
 
 class _Share:
-    """One grammar's part of the memory, given back when nothing refers to it any more."""
+    """One grammar's part of the budget; returned when nothing refers to it."""
 
     def __init__(self, memory: _Memory, size: int) -> None:
         memory.take(size)
@@ -165,9 +165,9 @@ class _Share:
 
 
 class GrammarCompiler:
-    """Turns formats into masks for one tokenizer; usable from any thread.
+    """Turns formats into masks for one tokenizer. Safe to use from any thread.
 
-    A format that is new is tried in a worker process first.
+    A worker process tries each new format first.
     """
 
     def __init__(
@@ -188,15 +188,15 @@ class GrammarCompiler:
         self._slow = threading.Lock()
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for; of a control token, its name."""
+        """The bytes of a token; for a control token, its name."""
         found: bytes = self._tokens.decode_bytes([token])
         return found
 
     def compile(self, reply: ReplyFormat, thinking: bool) -> GrammarMask:
-        """The mask at the beginning of a reply that starts inside a thought or not.
+        """The mask for the first token of a reply, which may start inside the thinking.
 
-        Raises :class:`RequestError` for a schema or grammar that is not valid, that llguidance cannot do, or that
-        costs too much, and :class:`QueueFullError` where too many others are being compiled.
+        Raises :class:`RequestError` if a schema or grammar is invalid, unsupported by llguidance, or too expensive,
+        and :class:`QueueFullError` if too many others are being compiled.
         """
         try:
             require_plain(reply)
@@ -214,7 +214,7 @@ class GrammarCompiler:
 
 
 def _grammars(reply: ReplyFormat, thinking: bool) -> list[dict[str, Any]]:
-    """The turn's own grammar, which names those of its parts."""
+    """The grammar of the turn, and the grammars of its parts that it refers to."""
     parts: dict[str, dict[str, Any]] = {}
     ways = []
     if not reply.required:
@@ -241,7 +241,7 @@ def _grammars(reply: ReplyFormat, thinking: bool) -> list[dict[str, Any]]:
 
 
 def _call(name: str, arguments: str, enveloped: bool) -> str:
-    """One call as Lark writes it; ``arguments`` names the grammar of its arguments."""
+    """One call in Lark; ``arguments`` is the name of the grammar of its arguments."""
     if enveloped:
         head = '{"name": ' + json.dumps(name) + ', "arguments": '
         return f'{json.dumps(head)} {arguments} "}}"'

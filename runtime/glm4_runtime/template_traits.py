@@ -1,6 +1,6 @@
-"""What a chat template does with each part of a conversation, found out by rendering marked ones and reading the prompts.
+"""Finds out what a chat template does with each part of a conversation, by rendering marked conversations.
 
-Templates differ in how they take earlier calls and results, and some drop system messages or tools without a word.
+Templates differ in how they take earlier calls and results. Some drop system messages or tools silently.
 """
 
 import json
@@ -14,7 +14,7 @@ from glm4_runtime.errors import BundleError, OvertimeError, RequestError
 
 TemplateMessage = dict[str, Any]
 
-# Marks that no template writes by itself.
+# Marks that no template contains.
 _SYSTEM, _QUESTION, _ANSWER, _NEXT = "zq1system", "zq2question", "zq3answer", "zq4next"
 _NAME, _KEY, _VALUE, _RESULT, _TOOL = "zq5name", "zq6key", "zq7value", "zq8result", "zq9tool"
 _ASKED = {"role": "user", "content": _QUESTION}
@@ -22,7 +22,7 @@ _OFFERED = {
     "type": "function",
     "function": {"name": _TOOL, "description": _TOOL, "parameters": {"type": "object", "properties": {}}},
 }
-# A function in a template's own text: {"name": "search", ...
+# A function in a template's own text, such as {"name": "search", ...
 _LISTED = re.compile(r"""["']name["']\s*:\s*["']([A-Za-z_][\w.-]*)["']""")
 
 
@@ -46,7 +46,7 @@ Shape = Callable[[Sequence[EarlierCall]], Iterator[TemplateMessage]]
 
 
 def as_text(calls: Sequence[EarlierCall]) -> Iterator[TemplateMessage]:
-    """tool_calls whose arguments are a text, as OpenAI has them."""
+    """tool_calls with arguments as text, as in OpenAI's API."""
     listed = [
         {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
         for c in calls
@@ -55,19 +55,19 @@ def as_text(calls: Sequence[EarlierCall]) -> Iterator[TemplateMessage]:
 
 
 def as_objects(calls: Sequence[EarlierCall]) -> Iterator[TemplateMessage]:
-    """tool_calls whose arguments are an object, as transformers has them."""
+    """tool_calls with arguments as an object, as in transformers."""
     listed = [{"type": "function", "function": {"name": c.name, "arguments": c.parsed}} for c in calls]
     yield {"role": "assistant", "content": "", "tool_calls": listed}
 
 
 def as_metadata(calls: Sequence[EarlierCall]) -> Iterator[TemplateMessage]:
-    """One message per call, its function in ``metadata``, as the released GLM-4-0414 templates have them."""
+    """One message per call with the function in ``metadata``, as in the released GLM-4-0414 templates."""
     for call in calls:
         yield {"role": "assistant", "metadata": call.name, "content": call.arguments}
 
 
 def as_content(calls: Sequence[EarlierCall]) -> Iterator[TemplateMessage]:
-    """Calls as the text that GLM-Z1-Rumination writes them in."""
+    """Calls as text, as GLM-Z1-Rumination writes them."""
     written = (
         f'{{"name": {json.dumps(call.name)}, "arguments": {call.arguments if call.arguments else "{}"}}}'
         for call in calls
@@ -84,12 +84,12 @@ class TemplateTraits:
     """
     Attributes:
         system: whether system messages reach the prompt.
-        tools: whether definitions of tools do.
+        tools: whether definitions of tools reach the prompt.
         functions: names of functions that the template's own text lists.
-        shape: how the template takes earlier calls; None where it has no way.
+        shape: how the template takes earlier calls; None if it cannot.
         enveloped: whether the model's calls are {"name": ..., "arguments": ...}, not a name and a newline.
-        results: the role of a call's result; None where results do not reach the prompt.
-        ends: names of the control tokens that follow an answer or a call, so that they end the model's turn.
+        results: the role of a call's result; None if results do not reach the prompt.
+        ends: names of the control tokens that follow an answer or a call, which end the model's turn.
     """
 
     system: bool
@@ -102,15 +102,15 @@ class TemplateTraits:
 
     @property
     def dropped(self) -> list[str]:
-        """What of a conversation the template drops without a word."""
+        """The parts of a conversation that the template drops silently."""
         kinds = {"system messages": self.system, "tools": self.tools, "results of calls": self.results}
         return [kind for kind, reaches in kinds.items() if not reaches]
 
 
 def traits_of(template: ChatTemplate, control_tokens: Collection[str]) -> TemplateTraits:
-    """Render marked conversations, about ten.
+    """Render about ten marked conversations, and read the traits from the prompts.
 
-    Raises :class:`BundleError` for a template that takes too long.
+    Raises :class:`BundleError` if the template takes too long.
     """
     rendered = _Renderer(template)
     own = rendered([_ASKED])
@@ -133,7 +133,7 @@ def traits_of(template: ChatTemplate, control_tokens: Collection[str]) -> Templa
 
 
 class _Renderer:
-    """Prompts of conversations; an empty text for what the template refuses."""
+    """Renders prompts; an empty text if the template refuses the conversation."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
@@ -166,14 +166,14 @@ def _called(shape: Shape | None, result_role: str) -> list[TemplateMessage]:
 
 
 def _reaches(rendered: _Renderer, shape: Shape) -> bool:
-    """Whether a call in this shape reaches the prompt whole: its name, and after that its arguments."""
+    """Whether a call in this shape reaches the prompt completely: its name, then its arguments."""
     _, named, rest = rendered([_ASKED, *shape([_call()])]).partition(_NAME)
     _, key, rest = rest.partition(_KEY)
     return bool(named) and bool(key) and _VALUE in rest
 
 
 def _name_is_apart(rendered: _Renderer, shape: Shape) -> bool:
-    """Whether white space stands between the name and its newline, which no model of the first form writes."""
+    """Whether there is white space between the name and its newline; models of the first form never write it."""
     rest = rendered([_ASKED, *shape([_call()])]).partition(_NAME)[2]
     return rest.partition("\n")[0] != "" and not rest.partition("\n")[0].strip()
 
@@ -181,7 +181,7 @@ def _name_is_apart(rendered: _Renderer, shape: Shape) -> bool:
 def _ends(
     rendered: _Renderer, shape: Shape | None, results: str | None, control_tokens: Collection[str]
 ) -> tuple[str, ...]:
-    """The first control tokens behind an answer and behind a call, but for the one that an answer begins with."""
+    """The first control tokens after an answer and after a call, except the one that begins an answer."""
     turns = rendered([_ASKED, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}])
     begins = _controls(_between(turns, _QUESTION, _ANSWER), control_tokens)[-1:]
     found = _controls(_between(turns, _ANSWER, _NEXT), control_tokens)[:1]
@@ -195,7 +195,7 @@ def _between(text: str, start: str, end: str) -> str:
 
 
 def _controls(text: str, control_tokens: Collection[str]) -> list[str]:
-    """The names of control tokens in ``text``, in its order."""
+    """The names of control tokens in ``text``, in order."""
     if not control_tokens:
         return []
     names = sorted(control_tokens, key=len, reverse=True)

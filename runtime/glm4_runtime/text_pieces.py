@@ -1,4 +1,4 @@
-"""Text that grows by pieces; adding one costs the same however much there is."""
+"""Text that grows by pieces; adding a piece has a constant cost."""
 
 
 class TextPieces:
@@ -20,7 +20,7 @@ class TextPieces:
             self._pieces.append(text)
 
     def take(self) -> str:
-        """All of it; nothing is left."""
+        """Return the whole text, and empty this object."""
         text = str(self)
         self._pieces = []
         return text

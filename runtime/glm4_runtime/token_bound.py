@@ -1,4 +1,4 @@
-"""How many tokens a text has at least, known from its bytes alone: to refuse a text that is far too long unread."""
+"""A lower bound for the number of tokens of a text, from its bytes alone, to refuse long texts before encoding."""
 
 import json
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ import numpy.typing as npt
 class TokenBound:
     """A lower bound for one byte-level BPE tokenizer.
 
-    Let m(b) be the length, in bytes, of the longest token that holds the byte b. A token of L bytes holds L bytes
-    with m(b) >= L each, so that the sum of 1 / m(b) over its bytes is at most 1. Over a text, the sum is at most the
-    number of its tokens. For a tokenizer that may drop or change bytes, the bound is 0.
+    Let m(b) be the length, in bytes, of the longest token that contains the byte b. A token of L bytes has L bytes
+    with m(b) >= L, so the sum of 1 / m(b) over its bytes is at most 1. Over a text, the sum is at most the number of
+    tokens. If the tokenizer may drop or change bytes, the bound is 0.
     """
 
     def __init__(self, definition: str) -> None:
@@ -22,13 +22,13 @@ class TokenBound:
         self._shares = _shares(tokenizer) if _keeps_bytes(tokenizer) else np.zeros(256)
 
     def least(self, text: str) -> int:
-        """Tokens that ``text`` has at least, before any that the tokenizer adds; 0 where that is not known."""
+        """Minimum number of tokens of ``text``, without tokens that the tokenizer adds; 0 if unknown."""
         try:
             data = np.frombuffer(text.encode(), np.uint8)
-        except UnicodeEncodeError:  # half a surrogate pair, which encoding refuses
+        except UnicodeEncodeError:  # half a surrogate pair, which cannot be encoded
             return 0
         total = float(np.bincount(data, minlength=256) @ self._shares)
-        return int(total * (1 - 1e-9))  # rounding must not raise the bound
+        return int(total * (1 - 1e-9))  # rounding must not increase the bound
 
 
 def _keeps_bytes(tokenizer: Mapping[str, Any]) -> bool:
@@ -66,7 +66,7 @@ def _shares(tokenizer: Mapping[str, Any]) -> npt.NDArray[np.float64]:
 
 
 def _alphabet() -> list[str]:
-    """The character that byte-level BPE writes for each byte (Radford et al., GPT-2's ``bytes_to_unicode``)."""
+    """The character for each byte in byte-level BPE (Radford et al., GPT-2's ``bytes_to_unicode``)."""
     shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = [byte for byte in range(256) if byte not in shown]
     return [chr(byte) if byte in shown else chr(256 + hidden.index(byte)) for byte in range(256)]

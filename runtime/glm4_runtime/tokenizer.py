@@ -1,4 +1,4 @@
-"""Text to token ids and back, whole and as a stream, by the checkpoint's own ``tokenizer.json``."""
+"""Text to token ids and back, whole or as a stream, with the checkpoint's own ``tokenizer.json``."""
 
 import json
 import threading
@@ -16,11 +16,11 @@ from glm4_runtime.token_bound import TokenBound
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
-# What GLM-4 starts every sequence with, in text that a chat template or a careful user wrote.
+# The prefix of every GLM-4 sequence; chat templates and some users write it into the text.
 _PREFIX = "[gMASK]"
-# What a byte-level decoder shows for bytes that aren't UTF-8, or not yet.
+# A byte-level decoder's output for bytes that are not, or not yet, UTF-8.
 _REPLACEMENT = "\ufffd"
-# Characters that take some 10 ms to encode.
+# Number of characters that take about 10 ms to encode.
 _LONG_TEXT = 8192
 
 
@@ -36,13 +36,13 @@ class Tokenizer:
     def __init__(
         self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str] | None = None
     ) -> None:
-        # A tokenizer.json may carry its training's truncation or padding along: never cut a request silently.
+        # A tokenizer.json may contain truncation or padding from its training. Never cut a request silently.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._plain: tokenizers.Tokenizer | None = None
         self._making = threading.Lock()
-        self._bound: TokenBound | None = None  # made at first use, as only a server needs it
+        self._bound: TokenBound | None = None  # created at first use, because only a server needs it
         self.special_tokens: Mapping[str, str] = MappingProxyType(dict(special_tokens or {}))
         self.control_tokens: Mapping[str, int] = MappingProxyType(
             {
@@ -56,23 +56,23 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
-        """Raises :class:`BundleError` where ``tokenizer.json`` is missing or cannot be read."""
+        """Raises :class:`BundleError` if ``tokenizer.json`` is missing or cannot be read."""
         file = Path(path) / TOKENIZER
         if not file.is_file():
             raise BundleError(f"{file} is missing: copy it from the checkpoint, or work with token ids")
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises no narrower exception
             raise BundleError(f"{file} is not a tokenizer that can be read: {error}") from error
         return cls(backend, special_token_names(read_tokenizer_config(path)))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``, after the prefix that ``tokenizer.json`` prescribes (GLM-4: [gMASK]<sop>)
-        unless the text already begins with it, as a rendered chat template does."""
+        """Token ids of ``text``. Adds the prefix of ``tokenizer.json`` (GLM-4: [gMASK]<sop>), unless the text already
+        begins with it, as a rendered chat template does."""
         _require_unicode(text)
         prefixed = text.startswith(_PREFIX)
         special = add_special_tokens and not prefixed
-        # of the library's ways to encode, the one for batches lets other threads run meanwhile
+        # the library's batch call lets other threads run meanwhile
         if len(text) > _LONG_TEXT:
             (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special)
         else:
@@ -81,7 +81,8 @@ class Tokenizer:
         return ids
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Token ids of a conversation's prompt: the template's control tokens, and all else as plain text."""
+        """Token ids of a conversation's prompt. Control tokens come only from the template; marked names are plain
+        text."""
         if not prompt.mark:
             return self.encode(prompt.marked, add_special_tokens=False)
         text = prompt.marked
@@ -102,7 +103,7 @@ class Tokenizer:
         return ids
 
     def _plain_backend(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, for which names of control tokens are text. Made at first use: it is a copy."""
+        """A copy of the tokenizer that treats names of control tokens as text. Created at first use."""
         with self._making:
             if self._plain is None:
                 self._plain = tokenizers.Tokenizer.from_str(self.to_json())
@@ -110,13 +111,13 @@ class Tokenizer:
         return self._plain
 
     def least_tokens(self, text: str) -> int:
-        """Tokens that :meth:`encode` gives at least, without encoding; 0 where that is not known."""
+        """Minimum number of tokens from :meth:`encode`, without encoding; 0 if unknown."""
         if self._bound is None:
             self._bound = TokenBound(self.to_json())
         return self._bound.least(text)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of ``ids``; bytes that aren't UTF-8 come as U+FFFD, ids without a token as nothing."""
+        """The text of ``ids``. Bytes that are not UTF-8 become U+FFFD; ids without a token are dropped."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
@@ -127,7 +128,7 @@ class Tokenizer:
         return int(found)
 
     def token_of(self, token_id: int) -> str:
-        """The token as the vocabulary spells it, which for byte-level tokens is not its text."""
+        """The token as the vocabulary spells it; for byte-level tokens this differs from its text."""
         found = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
         if found is None:
             raise RequestError(
@@ -136,11 +137,11 @@ class Tokenizer:
         return str(found)
 
     def to_json(self) -> str:
-        """The tokenizer as its own ``tokenizer.json``, for libraries that read one."""
+        """The tokenizer as ``tokenizer.json``, for other libraries."""
         return str(self._backend.to_str())
 
     def has_text(self, token_id: int, skip_special_tokens: bool = True) -> bool:
-        """Whether decoding this id can contribute anything: a model's padded logits reach ids it can't."""
+        """Whether this id has a text. Padded logits contain ids without one."""
         if skip_special_tokens and token_id in self.special_ids:
             return False
         return 0 <= token_id < self.vocab_size and self._backend.id_to_token(token_id) is not None
@@ -156,13 +157,13 @@ def _require_unicode(text: str) -> None:
 
 
 def read_tokenizer_config(folder: str | Path) -> dict[str, Any]:
-    """``tokenizer_config.json`` of a model folder; empty where there is none."""
+    """``tokenizer_config.json`` of a model folder; empty if there is none."""
     file = Path(folder) / TOKENIZER_CONFIG
     if not file.is_file():
         return {}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # bad JSON and bad UTF-8 alike
+    except ValueError as error:  # bad JSON and bad UTF-8
         raise BundleError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise BundleError(f"{file} must hold a JSON object")
@@ -170,7 +171,7 @@ def read_tokenizer_config(folder: str | Path) -> dict[str, Any]:
 
 
 def special_token_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """The roles of special tokens: every ``*_token`` entry, given as a string or as {"content": string}."""
+    """Special tokens by role: every ``*_token`` entry, a string or {"content": string}."""
     contents = {
         role: value.get("content") if isinstance(value, Mapping) else value
         for role, value in config.items()
@@ -180,15 +181,15 @@ def special_token_names(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 class TextStream:
-    """Text out of tokens as they come: never half a character, and in sum what decoding them all gives.
+    """Decodes tokens one by one. Never returns half a character; all pieces together equal decoding all tokens.
 
-    A character of several bytes may be spread over tokens. Bytes that are not (yet) UTF-8 decode to U+FFFD,
-    and an unfinished character at the end is exactly one of them, so all but a last U+FFFD is settled.
-    What is decoded anew for a token is a window of the few ids since the text was last whole, after the ids
-    of the previous such piece: decoders that treat the start of a text differently need that context.
+    A character of several bytes may be spread over tokens. Bytes that are not (yet) UTF-8 decode to U+FFFD. An
+    unfinished character at the end is exactly one U+FFFD, so everything before a last U+FFFD is final. For each
+    token, only a window of ids is decoded again: the ids since the text was last complete, and the ids of the piece
+    before as context, because some decoders treat the start of a text differently.
     """
 
-    # An unfinished character has at most three bytes, and each token of the window at least one.
+    # An unfinished character has at most three bytes, and each token in the window has at least one.
     _UNFINISHED = 3
     _LONG = 16
 
@@ -196,8 +197,8 @@ class TextStream:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._window: list[int] = []
-        self._context = 0  # so many ids of the window are there only for context
-        self._given = 0  # so many characters of the window's text are out
+        self._context = 0  # number of ids in the window that are only context
+        self._given = 0  # number of characters of the window's text that were returned
 
     def push(self, token_id: int) -> str:
         """The text that this token completes, often none."""
@@ -217,7 +218,7 @@ class TextStream:
         return out
 
     def flush(self) -> str:
-        """What is still held back, as decoding shows it at the end of a text; the stream starts over."""
+        """The text that is still held back, decoded as the end of a text. Resets the stream."""
         out = self._decode(self._window)[self._given :]
         self._window, self._context, self._given = [], 0, 0
         return out
@@ -226,7 +227,7 @@ class TextStream:
         return self._tokenizer.decode(ids, self._skip_special_tokens)
 
     def _split(self, text: str) -> None:
-        """Cut a window that a run of real U+FFFD keeps open, where the two parts decode as the whole does."""
+        """Cut a window that many real U+FFFD keep open, at a position where the two parts decode like the whole."""
         for first in range(len(self._window) - 1, len(self._window) - 2 - self._UNFINISHED, -1):
             head, tail = self._decode(self._window[:first]), self._decode(self._window[first:])
             if tail and head + tail == text:

@@ -1,13 +1,13 @@
-"""Calls in what the model writes, in the two forms of the family; several may follow each other.
+"""Finds tool calls in a model's text, in the two forms of the family. Several may follow each other.
 
     get_weather
     {"city": "Oslo"}
 
     {"name": "get_weather", "arguments": {"city": "Oslo"}}
 
-GLM-4-0414 writes the first form, GLM-Z1-Rumination the second. Nothing but the function's name marks a call, so only
-the names of functions that were offered count, and only where a line (or, after a call or ``<|assistant|>``, a turn)
-begins. Lines of a fenced code block are never calls.
+GLM-4-0414 writes the first form, GLM-Z1-Rumination the second. Only the function's name marks a call. So only names
+of offered functions count, and only at the beginning of a line, or of a turn after a call or ``<|assistant|>``. Lines
+in a fenced code block are never calls.
 """
 
 import re
@@ -22,7 +22,7 @@ _BLANK = " \t\r\n"
 _BLANKS = re.compile(r"[ \t\r\n]+")
 _SPACES = re.compile(r"[ \t\r]+")  # within a line
 _FENCE = "```"
-# What stands before the arguments of the second form; white space may stand between the parts.
+# The text before the arguments of the second form; white space may be between the parts.
 _HEAD = ("{", '"name"', ":", None, ",", '"arguments"', ":")
 
 
@@ -40,52 +40,52 @@ class CallStart:
 
 @dataclass(frozen=True)
 class CallArguments:
-    """The next piece of the arguments of the call that started last, as JSON where the model wrote Python's form."""
+    """The next piece of the current call's arguments, converted to JSON if the model wrote Python."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class CallEnd:
-    """The arguments' closing brace was reached. A call without it was cut off."""
+    """The closing brace of the arguments was reached. A call without this event was cut off."""
 
 
 CallEvent = Content | CallStart | CallArguments | CallEnd
 
 
 class CallParser:
-    """Finds calls in a stream of text; the events' sum does not depend on how the text is cut.
+    """Finds calls in a stream of text. The events together do not depend on the pieces of the stream.
 
     names       functions that were offered
-    anywhere    also look for calls after other content; else only where the reply begins
+    anywhere    look for calls also after other content; otherwise only at the beginning of the reply
 
-    White space between content and a call, or between two calls, belongs to neither. The work is linear in the text.
+    White space between content and a call, or between two calls, belongs to neither. The cost is linear in the text.
     """
 
     def __init__(self, names: Collection[str], anywhere: bool = True) -> None:
         self._names = _Names(names)
         self._anywhere = anywhere
         self._state: _State = self._line
-        self._blank = TextPieces()  # white space that is content only if more content follows
-        self._held = TextPieces()  # could still become a call's head
-        self._rest = TextPieces()  # white space behind that, on a line of its own if _fresh
+        self._blank = TextPieces()  # white space that becomes content only if more content follows
+        self._held = TextPieces()  # text that may become a call's head
+        self._rest = TextPieces()  # white space after it, on a line of its own if _fresh
         self._fresh = self._fenced = self._gapped = False
-        self._word = ""  # a line's only word so far, or a part of the second form's head
-        self._part = 0  # parts of that head that are complete
+        self._word = ""  # a line's only word so far, or a part of the head of the second form
+        self._part = 0  # number of complete parts of that head
         self._name = ""
         self._scanner = ArgumentScanner()
         self._enveloped = False
-        self._events: list[tuple[_Kind, list[str]]] = []  # what makes the event, and the pieces of its text
+        self._events: list[tuple[_Kind, list[str]]] = []  # the event's class, and the pieces of its text
 
     def push(self, text: str) -> list[CallEvent]:
-        """What is certain now."""
+        """The events that are certain."""
         at = 0
         while at < len(text):
             at = self._state(text, at)
         return self._taken()
 
     def boundary(self) -> list[CallEvent]:
-        """The model began another turn of its own: what comes next may be a call."""
+        """The model began another turn of its own, so a call may follow."""
         if self._anywhere and self._state in (
             self._line,
             self._head,
@@ -97,7 +97,7 @@ class CallParser:
         return self._taken()
 
     def flush(self) -> list[CallEvent]:
-        """What was held back, now that nothing follows."""
+        """The events of the text that was held back, at the end of the stream."""
         self._add(CallArguments, self._scanner.flush())
         if self._state not in (self._between, self._tail, self._skipped):
             self._give_up(self._text)
@@ -105,10 +105,10 @@ class CallParser:
         self._blank.take()
         return self._taken()
 
-    # The states: each takes a part of the text, from ``at``, and says where the next part begins ---------
+    # The states: each reads the text from ``at`` on, and returns where the next state continues ---------
 
     def _line(self, text: str, at: int) -> int:
-        """At the beginning of a line that may name a function."""
+        """At the beginning of a line that may be a function's name."""
         if found := _SPACES.match(text, at):
             self._held.add(found[0])
             self._gapped = bool(self._word)
@@ -146,7 +146,7 @@ class CallParser:
         return self._held_blanks(text, at) or self._opened(text, at, enveloped=False)
 
     def _envelope(self, text: str, at: int) -> int:
-        """Within the part of the second form that stands before its arguments."""
+        """Inside the head of the second form, before its arguments."""
         if not self._word and (end := self._held_blanks(text, at)):
             return end
         word, part = self._word + text[at].replace("'", '"'), _HEAD[self._part]
@@ -191,7 +191,7 @@ class CallParser:
         return end
 
     def _tail(self, text: str, at: int) -> int:
-        """After the arguments of the second form: its closing brace, or members that nobody asked for."""
+        """After the arguments of the second form: its closing brace, or unexpected members."""
         if found := _BLANKS.match(text, at):
             self._blank.add(found[0])
             return found.end()
@@ -228,7 +228,7 @@ class CallParser:
     # How it is done -------------------------------------------------------------------------------
 
     def _held_blanks(self, text: str, at: int) -> int:
-        """Hold the white space at ``at``; where it ends, or 0 where there is none."""
+        """Hold the white space at ``at``; returns its end, or 0 if there is none."""
         found = _BLANKS.match(text, at)
         if found is None:
             return 0
@@ -240,7 +240,7 @@ class CallParser:
         return found.end()
 
     def _resume(self) -> None:
-        """What was held is content. After its last newline a call may begin."""
+        """The held text is content. After its last newline a call may begin."""
         if self._fresh and self._anywhere:
             self._say(self._held.take())
             self._held.add(self._rest.take())
@@ -249,7 +249,7 @@ class CallParser:
             self._give_up(self._text)
 
     def _give_up(self, state: "_State") -> None:
-        """What was held is content after all."""
+        """The held text is content."""
         self._say(self._held.take())
         self._say(self._rest.take())
         self._word, self._gapped, self._state = "", False, state
@@ -261,7 +261,7 @@ class CallParser:
         self._blank.add(text[len(shown) :])
 
     def _add(self, kind: "_Kind", text: str) -> None:
-        """Pieces of one kind that follow each other become one."""
+        """Add a piece; consecutive pieces of one kind become one event."""
         if not text:
             return
         if kind is not CallStart and self._events and self._events[-1][0] is kind:
@@ -283,7 +283,7 @@ def _ended(_text: str) -> CallEnd:
 
 
 class _Names:
-    """The functions' names, and what they begin with."""
+    """The functions' names, and all their prefixes."""
 
     def __init__(self, names: Collection[str]) -> None:
         self._all = frozenset(names)
@@ -296,6 +296,6 @@ class _Names:
         return name in self._all
 
     def begin_with(self, text: str) -> bool:
-        """Whether one of them does."""
+        """Whether one of the names begins with ``text``."""
         at = bisect_left(self._sorted, text)
         return at < len(self._sorted) and self._sorted[at].startswith(text)

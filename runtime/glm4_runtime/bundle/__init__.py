@@ -1,13 +1,13 @@
 """The bundle: a folder that holds everything needed to serve one model, and the manifest that describes it.
 
-    manifest.json   what the bundle is, and the SHA-256 of every other file but report.json
-    report.json     what was measured when it was made; never read to serve, never compared
+    manifest.json   a description of the bundle, and the SHA-256 of every other file except report.json
+    report.json     measurements of the export; never read by a session, never compared
     model.onnx, model.onnx.data, tokenizer.json, chat_template.jinja, ...
-    model.engine                  in place of the two ONNX files, or beside them, where the target is an engine
+    model.engine                  for TensorRT: instead of the two ONNX files, or in addition to them
 
 The reader owns the format: exporters build a :class:`Manifest` and call :func:`write_manifest`.
-Nothing that depends on the machine or the moment is in the manifest, so two exports of one checkpoint
-with the same options and tools are byte-identical apart from report.json.
+The manifest contains nothing that depends on the machine or the time. So two exports of one checkpoint with the same
+options and tools are byte-identical, except for report.json and engines.
 """
 
 from glm4_runtime.bundle.files import file_entry, sample_of, verify_files

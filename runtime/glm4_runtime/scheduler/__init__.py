@@ -1,4 +1,4 @@
-"""Many requests over the slots of one session: who runs when, what is reused, and how it is run."""
+"""Runs many requests on the slots of one session: order, reuse of prefixes, and steps."""
 
 from glm4_runtime.sampling import TokenMask
 from glm4_runtime.scheduler.api import Event, Failed, Generated, Request, SchedulerStats, Started

@@ -1,4 +1,4 @@
-"""What a caller of the scheduler sees: a request, the events it gives, and the figures of it all."""
+"""The scheduler's interface: requests, events, and statistics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,15 +16,14 @@ class Request:
     """One prompt to be continued.
 
     Attributes:
-        logprobs: whether tokens carry their log-probability, which reads the whole row of logits once more;
-            NaN where not.
-        top_logprobs: so many of the likeliest tokens are reported with each, 0 ... 20.
-        prompt_logprobs: the log-probability of each token of the prompt is reported, with so many of the likeliest,
-            0 ... 20. None where not. Such a prompt is run whole, and reuses nothing.
-        generates: whether anything is generated; where not, the request ends with :class:`Started`.
-        mask: which tokens may come next; it belongs to this request alone.
-        deadline: ``time.monotonic()`` at which the request fails with :class:`DeadlineError`, also while it
-            waits in the queue.
+        logprobs: whether tokens carry their log-probability (NaN otherwise). This reads the whole row of logits once
+            more.
+        top_logprobs: how many of the likeliest tokens to report with each token, 0 ... 20.
+        prompt_logprobs: how many of the likeliest tokens to report for each prompt token, 0 ... 20, beside its own
+            log-probability. None: no report. A reported prompt runs completely and reuses no prefix.
+        generates: whether to generate tokens; if not, the request ends with :class:`Started`.
+        mask: the allowed next tokens; it belongs to this request only.
+        deadline: the ``time.monotonic()`` at which the request fails with :class:`DeadlineError`, also in the queue.
     """
 
     prompt_ids: tuple[int, ...]
@@ -39,10 +38,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Started:
-    """The whole prompt has been taken; ``cached_tokens`` of it were there already. Comes once, first.
+    """The whole prompt was read; ``cached_tokens`` of it came from the cache. The first event, sent once.
 
     Attributes:
-        scores: of the prompt's tokens, where they were asked for.
+        scores: scores of the prompt's tokens, if requested.
     """
 
     cached_tokens: int
@@ -59,7 +58,7 @@ class Generated:
     """One more token. The last one has a ``finish_reason``.
 
     Attributes:
-        top: the likeliest tokens with their log-probabilities, best first, as many as were asked for.
+        top: the requested number of likeliest tokens with their log-probabilities, best first.
     """
 
     token: Token
@@ -72,7 +71,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Failed:
-    """The request ended without an answer; nothing follows."""
+    """The request ended with an error; nothing follows."""
 
     error: Glm4Error
 
@@ -86,14 +85,14 @@ Event = Started | Generated | Failed
 
 @dataclass(frozen=True)
 class SchedulerStats:
-    """Figures at one moment; all but the first three only grow.
+    """Statistics at one moment. All except the first three only grow.
 
     Attributes:
-        prompt_tokens: of the prompts taken, those found in the prefix cache (``cached_tokens``) included.
-        drafted_tokens: guessed by prompt lookup; ``accepted_tokens`` of them were right.
-        requests: how many ended, by outcome: stop, length, cancelled, timeout, failed, stopped.
-        steps: rounds of the loop that ran the model; ``step_seconds`` is their time, of which
-            ``model_seconds`` within the model.
+        prompt_tokens: tokens of all prompts read, including those from the prefix cache (``cached_tokens``).
+        drafted_tokens: tokens guessed by prompt lookup; ``accepted_tokens`` of them were right.
+        requests: number of ended requests by outcome: stop, length, cancelled, timeout, failed, stopped.
+        steps: steps that ran the model; ``step_seconds`` is their total time, ``model_seconds`` the part in the
+            model.
     """
 
     queued: int

@@ -1,4 +1,4 @@
-"""What the scheduler counts. One thread writes; a reader may see a step half counted, never a torn number."""
+"""The scheduler's counters. One thread writes. A reader may see a step half counted, but never a torn number."""
 
 from dataclasses import dataclass, field
 
@@ -21,7 +21,7 @@ class Figures:
     requests: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
 
     def ended(self, outcome: str, seconds: float) -> None:
-        """A request that held a slot for so long is over."""
+        """Count a request that has ended, and the seconds that it held a slot."""
         self.requests[outcome] += 1
         self.seconds_per_request += (seconds - self.seconds_per_request) * 0.1
 

@@ -1,20 +1,20 @@
-"""Who gets how much of a step, and how long the others wait. Pure: no session, no thread, no clock."""
+"""How a step is shared among prompts, and how long others wait. Pure functions: no session, thread or clock."""
 
 import math
 from collections.abc import Sequence
 
 
 def prefill_budget(step_tokens: int, decoding: int) -> int:
-    """Prompt tokens that one step may take: what decoding leaves, and never nothing."""
+    """Prompt tokens that one step may read: the rest after decoding, at least one."""
     return max(1, step_tokens - decoding)
 
 
 def shares(rests: Sequence[int], budget: int) -> list[int]:
-    """How many tokens of each unfinished prompt, in order of arrival, one step takes.
+    """How many tokens of each unfinished prompt, in order of arrival, one step reads.
 
-    Prompts whose rest fits a fair share are finished at once, so a short one never waits for a long one;
-    what is left goes to the others by arrival, which finishes the first of them soonest. The longest of n
-    prompts gets at least an n-th of every budget's worth of steps: none starves.
+    A prompt whose rest fits an equal share is finished at once, so a short prompt never waits for a long one. The
+    remaining budget goes to the others in order of arrival, so that the first finishes soonest. The longest of n
+    prompts gets at least 1/n of the budget over time, so none starves.
     """
     if not rests:
         return []
@@ -29,5 +29,5 @@ def shares(rests: Sequence[int], budget: int) -> list[int]:
 
 
 def retry_after(slots: int, seconds_per_request: float) -> float:
-    """Seconds until a slot takes the next request from the queue, at the pace of late; at least one."""
+    """Estimated seconds until a slot is free for the next request; at least one."""
     return float(max(1, math.ceil(seconds_per_request / slots)))

@@ -1,6 +1,6 @@
-"""Where a prompt begins: in the slot that holds most of it already, or from a copy of that slot's beginning.
+"""Chooses where a prompt starts: in the slot with the longest common prefix, or from a copy of this prefix.
 
-Decisions only; :mod:`slots` knows what each slot holds, and carries them out.
+Decisions only. :mod:`slots` knows the contents of the slots and carries the decisions out.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
 
-# A shorter common beginning (role tokens, mostly) is computed again rather than copied or waited for.
+# A shorter common prefix (mostly role tokens) is computed again, and neither copied nor waited for.
 WORTH_SHARING = 16
 
 
 def shared(one: Ids, other: Ids) -> int:
-    """The length of the longest common beginning."""
+    """Length of the longest common prefix."""
     length = min(len(one), len(other))
     differ = np.flatnonzero(one[:length] != other[:length])
     return int(differ[0]) if len(differ) else length
@@ -24,7 +24,7 @@ def shared(one: Ids, other: Ids) -> int:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a prompt begins: in ``slot``, with ``length`` positions of ``source`` (the slot itself where equal)."""
+    """A prompt starts in ``slot``, with ``length`` positions of ``source``, which may be the slot itself."""
 
     slot: int
     source: int | None = None
@@ -34,14 +34,14 @@ class Placement:
 def place(prompt: Ids, kept: Mapping[int, Ids], live: Mapping[int, Ids], free: Sequence[int]) -> Placement:
     """Choose a slot for ``prompt`` among the free and the kept ones.
 
-    The last token of the prompt is never reused: its logits are needed. A kept slot goes on itself where
-    most of what it holds is used, which is what the next turn of a chat does; else its beginning is
-    copied, so that a system prompt stays where it is.
+    The last token of the prompt is never reused, because its logits are needed. If the prompt uses most of a kept
+    slot, as the next turn of a chat does, it continues in this slot. Otherwise the prefix is copied, so that a system
+    prompt stays in its slot.
 
     Args:
-        kept: what each slot holds that nobody uses, the least recently used first: this one is evicted first.
-        live: what each slot holds that is in use: it can be copied from, and not taken.
-        free: slots that hold nothing.
+        kept: contents of unused slots, least recently used first; the first is evicted first.
+        live: contents of slots in use: they can be copied, but not taken.
+        free: empty slots.
     """
     source, length = _best(prompt, kept, live)
     if source is not None and source in kept and 2 * length >= len(kept[source]):
@@ -54,14 +54,14 @@ def place(prompt: Ids, kept: Mapping[int, Ids], live: Mapping[int, Ids], free: S
 
 
 def should_wait(prompt: Ids, there: Iterable[Ids], coming: Iterable[Ids]) -> bool:
-    """Whether one of the prompts that are being taken will soon offer much more than there is now."""
+    """Whether a prompt that is being read will soon offer a much longer prefix than the slots hold now."""
     now = max((shared(prompt[:-1], ids) for ids in there), default=0)
     soon = max((shared(prompt[:-1], ids) for ids in coming), default=0)
     return soon >= max(WORTH_SHARING, (now if now >= WORTH_SHARING else 0) + WORTH_SHARING)
 
 
 def _best(prompt: Ids, kept: Mapping[int, Ids], live: Mapping[int, Ids]) -> tuple[int | None, int]:
-    """The slot that shares most with ``prompt``, and how much; kept slots before live ones."""
+    """The slot with the longest common prefix, and its length; kept slots before live ones."""
     lengths = {slot: shared(prompt[:-1], ids) for slot, ids in (*kept.items(), *live.items())}
     best = max(lengths, key=lengths.__getitem__, default=None)
     if best is None or lengths[best] < WORTH_SHARING:

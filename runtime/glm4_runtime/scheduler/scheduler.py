@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """Continuous batching over one session, which it alone drives from :meth:`start` to :meth:`stop`."""
+    """Continuous batching on one session. Only the scheduler uses the session between :meth:`start` and :meth:`stop`."""
 
     def __init__(
         self,
@@ -33,11 +33,11 @@ class Scheduler:
     ) -> None:
         """
         Args:
-            step_tokens: tokens that one step takes at most, those of prompts and those decoded together.
-                Lower means a shorter wait between the tokens of the others while a long prompt is taken.
-            max_queue: requests that wait for a slot at most.
-            prefix_cache: whether slots keep what they hold for prompts that begin alike.
-            speculation: whether a single request may be sped up by drafts from its own text.
+            step_tokens: maximum tokens of one step, prompts and decoding together. A lower number shortens the pauses
+                of other requests while a long prompt is read.
+            max_queue: maximum number of requests that wait for a slot.
+            prefix_cache: whether slots keep their contents for prompts with the same prefix.
+            speculation: whether drafts from its own text may speed up a single request.
         """
         if session.manifest.task != "causal-lm":
             raise RequestError(
@@ -48,12 +48,12 @@ class Scheduler:
                 raise RequestError(f"{name} is {value}, but must be at least 1")
         self._session, self._max_queue = session, max_queue
         self._model = session.manifest.model
-        self._tokenizer = session.tokenizer  # read once, here: sessions are for one thread
+        self._tokenizer = session.tokenizer  # read here, once, because a session belongs to one thread
         self._figures = Figures()
         self._news = threading.Event()
         self._lock = threading.Lock()
         self._queue: deque[Job] = deque()
-        self._closed_at: float | None = None  # when what is left then fails
+        self._closed_at: float | None = None  # when the remaining requests fail
         self._thread: threading.Thread | None = None
         self._batch = Batch(
             session,
@@ -65,7 +65,7 @@ class Scheduler:
         )
 
     def start(self) -> None:
-        """Start the thread. Requests submitted before wait for it."""
+        """Start the thread. Requests may be submitted before."""
         if self._thread is not None:
             raise RuntimeError("a scheduler starts once")
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -75,7 +75,7 @@ class Scheduler:
         """Queue a request, from any thread. ``on_event`` runs on the scheduler's thread and must not block.
 
         Raises:
-            RequestError: one that cannot be served. QueueFullError: come back after its ``retry_after``.
+            RequestError: it cannot be served. QueueFullError: try again after its ``retry_after``.
             StoppedError: the scheduler is stopping.
         """
         if not 0 <= request.top_logprobs <= MOST_TOP_LOGPROBS:
@@ -86,7 +86,7 @@ class Scheduler:
             raise RequestError(
                 f"prompt_logprobs is {request.prompt_logprobs}, but must be between 0 and {MOST_TOP_LOGPROBS}"
             )
-        # the last token takes no room: with it, prompt and output fill the model
+        # the last token needs no room in the cache; with it, prompt and output fill the model's length
         room = self._session.max_seq_len - request.generates
         continuation = Continuation(
             request.prompt_ids,
@@ -113,8 +113,8 @@ class Scheduler:
         return job.ticket
 
     def stop(self, drain: float | None = None) -> None:
-        """Refuse new requests, let those there are finish, for ``drain`` seconds at most where given, then
-        fail what is left, free all slots and join the thread."""
+        """Refuse new requests and let running ones finish, for at most ``drain`` seconds if given. Then fail the
+        rest, free all slots and join the thread."""
         with self._lock:
             self._closed_at = math.inf if drain is None else time.monotonic() + drain
         self._wake()
@@ -124,18 +124,18 @@ class Scheduler:
             self._thread.join()
 
     def stats(self) -> SchedulerStats:
-        """The figures as they are, from any thread."""
+        """The current statistics; callable from any thread."""
         return self._figures.snapshot(len(self._queue), len(self._batch), self._session.max_batch_size)
 
     def _wake(self) -> None:
-        """Let the thread look again, after a change and from any thread."""
+        """Wake the thread after a change; callable from any thread."""
         self._news.set()
 
     # The thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while True:
-            # Before anything is looked at: a change that comes later sets it again, and ends the wait below.
+            # Cleared before anything is read: a later change sets it again, and ends the wait below.
             self._news.clear()
             more = self._step()
             if self._done():
@@ -145,19 +145,20 @@ class Scheduler:
         self._end_everything(StoppedError("the scheduler stopped before the request was done"))
 
     def _step(self) -> bool:
-        """Let in whom there is room for and run them all once; False where only news or time bring more to do."""
+        """Admit requests while there is room, and run all once. False if there is nothing to do before a change or a
+        deadline."""
         try:
             self._leave_queue()
             self._admit()
             self._batch.step()
         except BaseException as error:
-            # A defect of ours, or a panic in an extension: the thread must outlive it.
+            # A bug, or a panic in an extension: the thread must survive it.
             logger.exception("a step failed as a whole; the requests in it are failed")
             self._batch.fail_all(model_error(error), "failed")
         return bool(self._queue and self._batch.room) or not self._batch.waits
 
     def _leave_queue(self) -> None:
-        """Those who gave up waiting, or ran out of time, make room."""
+        """Remove cancelled and overdue requests from the queue."""
         now = time.monotonic()
         with self._lock:
             over = [job for job in self._queue if job.ticket.cancelled or job.overdue(now)]
@@ -180,7 +181,7 @@ class Scheduler:
             return empty or time.monotonic() >= self._closed_at
 
     def _patience(self) -> float | None:
-        """Seconds until time itself changes something: a deadline, or the end of a drain; None for never."""
+        """Seconds until the next deadline or the end of a drain; None if there is none."""
         with self._lock:
             deadlines = [job.request.deadline for job in (*self._queue, *self._batch)]
             times = [at for at in (*deadlines, self._closed_at) if at is not None and at < math.inf]

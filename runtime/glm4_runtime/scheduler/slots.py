@@ -1,4 +1,4 @@
-"""The slots of a session, and whom each of them belongs to."""
+"""The slots of a session, and the owner of each."""
 
 import itertools
 import logging
@@ -19,9 +19,9 @@ class Lease:
     """One sequence's right to a slot, from :meth:`Slots.lease` to :meth:`Slots.end`.
 
     Attributes:
-        ids: the sequence's tokens, int64 [capacity]; the sequence appends to them.
-        fed: so many of them are in the slot.
-        cached: so many of them were in the slot when the lease began.
+        ids: the sequence's tokens, int64 [capacity]; the sequence appends to the array.
+        fed: number of these tokens in the slot.
+        cached: number of these tokens that were in the slot when the lease began.
     """
 
     slot: int
@@ -37,17 +37,17 @@ class Lease:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """The tokens that a slot still holds after its sequence has ended; ``used`` is higher the later they were used."""
+    """The tokens that a slot holds after its sequence ended. A higher ``used`` means a later use."""
 
     held: Ids
     used: int
 
 
 class Slots:
-    """Each slot belongs to one sequence, to the prefix cache, or to nobody.
+    """Records the owner of each slot: a sequence, the prefix cache, or nobody.
 
-    The table of owners is the only record of that, with one entry for each slot. Work on a slot needs its lease.
-    A lease that the table does not name raises :class:`SlotError`, and the session is not touched.
+    The table of owners has one entry per slot, and is the only record. Work on a slot needs its lease. A lease that
+    is not in the table raises :class:`SlotError`, and the session is not touched.
     """
 
     def __init__(self, session: Session, prefix_cache: bool) -> None:
@@ -56,16 +56,17 @@ class Slots:
         self._uses = itertools.count()
 
     def lease(self, ids: Ids, reusable: int) -> Lease:
-        """A slot for the sequence ``ids``, with as much of its first ``reusable`` tokens as a slot holds already.
+        """Give the sequence ``ids`` a slot, and reuse the longest prefix of its first ``reusable`` tokens that a slot
+        holds.
 
-        The caller sees to it that there are fewer leases than slots. A kept slot is evicted where none is free.
+        The caller guarantees fewer leases than slots. If no slot is free, a kept one is evicted.
         """
         kept, free = self._kept(), [slot for slot, owner in enumerate(self._owners) if owner is None]
         placed = place(ids[:reusable], kept, self._live(), free)
         if placed.source in kept:
             self._owners[placed.source] = Kept(kept[placed.source], next(self._uses))
         lease = Lease(placed.slot, ids, placed.length, placed.length)
-        self._owners[placed.slot] = lease  # from here on nobody else's, whatever the session does
+        self._owners[placed.slot] = lease  # from here on the slot has this owner, even if the session fails
         try:
             self._fill(placed)
         except BaseException:  # a panic in an extension is no Exception
@@ -75,12 +76,13 @@ class Slots:
         return lease
 
     def should_wait(self, prompt: Ids, coming: Iterable[Ids]) -> bool:
-        """Whether the prompts ``coming`` will soon offer ``prompt`` much more than the slots hold now."""
+        """Whether the prompts ``coming`` will soon offer a much longer prefix of ``prompt`` than the slots hold now."""
         there = (*self._kept().values(), *self._live().values())
         return self._shares and should_wait(prompt, there, coming)
 
     def feed(self, lease: Lease, count: int, logits: Literal["last", "all"] = "last") -> Logits:
-        """Run the next ``count`` tokens of a sequence; the logits after the last or all, float32 [1 or count, vocab]."""
+        """Run the next ``count`` tokens of a sequence; returns the logits of the last or of all, float32 [1 or count,
+        vocab]."""
         self._require(lease)
         stop = lease.fed + count
         rows = self._session.prefill(lease.slot, lease.ids[lease.fed : stop], logits)
@@ -88,11 +90,11 @@ class Slots:
         return rows
 
     def decode(self, leases: Sequence[Lease]) -> tuple[list[Lease], Logits]:
-        """Run the next token of each sequence in one step; a step that fails changes no slot.
+        """Run the next token of each sequence in one step. A failed step changes no slot.
 
         Returns:
-            The leases, and the logits of what follows them in this order: float32 [leases, vocab], which the
-            next run may overwrite.
+            The leases, and in the same order the logits of their next tokens: float32 [leases, vocab], which the next
+            run may overwrite.
         """
         for lease in leases:
             self._require(lease)
@@ -105,21 +107,22 @@ class Slots:
         return [by_slot[slot] for slot in slots], logits
 
     def try_draft(self, lease: Lease, draft: Ids) -> Logits:
-        """Run a sequence's next token and a draft of those after it; logits float32 [1 + len(draft), vocab].
+        """Run a sequence's next token and the draft after it; returns logits float32 [1 + len(draft), vocab].
 
-        ``fed`` is not changed: the caller counts the tokens that are right in it, and then calls :meth:`cut`.
+        Does not change ``fed``: the caller adds the number of right tokens to it, and then calls :meth:`cut`.
         """
         self._require(lease)
         tokens = [int(lease.ids[lease.fed]), *draft.tolist()]
         return self._session.prefill(lease.slot, tokens, logits=len(tokens))
 
     def cut(self, lease: Lease) -> None:
-        """Forget all that the slot holds beyond ``fed``."""
+        """Truncate the slot to ``fed`` tokens."""
         self._require(lease)
         self._session.truncate(lease.slot, lease.fed)
 
     def end(self, lease: Lease, *, keep: bool) -> None:
-        """Take the slot back. With ``keep`` its contents are kept for others; otherwise its memory is zeroed."""
+        """End the lease. With ``keep``, the slot's contents stay cached for other prompts; otherwise its memory is
+        zeroed."""
         self._require(lease)
         self._owners[lease.slot] = None
         if not keep:
@@ -131,7 +134,7 @@ class Slots:
             self._session.release(lease.slot)
 
     def close(self) -> None:
-        """Take every slot back, whoever has it."""
+        """End all leases and free all slots."""
         for slot, owner in enumerate(self._owners):
             self._owners[slot] = None
             if isinstance(owner, Lease):
@@ -144,26 +147,26 @@ class Slots:
             raise SlotError(f"slot {lease.slot} belongs to another sequence by now")
 
     def _kept(self) -> dict[int, Ids]:
-        """What is kept in which slot, the least recently used first."""
+        """The contents of kept slots, least recently used first."""
         kept = [(slot, owner) for slot, owner in enumerate(self._owners) if isinstance(owner, Kept)]
         return {slot: owner.held for slot, owner in sorted(kept, key=lambda entry: entry[1].used)}
 
     def _live(self) -> dict[int, Ids]:
-        """What the slots of sequences hold, where it may be copied."""
+        """The contents of leased slots, if they may be copied."""
         owners = self._owners if self._shares else ()
         return {slot: owner.held for slot, owner in enumerate(owners) if isinstance(owner, Lease)}
 
     def _fill(self, placed: Placement) -> None:
-        """Give a slot its beginning."""
+        """Put the prefix into a slot."""
         if placed.source == placed.slot:
             self._session.truncate(placed.slot, placed.length)
             return
-        self._session.release(placed.slot)  # of what was kept there; a free slot stays as it is
+        self._session.release(placed.slot)  # drops the kept contents; does nothing for a free slot
         if placed.source is not None:
             self._session.copy_prefix(placed.source, placed.slot, placed.length)
 
     def _empty(self, slot: int) -> None:
-        """Zero the memory of a slot and free it. A slot that holds nothing stays as it is."""
+        """Zero the memory of a slot and free it. Does nothing for an empty slot."""
         try:
             self._session.discard(slot)
         except BaseException:

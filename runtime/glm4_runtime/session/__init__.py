@@ -1,4 +1,4 @@
-"""Sessions: one protocol, one file per runtime. Which runtime opens a bundle follows from its dialect."""
+"""Sessions: one interface, one file per runtime. The bundle's dialect decides which runtime opens it."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -11,7 +11,7 @@ from glm4_runtime.errors import BundleError
 from glm4_runtime.session.base import Session
 
 ONNX_RUNTIME = "onnxruntime"
-# By dialect: what runs it.
+# The runtime of each dialect.
 RUNTIMES = {
     "ort": ONNX_RUNTIME,
     "cpu": ONNX_RUNTIME,
@@ -19,7 +19,7 @@ RUNTIMES = {
     "tensorrt-rtx": "tensorrt-rtx",
     "tensorrt": "tensorrt",
 }
-# By runtime: module and class; imported when chosen, since each needs a runtime that may not be installed.
+# Module and class of each runtime; imported when chosen, because the runtime may not be installed.
 SESSIONS = {
     ONNX_RUNTIME: ("glm4_runtime.session.ort", "OrtSession"),
     "tensorrt-rtx": ("glm4_runtime.session.tensorrt", "TensorRtSession"),

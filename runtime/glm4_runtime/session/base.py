@@ -1,6 +1,6 @@
-"""What every session does alike: slots, limits, chunks, and refusals that leave the other slots unharmed.
+"""The base of all sessions: slots, limits, chunks, and errors that do not affect other slots.
 
-A subclass brings the kernels and the memory: the five methods marked below.
+A subclass adds the kernels and the memory: the abstract methods, and ``_fit_cache`` if its capacity is fixed.
 """
 
 import abc
@@ -30,10 +30,10 @@ class Session(abc.ABC):
     """One opened bundle. Not thread-safe: one thread drives a session.
 
     Attributes:
-        manifest: what the bundle says of itself.
+        manifest: the bundle's manifest.
         max_seq_len, max_batch_size: this session's limits, at most the bundle's.
-        provider: what runs the kernels; ``skipped`` says why others do not, by name.
-        prefill_chunk: most new positions of one run; longer prompts are run in chunks.
+        provider: the device's kernels in use; ``skipped`` says by name why others are not used.
+        prefill_chunk: maximum number of new positions per run; longer prompts run in chunks.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Session(abc.ABC):
         """Open a bundle for generation, classification or encoding.
 
         Args:
-            provider: an ONNX Runtime execution provider by name; chosen by the manifest where absent.
+            provider: an ONNX Runtime execution provider by name; by default the manifest decides.
             max_seq_len, max_batch_size: lower limits than the bundle's, to save memory.
-            threads: threads within one operator; all cores where absent.
-            verify: hash the weights whole, too; else 64 blocks of them and every small file.
+            threads: threads within one operator; all cores by default.
+            verify: hash the weights completely; otherwise every small file and 64 blocks of the weights.
 
         Raises:
             BundleError: no bundle, a damaged one, or one that cannot run here; says what to do.
@@ -82,11 +82,11 @@ class Session(abc.ABC):
             verify=verify,
         )
 
-    # What a subclass brings ------------------------------------------------------------------
+    # What a subclass adds ------------------------------------------------------------------
 
     @abc.abstractmethod
     def _run_decoder(self, first_row: int, ids: Ids, past: Sequence[int], logits_indices: Ids) -> Logits:
-        """Run ids [n, S] on rows first_row ... first_row + n - 1; returns [n, positions, vocab].
+        """Run ids [n, S] on rows first_row ... first_row + n - 1; returns logits [n, positions, vocab].
 
         The result may be overwritten by the next run.
         """
@@ -105,7 +105,7 @@ class Session(abc.ABC):
 
     @abc.abstractmethod
     def _resize_cache(self, capacity: int) -> None:
-        """Give the cache another capacity; the positions in use keep their contents."""
+        """Change the cache's capacity; positions in use keep their contents."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -116,13 +116,13 @@ class Session(abc.ABC):
     def prefill(
         self, slot: int, token_ids: Sequence[int] | Ids, logits: Literal["last", "all"] | int = "last"
     ) -> Logits:
-        """Append tokens to a slot, which need not be empty, and return logits of the positions asked for.
+        """Append tokens to a slot, which may already hold some, and return the requested logits.
 
         Args:
             logits: ``"last"`` for the last position, ``"all"``, or k for the last k.
 
         Returns:
-            float32 [positions, vocab], the caller's own.
+            float32 [positions, vocab], a copy for the caller.
 
         Raises:
             SlotError: no such slot, or not enough room in it. RequestError: no or bad tokens.
@@ -132,7 +132,7 @@ class Session(abc.ABC):
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def decode(self, tokens: Mapping[int, int]) -> dict[int, Logits]:
-        """Append one token to each of any slots in one step; returns each slot's logits, float32 [vocab].
+        """Append one token to each of the given slots, in one step; returns each slot's logits, float32 [vocab].
 
         Raises:
             SlotError: a slot that is not in use or is full. RequestError: a bad token.
@@ -144,8 +144,8 @@ class Session(abc.ABC):
         return {slot: row.copy() for slot, row in zip(slots, logits, strict=True)}
 
     def decode_block(self, tokens: Mapping[int, int]) -> tuple[list[int], Logits]:
-        """Like :meth:`decode` without a copy per slot: the slots, and their logits as one float32
-        [slots, vocab] in that order, which the next run may overwrite."""
+        """Like :meth:`decode`, without a copy per slot. Returns the slots, and their logits in that order as float32
+        [slots, vocab], which the next run may overwrite."""
         self._require_task("causal-lm", "decode")
         for slot in tokens:
             self._require_slot(slot, in_use=True)
@@ -190,8 +190,8 @@ class Session(abc.ABC):
             self._slots.remove(slot)
 
     def discard(self, slot: int) -> None:
-        """Free a slot whose contents may hold NaN or infinities, and set its memory to zeros: attention may
-        multiply what lies past a sequence's end by zero, and zero times NaN would spoil who gets it next."""
+        """Free a slot whose contents may be NaN or infinite, and set its memory to zeros. Attention may multiply
+        memory beyond a sequence's end by zero, and zero times NaN would damage the next sequence in this slot."""
         self._require_slot(slot)
         if slot in self._slots:
             try:
@@ -200,7 +200,7 @@ class Session(abc.ABC):
                 self._slots.remove(slot)
 
     def length(self, slot: int) -> int:
-        """Positions in a slot; 0 where it is not in use."""
+        """Positions in a slot; 0 if it is not in use."""
         self._require_slot(slot)
         return self._slots.length(slot)
 
@@ -237,7 +237,7 @@ class Session(abc.ABC):
     def log_likelihoods(
         self, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]]
     ) -> list[LogLikelihood]:
-        """As :meth:`log_likelihood`, for several continuations of one prompt, which is run once."""
+        """As :meth:`log_likelihood`, for several continuations of one prompt. The prompt runs once."""
         self._require_task("causal-lm", "score")
         return log_likelihoods(self, prompt_ids, continuations)
 
@@ -245,7 +245,7 @@ class Session(abc.ABC):
         """The log-probabilities of all tokens of a text after the first, however long the text is.
 
         Args:
-            context: tokens of the window before that each further window begins with.
+            context: tokens of the previous window at the beginning of each further window.
         """
         self._require_task("causal-lm", "score")
         return rolling_log_likelihood(self, token_ids, context)
@@ -273,7 +273,7 @@ class Session(abc.ABC):
         def released_at_the_end() -> Iterator[Token]:
             try:
                 yield from tokens
-            except RequestError:  # among them, logits that are not finite
+            except RequestError:  # including logits that are not finite
                 steps.discard()
                 raise
             finally:
@@ -295,7 +295,7 @@ class Session(abc.ABC):
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The bundle's tokenizer; None where the checkpoint had none."""
+        """The bundle's tokenizer; None if the checkpoint had none."""
         if self._tokenizer is None and "tokenizer.json" in self.manifest.files:
             self._tokenizer = Tokenizer.from_folder(self.folder)
         return self._tokenizer
@@ -319,7 +319,7 @@ class Session(abc.ABC):
     ) -> Iterator[Logits]:
         """Check a prefill, then return an iterator that runs it chunk by chunk.
 
-        A chunk whose positions are not asked for runs with one position's logits, which are dropped.
+        A chunk without requested logits computes those of one position, and drops them.
         """
         self._require_task("causal-lm", "prefill")
         self._require_slot(slot)
@@ -351,7 +351,7 @@ class Session(abc.ABC):
                 if len(wanted):
                     yield result[0].copy()
         except BaseException:
-            # A run that failed has written past the old end only: going back to it undoes the prefill.
+            # A failed run has written only beyond the old end, so restoring the length undoes the prefill.
             if was_in_use:
                 self._slots.set_length(slot, before)
             elif slot in self._slots:
@@ -359,7 +359,7 @@ class Session(abc.ABC):
             raise
 
     def _fit_cache(self, needed: int) -> None:
-        """Grow the cache at a doubling; shrink it once only a quarter is in use."""
+        """Grow the cache by doubling; shrink it when only a quarter is in use."""
         capacity = bucket(needed, self.max_seq_len)
         if capacity > self._capacity or 4 * capacity <= self._capacity:
             try:
@@ -435,7 +435,7 @@ class Session(abc.ABC):
 
 
 class _SlotSteps:
-    """One slot of a session, as generation sees a model; taken at the first step."""
+    """One slot of a session as :class:`Steps`; taken at the first step."""
 
     def __init__(self, session: Session) -> None:
         self._session = session

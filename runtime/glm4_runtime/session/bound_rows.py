@@ -1,4 +1,4 @@
-"""What ONNX Runtime reads and writes in a step on some rows of the cache, bound to fixed addresses."""
+"""The inputs and outputs of a step on some rows of the cache, bound to fixed addresses."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from glm4_runtime.session.memory import CacheMemory
 
 
 class BoundRows:
-    """An I/O binding of ``count`` rows: their caches as past and as present at the same addresses, for good, and
-    arrays for all else, which a further step of the same shapes only writes new numbers into.
+    """An I/O binding of ``count`` rows. Their caches are bound once, as past and as present at the same addresses.
+    All other inputs are arrays; a later step of the same shapes only writes new numbers into them.
 
-    A token after the other is decoded without an allocation: with a vocabulary of 151552, each row of logits
-    is 600 KB of fresh pages otherwise.
+    So decoding allocates nothing per token. With a vocabulary of 151552, each row of logits would otherwise be 600 KB
+    of new pages.
     """
 
     def __init__(
@@ -28,8 +28,8 @@ class BoundRows:
         new_logits: Callable[[tuple[int, int]], Logits],
     ) -> None:
         self.binding = binding
-        self._new_logits = new_logits  # for so many rows, and positions of each
-        # Binding an input copies it to a device that is not the CPU, so there it is done for each step.
+        self._new_logits = new_logits  # (rows, positions)
+        # Binding an input copies it to the device. So it is done for each step, unless the device is the CPU.
         self._binds_each_step = device != "cpu"
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self._inputs: dict[str, npt.NDArray[Any]] = {}
@@ -39,7 +39,7 @@ class BoundRows:
             binding.bind_output(present, device, 0, dtype, shape, address)
 
     def write(self, ids: Ids, past: Sequence[int], logits_indices: Ids) -> Logits:
-        """Take the inputs of the next run; returns the array that it will write its logits to."""
+        """Set the inputs of the next run; returns the array that will receive its logits."""
         if self._shapes != (ids.shape, logits_indices.shape):
             count, positions = logits_indices.shape
             self._allocate(ids.shape, (count, positions))
@@ -52,7 +52,7 @@ class BoundRows:
         return self._logits
 
     def forget(self) -> None:
-        """Allocate anew for the next step, whatever its shapes, so that what the caller drops is freed."""
+        """Allocate new arrays for the next step, so that arrays that the caller drops are freed."""
         self._shapes = None
         self._logits = np.empty(0, np.float32)
 

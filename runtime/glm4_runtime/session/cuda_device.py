@@ -1,4 +1,4 @@
-"""What a session needs of CUDA: memory on the device, pinned memory on the host, one stream, and captured graphs."""
+"""CUDA for a session: device memory, pinned host memory, one stream, and captured graphs."""
 
 import ctypes
 from collections.abc import Callable
@@ -18,7 +18,7 @@ ANYTHING_ELSE_ALLOWED = (
 
 
 def load_cudart(extra: str) -> Any:
-    """Import cuda-bindings, or say which extra brings it."""
+    """Import cuda-bindings, or name the extra that installs it."""
     try:
         from cuda.bindings import runtime
     except ImportError as error:
@@ -29,13 +29,13 @@ def load_cudart(extra: str) -> Any:
 
 
 class Cuda:
-    """cudart on one stream; a call that fails raises.
+    """cudart on one stream. A call that fails raises.
 
-    All work of a session goes to the one stream, in order: its runs, its copies, and what moves, clears and
-    resizes the cache. So nothing depends on how other streams take turns with this one.
+    All work of a session goes to this stream, in order: runs, copies, and changes of the cache. So nothing depends on
+    the order of other streams.
 
     Args:
-        extra: brings cuda-bindings for the session that asks.
+        extra: the extra that installs cuda-bindings.
         instead: what to do on a host without a GPU.
 
     Attributes:
@@ -52,7 +52,7 @@ class Cuda:
         self._pinned: list[int] = []
 
     def capability(self) -> str:
-        """Compute capability of the device, as 89 for 8.9."""
+        """Compute capability of the device, such as 89 for 8.9."""
         attributes = self.runtime.cudaDeviceAttr
         device = self.call("cudaGetDevice")
         numbers = [
@@ -87,13 +87,13 @@ class Cuda:
         self.call("cudaMemcpy2DAsync", target, target_step, source, step, size, count, kind, self.stream)
 
     def release(self, pointer: int) -> None:
-        """Free device memory, once what was sent to the stream is done with it."""
+        """Free device memory, after all work in the stream."""
         self.synchronize()
         self._device.remove(pointer)
         self.call("cudaFree", pointer)
 
     def allocate_pinned(self, size: int) -> Bytes:
-        """Host memory that the device copies to and from without the processor, until :meth:`close`."""
+        """Pinned host memory, until :meth:`close`."""
         pointer = int(self.call("cudaHostAlloc", max(size, 1), PINNED))
         self._pinned.append(pointer)
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
@@ -110,10 +110,10 @@ class Cuda:
         self.call("cudaStreamSynchronize", self.stream)
 
     def capture(self, work: Callable[[], None]) -> Any:
-        """Record what ``work`` sends to the stream, without running it; returns a graph to launch.
+        """Record the calls of ``work`` on the stream without running them; returns a graph to launch.
 
         Raises:
-            BundleError: of what failed, the first; the stream is usable again.
+            BundleError: the first failure. The stream stays usable.
         """
         modes = self.runtime.cudaStreamCaptureMode
         self.call("cudaStreamBeginCapture", self.stream, modes(ANYTHING_ELSE_ALLOWED))

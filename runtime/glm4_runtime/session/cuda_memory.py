@@ -1,4 +1,4 @@
-"""The KV cache in GPU memory: same layout as on the host, moved by cudart on the session's stream."""
+"""The KV cache in GPU memory: the layout of the host's cache, moved by cudart on the session's stream."""
 
 from typing import Any
 
@@ -18,8 +18,8 @@ NUMPY_TYPES: dict[int, Any] = {1: np.float32, 3: np.int8, 10: np.float16}
 class CudaMemory(CacheMemory):
     """Every layer's keys and values as one allocation [rows, Hkv, C, D] each.
 
-    Each block knows its own capacity: where the memory ends while they grow, some have grown and some not,
-    and all keep what they held.
+    Each block records its own capacity. If memory ends while the blocks grow, some have grown and others not, and all
+    keep their contents.
     """
 
     def __init__(self, manifest: Manifest, rows: int, cuda: Cuda) -> None:
@@ -29,7 +29,7 @@ class CudaMemory(CacheMemory):
         self._item = ITEM_BYTES[str(manifest.kv_cache)]
         self._pointers = [0] * len(self.names)
         self._capacities = [0] * len(self.names)
-        self._spare = 0  # one row, to swap through: a swap must not fail for want of memory
+        self._spare = 0  # one row as swap space, so that a swap cannot run out of memory
 
     def resize(self, capacity: int, used: int) -> None:
         row_bytes = self._row_bytes(capacity)

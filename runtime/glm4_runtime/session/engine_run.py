@@ -1,4 +1,4 @@
-"""One execution context of an engine with its memory: inputs staged, run, logits fetched, steps recorded."""
+"""One execution context of an engine, with its memory: stage inputs, run, fetch logits, record steps."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from glm4_runtime.session.cuda_device import Bytes
 from glm4_runtime.session.engine_files import CUDA_GRAPH, Engines
 
 NUMPY_TYPES: dict[str, type[np.generic]] = {"int64": np.int64, "int32": np.int32, "float32": np.float32}
-ADDRESS_STEP = 256  # bytes; what TensorRT asks of every address
+ADDRESS_STEP = 256  # bytes; TensorRT requires this alignment of every address
 
-Bound = dict[str, tuple[tuple[int, ...], int]]  # shape and address by the tensor's name
+Bound = dict[str, tuple[tuple[int, ...], int]]  # shape and address, by the tensor's name
 
 
 class EngineRun:
-    """One context with its inputs and its output: a block each, on the device and pinned on the host."""
+    """One context with its inputs and its output, each a block on the device and a pinned block on the host."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class EngineRun:
         return fetched.view(np.float32).reshape(shape)
 
     def step(self, arrays: dict[str, npt.NDArray[Any]]) -> Logits:
-        """Run with inputs of the one shape that this context has; the second time records, later ones replay."""
+        """Run with inputs of this context's one shape. The second call records a graph, later calls replay it."""
         fetched, shape = self._outcome(arrays)
         self._stage(arrays, fixed=self._steps > 0)
         if self._graph is None and self._steps > 0 and self._engines.capturable(self._context):
@@ -83,7 +83,7 @@ class EngineRun:
         try:
             self._graph = self._cuda.capture(lambda: self._enqueue(fetched))
         except (BundleError, MemoryError) as error:
-            self._engines.skipped[CUDA_GRAPH] = str(error)  # for good: later steps would fail like this one
+            self._engines.skipped[CUDA_GRAPH] = str(error)  # permanently: later steps would fail the same way
 
     def _stage(self, arrays: dict[str, npt.NDArray[Any]], fixed: bool = False) -> None:
         for name, array in arrays.items():
@@ -94,7 +94,7 @@ class EngineRun:
                 self._shape(name, array.shape)
 
     def _outcome(self, arrays: dict[str, npt.NDArray[Any]]) -> tuple[Bytes, tuple[int, ...]]:
-        """The part of the pinned output that this run fills, and its shape."""
+        """The pinned output of this run, and its shape."""
         axes: dict[str, int] = {}
         for spec in self._manifest.inputs:
             if spec.name in arrays:

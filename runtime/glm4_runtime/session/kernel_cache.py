@@ -1,4 +1,4 @@
-"""Kernels that TensorRT-RTX has compiled for this GPU, kept for the next time the same engine is opened."""
+"""Saves the kernels that TensorRT-RTX compiled for this GPU, for the next session with the same engine."""
 
 import contextlib
 import os
@@ -7,12 +7,13 @@ from typing import Any
 
 
 def cache_folder() -> Path:
-    """Where caches of ours lie: ``glm4-deploy`` under XDG_CACHE_HOME, or under ``~/.cache``."""
+    """Our cache folder: ``glm4-deploy`` in XDG_CACHE_HOME, or in ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm4-deploy"
 
 
 class KernelCache:
-    """One file per engine and GPU. A file that TensorRT-RTX refuses, or that cannot be written, costs time only."""
+    """One file per engine and GPU. If TensorRT-RTX refuses the file, or it cannot be written, kernels are compiled
+    again."""
 
     def __init__(self, config: Any, engine_sha256: str, capability: str) -> None:
         self.path = cache_folder() / f"{engine_sha256[:32]}-{capability}.kernels"
@@ -24,7 +25,7 @@ class KernelCache:
                 self._stored = stored
 
     def save(self) -> None:
-        """Write what was compiled since, aside and renamed, so that two processes never mix."""
+        """Write newly compiled kernels to a temporary file and rename it, so that two processes never mix their data."""
         blob = self.cache.serialize()
         compiled = b"" if blob is None else bytes(blob)
         if compiled in (b"", self._stored):

@@ -1,4 +1,4 @@
-"""The memory of a KV cache: one block [rows, Hkv, C, D] per layer and side, whatever device holds it."""
+"""The memory of a KV cache: one block [rows, Hkv, C, D] per layer for keys and one for values, on any device."""
 
 import abc
 from typing import Any
@@ -13,7 +13,7 @@ NUMPY_TYPES: dict[str, npt.DTypeLike] = {"float32": np.float32, "float16": np.fl
 
 
 class CacheLayout:
-    """Names and sizes of every block: which past and which present it is bound to."""
+    """Names and sizes of every block, with the past and the present that it is bound to."""
 
     def __init__(self, manifest: Manifest, rows: int) -> None:
         self.rows, model = rows, manifest.model
@@ -26,15 +26,15 @@ class CacheLayout:
 
 
 class CacheMemory(CacheLayout, abc.ABC):
-    """What a session asks of the memory."""
+    """The interface between a session and the memory of its cache."""
 
     @abc.abstractmethod
     def resize(self, capacity: int, used: int) -> None:
-        """Give every row another capacity; the first ``used`` positions keep their contents."""
+        """Change the capacity of every row; the first ``used`` positions keep their contents."""
 
     @abc.abstractmethod
     def move(self, move: Move) -> None:
-        """Copy or swap two rows of every block: all of them, or none where it raises MemoryError."""
+        """Copy or swap two rows of every block. If it raises MemoryError, no block has changed."""
 
     @abc.abstractmethod
     def clear(self, row: int) -> None:
@@ -42,11 +42,11 @@ class CacheMemory(CacheLayout, abc.ABC):
 
     @abc.abstractmethod
     def views(self, first_row: int, count: int) -> list[tuple[str, str, Any, tuple[int, ...], int]]:
-        """Name of the past, of the present, element type, shape and address of each block's rows."""
+        """For each block's rows: name of the past, name of the present, element type, shape and address."""
 
     @abc.abstractmethod
     def free(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
 
 
 class HostMemory(CacheMemory):
@@ -58,19 +58,21 @@ class HostMemory(CacheMemory):
         self.arrays = [self._new(0) for _ in self.names]
 
     def _new(self, capacity: int) -> npt.NDArray[Any]:
-        # Zeros, not garbage: native attention multiplies what lies past the end by weight zero, and
-        # zero times NaN is not zero. Untouched pages cost nothing.
+        # Zeros, because native attention multiplies memory beyond the end by zero, and zero times NaN is not zero.
+        # Untouched pages cost nothing.
         return np.zeros((self.rows, self.heads, capacity, self.head_dim), self.dtype)
 
     def resize(self, capacity: int, used: int) -> None:
-        # All or none: reserving costs no memory yet, and is what fails where there is too little.
+        # All or none: reserving uses no memory yet, but already fails if there is too little.
         blocks = [self._new(capacity) for _ in self.arrays]
         for i, new in enumerate(blocks):
             new[:, :, :used] = self.arrays[i][:, :, :used]
-            self.arrays[i] = new  # one block at a time: old and new never stand side by side whole
+            self.arrays[i] = (
+                new  # one block at a time, so that old and new cache are never in memory together
+            )
 
     def move(self, move: Move) -> None:
-        # Taken before anything is moved: where there is no memory for it, both rows are as they were.
+        # Allocated before anything moves: if there is no memory, both rows stay unchanged.
         outgoing = np.empty((self.heads, move.swapped_length, self.head_dim), self.dtype)
         for array in self.arrays:
             outgoing[...] = array[move.target, :, : move.swapped_length]

@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA provider: its libraries, what it is told, and what it shares with the session."""
+"""ONNX Runtime's CUDA provider: its libraries, its options, and the stream that it shares with the session."""
 
 import contextlib
 import io
@@ -15,10 +15,10 @@ INT4_PRODUCTS = "ep.cuda.fpa_intb_gemm"
 
 
 def preload_cuda(ort: Any) -> str:
-    """Load NVIDIA's libraries from their packages, for hosts that have a driver and nothing else of CUDA.
+    """Load NVIDIA's libraries from their Python packages, for hosts that have only the driver.
 
     Returns:
-        What did not load, in one line, as ONNX Runtime tells it; empty where all is there.
+        ONNX Runtime's message about libraries that did not load, in one line; empty if all loaded.
     """
     if not hasattr(ort, "preload_dlls"):  # onnxruntime before 1.21
         return ""
@@ -28,10 +28,10 @@ def preload_cuda(ort: Any) -> str:
 
 
 class OrtCuda:
-    """One session's share of a GPU.
+    """The GPU resources of one session.
 
     Attributes:
-        cuda: its stream is the provider's too, so that runs and moves of the cache keep their order.
+        cuda: the provider uses its stream too, so that runs and moves of the cache stay in order.
         missing: libraries that did not load, in one line.
     """
 
@@ -43,7 +43,8 @@ class OrtCuda:
     def provider_options(self) -> dict[str, str]:
         """Options of the provider.
 
-        The cache is allocated by us and the rest is of few sizes, so an arena that doubles would only keep memory.
+        We allocate the cache, and all other allocations have few sizes. So an arena that doubles would only waste
+        memory.
         """
         return {"user_compute_stream": str(self.cuda.stream), "arena_extend_strategy": "kSameAsRequested"}
 
@@ -52,18 +53,18 @@ class OrtCuda:
         """Entries of the session's configuration.
 
         By default ONNX Runtime widens an int4 weight to fp16 before the product of a prompt. With this entry it
-        multiplies by the int4 weight itself, where the weight's blocks are of a size that it has kernels for.
+        multiplies by the int4 weight directly, if it has kernels for the block size.
         """
         narrow = manifest.precision == "int4" and manifest.activations == "float16"
         return {INT4_PRODUCTS: "1"} if narrow else {}
 
     def allocate_logits(self, rows: int, vocabulary: int) -> None:
-        """Pin host memory for one position of each row, which the GPU then writes without a copy on the way."""
+        """Pin host memory for one position of each row, so that the GPU writes logits directly."""
         pinned = self.cuda.allocate_pinned(4 * rows * vocabulary)
         self._pinned = pinned.view(np.float32).reshape(rows, 1, vocabulary)
 
     def new_logits(self, shape: tuple[int, int, int]) -> Logits:
-        """Host memory for a run's logits; that of a decode step is pinned and the next one's as well."""
+        """Host memory for a run's logits. For a decode step it is pinned, and the next step uses it again."""
         if self._pinned is not None and shape[1] == 1:
             return self._pinned[: shape[0]]
         return np.empty(shape, np.float32)

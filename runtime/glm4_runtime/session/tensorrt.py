@@ -1,8 +1,8 @@
-"""The session on TensorRT engines, TensorRT-RTX's and the full one's: no torch, no Triton, no plugin library.
+"""The session for engines of TensorRT and TensorRT-RTX. Needs no torch, no Triton and no plugin library.
 
-The cache is allocated once at the engine's capacity and bound as past and present at one address. A prefill
-runs one sequence in any row; a decode step runs the rows 0 ... n - 1, and from its second time on is one
-launch of a CUDA graph, captured per n. All contexts share one set of weights and one block of activations.
+The cache is allocated once, with the engine's capacity, and bound as past and present at the same address. A prefill
+runs one sequence in any row. A decode step runs rows 0 ... n - 1. The second step with the same n captures a CUDA
+graph, and later ones launch it. All contexts share the weights and one block of activations.
 """
 
 import contextlib
@@ -21,13 +21,11 @@ from glm4_runtime.session.engine_files import KINDS, Engines, load_tensorrt
 from glm4_runtime.session.engine_run import Bound, EngineRun
 
 NO_GPU = "open the engine on a GPU host, or export the checkpoint with --target ort"
-WIDTH_STEP = (
-    64  # prefill widths: powers of two up to here, then multiples; few shapes, so few kernels to make
-)
+WIDTH_STEP = 64  # prefill widths: powers of two up to here, then multiples. Few shapes need few kernels
 
 
 def padded_width(width: int, limit: int) -> int:
-    """The width that a run of ``width`` positions is given, at most ``limit``."""
+    """The padded width of a run of ``width`` positions, at most ``limit``."""
     step = 1 << (width - 1).bit_length() if width <= WIDTH_STEP else -(-width // WIDTH_STEP) * WIDTH_STEP
     return min(step, limit)
 
@@ -88,7 +86,7 @@ class TensorRtSession(Session):
         )
 
     def _new_counters(self) -> Bound:
-        """The plugin's counters, one buffer as input and as output; every run finds them zero and leaves them so."""
+        """The plugin's counters: one buffer as input and output, zero before and after every run."""
         for spec in self.manifest.inputs:
             if spec.name == COUNTERS:
                 shape = tuple(int(axis) for axis in spec.shape)
@@ -121,7 +119,7 @@ class TensorRtSession(Session):
     def _run_in_parts(
         self, first_row: int, ids: Ids, past: Sequence[int], logits_indices: Ids, asked: int
     ) -> Logits:
-        """More logits than the engine has room for: as many positions at a time as it has."""
+        """Run in parts, because the engine has room for the logits of fewer positions."""
         parts, width = [], ids.shape[1]
         for start in range(0, width, asked):
             stop = min(start + asked, width)
@@ -146,7 +144,7 @@ class TensorRtSession(Session):
         )
 
     def _rows(self, first_row: int, count: int) -> Bound:
-        """Shape and address of every past and present, the same for both of a pair."""
+        """Shape and address of every past and present; the two of a pair share both."""
         bound: Bound = {}
         for past, present, _, shape, address in self._cache.views(first_row, count):
             bound[past] = bound[present] = shape, address
@@ -168,7 +166,7 @@ class TensorRtSession(Session):
         self._cache.clear(row)
 
     def _fit_cache(self, needed: int) -> None:
-        """The engine's capacity is fixed: the cache has it from the start."""
+        """Do nothing: the engine's capacity is fixed, and the cache has it from the start."""
 
     def _resize_cache(self, capacity: int) -> None:
         raise AssertionError(f"an engine's cache has one capacity, {self._capacity}, not {capacity}")

@@ -1,7 +1,7 @@
-"""The loop of a worker process: read a task, run it within the limits, write the answer.
+"""The loop of a worker process: read a task, run the task within its limits, write the answer.
 
-The limits are the system's own where it has them, since a task may never come back to Python: SIGPROF after the
-processor time, and an address space that ends. The process that asks keeps the deadline.
+The operating system enforces the limits, because a task may never return to Python: SIGPROF after the processor time,
+and a limited address space. The parent process enforces the deadline.
 """
 
 import contextlib
@@ -20,18 +20,20 @@ if sys.platform != "win32":
 
 Handler = Callable[[Any], Any]
 
-# A worker that holds so much more than at its start ends after its task.
+# A worker ends after a task if its memory has grown by more than this.
 _KEPT = 32 * 2**20
 
 
 def serve(handle: Handler, limits_json: str) -> None:
-    """Answer tasks until the asking process closes the pipe.
+    """Answer tasks until the parent process closes the pipe.
 
-    ``handle`` takes a task and gives its answer. A MemoryError ends the worker, any other exception too.
+    ``handle`` takes a task and returns its answer. Any exception ends the worker.
     """
     limits = json.loads(limits_json)
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    with Path(os.devnull).open("r+b") as nothing:  # what a task reads or prints does not touch the frames
+    with Path(os.devnull).open(
+        "r+b"
+    ) as nothing:  # a task's own input and output must not mix with the frames
         os.dup2(nothing.fileno(), 0)
         os.dup2(nothing.fileno(), 1)
     _expect_to_end()
@@ -45,7 +47,7 @@ def serve(handle: Handler, limits_json: str) -> None:
 
 
 def _answer(handle: Handler, task: Any, limits: dict[str, Any]) -> bytes:
-    """The member of the answer's frame that says what became of the task."""
+    """The key and value of the answer's frame for the task's result."""
     _limit(limits["seconds"], limits["memory"])
     try:
         data = frames.encode(handle(task))
@@ -57,12 +59,12 @@ def _answer(handle: Handler, task: Any, limits: dict[str, Any]) -> bytes:
 
 
 def address_space() -> int:
-    """Bytes that this process has mapped; 0 where the system does not say."""
+    """Bytes that this process has mapped; 0 if unknown."""
     return _pages(0)
 
 
 def resident() -> int:
-    """Bytes that this process has in memory; 0 where the system does not say."""
+    """Bytes that this process has in memory; 0 if unknown."""
     return _pages(1)
 
 
@@ -74,7 +76,8 @@ def _pages(column: int) -> int:
 
 
 def _limit(seconds: float, memory: int | None) -> None:
-    """Let what follows take ``seconds`` of processor time (0: any) and ``memory`` more bytes (None: any)."""
+    """Limit the following code to ``seconds`` of processor time (0: no limit) and ``memory`` more bytes (None: no
+    limit)."""
     if sys.platform == "win32":
         return
     signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -86,7 +89,7 @@ def _limit(seconds: float, memory: int | None) -> None:
 
 
 def _expect_to_end() -> None:
-    """No core files, no Ctrl-C; where memory runs out, this process goes first."""
+    """No core files, no Ctrl-C. If the machine runs out of memory, the system ends this process first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "win32":
         return

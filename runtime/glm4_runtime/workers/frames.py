@@ -5,7 +5,7 @@ from typing import IO, Any
 
 
 def encode(value: Any) -> bytes:
-    """Raises TypeError or ValueError for what is no JSON data."""
+    """Raises TypeError or ValueError if the value is no JSON data."""
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
@@ -16,7 +16,7 @@ def write(stream: IO[bytes], data: bytes) -> None:
 
 
 def read(stream: IO[bytes]) -> Any:
-    """The next value. Raises EOFError where the stream ends before it or within it."""
+    """Read the next value. Raises EOFError if the stream ends before or within it."""
     head = stream.read(8)
     size = int.from_bytes(head, "big")
     data = stream.read(size) if len(head) == 8 else b""

@@ -1,7 +1,7 @@
-"""The worker that tries grammars: compiles each, and follows it for a few tokens.
+"""The worker that tries grammars: compiles each one, and runs it for a few tokens.
 
 A task is {grammar, vocabulary}; the answer is {refusal: reason}, or {held: bytes, seconds} of the compiled grammar. The
-vocabulary is small, a token for each byte beside the control tokens: compiling costs the same with a large one.
+vocabulary is small: the control tokens, and one token per byte. Compiling costs the same with a large one.
 """
 
 import random
@@ -15,17 +15,16 @@ import llguidance
 from glm4_runtime.stacks import run_with_stack
 from glm4_runtime.workers import child
 
-# Stacks in bytes. A trial has half of what the process that compiles in earnest has, and a musl system gives the
-# threads that work out masks 1 MiB.
+# Stacks in bytes. A trial has half the stack of the serving process. On musl, threads that compute masks have 1 MiB.
 COMPILING_STACK = 32 * 2**20
 _TRIAL_STACK = COMPILING_STACK // 2
 _FOLLOWING_STACK = 2**19
 
-# Tokens that a trial follows a grammar for.
+# Number of tokens in a trial.
 _STEPS = 32
-# A line of the grammar, shown under an error.
+# A line of the grammar, which llguidance shows below an error.
 _LISTED = re.compile(r"\d+ \|")
-# What llguidance adds to its words: traces, and marks of how much was said.
+# Additions to llguidance's messages: traces, and marks for omitted text.
 _TAIL = re.compile(r"<(backtrace|non-verbose|state)\b.*", re.DOTALL)
 _LONGEST_REASON = 300
 
@@ -35,7 +34,7 @@ def main(limits: str) -> None:
 
 
 def limits() -> llguidance.LLParserLimits:
-    """What compiling a grammar and working out a mask may cost, beyond llguidance's own limits.
+    """Limits for compiling a grammar and computing a mask, beyond llguidance's own.
 
     A state of the lexer takes about 400 bytes, and each sequence has its own states.
     """
@@ -43,7 +42,7 @@ def limits() -> llguidance.LLParserLimits:
 
 
 def compiled(tokens: llguidance.LLTokenizer, grammar: str) -> llguidance.LLMatcher:
-    """Raises ValueError with llguidance's reason for a grammar that it refuses or that allows no reply."""
+    """Raises ValueError with llguidance's reason if it refuses the grammar or the grammar allows no reply."""
     matcher = llguidance.LLMatcher(tokens, grammar, log_level=0, limits=limits())
     if not matcher.is_error():
         matcher.compute_bitmask()
@@ -53,7 +52,7 @@ def compiled(tokens: llguidance.LLTokenizer, grammar: str) -> llguidance.LLMatch
 
 
 def reason(matcher: llguidance.LLMatcher) -> str:
-    """llguidance's own words, without the listing and the state that follow them."""
+    """llguidance's message, without the listing and the state after it."""
     lines = [line.strip() for line in _TAIL.sub("", str(matcher.get_error())).splitlines()]
     said = [line for line in lines if line and line != "^" and not _LISTED.match(line)]
     text = " ".join(said[:4]) or "no reason was given"
@@ -61,7 +60,7 @@ def reason(matcher: llguidance.LLMatcher) -> str:
 
 
 class Grammars:
-    """Tries grammars with the vocabulary that came last."""
+    """Tries grammars with the most recent vocabulary."""
 
     def __init__(self) -> None:
         self._vocabulary: Mapping[str, Any] | None = None
@@ -92,7 +91,8 @@ class Grammars:
 
 
 def _follow(matcher: llguidance.LLMatcher, first: int) -> None:
-    """Take bytes, whose tokens begin at ``first``, at random. That it cannot go on is no failure: only a crash or too high a cost is."""
+    """Feed random bytes, whose tokens begin at ``first``. A grammar that cannot continue is no failure; only a crash
+    or a high cost is."""
     rng = random.Random(0)
     for _ in range(_STEPS):
         mask = matcher.compute_bitmask()
@@ -104,7 +104,7 @@ def _follow(matcher: llguidance.LLMatcher, first: int) -> None:
 
 
 class _Bytes:
-    """A vocabulary as llguidance reads one: the control tokens at their ids, then a token for each byte."""
+    """A vocabulary for llguidance: the control tokens at their ids, then one token per byte."""
 
     def __init__(self, size: int, control: Mapping[str, int], ends: list[int]) -> None:
         self.first = size

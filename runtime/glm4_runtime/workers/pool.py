@@ -1,7 +1,7 @@
-"""Worker processes for the input of strangers. A task may crash its worker, hang or fill memory; this process goes on.
+"""Worker processes for untrusted input. A task may crash its worker, hang or fill memory; this process continues.
 
-A task and its answer are JSON values. The worker is a plain subprocess, so the pool needs no fork and runs wherever
-Python does.
+Tasks and answers are JSON values. A worker is a plain subprocess, so the pool needs no fork and works on every
+system.
 """
 
 import os
@@ -15,9 +15,9 @@ from glm4_runtime.workers.worker import Limits, Worker
 
 
 class WorkerPool:
-    """Up to ``most`` workers that run one module's ``main``; usable from any thread.
+    """Up to ``most`` workers that run one module's ``main``. Safe to use from any thread.
 
-    A worker is started when it is needed. A call waits for one, at most until the calls before it reach their limits.
+    A worker starts when needed. A call waits for a worker at most until earlier calls reach their limits.
     """
 
     def __init__(self, module: str, limits: Limits, most: int = 2) -> None:
@@ -31,7 +31,7 @@ class WorkerPool:
         self._count = 0
 
     def start(self) -> None:
-        """Start a first worker and return before it is ready, so that the first call finds it warm."""
+        """Start a first worker in the background, so that it is ready for the first call."""
         with self._changed:
             if self._count:
                 return
@@ -39,10 +39,10 @@ class WorkerPool:
         self._release(self._new())
 
     def call(self, task: Any) -> Any:
-        """The worker's answer to ``task``, which must be plain JSON data.
+        """Send ``task``, plain JSON data, to a worker; returns the answer.
 
-        Raises :class:`WorkerError` where the task reached a limit or ended its worker, :class:`BundleError` where
-        no worker can be started, and TypeError, ValueError or RecursionError where ``task`` is no JSON data.
+        Raises :class:`WorkerError` if the task reached a limit or ended its worker, :class:`BundleError` if no worker
+        can start, and TypeError, ValueError or RecursionError if ``task`` is no JSON data.
         """
         data = frames.encode(task)
         worker = self._take()
@@ -52,7 +52,7 @@ class WorkerPool:
             self._release(worker)
 
     def close(self) -> None:
-        """End the workers that are idle. A later call starts new ones."""
+        """End idle workers. A later call starts new ones."""
         with self._changed:
             idle, self._idle = self._idle, []
             self._count -= len(idle)
@@ -72,7 +72,7 @@ class WorkerPool:
         return self._new()
 
     def _new(self) -> Worker:
-        """A new worker, which is counted already."""
+        """A new worker; the caller has counted it already."""
         try:
             return Worker(self._module, self._limits)
         except OSError as error:
@@ -80,7 +80,7 @@ class WorkerPool:
             raise BundleError(f"a worker process cannot be started: {error}") from error
 
     def _release(self, worker: Worker) -> None:
-        """Keep a worker for the next call. A spent one ends, and the next one starts in its place."""
+        """Keep a worker for the next call. A spent worker ends, and a new one replaces it."""
         if worker.spent:
             worker.end()
             worker = self._new()
@@ -98,7 +98,7 @@ _POOLS: "weakref.WeakSet[WorkerPool]" = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """The workers belong to the process that started them."""
+    """Workers belong to the process that started them."""
     for pool in _POOLS:
         pool._reset()
 

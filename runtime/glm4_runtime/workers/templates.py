@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from glm4_runtime.workers import child
 
-# Compiled templates that are kept.
+# Number of compiled templates to keep.
 _MOST_KEPT = 8
 _LONGEST_REASON = 300
 
@@ -38,7 +38,7 @@ class Templates:
                 self._template(source)
             except MemoryError:
                 raise
-            except Exception as error:  # constants are folded here, which may raise anything
+            except Exception as error:  # constant folding may raise any exception
                 line = error.lineno if isinstance(error, TemplateSyntaxError) else 1
                 return {"invalid": {"name": name, "line": line, "reason": _one_line(error)}}
         if task["name"] is None:
@@ -49,7 +49,7 @@ class Templates:
             raise
         except TemplateError as error:
             return {"refused": _one_line(error)}
-        except Exception as error:  # a stranger's code fed with a user's data may raise anything
+        except Exception as error:  # untrusted code may raise any exception
             return {"failed": f"{type(error).__name__}: {_one_line(error)}"}
 
     def _template(self, source: str) -> Template:
@@ -66,7 +66,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """What chat templates are written for: the settings, filters and functions that all servers give them."""
+    """The settings, filters and functions that chat templates expect from every server."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
     )
@@ -77,7 +77,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class _GenerationTag(Extension):
-    """``{% generation %}`` marks what the assistant said, for training; a prompt only needs what is inside."""
+    """``{% generation %}`` marks the assistant's text for training. A prompt needs only the text inside."""
 
     tags = {"generation"}  # noqa: RUF012  declared so by Jinja
 
@@ -93,7 +93,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON: Jinja's own filter escapes for HTML and sorts the keys, which no model was trained on."""
+    """Plain JSON. Jinja's own filter escapes for HTML and sorts the keys, unlike the models' training data."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,4 +1,4 @@
-"""One worker process, and how it is asked: the limits that a task meets, and what is said when it reaches one."""
+"""One worker process: its limits, its tasks, and the messages when a task reaches a limit."""
 
 import contextlib
 import json
@@ -20,26 +20,26 @@ _BOOT = (
     "import sys; from importlib import import_module; "
     "sys.path[:] = sys.argv[3:]; import_module(sys.argv[1]).main(sys.argv[2])"
 )
-# What a worker gets of the environment: what Python needs to start, and the time zone. No keys.
+# The environment variables of a worker: those that Python needs to start, and the time zone. No keys.
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TEMP", "TMP", "TZ", "LANG")
-# glibc gives each thread an arena of 64 MiB of addresses, which would count as memory.
+# glibc reserves 64 MiB of addresses per thread, which would count as memory.
 _ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 
-# A task that runs longer than this many seconds goes on at a low priority, and its worker ends after it.
+# After this many seconds a task continues at a low priority, and its worker ends with it.
 _QUICK = 0.05
 _LOW_PRIORITY = 10
-# Seconds until a worker must have started, on a machine that is busy otherwise.
+# Maximum seconds for the start of a worker, also on a busy machine.
 _LONGEST_START = 60.0
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one task may cost.
+    """The limits of one task.
 
     Attributes:
         seconds: processor time. Windows has no such limit.
         deadline: seconds by the clock.
-        memory: bytes that the task may add to its worker. Linux only.
+        memory: bytes that the task may allocate. Linux only.
         answer: bytes of the answer.
     """
 
@@ -50,7 +50,7 @@ class Limits:
 
 
 class WorkerError(Glm4Error):
-    """A task that reached a limit or ended its worker. The message is a clause that begins with "it".
+    """A task reached a limit or ended its worker. The message is a clause that begins with "it".
 
     Attributes:
         overtime: whether the limit was one of time.
@@ -62,14 +62,14 @@ class WorkerError(Glm4Error):
 
 
 class Worker:
-    """One process. It is asked by one thread at a time."""
+    """One process; one thread at a time may use it."""
 
     def __init__(self, module: str, limits: Limits) -> None:
         self._limits = limits
         self._ready = self._asked = self._slowed = self._grown = self._overdue = False
         package = Path(glm4_runtime.__file__).parents[1]
         paths = [str(package), *(path for path in sys.path if path)]
-        # isolated: no site packages' hooks and no PYTHON variables, only the paths given
+        # isolated: no hooks of site packages, no PYTHON variables, only the given paths
         command = [sys.executable, "-I", "-S", "-c", _BOOT, module, json.dumps(asdict(limits)), *paths]
         self._process = subprocess.Popen(
             command,
@@ -87,7 +87,8 @@ class Worker:
 
     @property
     def spent(self) -> bool:
-        """Whether no other task may go to it: the last one failed or was interrupted, or left its mark."""
+        """Whether it must not get another task: the last one failed, was interrupted, or left the worker in a bad
+        state."""
         return self._asked or self._slowed or self._grown
 
     def ask(self, data: bytes) -> Any:
@@ -110,7 +111,7 @@ class Worker:
         self._finalizer()
 
     def _require_ready(self) -> None:
-        """Wait until the process has started, which its first frame says."""
+        """Wait for the first frame, which the process sends once it has started."""
         if self._ready:
             return
         timer = threading.Timer(_LONGEST_START, self._process.kill)
@@ -125,7 +126,7 @@ class Worker:
             )
 
     def _exchange(self, data: bytes) -> Any:
-        """The answer's frame; None where the worker ended."""
+        """The answer's frame; None if the worker ended."""
         requests = self._process.stdin
         assert requests is not None
         try:
@@ -143,7 +144,7 @@ class Worker:
             return None
 
     def _watch(self, done: threading.Event) -> None:
-        """Lower the priority of a long task, and end one that is overdue."""
+        """Lower the priority of a long task, and end an overdue one."""
         if done.wait(_QUICK):
             return
         self._slowed = True
@@ -160,7 +161,7 @@ class Worker:
         return WorkerError(_reached(limit, self._limits), overtime=limit in ("deadline", "seconds"))
 
 
-# Exit codes of processes that the system ended at a limit.
+# Exit codes of processes that the system ended because of a limit.
 _DEATHS = {0xC00000FD: "stack"}
 if sys.platform != "win32":
     _DEATHS |= {
@@ -183,18 +184,18 @@ def _reached(limit: str, limits: Limits) -> str:
 
 
 def _end(process: "subprocess.Popen[bytes]", owner: int) -> None:
-    """End a worker that this process started; a fork of this process leaves the worker alone."""
+    """End a worker, but only in the process that started it, not in a fork."""
     if os.getpid() != owner:
         return
     process.kill()
     process.wait()
     for stream in (process.stdin, process.stdout):
         if stream is not None:
-            with contextlib.suppress(OSError):  # what was not yet written
+            with contextlib.suppress(OSError):  # data that was not written yet
                 stream.close()
 
 
-# Ctrl-C in a terminal goes to the command and not to its workers.
+# Ctrl-C in a terminal reaches the command, but not its workers.
 _APART: dict[str, Any] = (
     {"creationflags": 0x200} if sys.platform == "win32" else {"process_group": 0}  # CREATE_NEW_PROCESS_GROUP
 )

@@ -2,7 +2,7 @@
 
 
 def __getattr__(name: str) -> str:
-    """``__version__``, looked up when asked for: importlib.metadata takes as long as a whole ``--help``."""
+    """``__version__``, read on first use, because importlib.metadata takes as long as a whole ``--help``."""
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib.metadata import PackageNotFoundError, version

@@ -1,4 +1,4 @@
-"""``glm4-deploy`` and ``python -m glm4_deploy``: signals are answered before anything else is imported."""
+"""``glm4-deploy`` and ``python -m glm4_deploy``. Installs signal handlers before any other import."""
 
 from glm4_deploy import interrupts
 

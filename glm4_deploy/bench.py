@@ -1,4 +1,4 @@
-"""How fast one bundle is here: loading, prefill and decode on random tokens, and the memory they take."""
+"""Measures one bundle on this machine: loading, prefill and decode on random tokens, and memory."""
 
 import statistics
 import time
@@ -15,7 +15,7 @@ from glm4_runtime.progress import Progress, silent
 
 
 class Runner:
-    """One opened session, and the two things that are timed: a prompt, and steps of a batch."""
+    """One session, with the two operations that are timed: a prompt, and steps of a batch."""
 
     def __init__(self, session: Session, seed: int = 0) -> None:
         self.session = session
@@ -26,7 +26,7 @@ class Runner:
         return ids
 
     def prefill(self, ids: Sequence[int]) -> float:
-        """Seconds for a prompt in an empty slot, up to the logits of its last position."""
+        """Seconds to run a prompt in an empty slot, until the logits of its last position."""
         start = time.perf_counter()
         self.session.prefill(0, ids)
         seconds = time.perf_counter() - start
@@ -34,13 +34,13 @@ class Runner:
         return seconds
 
     def fill(self, ids: Sequence[int], batch: int) -> None:
-        """Put one prompt into as many slots: what the steps read is as much as with prompts of their own."""
+        """Fill several slots with one prompt; the steps then read as much memory as with different prompts."""
         self.session.prefill(0, ids)
         for slot in range(1, batch):
             self.session.copy_prefix(0, slot, len(ids))
 
     def decode(self, batch: int, steps: int) -> float:
-        """Seconds for ``steps`` greedy steps of the filled slots 0 ... batch - 1, which are then as before."""
+        """Seconds for ``steps`` greedy steps of the filled slots 0 ... batch - 1. Afterwards the slots are as before."""
         length = self.session.length(0)
         tokens = dict(enumerate(self.tokens(batch)))
         start = time.perf_counter()
@@ -68,18 +68,18 @@ def bench(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Measure a causal LM's bundle; every figure is the median of ``rounds``, with the least and the most.
+    """Measure a causal LM's bundle. Every figure is the median of ``rounds``, with minimum and maximum.
 
     Args:
         prefill: lengths of prompts.
         batch: how many sequences decode together, each after ``context`` tokens, for ``steps`` tokens.
-        threads: of the session; all cores where absent.
+        threads: of the session; all cores by default.
 
     Returns:
         Loading in seconds, prefill and decode in tokens per second, weights and peak memory in bytes.
 
     Raises:
-        Glm4Error: the bundle cannot be opened, or is not one that this can be asked of.
+        Glm4Error: the bundle cannot be opened, or is too small for these lengths or batches.
     """
     manifest = read_manifest(bundle)
     _check(manifest, max(prefill), max(batch), context + steps)
@@ -96,7 +96,7 @@ def bench(
         for number in range(rounds + 1):
             progress("measure", number, rounds + 1)
             one = _round(runner, prefill, batch, context, steps)
-            if number:  # the first one packs kernels and touches memory
+            if number:  # the first run packs weights and touches memory
                 for kind, figures in one.items():
                     for size, rate in figures.items():
                         rates[kind][size].append(rate)
@@ -118,14 +118,14 @@ def bench(
 
 
 def peak_bytes(process: int | str = "self") -> int:
-    """The most memory that a process has had resident, files that it maps included."""
+    """The peak resident memory of a process, mapped files included."""
     return int(Path(f"/proc/{process}/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def _round(
     runner: Runner, prefill: Sequence[int], batch: Sequence[int], context: int, steps: int
 ) -> Mapping[str, Mapping[str, float]]:
-    """Tokens per second of each length and of each batch."""
+    """One round: tokens per second for each length and each batch."""
     prompts = {str(n): n / runner.prefill(runner.tokens(n)) for n in prefill}
     runner.fill(runner.tokens(context), max(batch))
     decodes = {str(n): n * steps / runner.decode(n, steps) for n in batch}
@@ -144,7 +144,7 @@ def _weight_bytes(manifest: Manifest) -> int:
 
 
 def _check(manifest: Manifest, prompt: int, batch: int, decoded: int) -> None:
-    """Refuse before anything is loaded."""
+    """Refuse impossible lengths and batches before anything is loaded."""
     if manifest.task != "causal-lm":
         raise RequestError(
             f"bench measures prefill and decode, and this bundle is for {manifest.task}; "

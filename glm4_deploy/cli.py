@@ -1,4 +1,4 @@
-"""The command line: each command is a thin skin on a Python function; one table lists them all."""
+"""The command line. Each command is a thin layer over a Python function; one table lists all commands."""
 
 import atexit
 import contextlib
@@ -12,7 +12,7 @@ import click
 from glm4_deploy import interrupts, streams
 from glm4_runtime.errors import Glm4Error
 
-# command -> module that holds it; imported when it is called, so that --help stays quick
+# command -> its module; imported when called, so that --help stays quick
 COMMANDS = {
     "export": "glm4_deploy.commands.export",
     "validate": "glm4_deploy.commands.validate",
@@ -25,20 +25,20 @@ COMMANDS = {
     "doctor": "glm4_deploy.commands.doctor",
 }
 SUMMARIES = {
-    "export": "Make a bundle from a checkpoint, and prove it right.",
-    "validate": "Measure a bundle against its checkpoint, and hold it to a gate.",
+    "export": "Make a bundle from a checkpoint, and compare it with PyTorch.",
+    "validate": "Measure a bundle's accuracy, and check it against limits.",
     "generate": "Continue a prompt with a bundle.",
-    "serve": "Serve a bundle by OpenAI's API.",
-    "chat": "Talk with a bundle in the terminal.",
+    "serve": "Serve a bundle with OpenAI's API.",
+    "chat": "Chat with a bundle in the terminal.",
     "bench": "Measure a bundle's speed and memory on this machine.",
     "bench-serve": "Measure a server under load.",
-    "inspect": "Say what a checkpoint or a bundle is.",
-    "doctor": "Say what works on this machine, and why the rest does not.",
+    "inspect": "Describe a checkpoint or a bundle.",
+    "doctor": "List what works on this machine, and how to make the rest work.",
 }
 
 
 class _Lazy(click.Group):
-    """Lists its commands from the table above, and imports one when it is called."""
+    """Lists the commands of the table above, and imports a command when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
         return list(COMMANDS)
@@ -52,7 +52,7 @@ class _Lazy(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # or else click writes an empty line
+        except KeyboardInterrupt:  # otherwise click writes an empty line
             raise click.exceptions.Exit(interrupts.EXIT_CODE) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
@@ -80,15 +80,15 @@ def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
 def cli() -> None:
     """GLM-4-0414 checkpoints to ONNX and TensorRT: exported, proved right, served.
 
-    Exit codes: 0 done, 1 refused or failed with a one-line reason, 2 wrong usage, 3 an accuracy gate failed.
+    Exit codes: 0 done; 1 refused or failed, with one line that says why; 2 wrong usage; 3 an accuracy gate failed.
     """
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: refusals become one line and an exit code; a defect keeps its traceback.
+    """Entry point. An error of use becomes one line and an exit code; a bug keeps its traceback.
 
-    Without ``arguments`` it owns the process, which it ends, its streams and its signals; with them it leaves all
-    three as they were, and raises SystemExit.
+    Without ``arguments`` it changes streams and signals, and ends the process. With ``arguments`` it leaves streams
+    and signals unchanged, and raises SystemExit.
     """
     own = arguments is None
     code = interrupts.EXIT_CODE
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
             streams.prepare()
         code = _run(arguments)
         interrupts.end(restore=not own)
-    except BaseException:  # whatever a library made of the KeyboardInterrupt
+    except BaseException:  # a library may have turned the KeyboardInterrupt into another exception
         interrupts.end(restore=not own)
         if not interrupts.received():
             raise
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _leave(code: int) -> None:
-    """End the process. Python's own way takes a second where torch is loaded, which nothing needs to be freed for."""
+    """End the process at once. Python's own shutdown takes a second with torch, and nothing needs to be freed."""
     atexit._run_exitfuncs()
     os._exit(code)
 
@@ -132,7 +132,7 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _flushed(code: int) -> int:
-    """What standard output could not take shows here, and not when the interpreter ends."""
+    """Flush standard output here, so that an error does not appear at the interpreter's end."""
     try:
         sys.stdout.flush()
     except streams.OutputError as error:

@@ -1,4 +1,4 @@
-"""The manifest of an ONNX bundle, from the plan and from what was written."""
+"""Makes the manifest of an ONNX bundle, from the plan and the written files."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def describe(
     plan: Plan, prepared: "Prepared", model: "ir.Model", folder: Path, written: "WrittenWeights"
 ) -> Manifest:
-    """What the bundle in ``folder`` is."""
+    """The manifest of the bundle in ``folder``."""
     form, task = plan.form, plan.task
     io = graph_io(plan.config, task, plan.graph_cache or form.activations)
     files = {path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name != WEIGHTS}

@@ -1,4 +1,4 @@
-"""Which tokens end a text: the model's own, and those by which a chat template ends a turn."""
+"""The tokens that end a text: the model's own, and those with which a chat template ends a turn."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +11,8 @@ def end_tokens(folder: Path, eos_token_ids: Sequence[int]) -> dict[str, Any]:
     """Names of end tokens.
 
     Returns:
-        ``model``: a name for each id that ends any text, None where the tokenizer is not there or does not know it;
-        ``chat``: further names that end a turn of a chat. Empty where the template is not there or cannot be used.
+        ``model``: a name for each id that ends any text; None if there is no tokenizer or it does not know the id;
+        ``chat``: further names that end a turn of a chat. Empty if there is no usable template.
     """
     from glm4_runtime.tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""The last step of an export to an engine: a proven ONNX bundle becomes an engine bundle."""
+"""The last step of a TensorRT export: turns a proven ONNX bundle into an engine bundle."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from glm4_runtime.progress import Progress
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-ENGINE_GRAPH = "engine.{}.onnx"  # graphs as the parser gets them, there only while the engine is built
+ENGINE_GRAPH = "engine.{}.onnx"  # the graphs for the parser; they exist only during the build
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,10 @@ def make_engine(
     build: EngineBuild,
     progress: Progress,
 ) -> EngineBundle:
-    """Build the engine of the graph and weights in ``folder``, and describe it in a manifest of its own.
+    """Build the engine from the graph and weights in ``folder``, and make its manifest.
 
     Args:
-        models: the graph as ``shared``, or a graph for each profile by its name, in the dialect that the engine is
-            built from; what only engines need is done to them here.
+        models: the graph as ``shared``, or one graph per profile by name. The passes that only engines need run here.
 
     Raises:
         ExportError: the builder refused, in one line.
@@ -69,7 +68,7 @@ def make_engine(
 def _plan(
     manifest: Manifest, phases: Sequence[str], operators: Mapping[str, str], build: EngineBuild
 ) -> EnginePlan:
-    """What the building process is told."""
+    """The plan for the building process."""
     profiles = engine_profiles(manifest.task, manifest.limits, build.layout, build.attention)
     return EnginePlan(
         kind=build.kind,
@@ -90,7 +89,7 @@ def _plan(
 
 
 def _described(manifest: Manifest, plan: EnginePlan, built: BuiltEngine, build: EngineBuild) -> Manifest:
-    """The manifest of the ONNX bundle as that of the engine."""
+    """The engine's manifest, from the manifest of the ONNX bundle."""
     built_from = {name: manifest.files[name] for name in (GRAPH, WEIGHTS)}
     kept = {n: entry for n, entry in manifest.files.items() if build.keep_onnx or n not in built_from}
     return dataclasses.replace(
@@ -122,7 +121,7 @@ def _described(manifest: Manifest, plan: EnginePlan, built: BuiltEngine, build: 
 
 
 def engine_report(built: BuiltEngine) -> dict[str, Any]:
-    """What ``report.json`` says of a build."""
+    """The entries of ``report.json`` about a build."""
     return {
         "build_peak_rss_bytes": built.peak_rss_bytes,
         "build_peak_anonymous_bytes": built.peak_anonymous_bytes,
@@ -134,7 +133,7 @@ def engine_report(built: BuiltEngine) -> dict[str, Any]:
 
 
 def _of_engine(build: EngineBuild, specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """The graph's tensors, with the capacity that the engine fixes and the cache's type in it."""
+    """The graph's inputs or outputs, with the engine's fixed capacity and the type of its cache."""
 
     def spec_of(spec: TensorSpec) -> TensorSpec:
         cached = spec.name.startswith(("past_key_values.", "present_key_values."))
@@ -147,7 +146,7 @@ def _of_engine(build: EngineBuild, specs: tuple[TensorSpec, ...]) -> tuple[Tenso
 
 
 def _counters(name: str, build: EngineBuild) -> tuple[TensorSpec, ...]:
-    """The plugin's counters, of the size that its graph declares; none where the engine attends natively."""
+    """The plugin's counters, with the size in its graph; none if the engine uses native attention."""
     if not build.by_plugin:
         return ()
     tiles = choices(build.gpu or 0, processors=build.processors)[0]

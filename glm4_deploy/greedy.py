@@ -1,4 +1,4 @@
-"""Greedy generation with both whole models, where the machine holds them."""
+"""Greedy generation with both whole models, if they fit into memory."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,11 +11,11 @@ from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.reference import KVCache, load_model
 from glm4_runtime.bundle import WEIGHTS
 
-Step = Callable[[Sequence[int]], Logits]  # feeds tokens; the last one's logits
+Step = Callable[[Sequence[int]], Logits]  # runs tokens; returns the logits of the last one
 
 
 def reference_start(checkpoint: Checkpoint) -> Callable[[], Step]:
-    """The whole reference model, which starts as many texts as are wanted."""
+    """Load the whole reference model; returns a function that starts a new text."""
     model = load_model(checkpoint)
 
     def start() -> Step:
@@ -33,7 +33,8 @@ def reference_start(checkpoint: Checkpoint) -> Callable[[], Step]:
 
 
 def fits_whole(bundle: Path, checkpoint: Checkpoint, available: int) -> bool:
-    """Both models whole in 60 % of what is there: the reference in float32, the bundle mapped and packed in float32."""
+    """Whether both whole models fit into 60 % of ``available``: the reference in float32, the bundle mapped and
+    packed in float32."""
     parameters = parameter_count(checkpoint.config)
     needed = 4 * parameters + (bundle / WEIGHTS).stat().st_size + 4 * parameters
     return needed < 0.6 * available

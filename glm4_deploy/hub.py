@@ -1,7 +1,7 @@
-"""Checkpoints and adapters by their names on a model hub, as ``THUDM/GLM-4-9B-0414``.
+"""Checkpoints and adapters by their names on a model hub, such as ``THUDM/GLM-4-9B-0414``.
 
 huggingface_hub downloads: its cache, its resumed downloads, its access token and its environment variables
-(``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``) work as everywhere.
+(``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``) work as usual.
 """
 
 import glob
@@ -21,7 +21,7 @@ from glm4_runtime.progress import Progress, silent
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What is small and may be needed. Pickles are never in these lists.
+# Small files that may be needed. These lists never contain pickles.
 SMALL_FILES = (
     CONFIG,
     INDEX,
@@ -35,17 +35,17 @@ SMALL_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-# What a hub's name looks like: an owner and a repository.
+# The form of a name on a hub: owner and repository.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
 def is_hub_name(path: str | Path) -> bool:
-    """Whether ``path`` names a repository on the hub. A folder or file of that name wins."""
+    """Whether ``path`` names a repository on the hub. An existing folder or file of that name has priority."""
     return _NAME.fullmatch(str(path)) is not None and not Path(path).exists()
 
 
 def local_folder(path: str | Path, revision: str | None = None, progress: Progress = silent) -> Path:
-    """The folder itself, or the downloaded one where ``path`` is a hub's name.
+    """The folder itself, or a downloaded folder if ``path`` is a name on the hub.
 
     Raises:
         CheckpointError: the name is not on the hub, the hub cannot be reached, or it holds no safetensors.
@@ -60,7 +60,7 @@ def local_folder(path: str | Path, revision: str | None = None, progress: Progre
 
 
 def download(name: str, revision: str | None = None, progress: Progress = silent) -> Path:
-    """Download a checkpoint or an adapter, or take what an earlier download left; returns its folder.
+    """Download a checkpoint or an adapter, or reuse an earlier download; returns its folder.
 
     Args:
         revision: a branch, a tag or a commit; the main branch by default.
@@ -76,7 +76,7 @@ def download(name: str, revision: str | None = None, progress: Progress = silent
 
 @contextmanager
 def headers_only(name: str, revision: str | None = None) -> Iterator[Path]:
-    """A folder like :func:`download`'s whose weights are holes: their headers are read, and nothing more."""
+    """A folder like :func:`download`'s, with the headers of the weights only; the data are holes in the files."""
     folder = _fetch(name, revision, SMALL_FILES, silent)
     with tempfile.TemporaryDirectory() as temporary:
         made = Path(temporary) / Path(name).name
@@ -94,7 +94,7 @@ def headers_only(name: str, revision: str | None = None) -> Iterator[Path]:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """The names of the weight files, by the index where there is one."""
+    """The names of the weight files, from the index if there is one."""
     if not (folder / INDEX).is_file():
         return [ADAPTER_WEIGHTS] if (folder / ADAPTER_CONFIG).is_file() else [WEIGHTS]
     try:
@@ -112,7 +112,7 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _fetch(name: str, revision: str | None, files: Iterable[str], progress: Progress) -> Path:
-    """The snapshot's folder, with those of ``files`` that the repository has."""
+    """Download those of ``files`` that the repository has; returns the snapshot's folder."""
     hub = _library()
     patterns = [glob.escape(file) for file in files]
     with _told(name, revision):
@@ -124,7 +124,7 @@ def _fetch(name: str, revision: str | None, files: Iterable[str], progress: Prog
 
 
 def _header(name: str, commit: str, file: str) -> dict[str, Any] | None:
-    """A safetensors file's header, read without its data; None where there is no such file."""
+    """The header of a safetensors file, without its data; None if there is no such file."""
     hub = _library()
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -140,7 +140,7 @@ def _header(name: str, commit: str, file: str) -> dict[str, Any] | None:
 
 
 def _write_hollow(path: Path, header: dict[str, Any]) -> None:
-    """A safetensors file whose data is a hole in the file: it takes no room on the disk."""
+    """Write a safetensors file whose data is a hole: it takes no room on the disk."""
     text = json.dumps(header).encode()
     data = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     with path.open("wb") as file:
@@ -163,7 +163,7 @@ def _without_weights(name: str, commit: str) -> str:
 
 @contextmanager
 def _told(name: str, revision: str | None) -> Iterator[None]:
-    """Turn the library's errors into one line each."""
+    """Turn each error of the library into a one-line error."""
     from huggingface_hub import errors
 
     at = f"{name} at revision {revision}" if revision else name
@@ -186,7 +186,7 @@ def _told(name: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError(
             f"the hub cannot be reached, and {at} is not whole in the local cache; go online and repeat the command"
         ) from None
-    except Exception as error:  # of its HTTP client too, which is another one from version to version
+    except Exception as error:  # includes errors of its HTTP client, which differs between versions
         reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(
             f"{at} could not be downloaded: {reason[:200]}; repeat the command, and the download goes on"
@@ -194,7 +194,7 @@ def _told(name: str, revision: str | None) -> Iterator[None]:
 
 
 def _bars(progress: Progress) -> type:
-    """A class in place of tqdm's bars that reports bytes to ``progress``."""
+    """A replacement for tqdm's bars that reports bytes to ``progress``."""
     from tqdm.std import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]

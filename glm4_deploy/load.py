@@ -1,7 +1,7 @@
-"""Load on a server that speaks OpenAI's API, and what it does under it.
+"""Measures a server with OpenAI's API under load.
 
-Closed loop: so many clients, each of which asks again as soon as it has its answer; the server sets the pace.
-Open loop: requests arrive by a Poisson process at a rate that does not wait for answers, as users do.
+Closed loop: a number of clients, each of which sends its next request after the answer. Open loop: requests arrive by
+a Poisson process at a given rate and do not wait for answers.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from glm4_runtime.errors import RequestError
 from glm4_runtime.progress import Progress
 
 PERCENTILES = (50, 90, 95, 99)
-# Words that most vocabularies have as one token; what they say does not matter to the time that they take.
+# Words that are one token in most vocabularies. Their meaning does not affect the time.
 _WORDS = (
     "the", "of", "and", "in", "to", "that", "was", "for", "with", "his", "one", "from", "had", "which", "not", "are",
 )  # fmt: skip
@@ -29,10 +29,11 @@ _WORDS = (
 class Load:
     """
     Attributes:
-        clients: of a closed loop; ``rate``, requests per second, of an open one. One of both is given.
-        requests: how many are measured, after ``warmup`` others.
-        prompt_words: length of each made-up prompt, of which ``shared_words`` begin all of them alike.
-        max_tokens: of each answer; ``ignore_eos`` (which other servers may not know) makes it exact.
+        clients: number of clients of a closed loop. ``rate``: requests per second of an open loop. Exactly one of
+            both is given.
+        requests: number of measured requests, after ``warmup`` others.
+        prompt_words: length of each random prompt; all begin with the same ``shared_words`` words.
+        max_tokens: tokens of each answer; exact with ``ignore_eos``, which other servers may not support.
     """
 
     clients: int | None = None
@@ -57,7 +58,7 @@ class Load:
 
 @dataclass
 class Sample:
-    """One request: when it was sent and when each piece of text came, in seconds."""
+    """One request: the times of sending and of each piece of text, in seconds."""
 
     sent: float
     arrivals: list[float] = field(default_factory=list)
@@ -71,7 +72,7 @@ class Sample:
 def measure(
     url: str, loads: Sequence[Load], api_key: str | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Put each load on the server in turn. Raises :class:`RequestError` where it cannot be reached."""
+    """Run each load in turn. Raises :class:`RequestError` if the server cannot be reached."""
     return asyncio.run(_measure(url.rstrip("/"), loads, api_key, progress or (lambda *_: None)))
 
 
@@ -191,10 +192,10 @@ async def _read(lines: AsyncIterator[str], sample: Sample) -> None:
 
 
 def summary(load: Load, samples: Sequence[Sample], seconds: float) -> dict[str, Any]:
-    """The figures of one load.
+    """The results of one load.
 
-    ``inter_token_seconds`` is between two pieces of text as they arrive, of which a fast server's come several at
-    once; ``per_token_seconds`` is each answer's own mean: its time after the first token, by its further tokens.
+    ``inter_token_seconds`` is the time between two pieces of text; a fast server may send several at once.
+    ``per_token_seconds`` is the mean of each answer: the time after its first token, divided by its further tokens.
     """
     good = [sample for sample in samples if sample.error is None and sample.arrivals]
     errors = [sample.error or "no text came" for sample in samples if sample not in good]
@@ -231,7 +232,7 @@ def summary(load: Load, samples: Sequence[Sample], seconds: float) -> dict[str, 
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean and percentiles (nearest rank); None of nothing."""
+    """Mean and percentiles (nearest rank); None without values."""
     if not values:
         return None
     ordered = sorted(values)
@@ -241,7 +242,7 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Latencies and throughput over the load, as the file's suffix says: .svg, .png or .pdf."""
+    """Plot latencies and throughput against the load; the file's suffix decides: .svg, .png or .pdf."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:

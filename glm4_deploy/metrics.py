@@ -1,4 +1,4 @@
-"""How far apart two models' outputs are: the numbers that parity and validate state."""
+"""Differences between two models' outputs, for parity and validate."""
 
 import numpy as np
 import numpy.typing as npt
@@ -6,8 +6,12 @@ import numpy.typing as npt
 Logits = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float64]
 
-STEPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}  # between neighbours, as a share
-ROWS = 32  # positions in float64 at a time: a vocabulary's row takes 1.2 MB
+STEPS = {
+    "float32": 2.0**-23,
+    "float16": 2.0**-10,
+    "bfloat16": 2.0**-7,
+}  # relative distance between neighbouring numbers
+ROWS = 32  # positions in float64 at a time; one takes 1.2 MB
 
 
 def log_softmax(x: Vector) -> Vector:
@@ -26,10 +30,10 @@ def kl_divergence(expected: Logits, actual: Logits) -> Vector:
 
 
 def near_ties(expected: Logits, actual: Logits, activations: str) -> npt.NDArray[np.bool_]:
-    """Positions where ``actual`` prefers another token, but within two steps of its type at the best logit.
+    """Positions where ``actual`` prefers another token, whose logit is within two steps of its type from the best.
 
-    A graph's logits are numbers of the activations' type before they are widened. Where each of two may be
-    one step off, 2^-10 of their size in float16, those that lie within two can change places.
+    A graph's logits are rounded to the activations' type. Each of two logits may be one step off (2^-10 of their size
+    in float16), so two logits within two steps can change places.
     """
     rows = np.arange(len(expected))
     best, chosen = expected.max(-1), expected[rows, actual.argmax(-1)]

@@ -1,4 +1,4 @@
-"""How work and results look in a terminal: progress on stderr, results on stdout."""
+"""Output in a terminal: progress on stderr, results on stdout."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ QUIET_SECONDS = 10.0
 
 
 def require_writable(path: Path | None) -> None:
-    """Before long work: raises :class:`RequestError` where :func:`writing` would."""
+    """Check before long work: raises :class:`RequestError` if :func:`writing` would."""
     if path is None:
         return
     folder = next(parent for parent in path.absolute().parents if parent.exists())
@@ -29,7 +29,7 @@ def require_writable(path: Path | None) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Make the folders above a file that the block writes; raises :class:`RequestError` where the system refuses."""
+    """Make the folders for a file that the block writes. Raises :class:`RequestError` if the system refuses."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield path
@@ -39,7 +39,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def shown_progress() -> Iterator[Progress]:
-    """Progress bars on a terminal, a plain line per stage and every ten seconds elsewhere."""
+    """Progress bars on a terminal; otherwise a plain line per stage and every ten seconds."""
     if sys.stderr.isatty():
         with _bars() as report:
             yield report
@@ -96,7 +96,7 @@ def _lines() -> Progress:
             share = f" {100 * done // total} %" if total and done else ""
             if share and done < total and now - start > QUIET_SECONDS:
                 share += f", about {duration((now - start) * (total - done) / done)} left"
-            with contextlib.suppress(BrokenPipeError):  # work goes on though nobody reads of it
+            with contextlib.suppress(BrokenPipeError):  # the work continues without a reader
                 print(f"{stage}{share}", file=sys.stderr, flush=True)
             shown, at = stage, now
 
@@ -104,7 +104,7 @@ def _lines() -> Progress:
 
 
 def duration(seconds: float) -> str:
-    """Time in the unit that reads best."""
+    """A time in a readable unit."""
     for unit, length in (("h", 3600), ("min", 60)):
         if seconds >= 1.5 * length:
             return f"{seconds / length:.0f} {unit}" if unit == "min" else f"{seconds / length:.1f} {unit}"
@@ -112,7 +112,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in the unit that reads best, powers of 1024."""
+    """Bytes in a readable unit, powers of 1024."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024 or unit == "GiB":
             break
@@ -121,12 +121,12 @@ def size(count: float) -> str:
 
 
 def print_json(value: Any) -> None:
-    """JSON is UTF-8: where the output is not, escapes say the same."""
+    """Print JSON; with escapes if the output is not UTF-8."""
     print(json.dumps(value, indent=2, ensure_ascii=not streams.is_utf8()))
 
 
 def print_rows(title: str, rows: list[tuple[str, str]]) -> None:
-    """A titled list of names and values, one line each, aligned."""
+    """Print a titled list of names and values, one line each, aligned."""
     width = max((len(name) for name, _ in rows), default=0)
     print(title)
     for name, value in rows:

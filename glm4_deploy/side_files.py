@@ -1,11 +1,11 @@
-"""The files beside the weights that a bundle takes over, held against the configuration before the work."""
+"""Checks the files that a bundle copies from the checkpoint, before the work."""
 
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_runtime.errors import BundleError, CheckpointError
 
 
 def require_tokenizer(source: Checkpoint) -> None:
-    """Refuse a tokenizer that no session could open, or that has ids beyond the model's vocabulary.
+    """Refuse a tokenizer that a session could not open, or that has ids beyond the model's vocabulary.
 
     Raises:
         CheckpointError: what is wrong with ``tokenizer.json``.

@@ -1,7 +1,7 @@
-"""Standard streams as a command needs them, whatever it was started with: closed, full, or of any encoding.
+"""Prepares the standard streams of a command, which may be closed, full, or of any encoding.
 
-Text that a stream's encoding cannot say is written as an escape, ``\\u4f60``. A result that cannot be written is
-an error of one line; a message that cannot be written is dropped, so that it does not end the work it is about.
+Text that a stream's encoding cannot express is written as an escape, ``\\u4f60``. A result that cannot be written is
+a one-line error. A message that cannot be written is dropped, so that the work continues.
 """
 
 import codecs
@@ -22,7 +22,7 @@ class OutputError(Glm4Error):
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"standard output cannot be written: {error.strerror}; give it a file with room")
-        self.unread = error.errno == errno.EPIPE  # the reader has seen enough, as `head` does
+        self.unread = error.errno == errno.EPIPE  # the reader closed the pipe, like `head`
 
 
 class _Results(io.FileIO):
@@ -42,39 +42,37 @@ class _Messages(io.FileIO):
 
 
 def prepare() -> None:
-    """Replace the three streams of this process; call it before anything is read or written."""
+    """Replace the three streams of this process. Call this before anything is read or written."""
     for number, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(number)
-        except OSError:  # closed: taken here, or else the next file that is opened gets this number
-            os.open(
-                os.devnull, flags
-            )  # of standard output: to be read only, so that writing fails as it should
+        except OSError:  # closed: occupy the number here, otherwise the next opened file gets it
+            os.open(os.devnull, flags)  # for standard output: open read-only, so that writing fails
     sys.stdin = _reader(sys.__stdin__)
     sys.stdout = _writer(_Results(1, "w", closefd=False), sys.__stdout__)
     sys.stderr = _writer(_Messages(2, "w", closefd=False), sys.__stderr__)
 
 
 def discard_output() -> None:
-    """Drop what standard output still holds, so that the end of the interpreter does not fail on it."""
+    """Drop unwritten output, so that the interpreter's end does not fail."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)
 
 
 def is_utf8() -> bool:
-    """Whether standard output takes all text as it is."""
+    """Whether standard output is UTF-8."""
     return codecs.lookup(sys.stdout.encoding or "utf-8").name.startswith("utf-8")
 
 
 def text(value: str, encoding: str | None = None) -> str:
-    """The text that someone typed, where Python could not decode its bytes and kept them as surrogates.
+    """Decode text whose bytes Python could not decode and kept as surrogates.
 
-    The bytes are decoded as the locale says, else as UTF-8. ``encoding`` is that in which Python read them:
-    the file system's, as for arguments, by default.
+    The bytes are decoded in the locale's encoding, or else as UTF-8. ``encoding`` is the one that Python used;
+    default: the file system's, as for arguments.
 
     Raises:
-        ValueError: they are text in neither.
+        ValueError: they are text in neither encoding.
     """
     try:
         value.encode()
@@ -83,7 +81,7 @@ def text(value: str, encoding: str | None = None) -> str:
         charsets = list(dict.fromkeys([*_named_charsets(), "utf-8"]))
     try:
         raw = os.fsencode(value) if encoding is None else value.encode(encoding, "surrogateescape")
-    except UnicodeEncodeError:  # not from bytes at all
+    except UnicodeEncodeError:  # the surrogates are not from bytes
         raise ValueError(f"{value!r} is not text: it holds half a surrogate pair") from None
     for charset in charsets:
         with contextlib.suppress(UnicodeDecodeError):
@@ -92,7 +90,7 @@ def text(value: str, encoding: str | None = None) -> str:
 
 
 def _writer(raw: io.FileIO, before: Any) -> io.TextIOWrapper:
-    unbuffered = getattr(before, "write_through", False)  # as python -u wants it
+    unbuffered = getattr(before, "write_through", False)  # as python -u requests
     charset = _forgotten_charset() if raw.isatty() else None
     return io.TextIOWrapper(
         raw if unbuffered else io.BufferedWriter(raw),
@@ -111,18 +109,18 @@ def _reader(before: Any) -> Any:
 
 
 def _forgotten_charset() -> str | None:
-    """The terminal's encoding, where its locale is not installed and Python took UTF-8 for it."""
+    """The terminal's encoding, if its locale is not installed and Python assumed UTF-8."""
     chosen = {"PYTHONUTF8", "PYTHONIOENCODING"} & os.environ.keys() or "utf8" in sys._xoptions
     return None if chosen or not sys.flags.utf8_mode else next(iter(_named_charsets()), None)
 
 
 def _named_charsets() -> list[str]:
-    """The encodings that the locale's variables name, first the one that counts: gb18030 of zh_CN.GB18030@stroke."""
+    """The encodings in the locale's variables, in order of priority: gb18030 from zh_CN.GB18030@stroke."""
     names = [os.environ.get(variable, "") for variable in ("LC_ALL", "LC_CTYPE", "LANG")]
     if names[1] in COERCED:
-        names[1] = ""  # Python sets it itself where a locale is not installed
+        names[1] = ""  # Python sets it itself if a locale is not installed
     found = []
     for name in names:
-        with contextlib.suppress(LookupError):  # it names none, or an unknown one
+        with contextlib.suppress(LookupError):  # no encoding, or an unknown one
             found.append(codecs.lookup(name.partition(".")[2].partition("@")[0]).name)
     return found

@@ -1,12 +1,11 @@
-"""A user's text as token sequences, for whoever calibrates, ranks or compares.
+"""Reads a user's text as token sequences, for calibration, sensitivity and validate.
 
     notes.txt     one document: tokenized, then cut
     lines.jsonl   a document per line: "text", {"text": "..."}, [5, 17, ...] or {"input_ids": [5, 17, ...]}
     tokens.ids    a document per line, as token ids with spaces or commas between
 
-A sequence never spans two documents. Text is tokenized without the tokenizer's prefix (GLM-4: [gMASK]<sop>),
-cut, and each sequence then begins with the prefix, as the model saw every sequence in training; token ids are
-taken as they are.
+A sequence never spans two documents. Text is tokenized without the tokenizer's prefix (GLM-4: [gMASK]<sop>), then
+cut. Each sequence then gets the prefix, as in the model's training. Token ids are not changed.
 """
 
 import json
@@ -20,7 +19,7 @@ import numpy as np
 from glm4_runtime.errors import TextError
 from glm4_runtime.tokenizer import Tokenizer
 
-# A few lines of our own, for where nobody gives a text. They mix what tokenizers treat differently.
+# Our own lines, for commands without a text. They mix kinds of text that tokenizers treat differently.
 LINES = (
     "The river had risen in the night, and by morning the lower fields lay under a sheet of grey water.",
     "In the beginning the workshop had two rooms: one for the tools, and one for whatever had to dry.",
@@ -29,8 +28,8 @@ LINES = (
     "A",
 )
 
-SHORTEST = 2  # of a shorter sequence no token can be predicted
-READ_CHARACTERS = 1 << 20  # of one document at a time; it is parted at the end of a line
+SHORTEST = 2  # a shorter sequence has no token to predict
+READ_CHARACTERS = 1 << 20  # characters of a document that are tokenized at a time; cut at the end of a line
 
 
 def read_sequences(
@@ -38,7 +37,7 @@ def read_sequences(
 ) -> list[list[int]]:
     """The first ``limit`` sequences of a file, each of at most ``length`` tokens.
 
-    Reads no more of the file than it needs. Of a document, only the last sequence is shorter than ``length``.
+    Reads only the needed part of the file. Only the last sequence of a document is shorter than ``length``.
 
     Args:
         tokenizer: needed for text; may be None for token ids.
@@ -67,18 +66,18 @@ def read_sequences(
 
 
 def cut_text(text: str, tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """The sequences of one document that is in memory."""
+    """The sequences of one document in memory."""
     return list(_cut_text(iter([text]), tokenizer, length))
 
 
 def random_sequences(vocab_size: int, length: int, count: int, seed: int = 20250414) -> list[list[int]]:
-    """Seeded ids, where there is neither text nor a tokenizer: they tell numeric errors, not quality."""
+    """Seeded random ids, without text or a tokenizer. They show numeric errors, not quality."""
     ids: list[list[int]] = np.random.default_rng(seed).integers(0, vocab_size, (count, length)).tolist()
     return ids
 
 
 def prefix_of(tokenizer: Tokenizer | None) -> list[int]:
-    """The ids that the tokenizer puts before every text."""
+    """The ids that the tokenizer adds before every text."""
     return [] if tokenizer is None else tokenizer.encode("")
 
 

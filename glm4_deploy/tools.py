@@ -1,4 +1,4 @@
-"""What an export needs installed, and the versions that shape its bundle."""
+"""The packages that an export needs, and the versions that determine its bundle."""
 
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -11,7 +11,7 @@ TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript")
 
 
 def tool_versions() -> dict[str, str]:
-    """Of our package and the tools that shape a bundle.
+    """Versions of our package, and of the tools that determine a bundle.
 
     Raises:
         ExportError: one of them is not installed.

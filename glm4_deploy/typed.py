@@ -1,4 +1,4 @@
-"""Messages as a person types them, or as a program pipes them: one after the other, None at the end."""
+"""Reads messages from a terminal or a pipe, one after the other; None at the end."""
 
 import re
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import click
 
-# A command is one word behind a slash. "/etc/hosts is ..." and " /new" are messages.
+# A command is a slash and one word. "/etc/hosts is ..." and " /new" are messages.
 _COMMAND = re.compile(r"/[A-Za-z?]+\s*")
 
 

@@ -12,26 +12,44 @@ from glm4_deploy.commands.numbers import numbers
 @click.command("bench")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--prefill", default="512,2048", show_default=True, metavar="N,...", help="Prompts of so many tokens."
+    "--prefill",
+    default="512,2048",
+    show_default=True,
+    metavar="N,...",
+    help="Lengths of the prompts, in tokens.",
 )
 @click.option(
-    "--batch", default="1,4,8", show_default=True, metavar="N,...", help="So many sequences decode together."
+    "--batch",
+    default="1,4,8",
+    show_default=True,
+    metavar="N,...",
+    help="Numbers of sequences that decode together.",
 )
 @click.option(
     "--context",
     type=click.IntRange(min=1),
     default=512,
     show_default=True,
-    help="Tokens of each before they do.",
+    help="Tokens in the cache of each sequence before it decodes.",
 )
 @click.option(
-    "--steps", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens of each then."
+    "--steps",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Tokens that each sequence decodes.",
 )
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="After one untimed.")
-@click.option("--threads", type=click.IntRange(min=1), help="All cores where absent.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Measured rounds, after one that is not counted.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Number of threads. Default: all cores.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def command(bundle: Path, prefill: str, batch: str, as_json: bool, **how: Any) -> None:
-    """Measure how fast BUNDLE loads, reads prompts and decodes here, and the memory it takes."""
+    """Measure BUNDLE on this machine: loading, prompts, decoding and memory."""
     folders.require_bundle(bundle)
     from glm4_deploy.bench import bench
 

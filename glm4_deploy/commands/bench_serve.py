@@ -16,29 +16,61 @@ CLIENTS = "1,2,4,8"
 
 @click.command("bench-serve")
 @click.argument("url")
-@click.option("--clients", metavar="N,...", help=f"Closed loops of so many clients.  [default: {CLIENTS}]")
 @click.option(
-    "--rate", metavar="R,...", help="Open loops of so many requests per second, instead of --clients."
+    "--clients",
+    metavar="N,...",
+    help=f"Numbers of clients; each sends its next request after the answer.  [default: {CLIENTS}]",
 )
-@click.option("--requests", type=click.IntRange(min=1), default=32, show_default=True, help="Of each load.")
-@click.option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Before each load.")
-@click.option("--prompt-words", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--rate", metavar="R,...", help="Requests per second that arrive at random, instead of --clients."
+)
+@click.option(
+    "--requests",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Measured requests per load.",
+)
+@click.option(
+    "--warmup",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="Unmeasured requests before each load.",
+)
+@click.option(
+    "--prompt-words", type=click.IntRange(min=1), default=128, show_default=True, help="Words of each prompt."
+)
 @click.option(
     "--shared-words",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="That all prompts begin with.",
+    help="First words that all prompts share; shows the prefix cache.",
 )
-@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option(
-    "--honour-eos", is_flag=True, help="Let answers end early; other servers may not know ignore_eos."
+    "--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens of each answer."
 )
-@click.option("--timeout", type=float, default=600.0, show_default=True, metavar="SECONDS")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), help="Write the figures here as JSON.")
-@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw them: .svg or .png.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.option(
+    "--honour-eos", is_flag=True, help="Let answers end early. For servers without the option ignore_eos."
+)
+@click.option(
+    "--timeout",
+    type=float,
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Maximum time of a request.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of prompts and arrival times.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the results to this file as JSON.")
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(path_type=Path),
+    help="Plot the results to this file: .svg or .png.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def command(
     url: str,
     clients: str | None,
@@ -51,10 +83,10 @@ def command(
 ) -> None:
     """Measure the server at URL under load; an API key is read from GLM4_API_KEY.
 
-    Each load is so many clients that ask one request after the other, or requests that arrive at a rate.
+    A load is a number of clients, or a rate of requests.
     """
     if clients is not None and rate is not None:
-        raise click.UsageError("--clients and --rate are two kinds of load; name one of them.")
+        raise click.UsageError("--clients and --rate exclude each other; leave one of them out.")
     try:
         from glm4_deploy.load import Load, measure, plot
     except ModuleNotFoundError as error:

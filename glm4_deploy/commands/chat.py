@@ -24,18 +24,35 @@ _THOUGHT, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 @click.command("chat")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--system", type=TEXT, metavar="TEXT", help="A system message in front.")
-@click.option("--max-tokens", type=int, metavar="N", help="The longest answer; as many as fit by default.")
-@click.option("--temperature", type=float, help="0 takes the best token each time.")
-@click.option("--top-p", type=float)
-@click.option("--top-k", type=int, help="0 is off.")
-@click.option("--min-p", type=float)
-@click.option("--repetition-penalty", type=float)
+@click.option("--system", type=TEXT, metavar="TEXT", help="System message.")
+@click.option(
+    "--max-tokens", type=int, metavar="N", help="Maximum tokens of an answer. Default: as many as fit."
+)
+@click.option(
+    "--temperature",
+    type=float,
+    help="0 always takes the most likely token. Default for all sampling options: the model's own.",
+)
+@click.option("--top-p", type=float, help="Sample from the most likely tokens with this total probability.")
+@click.option("--top-k", type=int, help="Sample from the K most likely tokens; 0 is off.")
+@click.option("--min-p", type=float, help="Exclude tokens below this share of the highest probability.")
+@click.option(
+    "--repetition-penalty", type=float, help="Above 1: makes tokens of the conversation less likely."
+)
 @click.option("--seed", type=int)
-@click.option("--hide-thoughts", is_flag=True, help="Show the answers only.")
-@click.option("--provider", metavar="NAME", help="An ONNX Runtime execution provider.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
-@click.option("--max-seq-len", type=int, metavar="N", help="A lower limit than the bundle's.")
+@click.option("--hide-thoughts", is_flag=True, help="Hide the thinking.")
+@click.option(
+    "--provider",
+    metavar="NAME",
+    help="ONNX Runtime execution provider. Default: the fastest that the bundle supports here.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Number of threads. Default: all cores.")
+@click.option(
+    "--max-seq-len",
+    type=int,
+    metavar="N",
+    help="Maximum tokens of the conversation, at most the bundle's limit.",
+)
 def command(
     bundle: Path,
     system: str | None,
@@ -47,7 +64,7 @@ def command(
 ) -> None:
     """Talk with BUNDLE in the terminal.
 
-    /new starts over, /help names the commands, /exit or Ctrl-D ends, Ctrl-C stops an answer.
+    Commands: /new starts a new conversation, /help lists the commands, /exit or Ctrl-D ends. Ctrl-C stops an answer.
     From a pipe, each line is a message.
     """
     folders.require_generator(bundle)

@@ -11,7 +11,7 @@ from glm4_deploy.doctor import examine
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(as_json: bool) -> None:
-    """Say what works on this machine, why the rest does not, and what would make it."""
+    """List what works on this machine, and how to make the rest work."""
     facts: dict[str, Any] = examine()
     if as_json:
         show.print_json(facts)

@@ -21,51 +21,53 @@ from glm4_runtime.bundle import Manifest
     type=click.Choice(list(TARGETS)),
     default=DEFAULT_TARGET,
     show_default=True,
-    help="What runs it: ort (ONNX Runtime's own operators), cpu (ONNX Runtime on a CPU, by our own kernels), native (standard operators only), "
-    "tensorrt-rtx (an engine, built without a GPU), tensorrt (an engine, built on a GPU).",
+    help="The runtime of the bundle. ort: ONNX Runtime, CPU or CUDA. cpu: ONNX Runtime on a CPU with our own, faster kernels. "
+    "native: any runtime of ONNX opset 24. tensorrt-rtx: TensorRT-RTX, exported without a GPU. "
+    "tensorrt: TensorRT, exported on the GPU.",
 )
 @click.option(
     "--precision",
     type=click.Choice(list(PRECISIONS)),
     default=DEFAULT_PRECISION,
     show_default=True,
-    help="Element type of weights, activations and cache; int8 and int4 are of stored weights, int8-sq and fp8 of inputs too.",
+    help="How weights are stored. int8 and int4: weights only. int8-sq and fp8: weights and the inputs of matrix products. "
+    "fp32, fp16, bf16: weights, activations and KV cache.",
 )
 @click.option(
     "--activations",
     type=click.Choice(list(ACTIVATIONS)),
-    help="Element type of activations and cache of a quantized bundle: fp32 unless told, fp16 for TensorRT.",
+    help="Type of activations and KV cache of a quantized bundle. Default: fp32, or fp16 for TensorRT.",
 )
 @click.option(
     "--kv-cache",
     type=click.Choice(KV_CACHES),
     default="auto",
     show_default=True,
-    help="Element type of the KV cache: the activations', or int8 for targets ort, cpu and tensorrt, calibrated per head and channel.",
+    help="Type of the KV cache. auto: as the activations. int8: 8 bits with a scale per head and channel, for targets ort, cpu and tensorrt.",
 )
 @click.option(
     "--calibration",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="Text like that which the model will see (.txt, .jsonl, .ids): int4 and an int8 cache are quantized by "
-    "what it shows; int8-sq and fp8 need it.",
+    help="A file of text similar to the model's later input (.txt, .jsonl, .ids). Makes int4 and an int8 cache more accurate. "
+    "Required for int8-sq and fp8.",
 )
 @click.option(
     "--recipe",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="Formats of single matrices, as validate --sensitivity writes them.",
+    help="A TOML file with formats of single matrices; validate --sensitivity writes one.",
 )
 @click.option(
     "--task",
     type=click.Choice(["causal-lm", "sequence-classification", "token-classification", "encoder"]),
-    help="What to export; the checkpoint's own task by default.",
+    help="The task of the model. Default: the task in config.json.",
 )
 @click.option(
     "--max-seq-len",
     type=int,
     metavar="N",
-    help="Most positions of a slot; the model's own by default (with YaRN, factor times the original ones).",
+    help="Maximum tokens of a sequence, prompt and answer together. Default: the model's maximum.",
 )
 @click.option(
     "--max-batch-size",
@@ -73,47 +75,49 @@ from glm4_runtime.bundle import Manifest
     metavar="N",
     default=DEFAULT_BATCH,
     show_default=True,
-    help="Most slots of a session.",
+    help="Maximum number of sequences at the same time.",
 )
 @click.option(
     "--sm",
     multiple=True,
     metavar="CC",
-    help="GPU that an engine is built for, as 89 for compute capability 8.9; repeat it for several.",
+    help="Compute capability to build the engine for: 89 means 8.9. Repeat the option for several.",
 )
 @click.option(
     "--engine-layout",
     type=click.Choice(LAYOUTS),
     default=EngineOptions.layout,
     show_default=True,
-    help="One engine for prefill and decode, or two, which store the weights twice.",
+    help="shared: one engine for prefill and decode. split: one engine each, which stores the weights twice.",
 )
 @click.option(
     "--attention",
     type=click.Choice(ATTENTIONS),
-    help="How a TensorRT engine attends; tensorrt by our plugin unless told, tensorrt-rtx by its own operators. "
-    "plugin-small is our plugin in less than 48 KiB of shared memory, should TensorRT grant no more.",
+    help="Attention of a TensorRT engine. plugin: our kernel, the default for tensorrt. plugin-small: our kernel with less than "
+    "48 KiB of shared memory. native: TensorRT's own, the default and only choice for tensorrt-rtx.",
 )
 @click.option(
     "--timing-cache",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="Kernel timings to reuse and extend; for target tensorrt.",
+    help="A file of kernel timings, read before and written after the build. For target tensorrt.",
+)
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit, if CHECKPOINT is a name on the hub.")
+@click.option(
+    "--keep-onnx", is_flag=True, help="Keep the ONNX graph and weights that the engine was built from."
 )
 @click.option(
-    "--revision", metavar="NAME", help="A branch, tag or commit, where CHECKPOINT is a name on the hub."
+    "--no-parity", is_flag=True, help="Do not compare the bundle with PyTorch. report.json then says so."
 )
-@click.option("--keep-onnx", is_flag=True, help="Keep the graph and weights an engine was built from.")
-@click.option("--no-parity", is_flag=True, help="Do not compare the bundle with PyTorch; the report says so.")
-@click.option("--force", is_flag=True, help="Replace the bundle if there is one.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option(
-    "--print-key", is_flag=True, help="Print the bundle's cache key, without reading weights, and stop."
+    "--print-key", is_flag=True, help="Print the cache key of the bundle and stop. Reads no weights."
 )
 @click.option(
     "--key",
     type=click.Choice(["quick", "content"]),
-    help="How --print-key knows weights outside a hub cache: by size and time of change, the default, or by "
-    "content, which reads them and finds a fresh download equal.",
+    help="How --print-key identifies weights outside a hub cache. quick: by size and time of change, the default. "
+    "content: by SHA-256, which reads them; a new download of the same files has the same key.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
@@ -140,9 +144,9 @@ def command(
     key: str | None,
     as_json: bool,
 ) -> None:
-    """Make a bundle from CHECKPOINT, and prove that it computes what PyTorch does.
+    """Make a bundle from CHECKPOINT, and prove that it computes the same as PyTorch.
 
-    CHECKPOINT is a folder, or a name on the hub, as THUDM/GLM-4-9B-0414.
+    CHECKPOINT is a folder, or a name on the hub such as THUDM/GLM-4-9B-0414.
     """
     engine = EngineOptions(sm, engine_layout, attention, timing_cache, keep_onnx)
     options = pipeline.ExportOptions(
@@ -160,7 +164,7 @@ def command(
     )
     folders.require_checkpoint(checkpoint)
     if key is not None and not print_key:
-        raise click.UsageError("--key is of the key that --print-key prints.")
+        raise click.UsageError("--key needs --print-key.")
     if print_key:
         click.echo(
             pipeline.cache_key(hub.local_folder(checkpoint, revision), options, by_content=key == "content")

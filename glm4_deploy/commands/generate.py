@@ -20,32 +20,52 @@ if TYPE_CHECKING:
 @click.command("generate")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompt", type=TEXT)
-@click.option("--chat", is_flag=True, help="Send the prompt as a user's message through the chat template.")
-@click.option("--system", type=TEXT, metavar="TEXT", help="A system message in front; needs --chat.")
-@click.option("--stream", is_flag=True, help="Print the text as it comes.")
-@click.option("--max-tokens", type=int, default=128, show_default=True, metavar="N")
-@click.option("--temperature", type=float, help="0 takes the best token each time.")
-@click.option("--top-p", type=float)
-@click.option("--top-k", type=int, help="0 is off.")
-@click.option("--min-p", type=float)
-@click.option("--repetition-penalty", type=float)
-@click.option("--frequency-penalty", type=float)
-@click.option("--presence-penalty", type=float)
+@click.option("--chat", is_flag=True, help="Send the prompt as a user's message, with the chat template.")
+@click.option("--system", type=TEXT, metavar="TEXT", help="System message. Needs --chat.")
+@click.option("--stream", is_flag=True, help="Print the text while it is generated.")
+@click.option(
+    "--max-tokens",
+    type=int,
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Maximum tokens of the output.",
+)
+@click.option(
+    "--temperature",
+    type=float,
+    help="0 always takes the most likely token. Default for all sampling options: the model's own.",
+)
+@click.option("--top-p", type=float, help="Sample from the most likely tokens with this total probability.")
+@click.option("--top-k", type=int, help="Sample from the K most likely tokens; 0 is off.")
+@click.option("--min-p", type=float, help="Exclude tokens below this share of the highest probability.")
+@click.option(
+    "--repetition-penalty", type=float, help="Above 1: makes tokens of the prompt and output less likely."
+)
+@click.option("--frequency-penalty", type=float, help="Subtracted per occurrence in the output.")
+@click.option("--presence-penalty", type=float, help="Subtracted once if the token is in the output.")
 @click.option("--seed", type=int)
 @click.option(
     "--stop",
     type=TEXT,
     multiple=True,
     metavar="TEXT",
-    help="End before this text; may be given several times.",
+    help="End before this text. Repeat the option for several.",
 )
-@click.option("--ignore-eos", is_flag=True, help="Go on past end-of-sequence tokens.")
+@click.option("--ignore-eos", is_flag=True, help="Continue after end-of-sequence tokens.")
 @click.option(
-    "--provider", metavar="NAME", help="An ONNX Runtime execution provider; chosen by the bundle by default."
+    "--provider",
+    metavar="NAME",
+    help="ONNX Runtime execution provider. Default: the fastest that the bundle supports here.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
-@click.option("--max-seq-len", type=int, metavar="N", help="A lower limit than the bundle's.")
-@click.option("--verify", is_flag=True, help="Hash large files whole, too.")
+@click.option("--threads", type=click.IntRange(min=1), help="Number of threads. Default: all cores.")
+@click.option(
+    "--max-seq-len",
+    type=int,
+    metavar="N",
+    help="Maximum tokens of prompt and output, at most the bundle's limit.",
+)
+@click.option("--verify", is_flag=True, help="Check the SHA-256 of large files completely.")
 @click.option("--json", "as_json", is_flag=True, help="Print text, ids, reason and timings as JSON.")
 def command(
     bundle: Path,

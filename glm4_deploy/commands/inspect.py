@@ -12,12 +12,12 @@ from glm4_runtime.errors import some
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--revision", metavar="NAME", help="A branch, tag or commit, where PATH is a name on the hub.")
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit, if PATH is a name on the hub.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(path: Path, revision: str | None, as_json: bool) -> None:
-    """Say what the checkpoint or bundle at PATH is; reads headers and manifests only.
+    """Describe the checkpoint or bundle at PATH. Reads headers and manifests only.
 
-    PATH is a folder, or a name on the hub, as THUDM/GLM-4-9B-0414.
+    PATH is a folder, or a name on the hub such as THUDM/GLM-4-9B-0414.
     """
     facts = _facts(path, revision)
     if as_json:

@@ -6,7 +6,7 @@ import click
 
 
 def numbers(option: str, text: str, kind: type) -> list[Any]:
-    """``"1,4,8"`` as numbers of that kind, each above 0."""
+    """Parse ``"1,4,8"`` as numbers of type ``kind``, each above 0."""
     try:
         values = [kind(part) for part in text.split(",")]
     except ValueError as error:

@@ -22,65 +22,107 @@ def _seconds(name: str, default: float, words: str) -> Callable[[Command], Comma
 @click.command("serve")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 for everywhere."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on. 0.0.0.0 accepts other machines.",
 )
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on. 0 chooses a free one.",
 )
 @click.option(
     "--api-key-file",
     type=click.Path(path_type=Path),
-    help="API keys, one a line. GLM4_API_KEYS in the environment adds more, separated by commas.",
+    help="File of API keys, one per line. The environment variable GLM4_API_KEYS adds more, separated by commas.",
 )
-@click.option("--allow-anonymous", is_flag=True, help="Listen beyond this machine without an API key.")
+@click.option("--allow-anonymous", is_flag=True, help="Accept other machines without an API key.")
 @click.option(
     "--served-name",
     type=TEXT,
     metavar="NAME",
-    help="The model's name in the API; the folder's name by default.",
+    help="Name of the model in the API. Default: the name of the folder.",
 )
-@click.option("--max-queue", type=click.IntRange(min=1), default=64, show_default=True, metavar="N")
-@click.option("--max-prompt-tokens", type=click.IntRange(min=1), metavar="N", help="The longest prompt.")
-@click.option("--max-choices", type=click.IntRange(min=1), default=16, show_default=True, metavar="N")
 @click.option(
-    "--max-body-bytes", type=click.IntRange(min=1), default=4 * 2**20, show_default=True, metavar="N"
+    "--max-queue",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Maximum number of replies that wait for a slot.",
 )
-@_seconds("request", 600.0, "Ends a request that takes longer.")
-@_seconds("header", 10.0, "Ends a connection whose request has not begun, or has half a header.")
-@_seconds("body", 30.0, "Ends a request whose body takes longer to arrive.")
-@_seconds("send", 60.0, "Ends a connection whose client does not read its answer.")
-@_seconds("idle", 5.0, "Ends a connection without another request; behind a proxy, longer than the proxy's.")
-@_seconds("drain", 30.0, "What running requests get after SIGTERM.")
+@click.option(
+    "--max-prompt-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Maximum tokens of a prompt. Default: the model's maximum.",
+)
+@click.option(
+    "--max-choices",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    metavar="N",
+    help="Maximum number of replies per request.",
+)
+@click.option(
+    "--max-body-bytes",
+    type=click.IntRange(min=1),
+    default=4 * 2**20,
+    show_default=True,
+    metavar="N",
+    help="Maximum size of a request's body.",
+)
+@_seconds("request", 600.0, "Maximum time of a request.")
+@_seconds("header", 10.0, "Maximum time for the header of a request.")
+@_seconds("body", 30.0, "Maximum time for the body of a request.")
+@_seconds("send", 60.0, "Maximum time that a client may leave its answer unread.")
+@_seconds("idle", 5.0, "Time before an idle connection is closed. Behind a proxy: longer than the proxy's.")
+@_seconds("drain", 30.0, "Time for running requests to finish after SIGTERM.")
 @click.option(
     "--allow-host",
     "allow_hosts",
     multiple=True,
     metavar="NAME",
-    help="Another name that this server may be called by, such as a proxy's; may be given several times.",
+    help="Further host name of this server, such as a proxy's. Repeat the option for several.",
 )
 @click.option(
     "--allow-origin",
     "allow_origins",
     multiple=True,
     metavar="ORIGIN",
-    help="An origin whose web pages may use this server, such as https://chat.example; may be given several times.",
+    help="Origin whose web pages may use this server, such as https://chat.example. Repeat the option for several.",
 )
 @click.option(
-    "--path-prefix", default="", metavar="PATH", help="Where a reverse proxy shows this server, as /llm."
+    "--path-prefix",
+    default="",
+    metavar="PATH",
+    help="Path of this server behind a reverse proxy, such as /llm.",
 )
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning"]),
     default="info",
     show_default=True,
-    help="debug also logs health probes.",
+    help="Lowest level in the log. debug includes health probes.",
 )
-@click.option("--log-prompts", is_flag=True, help="Write prompts and answers to the log, too.")
-@click.option("--provider", metavar="NAME", help="An ONNX Runtime execution provider.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads; all cores by default.")
-@click.option("--max-seq-len", type=int, metavar="N", help="A lower limit than the bundle's.")
-@click.option("--max-batch-size", type=int, metavar="N", help="Fewer slots than the bundle's.")
-@click.option("--verify", is_flag=True, help="Hash large files whole, too.")
+@click.option("--log-prompts", is_flag=True, help="Write prompts and answers to the log.")
+@click.option(
+    "--provider",
+    metavar="NAME",
+    help="ONNX Runtime execution provider. Default: the fastest that the bundle supports here.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Number of threads. Default: all cores.")
+@click.option(
+    "--max-seq-len", type=int, metavar="N", help="Maximum tokens of a sequence, at most the bundle's limit."
+)
+@click.option(
+    "--max-batch-size", type=int, metavar="N", help="Maximum number of sequences, at most the bundle's limit."
+)
+@click.option("--verify", is_flag=True, help="Check the SHA-256 of large files completely.")
 def command(
     bundle: Path,
     api_key_file: Path | None,
@@ -91,7 +133,7 @@ def command(
     verify: bool,
     **options: Any,
 ) -> None:
-    """Serve BUNDLE by OpenAI's API, with a chat page at /, until SIGTERM or Ctrl-C."""
+    """Serve BUNDLE with OpenAI's API, and with a chat page at /, until SIGTERM or Ctrl-C."""
     with interrupts.exiting():  # until requests are taken; then the server answers signals
         try:
             from glm4_runtime.server import ServerOptions, read_api_keys

@@ -1,4 +1,4 @@
-"""Text as an option's value, whatever the terminal's encoding."""
+"""Text as an option's value, in any encoding of the terminal."""
 
 import click
 
@@ -6,7 +6,7 @@ from glm4_deploy import streams
 
 
 class Text(click.ParamType):  # type: ignore[type-arg]
-    """An argument that is text and not the name of a file, decoded as the locale says or as UTF-8."""
+    """An argument that is text and no file name, decoded in the locale's encoding or as UTF-8."""
 
     name = "text"
 

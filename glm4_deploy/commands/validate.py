@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from glm4_deploy.validate.sensitivity import Sensitivity
     from glm4_deploy.validate.statistics import Estimate
 
-RANKED_TOKENS = 1024  # each is carried through the model once per matrix
-SHOWN = 5  # of the ranking; all of it is in --json and in the recipe
+RANKED_TOKENS = 1024  # each runs through the model once per matrix
+SHOWN = 5  # rows of the ranking to print; --json and the recipe have all
 
 
 @click.command("validate")
@@ -28,39 +28,41 @@ SHOWN = 5  # of the ranking; all of it is in --json and in the recipe
     required=True,
     type=click.Path(path_type=Path),
     metavar="CHECKPOINT",
-    help="The checkpoint it was made from: a folder, or a name on the hub.",
+    help="The checkpoint that BUNDLE was made from: a folder, or a name on the hub.",
 )
 @click.option(
-    "--revision", metavar="NAME", help="A branch, tag or commit, where the reference is a name on the hub."
+    "--revision", metavar="NAME", help="Branch, tag or commit, if the reference is a name on the hub."
 )
 @click.option(
     "--text",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="*.txt, *.jsonl or *.ids; a small corpus is bundled.",
+    help="Text to measure on: *.txt, *.jsonl or *.ids. Default: heldout.txt of the checkpoint, or a small built-in corpus.",
 )
 @click.option(
     "--against",
     type=click.Path(path_type=Path),
     metavar="BUNDLE2",
-    help="A second bundle of the same checkpoint.",
+    help="A second bundle of the same checkpoint, to compare as well.",
 )
-@click.option("--layers", is_flag=True, help="Look at every sub-block, and name the first that is wrong.")
+@click.option(
+    "--layers", is_flag=True, help="Compare every sub-block of every layer, and name the first that is wrong."
+)
 @click.option(
     "--gate",
     default="default",
     show_default=True,
     metavar="strict|default|loose|FILE.toml",
-    help="What it must measure to pass.",
+    help="The limits to pass.",
 )
-@click.option("--no-gate", is_flag=True, help="Measure, and judge nothing.")
+@click.option("--no-gate", is_flag=True, help="Measure without limits.")
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=2),
     default=4096,
     show_default=True,
     metavar="N",
-    help="Most tokens of text.",
+    help="Maximum tokens of text.",
 )
 @click.option(
     "--length",
@@ -68,38 +70,38 @@ SHOWN = 5  # of the ranking; all of it is in --json and in the recipe
     default=512,
     show_default=True,
     metavar="N",
-    help="Most tokens of one sequence.",
+    help="Maximum tokens of one sequence.",
 )
 @click.option("--no-greedy", is_flag=True, help="Do not compare generated texts.")
 @click.option(
     "--memory",
     type=click.FloatRange(min=0, min_open=True),
     metavar="GIB",
-    help="Memory that may be used; what is available by default.",
+    help="Memory to use at most. Default: the available memory.",
 )
 @click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Write a report with plots, one file that opens offline.",
+    help="Write an HTML report with plots, as one file without links.",
 )
 @click.option(
     "--junit",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Write the gate's checks as JUnit XML.",
+    help="Write the gate's checks as JUnit XML for CI.",
 )
 @click.option(
     "--sensitivity",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="RECIPE.toml",
-    help="Rank matrices by what quantizing each to int4 costs, and write a recipe for export --recipe.",
+    help="Rank the matrices by the loss from quantizing each to int4, and write a recipe for export --recipe.",
 )
 @click.option(
     "--bits",
     type=float,
     metavar="N",
-    help="Bits per weight that the recipe of --sensitivity keeps to, scales counted; 5 by default.",
+    help="Average bits per weight of the recipe of --sensitivity, scales included. Default: 5.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(
@@ -123,11 +125,11 @@ def command(
 ) -> None:
     """Measure how far BUNDLE is from its checkpoint, and fail with exit code 3 where a gate's limit is exceeded."""
     if no_gate and click.get_current_context().get_parameter_source("gate") is ParameterSource.COMMANDLINE:
-        raise click.UsageError("--gate judges and --no-gate does not; leave one of them out.")
+        raise click.UsageError("--gate and --no-gate exclude each other; leave one of them out.")
     if no_gate and junit is not None:
-        raise click.UsageError("--junit writes the gate's checks, and --no-gate leaves none.")
+        raise click.UsageError("--junit writes the gate's checks, so it does not go with --no-gate.")
     if bits is not None and sensitivity is None:
-        raise click.UsageError("--bits is of the recipe that --sensitivity writes.")
+        raise click.UsageError("--bits needs --sensitivity.")
     for path in (bundle, against):
         if path is not None:
             folders.require_bundle(path)
@@ -155,7 +157,7 @@ def command(
     with show.shown_progress() as progress:
         folder = hub.local_folder(reference, revision, progress)
         ranking = None
-        if sensitivity is not None:  # first, since it may refuse
+        if sensitivity is not None:  # first, because it may refuse
             from glm4_deploy.validate.sensitivity import save_recipe
 
             ranking = _rank(folder, text, length, max_tokens, bits, progress)
@@ -206,7 +208,7 @@ def _rank(
 
 
 def _html_writer() -> "Callable[[Report], str]":
-    """Found before the work: the plots need a package that may not be installed."""
+    """Imported before the work: the plots need a package that may not be installed."""
     try:
         from glm4_deploy.validate.html import html_page
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Validate: how much worse than its checkpoint is a bundle, where, and may it ship?"""
+"""Validate: how much accuracy a bundle loses, where, and whether it passes a gate."""
 
 from glm4_deploy.validate.report import Report
 from glm4_deploy.validate.run import ValidateOptions, validate

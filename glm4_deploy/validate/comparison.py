@@ -1,4 +1,4 @@
-"""One model's outputs held against another's, position by position, summed up at the end."""
+"""Compares two models' outputs position by position, and summarizes at the end."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Positions:
-    """What was measured at positions of one sequence; ``target`` is the token that follows, -1 at the end."""
+    """Measurements at positions of one sequence; ``target`` is the next token, -1 at the end."""
 
     sequence: int
     index: Integers
@@ -31,9 +31,9 @@ class Positions:
     kl: Vector
     expected_best: Integers
     actual_best: Integers
-    expected_probability: Vector  # that each gives to its own best token
+    expected_probability: Vector  # probability that each model gives to its own best token
     actual_probability: Vector
-    top5: Vector  # share of the five best that both have
+    top5: Vector  # share of common tokens among each model's five best
     tie: npt.NDArray[np.bool_]
 
 
@@ -43,7 +43,7 @@ def compare_positions(
     """Two models' logits [positions, vocabulary] at the same positions."""
     rows = np.arange(len(index))
     best = expected.argmax(-1), actual.argmax(-1)
-    logs = np.empty((2, len(index))), np.empty((2, len(index)))  # of the target, of the best token
+    logs = np.empty((2, len(index))), np.empty((2, len(index)))  # of the target and of the best token
     for at in range(0, len(index), ROWS):
         block = slice(at, at + ROWS)
         for side, logits in enumerate((expected, actual)):
@@ -72,7 +72,7 @@ def compare_positions(
 
 @dataclass(frozen=True)
 class Greedy:
-    """How long greedy texts of two models are the same, from the same prompts."""
+    """Number of equal tokens at the beginning of two models' greedy texts, from the same prompts."""
 
     tokens: int
     common: tuple[int, ...]  # per prompt
@@ -84,11 +84,11 @@ class Greedy:
 
 @dataclass
 class Comparison:
-    """``actual`` against ``expected``, both by name; grows with each part of the positions.
+    """The comparison of ``actual`` with ``expected``, both by name; filled part by part.
 
     Attributes:
-        precision: the row of a gate that ``actual`` is held to.
-        metrics: by the names that gates use; :meth:`summarize` fills it.
+        precision: the row of the gate that applies to ``actual``.
+        metrics: by the gates' names of metrics; filled by :meth:`summarize`.
     """
 
     expected: str
@@ -175,7 +175,7 @@ def _estimate(estimate: Estimate) -> Mapping[str, float | None]:
 
 
 def worst_positions(comparison: Comparison, count: int) -> list[tuple[Positions, int]]:
-    """The positions of the largest KL divergence, as parts and rows in them."""
+    """The positions with the largest KL divergence, as part and row."""
     rows = [
         (float(np.nan_to_num(one.kl[row], nan=np.inf)), one, row)
         for one in comparison.positions

@@ -1,4 +1,4 @@
-"""How far a sub-block's values are from the reference's."""
+"""Errors of a sub-block's values against the reference's."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ Values = Mapping[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class Error:
-    """How far values are from the reference's over all positions; ``worst`` is the position that is furthest.
+    """The error of values over all positions; ``worst`` is the error of the worst position.
 
     Relative errors are norms of the difference over norms of the reference.
     """
@@ -31,12 +31,12 @@ class Error:
 
 @dataclass(frozen=True)
 class BlockError:
-    """A sub-block's error: ``drift`` of the bundle's own run, ``local`` when it reads what the reference made."""
+    """A sub-block's errors: ``drift`` in the bundle's own run, ``local`` when it reads the reference's values."""
 
     layer: int | None  # None outside of the layers
     block: str
-    covers: tuple[str, ...]  # sub-blocks that this graph shows only together with this one
-    arithmetic: str  # the coarsest numbers it computes with, a key of ``bands.BANDS``
+    covers: tuple[str, ...]  # sub-blocks that this graph has only together with this one
+    arithmetic: str  # the coarsest number type it computes with, a key of ``bands.BANDS``
     drift: Error
     local: Error | None
 
@@ -47,7 +47,7 @@ class BlockError:
 
 
 def compare(wanted: Sequence[Values], found: Sequence[Values]) -> Error:
-    """Over all sequences and all values of a tap."""
+    """The error over all sequences and all values of a tap."""
     total = ErrorSum()
     for one, two in zip(wanted, found, strict=True):
         for name, array in one.items():
@@ -56,7 +56,7 @@ def compare(wanted: Sequence[Values], found: Sequence[Values]) -> Error:
 
 
 class ErrorSum:
-    """The error of values that come in parts, summed in float64."""
+    """Sums the error of values that arrive in parts, in float64."""
 
     def __init__(self) -> None:
         self._square = self._other = self._dot = self._difference = 0.0
@@ -76,7 +76,8 @@ class ErrorSum:
             self._positions.append(np.stack((difference, square)))
 
     def error(self) -> Error:
-        """A position that is nearly zero itself is held against a hundredth of the mean, not against itself."""
+        """The error so far. A position whose reference is nearly zero is compared with a hundredth of the mean
+        instead."""
         difference, square = np.concatenate(self._positions, axis=-1)
         floor = max(1e-4 * float(square.mean()), 1e-300)
         return Error(

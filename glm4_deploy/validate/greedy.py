@@ -1,4 +1,4 @@
-"""Greedy divergence: how long the texts of two models are the same."""
+"""Compares greedy texts: how many tokens of two models' texts are equal from the start."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ def add_greedy(
     available: int,
     progress: Progress,
 ) -> list[str]:
-    """Generate from the starts of the text's sequences with every side, and compare; notes on what could not be."""
+    """Generate with every model from the starts of the text's sequences, and compare; returns notes about failures."""
     room = min(one.manifest.limits.max_seq_len for one in bundles)
     tokens = min(TOKENS, room - 1)
     prompts = [list(ids[: min(PROMPT_TOKENS, room - tokens)]) for ids in text.sequences[:PROMPTS]]
@@ -40,7 +40,7 @@ def add_greedy(
             texts[name] = _bundle_texts(one, prompts, tokens)
         except UnavailableError as error:
             notes.append(f"Greedy texts of {one.folder} were not compared: {error}")
-        except RequestError as error:  # logits that are not finite: the prompts are the reference's own
+        except RequestError as error:  # logits that are not finite; the prompts are known to be valid
             texts[name] = [[] for _ in prompts]
             notes.append(f"{one.folder} could not generate a greedy text: {error}")
     texts["reference"], start = [], reference_start(checkpoint)

@@ -1,4 +1,4 @@
-"""The report as one page that opens offline: styles and plots are in it."""
+"""The report as one HTML page that includes styles and plots, so that it opens offline."""
 
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,12 +14,12 @@ from glm4_deploy.validate.report import Report
 from glm4_deploy.validate.statistics import Estimate
 
 TEMPLATE = "report.html.jinja"
-PLOTS = ("perplexity", "kl", "drift", "heat")  # in the template; a report has some of them
+PLOTS = ("perplexity", "kl", "drift", "heat")  # headings in the template; a report may lack some
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A number that is read first."""
+    """A main figure at the top of the page."""
 
     name: str
     value: str
@@ -114,7 +114,7 @@ def _interval(estimate: Estimate) -> str:
 
 
 def _token(text: str | None) -> str:
-    """A token's text with what cannot be seen made visible."""
+    """A token's text with visible white space and control characters."""
     if text is None:
         return "end of the text"
     return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "∅"

@@ -1,4 +1,4 @@
-"""The gate's checks as JUnit XML, which CI systems show as tests."""
+"""Writes the gate's checks as JUnit XML, which CI systems show as tests."""
 
 from typing import Any
 from xml.etree import ElementTree
@@ -7,9 +7,9 @@ from glm4_deploy.validate.report import Report
 
 
 def junit_xml(report: Report) -> str:
-    """One test case per check. What was not measured or not judged counts as skipped.
+    """One test case per check. A metric that was not measured or not judged counts as skipped.
 
-    A case's name is its metric alone, so that its history stays together when a limit changes.
+    A case's name is its metric only, so that its history continues when a limit changes.
     """
     skipped = sum(not (check.measured and check.judged) for check in report.checks)
     counts = {"tests": len(report.checks), "failures": len(report.failed), "errors": 0, "skipped": skipped}

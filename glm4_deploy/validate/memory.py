@@ -1,4 +1,4 @@
-"""How much memory a comparison takes at its peak, from shapes alone, so that it is refused before the work."""
+"""Estimates the peak memory of a comparison from shapes, to refuse it before the work."""
 
 import math
 from collections.abc import Sequence
@@ -9,21 +9,21 @@ from glm4_exporters.config import Glm4Config
 from glm4_exporters.pieces import HEAD_ROWS
 from glm4_runtime.errors import RequestError
 
-INTERPRETER = 520 << 20  # Python with torch, onnx and onnxruntime loaded, and what their allocators keep
-SCORES_COPIES = 4  # scores, masked, softmax and what becomes of them, in float32
+INTERPRETER = 520 << 20  # Python with torch, onnx and onnxruntime, and the memory that their allocators keep
+SCORES_COPIES = 4  # scores, masked scores, softmax and its copy, in float32
 MLP_COPIES = 6  # gate and up, their halves, silu, product
-# A weight's bytes per element while ONNX Runtime opens a graph of it: read, joined, widened and packed.
+# Bytes per element of a weight while ONNX Runtime opens its graph: read, joined, widened and packed.
 BYTES_PER_WEIGHT = 14
 HELD_VALUES = (
-    6  # hidden-sized values per position that a bundle's walk keeps, as many again of the reference's
+    6  # hidden-sized values per position that a bundle's walk keeps; the same number for the reference
 )
 LOGITS_COPIES = 3  # blocks of the head, joined, and their float64 parts
-LOGITS_BUDGET = 256 << 20  # of one copy of the logits at a time
+LOGITS_BUDGET = 256 << 20  # bytes of one copy of the logits at a time
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be compared: lengths of the sequences, number of bundles, and whether taps are looked at."""
+    """The size of a comparison: lengths of the sequences, number of bundles, and whether taps are compared."""
 
     lengths: Sequence[int]
     bundles: int
@@ -35,12 +35,12 @@ class Work:
 
 
 def chunk_of_positions(config: Glm4Config) -> int:
-    """Positions whose logits are in memory at a time."""
+    """Number of positions whose logits are in memory together."""
     return max(16, min(1024, LOGITS_BUDGET // (4 * config.vocab_size)))
 
 
 def estimate(config: Glm4Config, task: str, work: Work) -> dict[str, int]:
-    """Bytes by stage of the comparison; each includes what stays in memory throughout."""
+    """Bytes by stage of the comparison; each includes the memory that stays occupied throughout."""
     hidden, width = config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     sides = 1 + work.bundles
@@ -71,7 +71,7 @@ def estimate(config: Glm4Config, task: str, work: Work) -> dict[str, int]:
 
 
 def require_memory(config: Glm4Config, task: str, work: Work, available: int) -> int:
-    """The peak in bytes.
+    """Estimate the peak in bytes, and refuse it if it is too high.
 
     Raises:
         RequestError: it is more than ``available``; says what would fit.

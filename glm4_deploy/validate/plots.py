@@ -1,4 +1,4 @@
-"""The report's plots as SVG that stands in a page by itself: no scripts, no fonts of its own."""
+"""The report's plots as SVG inside the page, without scripts or fonts."""
 
 import io
 import math
@@ -23,7 +23,7 @@ INK, SOFT, GRID = "#1f2933", "#6b7785", "#e4e8ee"
 BLUE, ORANGE, RED, GREEN = "#2f6fde", "#d97706", "#c81e3a", "#1a8a5a"
 COLOURS = (BLUE, ORANGE, GREEN)
 CARD = "#fefefe"
-# The page's own names for these colours: it has others in the dark.
+# The page's CSS variables for these colours, which differ in dark mode.
 PAGE_COLOURS = {
     INK: "ink",
     SOFT: "soft",
@@ -55,8 +55,8 @@ STYLE: dict[str, Any] = {
     "ytick.minor.size": 0,
     "legend.frameon": False,
 }
-EXACT = 1e-8  # where errors of 0 stand on a logarithmic axis
-# A quarter of its band is quiet, the band's edge is amber, ten times it red.
+EXACT = 1e-8  # position of an error of 0 on a logarithmic axis
+# Colours: a quarter of the band is quiet, the band's edge amber, ten times the band red.
 HEAT = LinearSegmentedColormap.from_list("band", ["#eef5f1", "#cfe6da", "#f4d58a", "#e2894c", RED])
 
 
@@ -99,13 +99,13 @@ def perplexity_plot(report: Report) -> str:
 
 
 def kl_plot(comparisons: Sequence[Comparison]) -> str:
-    """How the KL divergence is spread over the positions."""
+    """Histogram of the KL divergence over the positions."""
     with _figure(4.9, 2.7) as (figure, axes, out):
         series = [np.maximum(np.nan_to_num(one.all_kl, nan=1e3, posinf=1e3), 1e-12) for one in comparisons]
         low, high = (
             min(np.quantile(x, 0.002) for x in series),
             max(x.max() for x in series),
-        )  # near 0 nothing is to be seen
+        )  # values near 0 are not visible
         edges = np.geomspace(low / 1.3, high * 1.3, 50).tolist()
         for comparison, values, colour in zip(comparisons, series, COLOURS, strict=False):
             label = f"{comparison.actual} ({comparison.precision})"
@@ -128,7 +128,7 @@ def kl_plot(comparisons: Sequence[Comparison]) -> str:
 
 
 def drift_plot(report: Report) -> str:
-    """Drift through the model, and each sub-block's own error under it."""
+    """Drift through the model, and below it each sub-block's own error."""
     blocks = report.blocks or []
     with _figure(9.6, 3.6) as (figure, axes, out):
         places = np.arange(len(blocks))
@@ -167,7 +167,7 @@ def drift_plot(report: Report) -> str:
 
 
 def heat_plot(report: Report) -> str:
-    """Every sub-block's own error as a share of its band: rows are sub-blocks, columns layers."""
+    """Heat map of every sub-block's own error as a share of its band; rows are sub-blocks, columns are layers."""
     blocks = [block for block in report.blocks or [] if block.local is not None and block.layer is not None]
     names = [tap.name for tap in TAPS if any(block.block == tap.name for block in blocks)]
     count = 1 + max(block.layer or 0 for block in blocks)
@@ -225,7 +225,7 @@ def _first(blocks: Sequence[BlockError], layer: int) -> str:
 
 
 def _height(error: float) -> float:
-    """Where an error stands on a logarithmic axis."""
+    """Position of an error on a logarithmic axis."""
     return max(error, EXACT) if math.isfinite(error) else 1e2
 
 
@@ -239,7 +239,7 @@ def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes, io.Stri
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         svg = text.getvalue()
-        svg = svg[svg.index("<svg") :]  # without the prologue, which stands for a file of its own
+        svg = svg[svg.index("<svg") :]  # without the XML prologue, which is for separate files
         for colour, name in PAGE_COLOURS.items():
             svg = svg.replace(colour, f"var(--{name})")
         out.write(re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL))

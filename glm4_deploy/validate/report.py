@@ -1,4 +1,4 @@
-"""What a validation found, as data: for JSON, for the terminal, for JUnit and for the HTML page."""
+"""The result of a validation as data, for JSON, the terminal, JUnit and the HTML page."""
 
 import math
 from collections.abc import Sequence
@@ -14,24 +14,24 @@ from glm4_deploy.validate.sensitivity import Sensitivity
 
 @dataclass(frozen=True)
 class Side:
-    """One of the models: the reference, the bundle, or the bundle that it is compared with besides."""
+    """One of the models: the reference, the bundle, or a second bundle."""
 
     name: str
     path: str
     what: str  # as "ort, int8"
-    arithmetic: str  # "as exported", or what was computed in instead
+    arithmetic: str  # "as exported", or the type used instead
 
 
 @dataclass(frozen=True)
 class WorstPosition:
-    """A position where the bundle is furthest from the reference, and the text there."""
+    """A position with one of the largest divergences, and the text there."""
 
     kl: float
     sequence: int
     index: int
     before: str
     follows: str | None  # what the text goes on with
-    expected: str  # the reference's best token, and how sure it is
+    expected: str  # the reference's best token, and its probability
     expected_probability: float
     actual: str
     actual_probability: float
@@ -42,10 +42,11 @@ class Report:
     """Everything that one run of validate measured.
 
     Attributes:
-        comparisons: the bundle with the reference first; with another bundle, that one with the reference,
-            and both with each other.
-        blocks: errors of all sub-blocks, None without ``--layers``.
-        unfit_text: the reference predicts the text worse than guessing would: quality is not judged by it.
+        comparisons: first the bundle with the reference. With a second bundle: also that one with the reference, and
+            both with each other.
+        blocks: errors of all sub-blocks; None without ``--layers``.
+        unfit_text: whether the reference predicts the text worse than guessing. Then quality is not judged by this
+            text.
         checks: of the gate, for the first comparison.
     """
 
@@ -85,7 +86,7 @@ class Report:
 
     @property
     def next_step(self) -> str | None:
-        """What to do about a verdict that is not good."""
+        """The advice for a verdict that is not good."""
         if self.verdict == "not judged":
             return "Validate again with --text FILE: text like that which the model was trained on."
         if self.verdict != "failed":
@@ -103,7 +104,7 @@ class Report:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON form; what is NaN or infinite is None there."""
+        """The JSON form; NaN and infinite numbers become None."""
         found = {
             "verdict": self.verdict,
             "next_step": self.next_step,
@@ -141,7 +142,7 @@ def _check(check: Check) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The same without numbers that JSON has not."""
+    """The same data without numbers that JSON does not have."""
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

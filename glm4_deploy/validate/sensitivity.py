@@ -1,4 +1,4 @@
-"""Which matrices lose most when they are quantized, measured, and the recipe that spares those."""
+"""Measures which matrices lose most when quantized, and makes a recipe that keeps those in more bits."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +13,16 @@ from glm4_runtime.errors import RequestError
 from glm4_runtime.progress import Progress, silent
 
 LOW, HIGH = "int4", "int8"
-EXTRA_BITS = 0.5  # above the low format's own, where nobody says how many
+EXTRA_BITS = 0.5  # default of the mean, in bits above the low format's own
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The ranking, the one that loses most per number first, and the recipe that follows from it.
+    """The ranking (largest loss per element first), and its recipe.
 
     Attributes:
-        mean_bits: per weight over all matrices, scales counted, that the recipe keeps to.
-        text, tokens: what it was measured on.
+        mean_bits: the recipe's limit of mean bits per weight, scales included.
+        text, tokens: the source and the size of the text.
     """
 
     losses: list[TensorLoss]
@@ -59,10 +59,10 @@ def rank_tensors(
     mean_bits: float | None = None,
     progress: Progress = silent,
 ) -> Sensitivity:
-    """Quantize each matrix alone, in one walk over the layers, and measure what the model then says.
+    """Quantize each matrix alone, in one walk over the layers, and measure the model's output.
 
     Args:
-        mean_bits: of the recipe; half a bit above int4's own where None.
+        mean_bits: of the recipe; default: half a bit above int4's own.
 
     Raises:
         ExportError: another task than causal-lm, or no room for the walk.
@@ -82,7 +82,7 @@ def rank_tensors(
 
 
 def save_recipe(path: Path, found: Sensitivity) -> None:
-    """Write what ``export --recipe`` reads."""
+    """Write the recipe for ``export --recipe``."""
     write_recipe(path, found.recipe, found.losses)
 
 

@@ -1,4 +1,4 @@
-"""Perplexity and what it may be: intervals from resampling blocks of tokens."""
+"""Perplexity, with intervals from resampling blocks of tokens."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 Vector = npt.NDArray[np.float64]
 
-BLOCK = 32  # consecutive tokens that are drawn together: neighbours' losses are alike
+BLOCK = 32  # consecutive tokens that are resampled together, because their losses are correlated
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 SEED = 20250414
@@ -17,7 +17,7 @@ SEED = 20250414
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its 95 % interval; without one where there are too few tokens to say."""
+    """A number and its 95 % interval; no interval if there are too few tokens."""
 
     value: float
     low: float | None
@@ -25,14 +25,14 @@ class Estimate:
 
 
 def perplexity(log_likelihoods: Sequence[Vector]) -> Estimate:
-    """exp of the mean loss, from the tokens' log-likelihoods, an array per sequence."""
+    """exp of the mean loss. Input: the tokens' log-likelihoods, one array per sequence."""
     return _exp_of_mean([-values for values in log_likelihoods])
 
 
 def perplexity_ratio(expected: Sequence[Vector], actual: Sequence[Vector]) -> Estimate:
     """Perplexity of ``actual`` over that of ``expected``, from the same tokens' log-likelihoods.
 
-    Paired: what is resampled are the differences, so that how hard the text is falls out (Koehn,
+    Paired: the differences are resampled, so that the difficulty of the text cancels (Koehn,
     "Statistical Significance Tests for Machine Translation Evaluation", 2004), in blocks, since the losses of
     neighbouring tokens depend on each other (Künsch, "The Jackknife and the Bootstrap for General Stationary
     Observations", 1989).
@@ -54,7 +54,7 @@ def _exp_of_mean(values: Sequence[Vector]) -> Estimate:
 
 
 def _exp(x: float) -> float:
-    """A loss beyond what a float holds is an infinite perplexity, not an error."""
+    """exp; infinite instead of an error if a float cannot hold the result."""
     return math.exp(x) if x < 700 else math.inf
 
 

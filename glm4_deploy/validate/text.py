@@ -1,4 +1,4 @@
-"""The text that a comparison reads: a user's, the bundled corpus, or random ids where there is no tokenizer."""
+"""Chooses the text of a comparison: the user's, the built-in corpus, or random ids without a tokenizer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from glm4_runtime.errors import TextError
 from glm4_runtime.tokenizer import TOKENIZER, Tokenizer
 
 CORPUS = "corpus.jsonl"
-OWN_TEXT = "heldout.txt"  # in the checkpoint's folder: text like that which the model was trained on
+OWN_TEXT = "heldout.txt"  # in the checkpoint's folder: text similar to the model's training data
 
 
 @dataclass(frozen=True)
 class Text:
-    """Sequences of token ids, and where they are from.
+    """Sequences of token ids, and their source.
 
     Attributes:
-        prefix: so many tokens at the start of each sequence are the tokenizer's, and not predicted.
-        is_text: False for token ids that were given or drawn: they tell numeric errors, whatever they mean.
+        prefix: number of tokens at the start of each sequence that the tokenizer added; they are not predicted.
+        is_text: False for given or random token ids, which show numeric errors only.
     """
 
     sequences: Sequence[Sequence[int]]
@@ -37,8 +37,8 @@ class Text:
 def choose_text(checkpoint: Checkpoint, path: Path | None, length: int, max_tokens: int) -> Text:
     """At most ``max_tokens`` tokens, in sequences of at most ``length``.
 
-    The text is the user's file, else ``heldout.txt`` in the checkpoint's folder, else the bundled corpus, else
-    random ids.
+    The first that exists of: the user's file, ``heldout.txt`` in the checkpoint's folder, the built-in corpus (with a
+    tokenizer), random ids.
 
     Raises:
         TextError: the file cannot be read as text or token ids of this model.
@@ -46,7 +46,7 @@ def choose_text(checkpoint: Checkpoint, path: Path | None, length: int, max_toke
     has_tokenizer = (checkpoint.folder / TOKENIZER).is_file()
     tokenizer = Tokenizer.from_folder(checkpoint.folder) if has_tokenizer else None
     vocab = checkpoint.config.vocab_size
-    # Documents end where they end: there are more sequences than full ones would be.
+    # Documents are shorter than full sequences, so more sequences are needed.
     limit = max_tokens // 2
     found: list[list[int]] = []
     own = checkpoint.folder / OWN_TEXT
@@ -58,7 +58,9 @@ def choose_text(checkpoint: Checkpoint, path: Path | None, length: int, max_toke
     elif tokenizer is not None:
         with as_file(files(__package__).joinpath(CORPUS)) as corpus:
             found = read_sequences(corpus, tokenizer, length, limit)
-        found = [ids for ids in found if max(ids) < vocab]  # a tokenizer may be wider than a cut-down model
+        found = [
+            ids for ids in found if max(ids) < vocab
+        ]  # a tokenizer may have more tokens than a reduced model
         source, is_text = "the bundled corpus", True
     if not found:
         found = random_sequences(vocab, length, -(-max_tokens // length))
@@ -86,10 +88,10 @@ def _first_tokens(sequences: Sequence[Sequence[int]], count: int) -> list[Sequen
 
 
 def hex_of_bytes(token: str) -> str:
-    """The bytes of a byte-level token, as ``<E4 BD>``; the token itself if it is not one.
+    """The bytes of a byte-level token, such as ``<E4 BD>``; other tokens unchanged.
 
-    Byte-level tokenizers write a byte that is a printable Latin-1 character as that character, and the others, in
-    order, as the characters from U+0100 on.
+    Byte-level tokenizers write a byte that is a printable Latin-1 character as this character. The other bytes
+    become, in order, the characters from U+0100 on.
     """
     kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in kept]

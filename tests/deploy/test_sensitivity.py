@@ -66,4 +66,4 @@ def test_bits_that_no_mixture_has_are_refused_before_the_work(bits):
 def test_bits_without_a_recipe_are_wrong_usage():
     result = CliRunner().invoke(cli, ["validate", "b", "--reference", str(DEMO), "--bits", "5"])
     assert result.exit_code == 2
-    assert "--bits is of the recipe" in result.output
+    assert "--bits needs --sensitivity" in result.output

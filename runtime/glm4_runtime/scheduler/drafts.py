@@ -12,7 +12,7 @@ import numpy.typing as npt
 Ids = npt.NDArray[np.int64]
 
 SHORTEST_MATCH = 2
-LONG_MATCH = 6  # longest match that is compared; a match of this length is much likelier to continue
+LONG_MATCH = 6  # maximum match length; a match of this length is much more likely to continue
 WIDTHS = (2, 4, 8, 16, 32)
 
 

@@ -1,4 +1,4 @@
-"""The routes, and what stands before them."""
+"""The routes and the middleware of the server."""
 
 import asyncio
 import base64
@@ -26,7 +26,7 @@ from glm4_runtime.server.guard import Guarded, Recorded
 from glm4_runtime.server.proxy import Prefixed, shared_with
 
 _PAGE = "page.html"
-# Seconds between two pieces of a body.
+# Maximum seconds between two pieces of a body.
 _LONGEST_SILENCE = 10.0
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorBody, "description": text}
@@ -45,7 +45,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(engine: Engine) -> FastAPI:
-    """The application around an engine, which it starts and closes."""
+    """The application for an engine; starts and closes the engine."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -78,7 +78,7 @@ def create_app(engine: Engine) -> FastAPI:
 
 
 def _middleware(engine: Engine, paths: list[str]) -> list[Middleware]:
-    """What a request passes before a route, the first first."""
+    """The middleware in the order in which a request passes it."""
     options = engine.options
     bodies = Bodies(options.max_body_bytes, options.body_timeout, min(options.body_timeout, _LONGEST_SILENCE))
     return [
@@ -169,9 +169,9 @@ async def _refused(_request: Request, error: Exception) -> Response:
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
-    """A body that is not JSON, or not what the route takes: what is wrong with it first."""
+    """The response to a body that is not JSON, or does not fit the route: its first error."""
     assert isinstance(error, RequestValidationError)
-    # of the ways in which a value fits none of several types, the one that got furthest says most
+    # a value may fit none of several types; the error at the deepest place is the most helpful
     first = max(error.errors(), key=lambda found: (len(found["loc"]), not found["type"].endswith("_type")))
     kind, place = first["type"], list(first["loc"][1:])
     if kind == "json_invalid":
@@ -186,7 +186,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
     return await _refused(request, ApiError(400, f"{where}{message}"[:500], param=path or None))
 
 
-# pydantic's words for what users run into most, in ours
+# our texts for pydantic's most frequent errors
 _SAID = {
     "missing": "it is required",
     "model_attributes_type": "it must be a JSON object",
@@ -200,7 +200,7 @@ def _not_json(request: Request, place: int | str, reason: str) -> str:
 
 
 def _no_object(request: Request, body: Any) -> str:
-    """Why nothing of a body was read: FastAPI hands bytes on as they are unless they are said to be JSON."""
+    """Why the body was not read: FastAPI parses a body only if its Content-Type is JSON."""
     if not body and not isinstance(body, list):
         return f"the body is empty; {_SEND}"
     if isinstance(body, bytes):
@@ -211,7 +211,7 @@ def _no_object(request: Request, body: Any) -> str:
 
 
 def _path(parts: Sequence[str | int], body: Any) -> str:
-    """Where in the body: of pydantic's path, which also names the types it tried, what is in the body."""
+    """The place in the body. pydantic's path also contains the types it tried; these are left out."""
     text = ""
     for part in parts:
         if isinstance(part, int):
@@ -235,7 +235,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _without_422(document: dict[str, Any]) -> dict[str, Any]:
-    """FastAPI documents its own status for a bad body; here that is a 400."""
+    """Remove status 422 from the document: this server answers 400 to a bad body."""
     for path in document["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
@@ -243,7 +243,7 @@ def _without_422(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content_security_policy(page: str) -> str:
-    """Nothing but the page's own script and style, and requests to this server."""
+    """Allow only the page's own script and style, and requests to this server."""
     allowed = {
         tag: " ".join(
             f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

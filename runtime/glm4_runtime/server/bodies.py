@@ -1,6 +1,7 @@
-"""The bodies of requests: read within limits of length, time and memory, and handed on in turn.
+"""Reads the bodies of requests within limits of length, time and memory, and passes them on one by one.
 
-A small body is always read, so that a small request never waits for large ones. Large bodies share one budget.
+A small body is always read, so that a small request never waits for large ones. Large bodies share one budget of
+bytes.
 """
 
 import asyncio
@@ -12,13 +13,13 @@ from starlette.types import Message, Receive
 from glm4_runtime.server.engine import ClientGoneError
 from glm4_runtime.server.errors import ApiError
 
-# uvicorn buffers as much of each connection anyway.
+# uvicorn buffers this much of each connection anyway.
 SMALL = 64 * 2**10
-# Bytes of all large bodies together.
+# Maximum bytes of all large bodies together.
 _BUDGET = 64 * 2**20
-# Where the budget is spent, a body that has been arriving for so long makes room for a new one.
+# If the budget is used up, a body that has been arriving for this many seconds gives way to a new one.
 _PATIENCE = 1.0
-# So many requests wait for room, each for so long.
+# Maximum number of requests that wait for room, and their maximum seconds.
 _MOST_WAITING, _LONGEST_WAIT = 64, 10.0
 _POLL = 0.05
 
@@ -46,16 +47,16 @@ class Bodies:
     def __init__(self, longest: int, timeout: float, silence: float, budget: int = _BUDGET) -> None:
         """
         Args:
-            longest: bytes of one body.
-            timeout: seconds for a whole body.
-            silence: seconds between two pieces of it.
-            budget: bytes of all large bodies; raised to four of the longest.
+            longest: maximum bytes of one body.
+            timeout: maximum seconds for a whole body.
+            silence: maximum seconds between two pieces of it.
+            budget: bytes of all large bodies; at least four times ``longest``.
         """
         self._longest, self._timeout, self._silence = longest, timeout, silence
         self._budget = max(budget, 4 * longest)
         self.held = 0
         self._waiting = 0
-        self._arriving: dict[_Share, float] = {}  # when each large body began, the oldest first
+        self._arriving: dict[_Share, float] = {}  # start time of each large body, oldest first
         self._turn = asyncio.Lock()
 
     @asynccontextmanager
@@ -63,7 +64,7 @@ class Bodies:
         """The body of one request; its bytes count until the end of the block.
 
         Args:
-            length: as the client declares it; None where the body comes in chunks.
+            length: as the client declares it; None if the body comes in chunks.
 
         Raises:
             ApiError: 408 too slow, 413 too long, 503 no room. ClientGoneError: the client left.
@@ -102,7 +103,7 @@ class Bodies:
         return bytes(body)
 
     async def _message(self, timeout: asyncio.Timeout, end: float, receive: Receive) -> Message:
-        """The next message, if it comes before ``end`` and within the time that a client may be silent."""
+        """The next message, if it arrives before ``end`` and within the allowed pause."""
         timeout.reschedule(min(end, asyncio.get_running_loop().time() + self._silence))
         message = await receive()
         timeout.reschedule(end)
@@ -134,17 +135,17 @@ class Bodies:
         self._arriving[share] = loop.time()
 
     def _end_the_slowest(self, before: float) -> None:
-        """End the body that has been arriving for longest, if it began before that time."""
+        """End the body that has been arriving for longest, if it began before ``before``."""
         oldest = next(iter(self._arriving), None)
         if oldest is not None and self._arriving[oldest] < before:
             del self._arriving[oldest]
             oldest.timeout.reschedule(asyncio.get_running_loop().time())
 
     async def _take_turn(self) -> None:
-        """Wait for one's turn to be parsed, which stops the event loop for as long as it takes.
+        """Wait for this body's turn to be parsed. Parsing blocks the event loop.
 
-        Between two large bodies the loop is left to others for as long as the one before took. The callback runs
-        once this task waits for the first time, when its body has been parsed.
+        Between two large bodies the loop is free for as long as the last parse took. The callback runs when this task
+        waits for the first time: then its body has been parsed.
         """
         await self._turn.acquire()
         loop = asyncio.get_running_loop()

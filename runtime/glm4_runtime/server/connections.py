@@ -1,7 +1,7 @@
-"""One client's connection, and all of them together: how many there may be, and how long each may take.
+"""Limits the number of connections, and the time of each.
 
-uvicorn ends a connection that is silent after an answer. The rest is here: a client that sends no request, half of
-one, or does not read its answer, and clients that are too many.
+uvicorn ends a connection that is silent after an answer. This file handles the other cases: a client that sends no
+request or half of one, a client that does not read its answer, and too many clients.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# A connection that was told to close may take so long to hand its last bytes over.
+# Maximum seconds for a closing connection to send its last bytes.
 _LINGER = 5.0
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -20,10 +20,10 @@ _FULL = (
 
 
 class Phase(Enum):
-    """What a connection is doing."""
+    """The phase of a connection."""
 
     IDLE = "idle"  # between two requests
-    HEADER = "header"  # a request is expected or its header has begun
+    HEADER = "header"  # waiting for a request, or its header has begun
     BODY = "body"
     ANSWER = "answer"
 
@@ -32,10 +32,11 @@ class Phase(Enum):
 class ConnectionLimits:
     """
     Attributes:
-        most: connections at one time; a new one then ends the one whose request has been unfinished for longest.
-        header: seconds until the header of a request is whole.
-        request: seconds from the header of a request to the end of its answer.
-        send: seconds for which a client may leave its answer unread.
+        most: maximum number of connections. A new one then ends the one whose request has been incomplete for
+            longest.
+        header: maximum seconds until the header of a request is complete.
+        request: maximum seconds from the header of a request to the end of its answer.
+        send: maximum seconds for which a client may leave its answer unread.
     """
 
     most: int
@@ -48,13 +49,13 @@ class Connections:
     """All open connections. Runs on the event loop only.
 
     Attributes:
-        ended: how many were ended, by reason: header, request, send, evicted, full.
+        ended: number of ended connections by reason: header, request, send, evicted, full.
     """
 
     def __init__(self, limits: ConnectionLimits) -> None:
         self._limits = limits
         self._open: dict[Connection, None] = {}
-        # those without a whole request, the longest waiting first
+        # connections without a complete request, the longest waiting first
         self._unfinished: dict[Connection, None] = {}
         self.ended = dict.fromkeys(("header", "request", "send", "evicted", "full"), 0)
 
@@ -62,11 +63,11 @@ class Connections:
         return len(self._open)
 
     def protocol(self, **options: Any) -> "Connection":
-        """A new connection, as uvicorn asks for one."""
+        """Create a connection; called by uvicorn."""
         return Connection(self, **options)
 
     def opened(self, connection: "Connection") -> bool:
-        """Take a new connection in; False where no other can make room for it."""
+        """Admit a new connection; False if there is no room and no other can be ended."""
         if len(self._open) >= self._limits.most:
             if not self._unfinished:
                 self.ended["full"] += 1
@@ -80,7 +81,7 @@ class Connections:
         self._unfinished.pop(connection, None)
 
     def changed(self, connection: "Connection") -> None:
-        """Note that a connection is in another phase."""
+        """Record a connection's new phase."""
         if connection.phase is Phase.ANSWER:
             self._unfinished.pop(connection, None)
         elif connection.phase is not Phase.BODY:
@@ -88,7 +89,7 @@ class Connections:
             self._unfinished[connection] = None
 
     def sweep(self) -> None:
-        """End the connections whose time is up."""
+        """End the connections that have exceeded a limit."""
         now = time.monotonic()
         for connection in list(self._open):
             reason = self._overdue(connection, now)
@@ -113,11 +114,11 @@ class Connections:
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, which says what it is doing.
+    """uvicorn's connection, with its phase.
 
     Attributes:
         phase: see :class:`Phase`.
-        since: ``time.monotonic()`` when the request that it is about began.
+        since: ``time.monotonic()`` at the start of the current request.
     """
 
     def __init__(self, connections: Connections, **options: Any) -> None:
@@ -139,7 +140,7 @@ class Connection(H11Protocol):
         """Seconds since the client last read enough of its answer."""
         return 0 if self._unread_since is None else now - self._unread_since
 
-    # What uvicorn and the transport call --------------------------------------------------------
+    # Called by uvicorn and the transport --------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -159,7 +160,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         self._enter(Phase.IDLE)
-        super().on_response_complete()  # which takes the next request, if it is here already
+        super().on_response_complete()  # which starts the next request, if it has arrived
         self._look()
 
     def pause_writing(self) -> None:
@@ -174,7 +175,7 @@ class Connection(H11Protocol):
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
             self._enter(Phase.BODY if cycle.more_body else Phase.ANSWER)
-        elif self.conn.trailing_data[0]:  # the next header came with this request, and is not whole
+        elif self.conn.trailing_data[0]:  # the next header arrived with this request, and is incomplete
             self._enter(Phase.HEADER)
 
     def _enter(self, phase: Phase) -> None:

@@ -1,4 +1,4 @@
-"""Messages of the API as messages of the checkpoint's own template, which differ from one to the next."""
+"""Turns messages of the API into messages for the checkpoint's template. Templates differ."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from glm4_runtime.template_traits import EarlierCall, TemplateMessage, traits_of
 
 
 class Conversation:
-    """A chat template, and what it does with each part of a conversation (``traits``)."""
+    """A chat template and its ``traits``: what it does with each part of a conversation."""
 
     def __init__(self, template: ChatTemplate, control_tokens: Collection[str] = ()) -> None:
         self._template, self._control_tokens = template, control_tokens
@@ -26,8 +26,8 @@ class Conversation:
         tools: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
     ) -> Prompt:
-        """The prompt. Raises :class:`RequestError` for what the template or its format cannot say, and for what
-        the template would drop."""
+        """Render the prompt. Raises :class:`RequestError` if the template or its format cannot express the messages,
+        or would drop a part."""
         self._require_tools(tools)
         history = list(self._history(messages))
         return self._template.prompt(
@@ -35,7 +35,7 @@ class Conversation:
         )
 
     def _require_tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
-        """The model must know each function: by its definition, or by the template's own text."""
+        """Check that the model can know each function: from its definition, or from the template's own text."""
         if not tools or self.traits.tools:
             return
         if self._own_text is None:
@@ -100,12 +100,12 @@ class Conversation:
 
 
 def definitions(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Tools as the model is shown them; ``strict`` is meant for the server."""
+    """The tools as the model sees them, without ``strict``, which is for the server."""
     return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
 
 
 def _results(messages: Sequence[Message], start: int, calls: Sequence[Call]) -> tuple[list[Message], int]:
-    """The results that follow a message with calls, in the order of the calls: the format has no ids."""
+    """The results after a message with calls, in the order of the calls, because the format has no ids."""
     expected = [call.id for call in calls]
     if len(set(expected)) < len(expected):
         raise RequestError(f"messages[{start - 1}].tool_calls has one id twice")
@@ -114,7 +114,9 @@ def _results(messages: Sequence[Message], start: int, calls: Sequence[Call]) -> 
     while position < len(messages) and messages[position].role in ("tool", "observation"):
         message = messages[position]
         key = message.tool_call_id
-        if key is None and len(found) < len(expected):  # GLM-4's own role: results in the order of the calls
+        if key is None and len(found) < len(
+            expected
+        ):  # GLM-4's own role; results are in the order of the calls
             key = expected[len(found)]
         if key not in expected or key in found:
             raise RequestError(

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them: a status, and {"error": {message, type, param, code}}."""
+"""Errors in OpenAI's form: a status, and {"error": {message, type, param, code}}."""
 
 import json
 import re
@@ -23,12 +23,12 @@ _KINDS = {
     504: ("timeout_error", "request_timeout"),
 }
 
-# As repr() writes a text, and as JSON does.
+# Quoted text, as repr() and as JSON write it.
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*(?:'|$)|"(?:[^"\\]|\\.)*(?:"|$)""")
 
 
 class ApiError(Glm4Error):
-    """A refusal with the status that it goes out with."""
+    """An error with its HTTP status."""
 
     def __init__(
         self,
@@ -40,14 +40,14 @@ class ApiError(Glm4Error):
         retry_after: float | None = None,
         foreign: bool = False,
     ) -> None:
-        """``foreign``: what follows the first colon of the message may be the words of a template or a grammar."""
+        """``foreign``: the text after the first colon may come from a template or a grammar."""
         super().__init__(message)
         self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
         self._foreign = foreign
 
     @property
     def without_quotes(self) -> str:
-        """The message without what it quotes of the request."""
+        """The message without quotes of the request."""
         text = str(self).partition(": ")[0] if self._foreign else str(self)
         return _QUOTED.sub("'...'", text)[:300]
 
@@ -64,7 +64,7 @@ class ApiError(Glm4Error):
 
 
 def api_error(error: Exception) -> ApiError:
-    """What a client is told of an error; of a defect of ours, nothing but that there was one."""
+    """The error that the client gets. A bug is reported without details."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):
@@ -79,7 +79,7 @@ def api_error(error: Exception) -> ApiError:
 
 
 class Json(Response):
-    """JSON as UTF-8. What cannot be encoded (half a surrogate pair out of a request) goes out escaped."""
+    """JSON as UTF-8. Text that UTF-8 cannot encode (half a surrogate pair from a request) is escaped."""
 
     media_type = "application/json"
 
@@ -88,7 +88,7 @@ class Json(Response):
 
     @classmethod
     def encoded(cls, content: bytes) -> "Json":
-        """A response of what is JSON already."""
+        """A response with content that is JSON already."""
         return _Encoded(content)
 
 

@@ -1,6 +1,6 @@
-"""What every request passes before a route sees it: a record, the server's name, a key, and a bounded body.
+"""Checks before a route: the log record, the host name, the API key, and a bounded body.
 
-Plain ASGI, so that streams and disconnects reach the routes as they are.
+Plain ASGI, so that streams and disconnects reach the routes unchanged.
 """
 
 import hashlib
@@ -18,15 +18,15 @@ from glm4_runtime.server.bodies import Bodies
 from glm4_runtime.server.engine import ClientGoneError, Engine
 from glm4_runtime.server.errors import ApiError, error_response
 
-# The page asks for the key itself, and whoever watches over the process has none.
+# The page asks the user for the key. Health probes have no key.
 _OPEN = frozenset({"/", "/health", "/health/live", "/health/ready"})
-# What is asked every few seconds by programs that watch over the server.
+# Paths that monitoring requests every few seconds.
 _PROBES = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 _PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Recorded:
-    """One line of the log and one count for each request; the last place that an error can reach."""
+    """Writes one log line and one count for each request, and catches all remaining errors."""
 
     def __init__(self, app: ASGIApp, engine: Engine, routes: Collection[str]) -> None:
         self._app, self._engine, self._routes = app, engine, frozenset(routes)
@@ -74,7 +74,7 @@ class Recorded:
 
 
 class Guarded:
-    """Turns away what calls this server by another name, has no key, or sends more than it may."""
+    """Refuses requests with a wrong host name, without a valid key, or with a body that is too large."""
 
     def __init__(
         self,
@@ -105,7 +105,8 @@ class Guarded:
             await error_response(error)(scope, receive, send)
 
     def _require_host(self, headers: Headers) -> None:
-        """A web page elsewhere can have its own name point to this machine: then the browser sends that name."""
+        """Check the host name. A foreign web page can let its own name point to this machine; the browser then sends
+        that name."""
         if self._host_names is None:
             return
         name = re.sub(r":\d*$", "", headers.get("host", "").lower())
@@ -117,8 +118,8 @@ class Guarded:
         if not self._digests:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip().encode("latin-1"))  # a header is bytes, shown one by one
-        # every key is compared, each in constant time: how long it takes says nothing about them
+        given = _digest(key.strip().encode("latin-1"))  # a header is bytes; shown one by one
+        # compare every key, each in constant time, so that the time reveals nothing
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         if scheme.lower() != "bearer" or not any(matches):
             raise ApiError(401, "a valid API key is needed: send it as 'Authorization: Bearer KEY'")
@@ -134,7 +135,7 @@ def _digest(key: bytes) -> bytes:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """The body in one piece, then whatever comes after it: the disconnect."""
+    """The body in one message, then the messages after it (the disconnect)."""
     sent = False
 
     async def replay() -> Message:

@@ -1,4 +1,4 @@
-"""Threads for work that would stop the event loop. Work that may take long has threads of its own, as have templates."""
+"""Threads for work that would block the event loop. Slow work and templates have threads of their own."""
 
 import asyncio
 import contextvars
@@ -8,22 +8,22 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# What belongs to a body of more bytes may take long: to render, to encode, to compile.
+# Rendering, encoding and compiling may be slow for bodies above this size, in bytes.
 _LARGE = 64 * 2**10
 _QUICK_THREADS, _SLOW_THREADS = 4, 2
-# They only wait for the worker processes that render.
+# These threads only wait for the worker processes that render.
 _TEMPLATE_THREADS = 4
 
 _body_bytes: contextvars.ContextVar[int] = contextvars.ContextVar("glm4_body_bytes", default=0)
 
 
 def note_body(count: int) -> None:
-    """Remember the length of the body of the request that is being answered."""
+    """Record the length of the current request's body."""
     _body_bytes.set(count)
 
 
 class Lanes:
-    """Pools of threads: what is known to be quick never waits for what may be slow, nor for a chat template."""
+    """Pools of threads. Quick work never waits for slow work or for a chat template."""
 
     def __init__(self) -> None:
         self._quick = ThreadPoolExecutor(_QUICK_THREADS, "glm4-quick")
@@ -31,7 +31,7 @@ class Lanes:
         self._templates = ThreadPoolExecutor(_TEMPLATE_THREADS, "glm4-templates")
 
     async def run(self, work: Callable[[], T], slow: bool = False) -> T:
-        """Run ``work`` on a thread. The work of a request with a large body is slow in any case."""
+        """Run ``work`` on a thread. Work for a request with a large body always counts as slow."""
         return await _run(self._slow if slow or _body_bytes.get() > _LARGE else self._quick, work)
 
     async def render(self, work: Callable[[], T]) -> T:
@@ -39,7 +39,7 @@ class Lanes:
         return await _run(self._templates, work)
 
     def close(self) -> None:
-        """Drop what waits; what runs goes on to its end."""
+        """Drop waiting work; running work finishes."""
         for lane in (self._quick, self._slow, self._templates):
             lane.shutdown(wait=False, cancel_futures=True)
 

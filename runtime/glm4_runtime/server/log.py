@@ -1,6 +1,6 @@
-"""One JSON object a line on stderr: every request, and every defect with its traceback.
+"""The log: one JSON object per line on stderr, for every request, and for every bug with its traceback.
 
-What was asked and answered is left out unless the server was told to keep it, also where an error quotes it.
+Prompts and answers are left out, also from quotes in errors, unless an option enables them.
 """
 
 import contextvars
@@ -29,14 +29,14 @@ _record: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
 
 
 def begin(request_id: str) -> dict[str, Any]:
-    """The record of a new request; :func:`record` finds it from whatever runs for it."""
+    """Start the record of a new request. :func:`record` finds it in all code that runs for this request."""
     fields: dict[str, Any] = {"id": request_id}
     _record.set(fields)
     return fields
 
 
 def record() -> dict[str, Any]:
-    """The record of the request that is being answered, to be added to."""
+    """The record of the current request; callers add to it."""
     fields = _record.get()
     return {} if fields is None else fields
 
@@ -44,8 +44,8 @@ def record() -> dict[str, Any]:
 def configure(level: str, words: bool) -> None:
     """
     Args:
-        level: the least important lines that are written: debug, info or warning.
-        words: whether errors are written as the client sees them, who may be quoted in them.
+        level: the lowest level that is written: debug, info or warning.
+        words: whether to write errors as the client sees them, which may quote the client.
     """
     _settings.level, _settings.words = _LEVELS[level.upper()], words
 
@@ -59,7 +59,7 @@ def write(event: str, level: str = "info", **fields: Any) -> None:
 
 
 def refusal(told: ApiError, error: BaseException) -> None:
-    """Why a request was not served."""
+    """Record why a request was refused."""
     fields = record()
     fields["error"] = str(told) if _settings.words else told.without_quotes
     if told.param is not None:
@@ -69,13 +69,13 @@ def refusal(told: ApiError, error: BaseException) -> None:
 
 
 def defect(error: BaseException) -> None:
-    """An error that is ours, for whoever runs the server; the client is told nothing of it."""
+    """Log a bug with its traceback. The client gets no details."""
     text = "".join(traceback.format_exception(error))
     write("defect", "error", id=record().get("id"), error=f"{type(error).__name__}: {error}", traceback=text)
 
 
 class Handler(logging.Handler):
-    """What libraries and the scheduler log, in the same form."""
+    """Writes the log of libraries and of the scheduler in the same form."""
 
     def emit(self, record: logging.LogRecord) -> None:
         fields = {"logger": record.name, "message": record.getMessage()}

@@ -1,7 +1,7 @@
-"""The messages of a conversation, and the tools that are offered in it, as clients send them.
+"""The messages and tools of a conversation, as clients send them.
 
-What is sent back (messages, calls, parts) may hold what the clients' libraries added: see :class:`Echoed`. Lists stop at
-their first wrong member: a body of a million wrong ones would be as many errors.
+Messages, calls and parts that clients send back may contain fields that their libraries added: see :class:`Echoed`.
+Validation of a list stops at its first error; a body could contain a million.
 """
 
 import json
@@ -14,12 +14,12 @@ from glm4_runtime.server.strict import MOST_PARTS, Body, FunctionName, Text, Uns
 
 
 class Echoed(Body):
-    """A part of an earlier answer as the client sends it back. What its libraries added is left out."""
+    """A part of an earlier answer that the client sends back. Fields that its libraries added are dropped."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-# Parts of an assistant's message that are no part of its answer, and where others have their text.
+# Types of parts that are thinking and not the answer; and types of parts with text, with the key of the text.
 _THOUGHTS = ("thinking", "reasoning", "redacted_thinking")
 _TEXT_OF = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
@@ -56,7 +56,7 @@ class CalledFunction(Echoed):
     @field_validator("arguments", mode="before")
     @classmethod
     def _write_out(cls, arguments: Any) -> Any:
-        """Some clients send the arguments parsed, and none as nothing."""
+        """Arguments as text. Some clients send them parsed, or null for none."""
         if isinstance(arguments, dict):
             return json.dumps(arguments, ensure_ascii=False)
         return "{}" if isinstance(arguments, str) and not arguments.strip() else arguments
@@ -68,7 +68,7 @@ class Call(Echoed):
     function: CalledFunction
 
 
-# Of messages, what tells of a message and is no part of it. Clients and their frameworks add such fields.
+# Fields that describe a message and are not part of it. Clients and frameworks add them.
 _ABOUT_A_MESSAGE = frozenset(
     (
         "additional_kwargs",
@@ -98,10 +98,10 @@ _ABOUT_A_MESSAGE = frozenset(
 class Message(Body):
     """One turn. ``observation`` is GLM-4's own name for ``tool``.
 
-    An assistant's message is an earlier answer: whatever else it holds is left out, thoughts among it.
+    An assistant's message is an earlier answer. Its other fields are dropped, the thinking too.
     """
 
-    # these would change what the model sees
+    # these would change the prompt
     UNSUPPORTED: ClassVar[Unsupported] = {
         "audio": (),
         "files": ([],),

@@ -1,4 +1,4 @@
-"""What Prometheus reads: what the server measured itself, and the scheduler's counters at that moment."""
+"""Metrics for Prometheus: the server's own measurements, and the scheduler's current counters."""
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ _INTER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _REQUEST = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _MASK = (0.00001, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05)
 
-# field of SchedulerStats -> metric, its kind, what it is
+# field of SchedulerStats -> metric, kind, description
 _SCHEDULER = (
     ("queued", "glm4_queued_requests", GaugeMetricFamily, "Requests that wait for a slot."),
     ("active", "glm4_active_slots", GaugeMetricFamily, "Slots that hold a running request."),
@@ -53,7 +53,7 @@ class Metrics:
         return Histogram(f"glm4_{name}_seconds", text, buckets=buckets, registry=self._registry)
 
     def watch(self, connections: "Connections") -> None:
-        """Report these connections, too."""
+        """Report these connections as well."""
         self._registry.register(_ConnectionCollector(connections))
 
     def render(self) -> bytes:

@@ -1,4 +1,4 @@
-"""How a server is set up: who may use it, how much of it, and for how long."""
+"""The options of a server: access, limits and timeouts."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from glm4_runtime.errors import RequestError
 
 KEYS_VARIABLE = "GLM4_API_KEYS"
 
-# Names under which a browser reaches this machine itself; another one may be a page's attempt at rebinding.
+# Names by which a browser reaches this machine itself. Another name may be a DNS rebinding attack.
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 LOG_LEVELS = ("debug", "info", "warning")
@@ -32,25 +32,25 @@ class ServerOptions:
     """
     Attributes:
         host, port: where to listen; port 0 takes any free one.
-        api_keys: any of them opens every route but ``/health`` and the page; empty asks for none.
-        allow_anonymous: whether to listen beyond this machine without a key.
-        served_name: the model's name in the API; the bundle's folder name where None.
+        api_keys: each allows all routes. Empty: no key is needed. ``/health`` and the page never need one.
+        allow_anonymous: whether to accept other machines without a key.
+        served_name: the model's name in the API; by default the bundle's folder name.
         max_body_bytes: the longest request body.
-        max_prompt_tokens: the longest prompt; the session's limit where None.
-        max_choices: the most replies of one request, over all its prompts.
-        max_queue: how many requests may wait for a slot before others are turned away.
-        request_timeout: seconds from arrival until a request is ended.
-        header_timeout: seconds that a client may take to send the header of a request.
-        body_timeout: seconds that a client may take to send its body.
+        max_prompt_tokens: maximum tokens of a prompt; by default the session's limit.
+        max_choices: maximum number of replies of one request, over all its prompts.
+        max_queue: maximum number of requests that wait for a slot.
+        request_timeout: maximum seconds of a request.
+        header_timeout: maximum seconds for the header of a request.
+        body_timeout: maximum seconds for its body.
         send_timeout: seconds for which a client may leave its answer unread.
         idle_timeout: seconds for which a connection is kept after an answer.
         drain_timeout: seconds that running requests get to finish after SIGTERM.
-        allow_hosts: names that this server may be called by, besides those of this machine. Where it listens beyond
-            this machine and none is given, any name.
-        allow_origins: origins whose web pages may use this server from a browser, as ``https://name``.
-        path_prefix: the path under which a reverse proxy shows this server, as ``/llm``; empty for none.
-        log_level: the least important lines that the log has: debug, info or warning.
-        log_prompts: whether the log holds what was asked and answered.
+        allow_hosts: further host names of this server. If it listens beyond this machine and none is given, any name
+            is accepted.
+        allow_origins: origins whose web pages may use this server, such as ``https://name``.
+        path_prefix: the path of this server behind a reverse proxy, such as ``/llm``; empty for none.
+        log_level: the lowest level in the log: debug, info or warning.
+        log_prompts: whether the log contains prompts and answers.
     """
 
     host: str = "127.0.0.1"
@@ -102,7 +102,7 @@ class ServerOptions:
 
     @property
     def host_names(self) -> frozenset[str] | None:
-        """The names a request may call this server by; None for any."""
+        """The accepted host names; None for any."""
         if not self.is_local and not self.allow_hosts:
             return None
         return frozenset(LOOPBACK) | {name.lower() for name in self.allow_hosts}
@@ -116,7 +116,7 @@ def _require_prefix(prefix: str) -> None:
 
 
 def _require_origin(origin: str) -> None:
-    """``*`` is no origin: it would let every page that a user opens work with this server."""
+    """Refuse ``*``: it would let every web page that a user opens use this server."""
     if not re.fullmatch(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d+)?", origin):
         raise RequestError(
             f"{origin[:100]!r} is no origin; write each as a browser sends it, such as https://chat.example or "

@@ -76,7 +76,7 @@ def _token(engine: Engine, token: int, logits: Logits) -> dict[str, Any]:
 
 
 def _scored(engine: Engine, logits: Logits) -> dict[str, Any]:
-    """The likeliest label, and every label's probability."""
+    """The most likely label, and every label's probability."""
     weights = np.exp(logits.astype(np.float64) - float(logits.max()))
     shares = (weights / weights.sum()).tolist()
     labels = engine.session.manifest.model.labels or tuple(f"LABEL_{index}" for index in range(len(shares)))

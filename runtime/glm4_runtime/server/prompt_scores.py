@@ -16,11 +16,11 @@ Entry = dict[str, Any]
 def prompt_entries(
     engine: Engine, ids: Sequence[int], given: str | Sequence[int], scores: PromptScores, top: int
 ) -> list[Entry]:
-    """One entry for each token of a prompt, as those of generated tokens; the first has no log-probability.
+    """One entry per prompt token, in the form of generated tokens. The first has no log-probability.
 
     Args:
-        given: the prompt as the client sent it. Tokens that the tokenizer put before a text have no width in it.
-        top: so many of the likeliest tokens are listed.
+        given: the prompt as the client sent it. Tokens that the tokenizer added before a text have width 0.
+        top: how many of the likeliest tokens to list.
     """
     name = engine.require_grammars().token_bytes
     added = _added(engine, ids, given)
@@ -40,7 +40,8 @@ def prompt_entries(
 def prompt_logprobs(
     engine: Engine, ids: Sequence[int], scores: PromptScores, top: int
 ) -> list[dict[str, Any] | None]:
-    """By token id: the likeliest tokens at each place and the prompt's own, with rank and text. None for the first."""
+    """At each position, by token id: the likeliest tokens and the prompt's own, with rank and text. None for the
+    first."""
     name = engine.require_grammars().token_bytes
 
     def described(token: int, value: float, rank: int) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def _entry(data: bytes, logprob: float | None) -> Entry:
 
 
 def _added(engine: Engine, ids: Sequence[int], given: str | Sequence[int]) -> int:
-    """How many tokens the tokenizer put before the text."""
+    """Number of tokens that the tokenizer added before the text."""
     if not isinstance(given, str):
         return 0
     prefix = engine.tokenizer.encode("")

@@ -1,4 +1,4 @@
-"""For a server that a reverse proxy shows under a path, and for web pages of other origins."""
+"""Support for a path prefix of a reverse proxy, and for web pages of other origins (CORS)."""
 
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -7,14 +7,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class Prefixed:
-    """Takes requests with and without a path prefix: some proxies hand it on, others strip it."""
+    """Accepts requests with and without a path prefix: some proxies pass the prefix on, others remove it."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
         self._app, self._prefix = app, prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
-        if path == self._prefix:  # the page names its routes relative to its own address
+        if path == self._prefix:  # the page uses routes relative to its own address
             await RedirectResponse(f"{self._prefix}/")(scope, receive, send)
             return
         if path.startswith(f"{self._prefix}/"):
@@ -28,7 +28,7 @@ class Prefixed:
 
 
 def shared_with(origins: tuple[str, ...]) -> list[Middleware]:
-    """What lets the pages of these origins use this server; nothing where there is none."""
+    """The middleware that allows pages of these origins; empty if there are none."""
     if not origins:
         return []
     return [
@@ -36,8 +36,8 @@ def shared_with(origins: tuple[str, ...]) -> list[Middleware]:
             CORSMiddleware,
             allow_origins=origins,
             allow_methods=("GET", "POST"),
-            allow_headers=("*",),  # clients send figures about themselves in headers of their own
+            allow_headers=("*",),  # clients send data about themselves in their own headers
             expose_headers=("x-request-id", "retry-after"),
-            allow_private_network=True,  # a public page may then use a server on its user's machine
+            allow_private_network=True,  # allows a public page to use a server on the user's machine
         )
     ]

@@ -1,4 +1,4 @@
-"""One sequence's tokens as what a client of the chat API sees: thought, answer, calls, log-probabilities."""
+"""Turns one sequence's tokens into a chat reply: thinking, answer, calls, log-probabilities."""
 
 import secrets
 from collections.abc import Callable, Collection, Iterable
@@ -14,10 +14,10 @@ TokenBytes = Callable[[int], bytes]
 
 
 class Calls:
-    """The calls of a reply so far, in OpenAI's form.
+    """The calls of a reply so far, in OpenAI's format.
 
     Attributes:
-        closed: how many of them have ended.
+        closed: number of calls that have ended.
     """
 
     def __init__(self) -> None:
@@ -45,12 +45,12 @@ class Calls:
 
 
 class Reply:
-    """Takes the tokens of one sequence; gives the deltas of a stream, and holds the whole message.
+    """Takes the tokens of one sequence; returns the deltas of a stream, and keeps the whole message.
 
     Attributes:
         finish_reason: None until the reply has ended.
-        tokens, thought_tokens: how many were generated, and how many of them within a thought.
-        logprobs: one entry per token but the end-of-sequence token, where ``top`` is not None.
+        tokens, thought_tokens: number of generated tokens, and of those inside the thinking.
+        logprobs: if ``top`` is not None: one entry per token, except the end-of-sequence token.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class Reply:
         token_bytes: TokenBytes | None = None,
     ) -> None:
         """
-        functions: names whose calls are looked for; ``calls_anywhere`` as for :class:`CallParser`.
-        max_calls: the reply ends after so many.
-        turn_token: ``<|assistant|>``, at which the model begins another turn of its own.
+        functions: names of functions that may be called; ``calls_anywhere`` as for :class:`CallParser`.
+        max_calls: the reply ends after this number of calls.
+        turn_token: ``<|assistant|>``, with which the model begins another turn of its own.
         ends: end-of-sequence tokens.
-        token_bytes: given where log-probabilities were asked for.
+        token_bytes: given if log-probabilities were requested.
         """
         self._thoughts = ThoughtSplitter(inside_thought)
         self._parser = CallParser(functions, calls_anywhere) if functions else None
@@ -83,7 +83,7 @@ class Reply:
         self.finish_reason: str | None = None
 
     def push(self, event: Generated) -> list[Delta]:
-        """What this token adds: deltas with ``reasoning_content``, ``content`` or ``tool_calls``."""
+        """The deltas of this token, with ``reasoning_content``, ``content`` or ``tool_calls``."""
         token = event.token
         self.tokens += 1
         self.thought_tokens += self._thoughts.thinking
@@ -135,7 +135,7 @@ class Reply:
             self._reasoning.add(thought)
             deltas.append({"reasoning_content": thought})
         for event in events:
-            if self._full:  # one token may hold the end of a call and the beginning of what is not wanted
+            if self._full:  # one token may contain the end of a call and the beginning of unwanted text
                 break
             if isinstance(event, Content):
                 self._content.add(event.text)
@@ -155,7 +155,7 @@ def token_logprobs(event: Generated, token_bytes: TokenBytes) -> dict[str, Any]:
     return entry | {"top_logprobs": [_token_logprob(token, value, token_bytes) for token, value in event.top]}
 
 
-# OpenAI's own stand-in for a probability of zero, which JSON has no number for.
+# OpenAI's number for a probability of zero, because JSON has no -infinity.
 _LOWEST = -9999.0
 
 

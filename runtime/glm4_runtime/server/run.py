@@ -1,4 +1,4 @@
-"""A bundle behind HTTP until a signal ends it."""
+"""Runs the HTTP server for a bundle until a signal."""
 
 import contextlib
 import errno
@@ -25,16 +25,16 @@ from glm4_runtime.server.engine import Engine
 from glm4_runtime.server.options import ServerOptions
 from glm4_runtime.session import Session
 
-# Connections at one time; each costs a file. So many files are left for all else.
+# Maximum number of connections (each needs a file), and the number of files reserved for everything else.
 _MOST_CONNECTIONS, _OTHER_FILES = 1024, 128
-# What a request may take beyond its own limits.
+# Seconds that a request may take beyond its own limits.
 _GRACE = 5.0
-# uvicorn looks every 0.1 s for what is to be done; connections are looked at every fifth time.
+# uvicorn ticks every 0.1 s; connections are checked at every fifth tick.
 _SWEEP_TICKS = 5
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which at a signal goes on answering until the engine has finished what runs."""
+    """uvicorn that continues after a signal until the engine has finished all running requests."""
 
     def __init__(self, engine: Engine) -> None:
         options = engine.options
@@ -53,13 +53,13 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=options.idle_timeout,  # type: ignore[arg-type]  # seconds, whole or not
-                # what runs has ended by then: this is for clients that do not read the rest of their answers
+                # running requests have ended by then; this is for clients that do not read the rest of their answers
                 timeout_graceful_shutdown=int(_GRACE),
             )
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  uvicorn's signature
-        """Note a signal; :meth:`on_tick` acts on it, outside of whatever the signal interrupted."""
+        """Record a signal; :meth:`on_tick` handles it, outside the interrupted code."""
         self._signals.append(sig)
 
     async def on_tick(self, counter: int) -> bool:
@@ -67,7 +67,7 @@ class Server(uvicorn.Server):
             self._connections.sweep()
         if self._signals and self._drain_began is None:
             self._begin_to_drain()
-        elif self._signals.count(signal.SIGINT) > 1:  # Ctrl-C again: whoever waits has seen enough
+        elif self._signals.count(signal.SIGINT) > 1:  # second Ctrl-C: do not wait any longer
             self._engine.drain(at_once=True)
         if self._engine.drained:
             self.should_exit = True
@@ -91,7 +91,7 @@ class Server(uvicorn.Server):
             self._tell_of_template()
 
     def _tell_of_template(self) -> None:
-        """What an operator should know of the chat template: what it drops, and where it ends turns by itself."""
+        """Log facts about the chat template for the operator: what it drops, and its own end tokens."""
         engine = self._engine
         if engine.conversation is None:
             return
@@ -109,7 +109,7 @@ class Server(uvicorn.Server):
 
     @property
     def url(self) -> str:
-        """Where it listens, once it does."""
+        """The server's address, once it listens."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -124,10 +124,10 @@ def _limits(options: ServerOptions) -> ConnectionLimits:
 
 
 def _affordable(connections: int) -> int:
-    """As many connections as the process may have files for, whose number is raised where it may be."""
+    """The number of connections for which the process may have files, after raising that limit if allowed."""
     try:
         import resource
-    except ModuleNotFoundError:  # Windows, which has no such limit
+    except ModuleNotFoundError:  # Windows has no such limit
         return connections
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + _OTHER_FILES
@@ -151,7 +151,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
             with contextlib.suppress(_NoSuchFamilyError):
                 found = _bound(family, kind, protocol, (address[0], port, *address[2:]))
                 sockets.append(found)
-                port = found.getsockname()[1]  # of port 0, the one that the first address got
+                port = found.getsockname()[1]  # for port 0: the port that the first address got
     except OSError as error:
         for bound in sockets:
             bound.close()
@@ -162,7 +162,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 
 class _NoSuchFamilyError(Exception):
-    """IPv6 where the system has none."""
+    """IPv6 on a system without it."""
 
 
 def _bound(family: int, kind: int, protocol: int, address: tuple[Any, ...]) -> socket.socket:
@@ -171,7 +171,7 @@ def _bound(family: int, kind: int, protocol: int, address: tuple[Any, ...]) -> s
     except OSError as error:
         raise _NoSuchFamilyError from error
     try:
-        if sys.platform != "win32":  # there it would share a port that is in use
+        if sys.platform != "win32":  # there it would share a port in use
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -194,23 +194,23 @@ def _cannot_listen(host: str, port: int, error: OSError) -> RequestError:
 
 
 def serve(session: Session, options: ServerOptions, sockets: Sequence[socket.socket] | None = None) -> None:
-    """Answer requests until SIGTERM or SIGINT, then finish what runs.
+    """Answer requests until SIGTERM or SIGINT, then finish running requests.
 
     Args:
-        sockets: of :func:`bind`; bound here where None.
+        sockets: from :func:`bind`; bound here if None.
     """
     logging.basicConfig(handlers=[log.Handler()], level=logging.WARNING)
     listening = bind(options.host, options.port) if sockets is None else list(sockets)
     server = Server(Engine(session, options))
     try:
         server.run(listening)
-    except OSError as error:  # another server was bound at the same time, and listened first
+    except OSError as error:  # another server bound the port at the same time, and listened first
         raise _cannot_listen(options.host, options.port, error) from error
 
 
 @contextlib.contextmanager
 def serving(session: Session, options: ServerOptions, scheduler: Scheduler | None = None) -> Iterator[Server]:
-    """A server on a thread of its own, for as long as the block runs; ``scheduler`` as for :class:`Engine`."""
+    """A server on its own thread during the block; ``scheduler`` as for :class:`Engine`."""
     listening = bind(options.host, options.port)
     server = Server(Engine(session, options, scheduler))
     thread = threading.Thread(target=server.run, args=(listening,), name="glm4-http", daemon=True)
@@ -227,10 +227,10 @@ def serving(session: Session, options: ServerOptions, scheduler: Scheduler | Non
 def open_and_serve(bundle: str | Path, options: ServerOptions, **session_options: Any) -> None:
     """Open a bundle (options as for :meth:`Session.open`) and serve it.
 
-    The port is taken first: a model takes minutes to load, a port in use is known at once.
+    Binds the port first: loading a model takes minutes, but a port in use is known at once.
     """
     sockets = bind(options.host, options.port)
-    start_template_worker()  # ready by the time the model is loaded
+    start_template_worker()  # ready when the model is loaded
     try:
         session = Session.open(bundle, **session_options)
     except BaseException:

@@ -1,7 +1,7 @@
 """The bodies of requests.
 
-Options of OpenAI's API that this server does not implement are in ``UNSUPPORTED``: they are accepted where their
-value asks for what happens anyway, and refused with a reason otherwise.
+``UNSUPPORTED`` has the options of OpenAI's API that this server does not implement. They are accepted if their value
+changes nothing, and refused with a reason otherwise.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -11,19 +11,19 @@ from pydantic import BaseModel, Field, model_validator
 from glm4_runtime.server.messages import Messages, Tools
 from glm4_runtime.server.strict import Body, FunctionName, Text, Unsupported
 
-MOST_BIASED = 1024  # tokens of logit_bias, and of stop_token_ids
-MOST_PROMPTS = 1024  # more than any server answers in one request
+MOST_BIASED = 1024  # maximum tokens in logit_bias and in stop_token_ids
+MOST_PROMPTS = 1024  # maximum list length; more than any server answers in one request
 
-# Lists stop at their first wrong member: a body of a million wrong ones would be as many errors.
+# Validation of a list stops at its first error; a body could contain a million.
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Ids = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 ManyIds = Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
 
 
 class Sampling(Body):
-    """What both ways to generate have in common. Defaults come from the bundle's generation_config.json."""
+    """Options of both generating routes. Defaults come from the bundle's generation_config.json."""
 
-    # of other servers' APIs, too, whose clients write their defaults out
+    # also options of other servers, whose clients send their defaults
     UNSUPPORTED: ClassVar[Unsupported] = {
         "early_stopping": (False,),
         "length_penalty": (1,),
@@ -56,7 +56,7 @@ class Sampling(Body):
 
     @property
     def has_form(self) -> bool:
-        """Whether the form of the reply is prescribed: then a grammar is compiled, which may take long."""
+        """Whether the reply has a prescribed format. Then a grammar is compiled, which may be slow."""
         return False
 
 

@@ -1,6 +1,4 @@
-"""What the bodies of all requests have in common: an option that is not known is refused, and so is a value of another
-type.
-"""
+"""The base of all request bodies: unknown options and values of a wrong type are refused."""
 
 import difflib
 import json
@@ -10,13 +8,13 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-# More messages, parts or calls than any context holds.
+# Maximum list length: more messages, parts or calls than fit any context.
 MOST_PARTS = 16384
 
 Text = Annotated[str, Field(min_length=1)]
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
-# Option -> values that change nothing.
+# Option -> values that have no effect.
 Unsupported = dict[str, tuple[Any, ...]]
 
 
@@ -59,7 +57,7 @@ class Body(BaseModel):
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Equality as JSON has it, where true is not 1."""
+    """Equality as in JSON, where true is not 1."""
     return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
@@ -70,7 +68,7 @@ def _advice(name: str, neutral: tuple[Any, ...]) -> str:
 
 
 def _hint(name: str, known: Collection[str]) -> str:
-    """What the client may have meant, where that can be guessed."""
+    """A hint at the option that the client may have meant, if there is one."""
     other = _OTHER_NAMES.get(name)
     if other is not None and other.partition(" ")[0].partition(".")[0] in known:
         return f"; use {other}"
@@ -80,7 +78,7 @@ def _hint(name: str, known: Collection[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-# Names that other servers have for an option of this one.
+# Other servers' names for options of this server.
 _OTHER_NAMES = {
     "format": "response_format",
     "grammar": "response_format of type grammar",
@@ -109,7 +107,7 @@ _OTHER_ROUTES = {
 }
 
 
-# Options of OpenAI's API that newer ones replaced.
+# Old options of OpenAI's API, and their replacements.
 _INSTEAD = {
     "functions": "describe functions by tools",
     "function_call": "use tools, tool_choice and tool_calls",

@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize: what the model sees of a text, and back."""
+"""/tokenize and /detokenize: text to token ids, and back."""
 
 from collections.abc import Sequence
 
@@ -37,7 +37,7 @@ def _tokenized(engine: Engine, body: schema.TokenizeRequest, rendered: Prompt | 
 
 
 def _listed(ids: Sequence[int]) -> bytes:
-    """The ids as JSON writes them, in pieces: one call for millions would let nothing else run meanwhile."""
+    """The ids as JSON, written in pieces: a single call for millions of ids would block all other threads."""
     pieces = (ids[start : start + _PIECE] for start in range(0, len(ids), _PIECE))
     return b",".join(encode(piece)[1:-1] for piece in pieces)
 

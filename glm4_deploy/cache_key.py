@@ -21,9 +21,10 @@ def cache_key(checkpoint: str | Path, options: ExportOptions, by_content: bool =
     it, or else size and modification time. ``by_content`` reads and hashes such a shard instead, so that a
     fresh download has the same key.
     """
-    with Checkpoint.load(checkpoint, task=options.task) as source:
+    with Checkpoint.load(checkpoint, options.task, options.adapters) as source:
         plan = make_plan(source, options)
         shaping = {name: value for name, value in dataclasses.asdict(options).items() if name != "parity"}
+        del shaping["adapters"]  # the checkpoint's fingerprint has them
         del shaping["engine"]["timing_cache"]  # saves time, and lies elsewhere on each machine
         for name in ("calibration", "recipe"):  # what they hold, wherever they lie
             shaping[name] = shaping[name] and _sha256(Path(shaping[name]))

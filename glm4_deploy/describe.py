@@ -42,5 +42,6 @@ def describe(
         config=plan.config.to_dict(),
         source_sha256=written.source_sha256,
         files={**files, WEIGHTS: written.file},
+        adapters=plan.adapters,
         pooling="last-token, L2" if task == "encoder" else None,
     )

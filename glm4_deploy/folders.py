@@ -29,7 +29,7 @@ KINDS = {
     "quantized": Kind("a checkpoint that {inner} quantized", ""),
     "bundle": Kind("a bundle", "give the checkpoint that it was made from"),
     "engine": Kind("a bundle with a TensorRT engine", "give the checkpoint that it was made from"),
-    "adapter": Kind("an adapter", "merge it into its base model{inner} and save that"),
+    "adapter": Kind("an adapter", "export its base model{inner} with --lora {path}"),
     "gguf": Kind("GGUF ({inner})", ORIGINAL),
     "pickles": Kind("pickled ({inner}), which can run code when it is read", SAVE),
     "graph": Kind("an ONNX graph of another tool ({inner})", ORIGINAL),
@@ -83,7 +83,7 @@ def require_bundle(path: Path) -> None:
     advice = KINDS[kind].advice
     if kind in ("checkpoint", "quantized"):
         advice = f"make a bundle of it: glm4-deploy export {path} BUNDLE"
-    elif kind in ("adapter", "gguf", "pickles", "graph"):
+    elif kind in ("gguf", "pickles", "graph"):
         advice += ", and make a bundle of that: glm4-deploy export CHECKPOINT BUNDLE"
     elif kind in ("file", "other"):
         advice = "give a bundle's folder, as glm4-deploy export makes it"
@@ -110,7 +110,9 @@ def require_either(path: Path) -> str:
 
 def _sentence(path: Path, kind: str, inner: str, wanted: str, advice: str) -> str:
     missing = "" if kind in ("other", "file") else f", not {wanted}"
-    return f"{path} is {KINDS[kind].what}{missing}; {advice}".replace("{inner}", inner)
+    return f"{path} is {KINDS[kind].what}{missing}; {advice}".replace("{inner}", inner).replace(
+        "{path}", str(path)
+    )
 
 
 def _kind_of_file(path: Path) -> tuple[str, str]:

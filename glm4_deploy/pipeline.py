@@ -52,7 +52,7 @@ def export(
     destination = Destination(bundle, force)
     destination.recover()
     clock = Clock()
-    with Checkpoint.load(checkpoint, task=options.task) as source:
+    with Checkpoint.load(checkpoint, options.task, options.adapters) as source:
         plan = make_plan(source, options)
         read_sampling_defaults(checkpoint)  # refuses what no sampler takes
         require_tokenizer(source)

@@ -21,7 +21,7 @@ from glm4_exporters.engine import (
 from glm4_exporters.form import Form, choose_form
 from glm4_exporters.quantize.recipe import read_recipe
 from glm4_exporters.targets import RECIPE_FORMATS
-from glm4_runtime.bundle import Limits
+from glm4_runtime.bundle import AdapterInfo, Limits
 from glm4_runtime.errors import ExportError
 
 DEFAULT_TARGET, DEFAULT_PRECISION, DEFAULT_BATCH = "ort", "int8", 8
@@ -40,6 +40,7 @@ class ExportOptions:
     activations: str | None = None  # of a quantized bundle; the target's choice where None
     calibration: str | None = None  # a file of text or token ids
     recipe: str | None = None  # a file of formats by tensor
+    adapters: tuple[tuple[str, float], ...] = ()  # folders of LoRA adapters, and a factor for each
     kv_cache: str = "auto"  # the activations' type, or int8
     engine: EngineOptions = field(default_factory=EngineOptions)
 
@@ -95,6 +96,7 @@ class Plan:
         options: as they were given, for the report and the cache key.
         form: how every tensor is stored, and the target's row.
         engine: None where ONNX Runtime runs the bundle.
+        adapters: what is merged into the weights.
     """
 
     config: Glm4Config
@@ -103,6 +105,7 @@ class Plan:
     form: Form
     limits: Limits
     engine: EngineBuild | None
+    adapters: tuple[AdapterInfo, ...] = ()
 
     @property
     def graph_cache(self) -> str | None:
@@ -126,7 +129,8 @@ def make_plan(source: Checkpoint, options: ExportOptions) -> Plan:
     _require_limits(source.config, options)
     limits = Limits(options.max_seq_len or source.config.positions, options.max_batch_size)
     engine = _engine(source, options, form, limits)
-    return Plan(source.config, source.task, options, form, limits, engine)
+    adapters = tuple(AdapterInfo(each.name, each.sha256(), each.scale) for each in source.adapters)
+    return Plan(source.config, source.task, options, form, limits, engine, adapters)
 
 
 def _form(source: Checkpoint, options: ExportOptions) -> Form:

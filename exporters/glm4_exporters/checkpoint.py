@@ -13,12 +13,14 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from glm4_exporters.adapters import Adapter, Merged, merge, require_base
+from glm4_exporters.adapters.changes import Change, Rows
 from glm4_exporters.architecture import EMBEDDING, HEAD, expected_tensors
 from glm4_exporters.config import DTYPES, TASKS, Glm4Config
 from glm4_exporters.safetensors_file import PAGE, SafetensorsFile, TensorHeader
@@ -53,6 +55,7 @@ OTHER_WEIGHTS = {
     "*.gguf": "is a GGUF file; give the checkpoint that it was made from",
 }
 HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # a buffer that old releases saved; it is computed
+SCORES = frozenset({"score.weight", "score.bias"})
 HEADS = re.compile(r"lm_head\.weight|score\.(weight|bias)")
 
 # The likely cause of a disagreement, the first that fits: what is wrong with a tensor, its name, the cause.
@@ -99,7 +102,8 @@ class Checkpoint:
         config: its ``config.json``.
         task: one of ``config.TASKS``.
         prefix: what the decoder's weights are called by, ``model.`` or nothing.
-        tensors: header by the checkpoint's own name, of the weights that the task reads.
+        tensors: header by the checkpoint's own name, of the weights that the task reads, as they are stored.
+        adapters: what is merged into the weights while they are read.
     """
 
     def __init__(
@@ -109,20 +113,26 @@ class Checkpoint:
         task: str,
         prefix: str,
         shards: list[SafetensorsFile],
-        names: Iterable[str],
+        tensors: Mapping[str, TensorHeader],
     ) -> None:
         self.folder, self.config, self.task, self.prefix = folder, config, task, prefix
         self._shards = {shard.path: shard for shard in shards}
-        headers = {name: header for shard in shards for name, header in shard.headers.items()}
-        self.tensors: Mapping[str, TensorHeader] = MappingProxyType({name: headers[name] for name in names})
-        self._second_head = headers.get(HEAD) if task == "causal-lm" and config.tie_word_embeddings else None
+        self.tensors: Mapping[str, TensorHeader] = MappingProxyType(dict(tensors))
+        head = next((shard.headers[HEAD] for shard in shards if HEAD in shard.headers), None)
+        self._second_head = head if task == "causal-lm" and config.tie_word_embeddings else None
+        self.adapters: tuple[Adapter, ...] = ()
+        self._changes: Mapping[str, list[Change]] = {}
 
     @classmethod
-    def load(cls, folder: str | Path, task: str | None = None) -> "Checkpoint":
+    def load(
+        cls, folder: str | Path, task: str | None = None, adapters: Sequence[tuple[str | Path, float]] = ()
+    ) -> "Checkpoint":
         """Open a checkpoint folder and check that its files agree; no weight is read.
 
         Args:
-            task: read the weights for this task; what ``config.json`` says where None.
+            task: read the weights for this task; what ``config.json`` says where None, or the task of a
+                classification head that an adapter brings.
+            adapters: folders of LoRA adapters and a factor for each, merged in this order.
 
         Raises:
             ConfigError: ``config.json`` is not a GLM-4-0414 configuration.
@@ -130,14 +140,24 @@ class Checkpoint:
         """
         folder = Path(folder)
         _check_folder(folder)
-        config = Glm4Config.from_file(folder / CONFIG)
-        task = _choose_task(folder, config, task)
+        opened = tuple(Adapter(path, scale) for path, scale in adapters)
+        config, task = _configured(folder, task, opened)
         shards = _open_shards(folder)
         headers = {name: header for shard in shards for name, header in shard.headers.items()}
         prefix = BACKBONE if any(name.startswith(BACKBONE) for name in headers) else ""
+        for adapter in opened:
+            require_base(adapter.folder, adapter.config.base, folder, config)
+        merged = merge(opened, _mergeable(config, task))
+        headers |= {_own_name(name, prefix): header for name, header in merged.whole.items()}
+        if merged.whole.keys() & SCORES:  # on the checkpoint of a causal LM
+            headers.pop(HEAD, None)
         expected = {_own_name(name, prefix): shape for name, shape in expected_tensors(config, task).items()}
         _check_tensors(folder, config, task, headers, expected)
-        return cls(folder, config, task, prefix, shards, expected)
+        files = [*shards, *(adapter.file for adapter in opened)]
+        checkpoint = cls(folder, config, task, prefix, files, {name: headers[name] for name in expected})
+        checkpoint.adapters = opened
+        checkpoint._changes = {_own_name(name, prefix): changes for name, changes in merged.changes.items()}
+        return checkpoint
 
     def name_of(self, canonical: str) -> str:
         """The name that this checkpoint gives to a canonical name; a tied head is the embedding."""
@@ -157,7 +177,7 @@ class Checkpoint:
         tensor = torch.empty(header.shape, dtype=getattr(torch, header.dtype))
         self._fill(header, tensor.reshape(-1).view(torch.uint8), 0)
         _check_finite(header, tensor, 0)
-        return tensor
+        return self._merging(name)(tensor, 0)
 
     def row_blocks(self, name: str, *buffers: "Tensor") -> Iterator[tuple[int, "Tensor"]]:
         """The tensor in blocks of as many whole rows as fit into a buffer, a multiple of 64 where they do.
@@ -167,7 +187,8 @@ class Checkpoint:
 
         Args:
             buffers: uint8 [bytes] on the CPU, of one size, filled in turn; each block is a view into one. It
-                is gone after as many further blocks as there are buffers besides its own and the next.
+                is gone after as many further blocks as there are buffers besides its own and the next. Rows that
+                adapters change are in memory of their own, in float32.
 
         Yields:
             The block's first row, and the block [rows, ...].
@@ -199,9 +220,10 @@ class Checkpoint:
         blocks = (
             _one_ahead(read, starts) if len(buffers) > 1 and step < rows else itertools.starmap(read, starts)
         )
+        merged = self._merging(name)
         for first, block in blocks:
             _check_finite(header, block, first)
-            yield first, block
+            yield first, merged(block, first)
 
     def fingerprint(self, by_content: bool = False) -> str:
         """SHA-256, in hex, of what tells this checkpoint from others, wherever it lies.
@@ -218,9 +240,14 @@ class Checkpoint:
 
         for name, path in sorted({CONFIG: self.folder / CONFIG, **self.side_files()}.items()):
             add(name, path.read_bytes())
-        for path, shard in sorted(self._shards.items()):
+        merged = {adapter.file.path for adapter in self.adapters}
+        for path, shard in sorted(
+            (path, shard) for path, shard in self._shards.items() if path not in merged
+        ):
             add(path.name, shard.header_sha256)
             add("content", (shard.content if by_content else shard.identity).encode())
+        for adapter in self.adapters:
+            add(f"adapter times {adapter.scale!r}", adapter.sha256().encode())
         return digest.hexdigest()
 
     def side_files(self) -> dict[str, Path]:
@@ -242,6 +269,27 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.folder)!r}, {self.task}, {len(self.tensors)} tensors)"
+
+    def dtype_of(self, name: str) -> str:
+        """The element type in which a tensor is read: float32 where adapters change it."""
+        return "float32" if name in self._changes else self.tensors[name].dtype
+
+    def _merging(self, name: str) -> Rows:
+        """What makes the adapters' rows of a tensor's rows."""
+        changes = [change.opened() for change in self._changes.get(name, ())]
+        if not changes:
+            return lambda rows, _first: rows
+
+        def merged(rows: "Tensor", first: int) -> "Tensor":
+            import torch
+
+            rows = rows.to(torch.float32, copy=True)
+            for change in changes:
+                rows = change(rows, first)
+            _check_finite(self.tensors[name], rows, first)
+            return rows
+
+        return merged
 
     def _header(self, name: str) -> TensorHeader:
         header = self.tensors[name]
@@ -299,6 +347,22 @@ def _check_folder(folder: Path) -> None:
             else "give a checkpoint's folder"
         )
         raise CheckpointError(f"{folder} has no {CONFIG}; {advice}")
+
+
+def _configured(folder: Path, task: str | None, adapters: Sequence[Adapter]) -> tuple[Glm4Config, str]:
+    """The configuration and the task, with those of a classification head that an adapter brings."""
+    config = Glm4Config.from_file(folder / CONFIG)
+    heads = [adapter for adapter in adapters if adapter.task is not None]
+    task = _choose_task(folder, config, task or (heads[0].task if heads else None))
+    if heads and task.endswith("classification") and heads[0].labels != config.num_labels:
+        config = config.with_labels(heads[0].labels)
+    return config, task
+
+
+def _mergeable(config: Glm4Config, task: str) -> Merged:
+    """What adapters may change; an encoder reads no head, and a causal LM no scores."""
+    heads = frozenset({HEAD, *SCORES} if task == "encoder" else ())
+    return Merged(expected_tensors(config, task), config.tie_word_embeddings and task == "causal-lm", heads)
 
 
 def _choose_task(folder: Path, config: Glm4Config, task: str | None) -> str:

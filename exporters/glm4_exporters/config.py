@@ -6,7 +6,7 @@ epsilon, the positions and the bias are not the released checkpoints' values.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -191,6 +191,10 @@ class Glm4Config:
     @property
     def num_labels(self) -> int:
         return len(self.id2label)
+
+    def with_labels(self, count: int) -> "Glm4Config":
+        """The same model with this many labels, called as transformers calls labels without names."""
+        return replace(self, id2label=_default_labels(count))
 
     @property
     def task(self) -> str | None:

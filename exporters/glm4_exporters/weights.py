@@ -277,10 +277,9 @@ class _Writer:
         """Of all tensors' contents, whatever their order and their shards."""
         digest = hashlib.sha256()
         for canonical in sorted(self._hashes):
-            header = self._checkpoint.tensors[self._checkpoint.name_of(canonical)]
-            digest.update(
-                f"{canonical} {header.dtype} {list(header.shape)} {self._hashes[canonical]}\n".encode()
-            )
+            name = self._checkpoint.name_of(canonical)
+            dtype, shape = self._checkpoint.dtype_of(name), list(self._checkpoint.tensors[name].shape)
+            digest.update(f"{canonical} {dtype} {shape} {self._hashes[canonical]}\n".encode())
         return digest.hexdigest()
 
 

@@ -1,10 +1,12 @@
 """glm4-deploy export CHECKPOINT BUNDLE"""
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from glm4_deploy import folders, hub, pipeline, show
+from glm4_deploy.adapters import find_adapters, lora_option
 from glm4_deploy.engine_bundle import engine_report
 from glm4_deploy.plan import DEFAULT_BATCH, DEFAULT_PRECISION, DEFAULT_TARGET
 from glm4_exporters.cache_types import KV_CACHES
@@ -58,6 +60,7 @@ from glm4_runtime.bundle import Manifest
     metavar="FILE",
     help="A TOML file with formats of single matrices; validate --sensitivity writes one.",
 )
+@lora_option
 @click.option(
     "--task",
     type=click.Choice(["causal-lm", "sequence-classification", "token-classification", "encoder"]),
@@ -129,6 +132,7 @@ def command(
     kv_cache: str,
     calibration: str | None,
     recipe: str | None,
+    lora: tuple[str, ...],
     task: str | None,
     max_seq_len: int | None,
     max_batch_size: int,
@@ -166,15 +170,16 @@ def command(
     if key is not None and not print_key:
         raise click.UsageError("--key needs --print-key.")
     if print_key:
-        click.echo(
-            pipeline.cache_key(hub.local_folder(checkpoint, revision), options, by_content=key == "content")
-        )
+        options = replace(options, adapters=find_adapters(lora))
+        folder = hub.local_folder(checkpoint, revision)
+        click.echo(pipeline.cache_key(folder, options, by_content=key == "content"))
         return
     if bundle is None:
         raise click.UsageError("Missing argument 'BUNDLE', the folder to make.")
     show.require_writable(Path(timing_cache) if timing_cache else None)
     with show.shown_progress() as progress:
         folder = hub.local_folder(checkpoint, revision, progress)
+        options = replace(options, adapters=find_adapters(lora, progress))
         result = pipeline.export(folder, bundle, options, force=force, progress=progress)
     if as_json:
         show.print_json(_as_json(result))
@@ -206,6 +211,7 @@ def _rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
     rows = [
         ("task", manifest.task),
         ("target", f"{manifest.target}, {manifest.precision}"),
+        *[("adapter", f"{each.name} times {each.scale:g}, merged") for each in manifest.adapters],
         ("runs on", _runs_on(manifest)),
         ("size", show.size(sum(entry.bytes for entry in manifest.files.values()))),
         ("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())),

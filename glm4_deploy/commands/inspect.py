@@ -112,6 +112,10 @@ def _bundle_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [
         ("made by", _pairs(manifest["tools"])),
         ("source", f"SHA-256 {manifest['source_sha256']}"),
+        *[
+            ("adapter" if i == 0 else "", _merged(each))
+            for i, each in enumerate(manifest.get("adapters", []))
+        ],
         ("parity", _parity(report.get("parity", "not recorded"))),
     ]
     return rows
@@ -153,6 +157,11 @@ def _spec(spec: dict[str, Any]) -> str:
 
 def _pairs(mapping: dict[str, Any]) -> str:
     return ", ".join(f"{name or 'ai.onnx'} {value}" for name, value in mapping.items())
+
+
+def _merged(adapter: dict[str, Any]) -> str:
+    times = "" if adapter["scale"] == 1 else f" (times {adapter['scale']:g})"
+    return f"{adapter['name']}{times}, merged"
 
 
 def _parity(parity: Any) -> str:

@@ -31,6 +31,7 @@ class ValidateOptions:
     """What to compare, and how.
 
     Attributes:
+        adapters: folders of LoRA adapters to merge into the reference, and a factor for each.
         text: .txt, .jsonl or .ids; the bundled corpus where None.
         against: a second bundle of the same checkpoint.
         layers: look at every sub-block.
@@ -40,6 +41,7 @@ class ValidateOptions:
         memory: bytes that may be used; what is available where None.
     """
 
+    adapters: tuple[tuple[str, float], ...] = ()
     text: Path | None = None
     against: Path | None = None
     layers: bool = False
@@ -68,7 +70,7 @@ def validate(
     bundles = [_open(Path(folder)) for folder in (bundle, options.against) if folder is not None]
     first = bundles[0].manifest
     gate = None if options.gate is None else load_gate(options.gate, first)
-    with Checkpoint.load(reference, task=first.task) as checkpoint:
+    with Checkpoint.load(reference, first.task, options.adapters) as checkpoint:
         for one in bundles:
             _require_same_model(one, bundles[0], checkpoint)
         text = _choose_text(checkpoint, bundles, options)
@@ -146,6 +148,15 @@ def _require_same_model(one: Bundle, first: Bundle, checkpoint: Checkpoint) -> N
     if wrong:
         raise RequestError(
             f"{one.folder} was not made from {checkpoint.folder}: {', '.join(wrong)}; give the checkpoint it was made from"
+        )
+    mine, theirs = (
+        [(each.sha256, each.scale) for each in manifest.adapters],
+        [(each.sha256(), each.scale) for each in checkpoint.adapters],
+    )
+    if mine != theirs:
+        merged = ", ".join(f"{each.name}={each.scale:g}" for each in manifest.adapters)
+        raise RequestError(
+            f"{one.folder} was made with {merged or 'no adapter'}; give the reference the same ones by --lora"
         )
 
 

@@ -56,8 +56,8 @@ SAID = {
     "bundle": ("is a bundle, not a checkpoint; give the checkpoint that it was made from", None),
     "engine": ("is a bundle with a TensorRT engine, not a checkpoint; give the checkpoint", None),
     "adapter": (
-        "is an adapter, not a checkpoint; merge it into its base model THUDM/GLM-4-9B-0414 and save that",
-        "is an adapter, not a bundle; merge it into its base model THUDM/GLM-4-9B-0414 and save that, and make a bundle",
+        "is an adapter, not a checkpoint; export its base model THUDM/GLM-4-9B-0414 with --lora ",
+        "is an adapter, not a bundle; export its base model THUDM/GLM-4-9B-0414 with --lora ",
     ),
     "gguf": ("is GGUF (GLM-4-9B-Q4_K_M.gguf), not a checkpoint; give the checkpoint", "not a bundle; give the checkpoint"),
     "pickles": ("can run code when it is read, not a checkpoint; convert it", "not a bundle; convert it"),

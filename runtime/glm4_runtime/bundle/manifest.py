@@ -78,6 +78,21 @@ class Limits:
     max_batch_size: int
 
 
+@dataclass(frozen=True)
+class AdapterInfo:
+    """A LoRA adapter that was merged into the weights.
+
+    Attributes:
+        name: of its folder.
+        sha256: of its configuration and its tensors.
+        scale: the factor by which it was merged, beside its own.
+    """
+
+    name: str
+    sha256: str
+    scale: float
+
+
 # Of an engine whose attention is our plugin: an input and an output at one address, zero before and after each run.
 COUNTERS, PRESENT_COUNTERS = "counters", "present_counters"
 
@@ -141,7 +156,8 @@ class Manifest:
         scaled_bits: k by norm: what reaches it is scaled by 2^-k so that fp16 holds it, and its eps by 2^-2k.
         tools: versions of everything that shaped the bundle.
         source_sha256: digest of the checkpoint's tensors: SHA-256 over one line per tensor, sorted by
-            name, of name, element type, shape and the SHA-256 of its bytes.
+            name, of name, element type, shape and the SHA-256 of its bytes; with adapters of the merged values.
+        adapters: in the order in which they were merged.
     """
 
     task: str
@@ -165,6 +181,7 @@ class Manifest:
     compute_capabilities: tuple[str, ...] = ()
     engine: EngineInfo | None = None
     scaled_bits: Mapping[str, int] = field(default_factory=dict)
+    adapters: tuple[AdapterInfo, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
 

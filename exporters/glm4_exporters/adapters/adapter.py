@@ -1,0 +1,298 @@
+"""An adapter's folder: its configuration, and its tensors by the names of what they change.
+
+PEFT names a tensor by the module that it adapts, inside the wrappers of the training: always ``base_model.model.``,
+and others after FSDP, torch.compile or older releases. Without wrappers the name is the base model's.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from glm4_exporters.adapters.changes import Added, Change, LowRank
+from glm4_exporters.adapters.config import ADAPTER_CONFIG, AdapterConfig
+from glm4_exporters.architecture import EMBEDDING, HEAD
+from glm4_exporters.config import DTYPES
+from glm4_exporters.safetensors_file import SafetensorsFile, TensorHeader
+from glm4_runtime.errors import CheckpointError, shown, some
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+TASKS = {"SEQ_CLS": "sequence-classification", "TOKEN_CLS": "token-classification"}  # by PEFT's name
+
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+OUTER = re.compile(r"(?:(?:base_model\.model|module)\.)+")
+PART = re.compile(
+    r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.(?!(?:weight|bias)$)[^.]+)?(?:\.(?P<leaf>weight|bias))?"
+)
+WHOLE = re.compile(r"(?P<module>.+?)(?:\.modules_to_save(?:\.[^.]+)?|\.base_layer)?\.(?P<part>weight|bias)")
+IGNORED = ".original_module."  # the base model's own weight, saved beside the one that replaces it
+
+# Halves of a fused matrix that are adapted apart: the matrix, and which half.
+HALVES = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
+
+Shapes = Mapping[str, tuple[int, ...]]
+Parts = dict[str, TensorHeader]
+
+
+@dataclass
+class Merged:
+    """What adapters make of a checkpoint.
+
+    Attributes:
+        expected: shape by canonical name of the weights that are exported.
+        tied: whether the head is the embedding.
+        ignored: canonical names that the task does not read; their changes are left out.
+        whole: tensors in place of the checkpoint's, by canonical name.
+        changes: by canonical name, in the order in which they apply.
+    """
+
+    expected: Shapes
+    tied: bool = False
+    ignored: frozenset[str] = frozenset()
+    whole: Parts = field(default_factory=dict)
+    changes: dict[str, list[Change]] = field(default_factory=dict)
+
+
+class Adapter:
+    """An open adapter.
+
+    Attributes:
+        folder: as it was given.
+        scale: a factor of the whole adapter.
+        config: its configuration.
+        file: its tensors.
+    """
+
+    def __init__(self, folder: str | Path, scale: float = 1.0) -> None:
+        """Open an adapter's folder; no tensor is read.
+
+        Raises:
+            CheckpointError: no adapter, or one that cannot be merged.
+        """
+        self.folder, self.scale = Path(folder), scale
+        if not math.isfinite(scale):
+            raise CheckpointError(f"the scale of {folder} is {scale}, but must be a finite number")
+        if not (self.folder / ADAPTER_CONFIG).is_file():
+            raise CheckpointError(f"{folder} has no {ADAPTER_CONFIG}; give the folder of a LoRA adapter")
+        self.config = AdapterConfig.from_file(self.folder / ADAPTER_CONFIG)
+        self.file = SafetensorsFile(_weights(self.folder))
+        self._modules = self._named()
+
+    @property
+    def name(self) -> str:
+        """The name of its folder, or of its repository where it lies in a hub's cache."""
+        parts = self.folder.absolute().parts
+        cached = [part for part in parts if part.startswith("models--")]
+        return cached[-1].removeprefix("models--").replace("--", "/") if cached else parts[-1]
+
+    @property
+    def task(self) -> str | None:
+        """The task of the classification head that the adapter brings; None where it brings none."""
+        if "weight" not in self._modules.get("score", {}):
+            return None
+        return TASKS.get(self.config.task or "", TASKS["SEQ_CLS"])
+
+    @property
+    def labels(self) -> int:
+        """How many labels that head has."""
+        return self._matrix("score", "weight")[0]
+
+    def sha256(self) -> str:
+        """Of the configuration and the tensors, in hex."""
+        config = (self.folder / ADAPTER_CONFIG).read_bytes()
+        return hashlib.sha256(config + self.file.content.encode()).hexdigest()
+
+    def add_to(self, merged: Merged) -> None:
+        """Put the changes of this adapter after those of the adapters before.
+
+        Raises:
+            CheckpointError: it changes what the model has not, or less than its configuration says.
+        """
+        self._require_complete(merged.expected)
+        for module, parts in self._modules.items():
+            name = _canonical(module)
+            if merged.tied and f"{name}.weight" in (EMBEDDING, HEAD):
+                self._refuse(f"changes {module} alone, but the checkpoint ties the head to the embedding")
+            adapted = bool(parts.keys() - {"weight", "bias"})
+            for leaf in sorted({"weight", "bias"} & parts.keys()):
+                self._replace(merged, f"{name}.{leaf}", parts[leaf], scaled=self.scale != 1 and not adapted)
+            if adapted:
+                self._adapt(merged, module)
+
+    def close(self) -> None:
+        """Close the file; no change of this adapter can be made after it."""
+        self.file.close()
+
+    def _named(self) -> dict[str, Parts]:
+        """Headers by module, without its wrappers, and by part: ``lora_A`` and its like, ``weight`` or ``bias``."""
+        found: dict[str, Parts] = {}
+        for name, header in self.file.headers.items():
+            plain = _unwrapped(name)
+            if IGNORED in plain:
+                continue
+            named = PART.fullmatch(plain) or WHOLE.fullmatch(plain)
+            if named is None:
+                self._refuse(f"has the tensor {shown(name)}, which is not one of LoRA's")
+            if header.dtype not in DTYPES:
+                self._refuse(
+                    f"stores {shown(name)} in {header.dtype}; save it in float32, bfloat16 or float16"
+                )
+            bias_of_part = named["part"].startswith("lora_") and named["leaf"] == "bias"
+            part = named["part"] + ("_bias" if bias_of_part else "")
+            parts = found.setdefault(named["module"], {})
+            if part in parts:
+                self._refuse(
+                    f"has two tensors for {part} of {shown(named['module'])}; save one adapter alone"
+                )
+            parts[part] = header
+        return found
+
+    def _require_complete(self, expected: Shapes) -> None:
+        """The modules are those that the configuration names: an adapter is never half applied."""
+        present = self._modules.keys()
+        matrices = [name.removesuffix(".weight") for name, shape in expected.items() if len(shape) == 2]
+        for half, (matrix, _) in HALVES.items():
+            if any(module.endswith(f".{half}") for module in present):
+                matrices += [name.replace(matrix, half) for name in matrices if name.endswith(f".{matrix}")]
+        bare = not any(module.startswith("model.") for module in present)  # of a model without a head
+        absent = {name.removeprefix("model.") if bare else name for name in matrices} - present
+        missing = {name for name in absent if self.config.names(name) or self.config.saves(name)}
+        if missing:
+            self._refuse(
+                f"lacks {some(sorted(missing))}, which its {ADAPTER_CONFIG} names; finish the download"
+            )
+        adapted = {module for module, parts in self._modules.items() if parts.keys() - {"weight", "bias"}}
+        unnamed = {module for module in adapted if not self.config.names(module)}
+        if unnamed:
+            self._refuse(
+                f"holds {some(sorted(unnamed))}, which its {ADAPTER_CONFIG} does not name; save it again"
+            )
+
+    def _replace(self, merged: Merged, name: str, header: TensorHeader, scaled: bool) -> None:
+        """A tensor that the adapter brings whole; beside its own B·A it is the base model's."""
+        if name in merged.ignored:
+            return
+        self._require_shape(merged, name, header.shape)
+        if name in merged.whole:
+            self._refuse(f"replaces {name}, as another adapter does; give one of them")
+        if scaled:
+            self._refuse(f"stores {name} whole, which has no scale; give it without ={self.scale:g}")
+        merged.whole[name] = header
+
+    def _adapt(self, merged: Merged, module: str) -> None:
+        """The change of a module: B·A of a matrix, its transpose of an embedding."""
+        parts = self._modules[module]
+        owner, half = _fused(_canonical(module))
+        if f"{owner}.weight" in merged.ignored:
+            return
+        lookup = not {"lora_embedding_A", "lora_embedding_B"}.isdisjoint(parts)
+        right, left = ("lora_embedding_A", "lora_embedding_B") if lookup else ("lora_A", "lora_B")
+        (rank, inputs), (outputs, again) = self._matrix(module, right), self._matrix(module, left)
+        asked = self.config.rank_of(module) or rank
+        if {rank, again} != {asked}:
+            self._refuse(f"has the ranks {rank} and {again} in {module}, its {ADAPTER_CONFIG} says {asked}")
+        rows, columns = (inputs, outputs) if lookup else (outputs, inputs)
+        self._require_shape(merged, f"{owner}.weight", (rows * (1 if half is None else 2), columns))
+        first, scaling = rows * (half or 0), self.scale * self.config.scaling(module, rank)
+        factors = partial(self._read, parts[left]), partial(self._read, parts[right])
+        if lookup:
+            factors = partial(self._turned, parts[right]), partial(self._turned, parts[left])
+        change = LowRank(first, rows, scaling, *factors, self._magnitude(module, rows, lookup))
+        merged.changes.setdefault(f"{owner}.weight", []).append(change)
+        if ("lora_B_bias" in parts) != self.config.biased:
+            self._refuse(f"and its {ADAPTER_CONFIG} disagree on lora_bias in {module}")
+        if self.config.biased:
+            self._add_bias(merged, f"{owner}.bias", first, scaling, parts["lora_B_bias"])
+
+    def _magnitude(self, module: str, rows: int, lookup: bool) -> "partial[Tensor] | None":
+        """What reads DoRA's length of each row; None for LoRA."""
+        header = self._modules[module].get("lora_magnitude_vector")
+        if (header is not None) != self.config.dora:
+            self._refuse(f"and its {ADAPTER_CONFIG} disagree on whether {module} has DoRA's magnitudes")
+        if header is None:
+            return None
+        if lookup or header.shape != (rows,):
+            self._refuse(f"has magnitudes {list(header.shape)} for {module} with {rows} rows")
+        return partial(self._read, header)
+
+    def _add_bias(self, merged: Merged, name: str, first: int, scaling: float, header: TensorHeader) -> None:
+        if name not in merged.expected:
+            self._refuse(f"changes {name}, but the checkpoint has no such bias")
+        if len(header.shape) != 1 or first + header.shape[0] > merged.expected[name][0]:
+            self._refuse(f"has a bias {list(header.shape)} for {name}")
+        added = Added(first, header.shape[0], scaling, partial(self._read, header))
+        merged.changes.setdefault(name, []).append(added)
+
+    def _matrix(self, module: str, part: str) -> tuple[int, int]:
+        """The shape of a part."""
+        header = self._modules[module].get(part)
+        if header is None:
+            self._refuse(f"lacks {part} of {module}; save it again")
+        if len(header.shape) != 2 or 0 in header.shape:
+            self._refuse(f"has {part} {list(header.shape)} in {module}, which is no matrix")
+        return header.shape[0], header.shape[1]
+
+    def _require_shape(self, merged: Merged, name: str, shape: tuple[int, ...]) -> None:
+        if name not in merged.expected:
+            self._refuse(f"changes {name}, which the model does not have; is it for another model?")
+        if shape != merged.expected[name]:
+            self._refuse(f"is for {name} {list(shape)}, but the model has {list(merged.expected[name])}")
+
+    def _read(self, header: TensorHeader) -> "Tensor":
+        """A tensor in float32."""
+        import torch
+
+        tensor = torch.empty(header.shape, dtype=getattr(torch, header.dtype))
+        self.file.read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, header.offset)
+        if not bool(tensor.isfinite().all()):
+            self._refuse(f"holds NaN or infinite values in {header.name}; its training diverged")
+        return tensor.float()
+
+    def _turned(self, header: TensorHeader) -> "Tensor":
+        return self._read(header).T.contiguous()
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise CheckpointError(f"the adapter {self.folder} {what}")
+
+
+def merge(adapters: Iterable[Adapter], merged: Merged) -> Merged:
+    """Put the adapters' changes into ``merged``, in their order."""
+    for adapter in adapters:
+        adapter.add_to(merged)
+    return merged
+
+
+def _weights(folder: Path) -> Path:
+    if (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS
+    if (folder / PICKLE).is_file():
+        raise CheckpointError(
+            f"{folder / PICKLE} is pickled, which can run code when it is read; save it as {WEIGHTS}"
+        )
+    raise CheckpointError(f"{folder} has no {WEIGHTS}; finish the download")
+
+
+def _unwrapped(name: str) -> str:
+    """The name in the base model."""
+    name = WRAPPERS.sub("", name)
+    outer = OUTER.match(name)
+    return name[outer.end() :] if outer else name
+
+
+def _canonical(module: str) -> str:
+    return module if module.startswith("model.") or module in ("lm_head", "score") else f"model.{module}"
+
+
+def _fused(module: str) -> tuple[str, int | None]:
+    """The matrix that a module is a half of, and which half; the module itself where it is whole."""
+    owner, _, leaf = module.rpartition(".")
+    matrix, half = HALVES.get(leaf, (leaf, None))
+    return f"{owner}.{matrix}" if owner else module, half

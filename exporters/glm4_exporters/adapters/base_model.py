@@ -1,0 +1,65 @@
+"""Whether an adapter was trained on the model of a checkpoint, as far as names tell.
+
+The released models of one size have equal shapes, so that only their names tell them apart.
+"""
+
+import re
+from pathlib import Path
+
+from glm4_exporters.config import Glm4Config
+from glm4_runtime.errors import CheckpointError, shown
+
+# The released models by the last part of their names, with hidden size and layers.
+SMALL, LARGE = (4096, 40), (6144, 61)
+RELEASED = {
+    "glm-4-9b-0414": SMALL,
+    "glm-4-32b-0414": LARGE,
+    "glm-4-32b-base-0414": LARGE,
+    "glm-z1-9b-0414": SMALL,
+    "glm-z1-32b-0414": LARGE,
+    "glm-z1-rumination-32b-0414": LARGE,
+}
+ON_A_HUB = re.compile(r"[\w.-]+/([\w.-]+)")
+SET_BASE = "if the adapter is right, correct base_model_name_or_path in its adapter_config.json"
+
+
+def require_base(adapter: Path, base: str | None, checkpoint: Path, config: Glm4Config) -> None:
+    """Refuse an adapter whose base model is surely another one.
+
+    Raises:
+        CheckpointError: it was trained on another released model, or on a model that is not of this family.
+    """
+    ours = _names(checkpoint)
+    if base is None or _same_folder(base, checkpoint) or _last(base) in ours:
+        return
+    theirs = _last(base)
+    sizes = RELEASED.get(theirs)
+    others = sorted(ours & RELEASED.keys())
+    if sizes is not None and (others or sizes != (config.hidden_size, config.num_hidden_layers)):
+        _refuse(adapter, base, others[0] if others else str(checkpoint))
+    if ON_A_HUB.fullmatch(base) and "glm" not in theirs and not Path(base).exists():
+        _refuse(adapter, base, others[0] if others else str(checkpoint))
+
+
+def _refuse(adapter: Path, base: str, ours: str) -> None:
+    raise CheckpointError(
+        f"{adapter} was trained on {shown(base)}, not on {ours}; give the checkpoint of that model; {SET_BASE}"
+    )
+
+
+def _same_folder(base: str, checkpoint: Path) -> bool:
+    try:
+        return Path(base).samefile(checkpoint)
+    except (OSError, ValueError):
+        return False
+
+
+def _names(checkpoint: Path) -> set[str]:
+    """What a checkpoint is called: its folder's name, and the repository's in a hub's cache."""
+    parts = checkpoint.resolve().parts
+    cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
+    return {name.lower() for name in (*parts[-1:], *cached[-1:])}
+
+
+def _last(base: str) -> str:
+    return re.split(r"[/\\]", base.rstrip("/\\"))[-1].lower()

@@ -1,0 +1,72 @@
+"""What an adapter does to rows of a weight, in float32.
+
+LoRA (arXiv 2106.09685): W + s·B·A. DoRA (arXiv 2402.09353): m / |W + s·B·A| · (W + s·B·A), row by row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Rows = Callable[["Tensor", int], "Tensor"]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A change of ``rows`` rows of a matrix, of which ``first`` is the first.
+
+    Attributes:
+        left: reads B [rows, r]; ``right`` reads A [r, in].
+        magnitude: reads m [rows] of DoRA; None for LoRA.
+    """
+
+    first: int
+    rows: int
+    scaling: float
+    left: Callable[[], "Tensor"]
+    right: Callable[[], "Tensor"]
+    magnitude: Callable[[], "Tensor"] | None = None
+
+    def opened(self) -> Rows:
+        """The change, with its own matrices in memory: rows [n, in] from a given row on to changed ones."""
+        left, right = self.left(), self.right()
+        magnitude = None if self.magnitude is None else self.magnitude()
+
+        def change(block: "Tensor", start: int) -> "Tensor":
+            here = slice(max(self.first - start, 0), min(self.first + self.rows - start, len(block)))
+            if here.start >= here.stop:
+                return block
+            there = slice(start + here.start - self.first, start + here.stop - self.first)
+            changed = block[here].addmm_(left[there], right, alpha=self.scaling)
+            if magnitude is not None:
+                changed *= (magnitude[there] / changed.norm(dim=1))[:, None]
+            return block
+
+        return change
+
+
+@dataclass(frozen=True)
+class Added:
+    """A change of ``rows`` values of a bias: b + s·d."""
+
+    first: int
+    rows: int
+    scaling: float
+    vector: Callable[[], "Tensor"]
+
+    def opened(self) -> Rows:
+        vector = self.vector()
+
+        def change(block: "Tensor", start: int) -> "Tensor":
+            here = slice(max(self.first - start, 0), min(self.first + self.rows - start, len(block)))
+            if here.start < here.stop:
+                there = slice(start + here.start - self.first, start + here.stop - self.first)
+                block[here].add_(vector[there], alpha=self.scaling)
+            return block
+
+        return change
+
+
+Change = LowRank | Added

@@ -1,0 +1,51 @@
+"""``--lora DIR`` and ``--lora DIR=SCALE``: LoRA adapters that are merged into a checkpoint's weights."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from glm4_deploy import hub
+from glm4_runtime.errors import RequestError
+from glm4_runtime.progress import Progress, silent
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def lora_option(command: Command) -> Command:
+    """The option, which may be repeated."""
+    return click.option(
+        "--lora",
+        multiple=True,
+        metavar="DIR[=SCALE]",
+        help="LoRA adapter to merge into the weights: a folder as PEFT saves it, or a name on the hub. "
+        "Repeat the option for several.",
+    )(command)
+
+
+def find_adapters(given: Sequence[str], progress: Progress = silent) -> tuple[tuple[str, float], ...]:
+    """The folders of adapters, downloaded where they are names on a hub, and the factor of each.
+
+    Raises:
+        RequestError: a scale that is no number.
+        CheckpointError: a name that is not on the hub.
+    """
+    found = []
+    for value in given:
+        name, scale = _parted(value)
+        found.append((str(hub.local_folder(name, progress=progress)), scale))
+    return tuple(found)
+
+
+def _parted(value: str) -> tuple[str, float]:
+    """The folder and the factor; a folder whose own name has an equals sign is found first."""
+    name, equals, scale = value.rpartition("=")
+    if not equals or Path(value).exists():
+        return value, 1.0
+    try:
+        return name, float(scale)
+    except ValueError:
+        raise RequestError(
+            f"--lora {value}: {scale!r} is not a number; give a factor, as {name}=0.5"
+        ) from None

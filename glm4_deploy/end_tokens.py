@@ -26,7 +26,7 @@ def end_tokens(folder: Path, eos_token_ids: Sequence[int]) -> dict[str, Any]:
 
 
 def _turn_ends(folder: Path, control_tokens: Sequence[str]) -> tuple[str, ...]:
-    from glm4_runtime.chat import ChatTemplate
+    from glm4_runtime.chat_template import ChatTemplate
     from glm4_runtime.template_traits import traits_of
 
     try:

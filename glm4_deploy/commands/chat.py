@@ -69,7 +69,7 @@ def command(
     """
     folders.require_generator(bundle)
     from glm4_runtime import Session
-    from glm4_runtime.chat import start_template_worker
+    from glm4_runtime.chat_template import start_template_worker
     from glm4_runtime.defaults import recommended_params
     from glm4_runtime.dialogue import Dialogue
 

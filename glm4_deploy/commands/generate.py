@@ -93,7 +93,7 @@ def command(
     text = _standard_input() if prompt == "-" else prompt
     opening = time.monotonic()
     if chat:
-        from glm4_runtime.chat import start_template_worker
+        from glm4_runtime.chat_template import start_template_worker
 
         start_template_worker()
     with Session.open(

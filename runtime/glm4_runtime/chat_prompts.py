@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from glm4_runtime.chat import ChatTemplate
+from glm4_runtime.chat_template import ChatTemplate
 from glm4_runtime.errors import RequestError
 from glm4_runtime.prompts import Prompt
 from glm4_runtime.template_traits import traits_of

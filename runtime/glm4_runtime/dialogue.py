@@ -19,7 +19,7 @@ Logits = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Piece:
+class TurnPiece:
     """The text that one token adds to the thinking or to the answer. The last one has a ``finish_reason``."""
 
     thought: str
@@ -56,7 +56,7 @@ class Dialogue:
     def close(self) -> None:
         self._steps.release()
 
-    def say(self, text: str) -> Generator[Piece, None, None]:
+    def say(self, text: str) -> Generator[TurnPiece, None, None]:
         """The model's turn after ``text``. If the caller stops early, the conversation keeps the partial answer. A
         turn with only thinking is kept with an empty answer. A turn that fails before it begins is removed.
 
@@ -75,7 +75,7 @@ class Dialogue:
             else:
                 self.messages.pop()
 
-    def _turn(self) -> Iterator[Piece]:
+    def _turn(self) -> Iterator[TurnPiece]:
         prompt, ids = self._prompts.prompt(self.messages)
         self._steps.keep(ids)
         self.prompt_tokens, self.cached_tokens = len(ids), len(self._steps.held)
@@ -94,7 +94,7 @@ class Dialogue:
                 if token.finish_reason is not None:
                     last = splitter.flush()
                     thought, answer = thought + last[0], answer + last[1]
-                yield Piece(thought, answer, token.finish_reason)
+                yield TurnPiece(thought, answer, token.finish_reason)
         except RequestError:  # among them, logits that are not finite
             self._steps.discard()
             raise

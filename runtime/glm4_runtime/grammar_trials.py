@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from glm4_runtime.errors import Glm4Error, RequestError
 from glm4_runtime.workers.pool import WorkerPool
-from glm4_runtime.workers.worker import Limits, WorkerError
+from glm4_runtime.workers.worker import TaskLimits, WorkerError
 
 _WORKERS = WorkerPool(
-    "glm4_runtime.workers.grammars", Limits(seconds=1, deadline=20, memory=128 * 2**20, answer=2**20)
+    "glm4_runtime.workers.grammars", TaskLimits(seconds=1, deadline=20, memory=128 * 2**20, answer=2**20)
 )
 
 # Number of cached outcomes: a hash and a short text each.

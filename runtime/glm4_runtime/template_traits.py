@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from glm4_runtime.chat import ChatTemplate
+from glm4_runtime.chat_template import ChatTemplate
 from glm4_runtime.errors import BundleError, OvertimeError, RequestError
 
 TemplateMessage = dict[str, Any]

@@ -12,12 +12,10 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 # Documents name a file by its whole path, or by the end of the path where the text says the folder.
 FOLDERS = ("", "benchmarks", "demo", "docs", "exporters", "glm4_deploy", "plugins", "runtime", "tests")
-FILE = re.compile(r"[\w./-]*\w\.(?:py|md|toml|txt|json|jsonl|svg|sh|cpp|h)")
-# Files that a user has or that a command writes, and a peer's name.
-OF_USERS = re.compile(
-    r"(config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|generation_config|manifest|(BUNDLE/)?report"
-    r"|figures|load|/openapi)\.json|load\.svg|recipe\.toml|gpu-check\.\w+|\.txt|\.jsonl|OUT\.\w+|llama\.cpp"
+FILE = re.compile(
+    r"[\w.-]+\.(?:py|md|cpp|h|sh)|(?:\.\./|[a-z][\w.-]*/)[\w./-]*\w\.(?:py|md|toml|json|jsonl|svg|txt)"
 )
+NO_FILES = re.compile(r"OUT\.md|llama\.cpp")  # a name that a user chooses, and a peer's
 
 
 @functools.cache
@@ -40,7 +38,7 @@ def anchors(text: str) -> set[str]:
 def test_named_files_exist(document):
     code = re.findall(r"`([^`\n]+)`", document.read_text("utf-8"))
     named = {word for part in code for word in part.split() if FILE.fullmatch(word)}
-    missing = {name for name in named if not OF_USERS.fullmatch(name) and not exists(name)}
+    missing = {name for name in named if not NO_FILES.fullmatch(name) and not exists(name)}
     assert not missing
 
 

@@ -73,7 +73,12 @@ def test_generate_loads_what_runs_a_bundle_and_nothing_else(demo_quantized):
     modules = loaded("generate", demo_quantized["int8"], "And it came to pass", "--max-tokens", "2")
     assert others(modules) == {"click", "numpy", "tokenizers", "onnxruntime"}
     assert {name.partition(".")[0] for name in ours(modules)} == {"glm4_deploy", "glm4_runtime"}
-    behind = ("glm4_runtime.server", "glm4_runtime.scheduler", "glm4_runtime.chat", "glm4_runtime.structured")
+    behind = (
+        "glm4_runtime.server",
+        "glm4_runtime.scheduler",
+        "glm4_runtime.chat_template",
+        "glm4_runtime.structured",
+    )
     assert not {name for name in modules if name.startswith(behind)}
     # NumPy and ONNX Runtime bring some of the slow ones along; these would be ours
     assert not modules & {"asyncio", "email", "http", "importlib.metadata", "multiprocessing", "ssl"}

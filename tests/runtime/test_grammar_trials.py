@@ -13,7 +13,7 @@ from glm4_runtime.errors import QueueFullError, RequestError
 from glm4_runtime.structured import AnswerFormat, Function, GrammarCompiler, ReplyFormat
 from glm4_runtime.tokenizer import Tokenizer
 from glm4_runtime.workers.pool import WorkerPool
-from glm4_runtime.workers.worker import Limits
+from glm4_runtime.workers.worker import TaskLimits
 
 EOS = (2038, 2045, 2047)
 VOCAB = 2050
@@ -139,7 +139,7 @@ def test_a_format_is_tried_once(compiler, monkeypatch):
         patch.setattr(
             grammar_trials,
             "_WORKERS",
-            WorkerPool("glm4_runtime.workers.grammars", Limits(0.2, 10, 128 * MIB, MIB)),
+            WorkerPool("glm4_runtime.workers.grammars", TaskLimits(0.2, 10, 128 * MIB, MIB)),
         )
         compiler.compile(good, thinking=False)
         with pytest.raises(RequestError, match=r"0\.2 s of processor time"):

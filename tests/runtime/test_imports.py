@@ -24,7 +24,7 @@ for name in names:
     except ModuleNotFoundError as error:  # an optional dependency that is not installed here
         if error.name.partition(".")[0].startswith("glm4") or error.name in ("torch", "onnx"):
             raise
-assert {"glm4_runtime.sampling", "glm4_runtime.tokenizer", "glm4_runtime.chat", "glm4_runtime.generate"} <= set(names)
+assert {"glm4_runtime.sampling", "glm4_runtime.tokenizer", "glm4_runtime.chat_template", "glm4_runtime.generate"} <= set(names)
 print(*sorted({"torch", "onnx", "transformers", "glm4_exporters", "glm4_plugins", "glm4_deploy"} & set(sys.modules)))
 """
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm4_runtime.chat import ChatTemplate
+from glm4_runtime.chat_template import ChatTemplate
 from glm4_runtime.errors import RequestError
 from glm4_runtime.prompts import Prompt, marked
 from glm4_runtime.tokenizer import Tokenizer

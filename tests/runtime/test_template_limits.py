@@ -5,11 +5,11 @@ import time
 
 import pytest
 
-from glm4_runtime import chat
-from glm4_runtime.chat import ChatTemplate
+from glm4_runtime import chat_template
+from glm4_runtime.chat_template import ChatTemplate
 from glm4_runtime.errors import BundleError, OvertimeError, RequestError
 from glm4_runtime.workers.pool import WorkerPool
-from glm4_runtime.workers.worker import Limits
+from glm4_runtime.workers.worker import TaskLimits
 
 HELLO = [{"role": "user", "content": "hello"}]
 MIB = 2**20
@@ -63,9 +63,9 @@ ATTACKS = {
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch):
     """The limits of time are shortened, so that these tests are quick."""
-    limits = Limits(seconds=0.3, deadline=20, memory=256 * MIB, answer=16 * MIB)
+    limits = TaskLimits(seconds=0.3, deadline=20, memory=256 * MIB, answer=16 * MIB)
     pool = WorkerPool("glm4_runtime.workers.templates", limits)
-    monkeypatch.setattr(chat, "_WORKERS", pool)
+    monkeypatch.setattr(chat_template, "_WORKERS", pool)
     yield
     pool.close()
 

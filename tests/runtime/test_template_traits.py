@@ -2,12 +2,12 @@
 
 import pytest
 
-from glm4_runtime import chat
-from glm4_runtime.chat import ChatTemplate
+from glm4_runtime import chat_template
+from glm4_runtime.chat_template import ChatTemplate
 from glm4_runtime.errors import BundleError
 from glm4_runtime.template_traits import as_content, as_metadata, as_objects, as_text, traits_of
 from glm4_runtime.workers.pool import WorkerPool
-from glm4_runtime.workers.worker import Limits
+from glm4_runtime.workers.worker import TaskLimits
 
 CONTROL = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|end|>")
 
@@ -93,7 +93,7 @@ def test_the_demos_template_takes_everything():
 
 
 def test_a_template_that_never_ends_is_refused_before_anything_is_served(monkeypatch):
-    limits = Limits(seconds=0.2, deadline=10, memory=2**28, answer=2**20)
-    monkeypatch.setattr(chat, "_WORKERS", WorkerPool("glm4_runtime.workers.templates", limits))
+    limits = TaskLimits(seconds=0.2, deadline=10, memory=2**28, answer=2**20)
+    monkeypatch.setattr(chat_template, "_WORKERS", WorkerPool("glm4_runtime.workers.templates", limits))
     with pytest.raises(BundleError, match=r"cannot be used.*0\.2 s of processor time"):
         traits("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")

@@ -12,9 +12,9 @@ import pytest
 
 from glm4_runtime.workers import frames
 from glm4_runtime.workers.pool import WorkerPool
-from glm4_runtime.workers.worker import Limits, WorkerError
+from glm4_runtime.workers.worker import TaskLimits, WorkerError
 
-LIMITS = Limits(seconds=0.3, deadline=1.5, memory=64 * 2**20, answer=2**16)
+LIMITS = TaskLimits(seconds=0.3, deadline=1.5, memory=64 * 2**20, answer=2**16)
 PROGRAM = """
 import os, signal, time
 from glm4_runtime.workers import child
@@ -160,8 +160,8 @@ def test_a_worker_that_is_started_early_is_the_first_to_answer(pool):
 RUN = """
 import sys
 from glm4_runtime.workers.pool import WorkerPool
-from glm4_runtime.workers.worker import Limits
-pool = WorkerPool("tasks_of_a_test", Limits(seconds=5, deadline=5, memory=2**26, answer=2**16))
+from glm4_runtime.workers.worker import TaskLimits
+pool = WorkerPool("tasks_of_a_test", TaskLimits(seconds=5, deadline=5, memory=2**26, answer=2**16))
 print(pool.call(["pid"]), flush=True)
 """
 

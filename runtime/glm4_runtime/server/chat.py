@@ -33,7 +33,7 @@ _ANY_ARGUMENTS = {"type": "object"}
 
 
 @dataclass(frozen=True)
-class Plan:
+class ChatPlan:
     """What a request comes to: one scheduler request and one reply for each choice."""
 
     requests: list[Request]
@@ -65,10 +65,10 @@ class Offer:
 
 
 async def chat(engine: Engine, body: schema.ChatRequest, http: HttpRequest) -> Response:
-    return await answered(engine, body, http, _plan, Answer)
+    return await answered(engine, body, http, _plan, ChatAnswer)
 
 
-async def _plan(engine: Engine, body: schema.ChatRequest, deadline: float) -> Plan:
+async def _plan(engine: Engine, body: schema.ChatRequest, deadline: float) -> ChatPlan:
     engine.require_grammars()
     if engine.conversation is None:
         raise ApiError(400, "this model has no chat template; use /v1/completions")
@@ -83,7 +83,7 @@ async def _plan(engine: Engine, body: schema.ChatRequest, deadline: float) -> Pl
 
 def _planned(
     engine: Engine, body: schema.ChatRequest, deadline: float, offer: Offer, rendered: Prompt
-) -> Plan:
+) -> ChatPlan:
     grammars, count, max_tokens = engine.require_grammars(), body.n or 1, _max_tokens(body)
     ids, prompt = engine.encode_prompt(rendered), rendered.text
     engine.require_room(ids)
@@ -114,7 +114,7 @@ def _planned(
         )
         for _ in range(count)
     ]
-    return Plan(requests, replies, [prompt])
+    return ChatPlan(requests, replies, [prompt])
 
 
 def _max_tokens(body: schema.ChatRequest) -> int | None:
@@ -161,10 +161,10 @@ def _form(engine: Engine, body: schema.ChatRequest, offer: Offer, max_calls: int
     return ReplyFormat(answer, offer.functions, offer.required, max_calls, enveloped=enveloped)
 
 
-class Answer:
+class ChatAnswer:
     """The replies to one request, whole or in chunks."""
 
-    def __init__(self, engine: Engine, body: schema.ChatRequest, plan: Plan, job: Job) -> None:
+    def __init__(self, engine: Engine, body: schema.ChatRequest, plan: ChatPlan, job: Job) -> None:
         self._engine, self._plan, self._job = engine, plan, job
         self._with_logprobs = bool(body.logprobs)
         self._usage = Usage()

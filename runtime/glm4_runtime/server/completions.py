@@ -33,7 +33,7 @@ _UTF8 = codecs.getincrementaldecoder("utf-8")
 
 
 @dataclass
-class Continuation:
+class ChoiceText:
     """The text of one choice so far; ``echo`` is what it starts with.
 
     ``characters`` is how many its tokens with log-probabilities made: their text may be held back for a while.
@@ -59,14 +59,14 @@ class Continuation:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CompletionPlan:
     requests: list[Request]
-    choices: list[Continuation]
+    choices: list[ChoiceText]
     prompts: list[str]
 
 
 async def complete(engine: Engine, body: schema.CompletionRequest, http: HttpRequest) -> Response:
-    return await answered(engine, body, http, _plan, Answer)
+    return await answered(engine, body, http, _plan, CompletionAnswer)
 
 
 def as_list(given: Any) -> list[Any]:
@@ -81,11 +81,11 @@ def encoded(engine: Engine, given: str | Sequence[int]) -> tuple[int, ...]:
     return tuple(given)
 
 
-async def _plan(engine: Engine, body: schema.CompletionRequest, deadline: float) -> Plan:
+async def _plan(engine: Engine, body: schema.CompletionRequest, deadline: float) -> CompletionPlan:
     return await engine.prepare(lambda: _planned(engine, body, deadline), slow=body.has_form)
 
 
-def _planned(engine: Engine, body: schema.CompletionRequest, deadline: float) -> Plan:
+def _planned(engine: Engine, body: schema.CompletionRequest, deadline: float) -> CompletionPlan:
     engine.require_grammars()
     scored = _prompt_top(body)
     if scored is not None and body.stream:
@@ -98,7 +98,7 @@ def _planned(engine: Engine, body: schema.CompletionRequest, deadline: float) ->
     prompts, n = as_list(body.prompt), body.n or 1
     require_choices(engine, len(prompts) * n)
     mask = _mask(engine, body)
-    plan = Plan([], [], [])
+    plan = CompletionPlan([], [], [])
     for prompt in prompts:
         ids = encoded(engine, prompt)
         if generates:
@@ -118,7 +118,7 @@ def _planned(engine: Engine, body: schema.CompletionRequest, deadline: float) ->
                     deadline=deadline,
                 )
             )
-            plan.choices.append(Continuation(text if body.echo else "", prompt, ids))
+            plan.choices.append(ChoiceText(text if body.echo else "", prompt, ids))
     return plan
 
 
@@ -136,10 +136,12 @@ def _mask(engine: Engine, body: schema.CompletionRequest) -> GrammarMask | None:
     return engine.require_grammars().compile(ReplyFormat(answer, turn=False), thinking=False)
 
 
-class Answer:
+class CompletionAnswer:
     """The continuations of one request's prompts, whole or in chunks."""
 
-    def __init__(self, engine: Engine, body: schema.CompletionRequest, plan: Plan, job: Job) -> None:
+    def __init__(
+        self, engine: Engine, body: schema.CompletionRequest, plan: CompletionPlan, job: Job
+    ) -> None:
         self._engine, self._choices, self._job = engine, plan.choices, job
         self._n = body.n or 1
         self._with_logprobs = body.logprobs is not None
@@ -169,7 +171,7 @@ class Answer:
             listed.append(whole | self._scored(choice, first.scores))
         return listed
 
-    def _scored(self, choice: Continuation, scores: PromptScores | None) -> dict[str, Any]:
+    def _scored(self, choice: ChoiceText, scores: PromptScores | None) -> dict[str, Any]:
         if scores is None:
             return {}
         body, engine = self._body, self._engine
@@ -213,7 +215,7 @@ class Answer:
             if self._engine.options.log_prompts:
                 log.record()["answers"] = [str(choice.text) for choice in self._choices]
 
-    def _take(self, choice: Continuation, event: Generated) -> list[dict[str, Any]]:
+    def _take(self, choice: ChoiceText, event: Generated) -> list[dict[str, Any]]:
         token = event.token
         choice.tokens += 1
         choice.text.add(token.text)

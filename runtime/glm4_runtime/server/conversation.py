@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from glm4_runtime.chat import ChatTemplate
+from glm4_runtime.chat_template import ChatTemplate
 from glm4_runtime.errors import RequestError
 from glm4_runtime.prompts import Prompt
 from glm4_runtime.reasoning import without_thoughts

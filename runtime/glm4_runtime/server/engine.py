@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from glm4_runtime.chat import CHAT_TEMPLATE, ChatTemplate
+from glm4_runtime.chat_template import CHAT_TEMPLATE, ChatTemplate
 from glm4_runtime.defaults import read_sampling_defaults
 from glm4_runtime.errors import BundleError, DeadlineError, Glm4Error, RequestError
 from glm4_runtime.prompts import Prompt

@@ -15,7 +15,7 @@ from typing import Any
 
 import uvicorn
 
-from glm4_runtime.chat import start_template_worker
+from glm4_runtime.chat_template import start_template_worker
 from glm4_runtime.errors import RequestError
 from glm4_runtime.scheduler import Scheduler
 from glm4_runtime.server import log

@@ -11,7 +11,7 @@ from typing import Any
 
 from glm4_runtime.errors import BundleError
 from glm4_runtime.workers import frames
-from glm4_runtime.workers.worker import Limits, Worker
+from glm4_runtime.workers.worker import TaskLimits, Worker
 
 
 class WorkerPool:
@@ -20,7 +20,7 @@ class WorkerPool:
     A worker starts when needed. A call waits for a worker at most until earlier calls reach their limits.
     """
 
-    def __init__(self, module: str, limits: Limits, most: int = 2) -> None:
+    def __init__(self, module: str, limits: TaskLimits, most: int = 2) -> None:
         self._module, self._limits, self._most = module, limits, most
         self._reset()
         _POOLS.add(self)

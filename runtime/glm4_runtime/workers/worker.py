@@ -33,7 +33,7 @@ _LONGEST_START = 60.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class TaskLimits:
     """The limits of one task.
 
     Attributes:
@@ -64,7 +64,7 @@ class WorkerError(Glm4Error):
 class Worker:
     """One process; one thread at a time may use it."""
 
-    def __init__(self, module: str, limits: Limits) -> None:
+    def __init__(self, module: str, limits: TaskLimits) -> None:
         self._limits = limits
         self._ready = self._asked = self._slowed = self._grown = self._overdue = False
         package = Path(glm4_runtime.__file__).parents[1]
@@ -172,7 +172,7 @@ if sys.platform != "win32":
     }
 
 
-def _reached(limit: str, limits: Limits) -> str:
+def _reached(limit: str, limits: TaskLimits) -> str:
     return {
         "deadline": f"it takes more than {limits.deadline:g} s",
         "seconds": f"it takes more than {limits.seconds:g} s of processor time",

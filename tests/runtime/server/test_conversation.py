@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from glm4_runtime.chat import ChatTemplate
+from glm4_runtime.chat_template import ChatTemplate
 from glm4_runtime.errors import RequestError
 from glm4_runtime.server.conversation import Conversation
 from glm4_runtime.server.messages import Message

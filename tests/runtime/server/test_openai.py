@@ -7,7 +7,7 @@ import re
 import openai
 import pytest
 
-from glm4_runtime.server.completions import Continuation, legacy_logprobs
+from glm4_runtime.server.completions import ChoiceText, legacy_logprobs
 
 MODEL = "glm4-tiny"
 WHO = [{"role": "user", "content": "Who are you?"}]
@@ -346,7 +346,7 @@ def test_completions_with_logprobs(client):
 
 def test_pieces_of_a_character_have_names_and_offsets():
     """An emoji over two tokens is one character of the text, and its pieces are told apart by their bytes."""
-    choice = Continuation("")
+    choice = ChoiceText("")
     pieces = [b"a", b"\xf0\x9f", b"\x99\x82", b"b"]
     for piece in pieces:
         top = [

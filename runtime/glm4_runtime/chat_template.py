@@ -12,7 +12,7 @@ from glm4_runtime.errors import BundleError, OvertimeError, RequestError
 from glm4_runtime.prompts import Prompt, marked
 from glm4_runtime.tokenizer import TOKENIZER_CONFIG, read_tokenizer_config, special_token_names
 from glm4_runtime.workers.pool import WorkerPool
-from glm4_runtime.workers.worker import Limits, WorkerError
+from glm4_runtime.workers.worker import TaskLimits, WorkerError
 
 CHAT_TEMPLATE = "chat_template.jinja"
 
@@ -23,7 +23,8 @@ _TOOL_USE = "tool_use"
 # GLM-4's own are 2 to 10 kB.
 _LONGEST_TEMPLATE = 2**20
 _WORKERS = WorkerPool(
-    "glm4_runtime.workers.templates", Limits(seconds=1, deadline=20, memory=256 * 2**20, answer=16 * 2**20)
+    "glm4_runtime.workers.templates",
+    TaskLimits(seconds=1, deadline=20, memory=256 * 2**20, answer=16 * 2**20),
 )
 
 

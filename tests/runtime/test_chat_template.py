@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from glm4_runtime.chat import ChatTemplate
+from glm4_runtime.chat_template import ChatTemplate
 from glm4_runtime.errors import BundleError, RequestError
 from glm4_runtime.tokenizer import Tokenizer
 

@@ -16,10 +16,11 @@ help:  ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 # .installed remembers what the environment was made for.
-$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard plugins/glm4_plugins/cpu/*)
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard plugins/glm4_plugins/cpu/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "glm4-deploy needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@echo "Installing PyTorch and the other packages into $(VENV); pip shows the progress of each download."
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 demo: $(VENV)/.installed  ## export the demo checkpoint, check it against PyTorch, continue a text
@@ -73,8 +74,11 @@ format: $(VENV)/.installed  ## let ruff format and fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-wheel: $(VENV)/.installed  ## build dist/*.whl
-	$(BIN)/python -m build --wheel --outdir dist .
+# In an environment of its own: a wheel needs neither torch nor the rest of what the tests need.
+wheel:  ## build dist/*.whl, which needs neither the environment of the others nor torch
+	test -x $(OUT)/build/bin/python || $(PYTHON) -m venv $(OUT)/build
+	$(OUT)/build/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build
+	$(OUT)/build/bin/python -m build --wheel --outdir dist .
 
 clean:  ## remove what was made, but not the environment
 	rm -rf build dist $(OUT) .mypy_cache .pytest_cache .ruff_cache *.egg-info

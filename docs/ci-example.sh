@@ -10,7 +10,8 @@ checkpoint=${1:?usage: ci-example.sh CHECKPOINT BUNDLE}
 bundle=${2:?usage: ci-example.sh CHECKPOINT BUNDLE}
 options=(--target ort --precision "${PRECISION:-int8}")
 
-# In a checkout of this project "make demo" has installed it; elsewhere: pip install 'glm4-deploy[cpu,export]'.
+# In a checkout of this project "make demo" has installed it; elsewhere install a wheel of it
+# with the extras cpu and export (README.md).
 PATH=$PWD/.venv/bin:$PATH
 glm4-deploy doctor
 

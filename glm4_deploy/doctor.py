@@ -5,13 +5,17 @@ import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-PACKAGES = (
-    "numpy", "tokenizers", "safetensors", "jinja2", "click", "rich", "torch", "onnx", "onnx-ir", "onnxscript",
-    "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "triton", "polygraphy",
-)  # fmt: skip
+from glm4_runtime.install import DISTRIBUTION, install_command, requirements_of
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+# These two packages have the same import name and overwrite each other. Each extra needs one of them.
+INSTEAD_OF = {"cpu": "onnxruntime-gpu", "cuda": "onnxruntime"}
 
 
 @dataclass(frozen=True)
@@ -24,16 +28,65 @@ class Finding:
     advice: str = ""
 
 
+@dataclass(frozen=True)
+class Extra:
+    """An extra of this package: what it lacks here, and the command that installs it."""
+
+    name: str
+    installed: bool
+    missing: tuple[str, ...]
+    advice: str = ""
+
+
 def examine() -> dict[str, object]:
-    """Everything the ``doctor`` command shows, as data."""
-    findings = [check() for check in CHECKS]
+    """Everything the ``doctor`` command shows, as data; no packages and extras if ours is not installed."""
+    findings, extras = [check() for check in CHECKS], _extra_names()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": {name: found for name in _packages(extras) if (found := _version(name))},
+        "extras": [vars(_extra(name)) for name in extras],
         "findings": [vars(finding) for finding in findings],
     }
+
+
+def _extra_names() -> list[str]:
+    """As pyproject.toml lists them, from the metadata of the installed package."""
+    try:
+        return metadata(DISTRIBUTION).get_all("Provides-Extra") or []
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return []
+
+
+def _packages(extras: list[str]) -> list[str]:
+    if not extras:
+        return []
+    found = [one for extra in ("", *extras) for one in requirements_of(DISTRIBUTION, extra)]
+    return list(dict.fromkeys(one.name for one in found))
+
+
+def _extra(name: str) -> Extra:
+    from glm4_exporters.engine import ENGINE_KINDS
+
+    missing = [part for one in requirements_of(DISTRIBUTION, name) for part in _lacking(one)]
+    if not missing:
+        return Extra(name, True, ())
+    other = INSTEAD_OF.get(name)
+    first = f"pip uninstall {other}, then " if other and _version(other) else ""
+    kind = ENGINE_KINDS.get(name)
+    return Extra(name, False, tuple(missing), f"{first}{install_command(name)}{kind.index if kind else ''}")
+
+
+def _lacking(one: "Requirement") -> list[str]:
+    """The packages that a requirement lacks, and those of another version than it asks for."""
+    found = _version(one.name)
+    if found is None:
+        return [one.name]
+    if not one.specifier.contains(found, prereleases=True):
+        return [f"{one.name}{one.specifier} (version {found} is installed)"]
+    inner = [part for extra in sorted(one.extras) for part in requirements_of(one.name, extra)]
+    return [name for part in inner for name in _lacking(part)]
 
 
 def _version(name: str) -> str | None:
@@ -51,9 +104,7 @@ def _export() -> Finding:
     missing = _missing("torch", "onnx", "onnx_ir", "onnxscript")
     name = "export: targets ort, cpu and native"
     if missing:
-        return Finding(
-            name, False, f"{', '.join(missing)} not installed", "pip install 'glm4-deploy[cpu,export]'"
-        )
+        return Finding(name, False, f"{', '.join(missing)} not installed", install_command("cpu", "export"))
     parity = "" if not _missing("onnxruntime") else "; parity needs onnxruntime as well"
     return Finding(name, True, f"torch {_version('torch')}, onnx {_version('onnx')}{parity}")
 
@@ -70,7 +121,7 @@ def _onnxruntime() -> Finding:
         )
     if _missing("onnxruntime"):
         return Finding(
-            name, False, "not installed", "pip install 'glm4-deploy[cpu]', or [cuda] on a GPU host"
+            name, False, "not installed", f"{install_command('cpu')}, or with [cuda] on a GPU host"
         )
     try:
         import onnxruntime
@@ -100,14 +151,12 @@ def _cuda() -> Finding:
     if not gpus:
         return Finding(name, False, "no NVIDIA GPU or driver found (nvidia-smi)", "run on a GPU host")
     if not _version("onnxruntime-gpu"):
-        return Finding(
-            name, False, f"{gpus}, but onnxruntime-gpu is not installed", "pip install 'glm4-deploy[cuda]'"
-        )
+        return Finding(name, False, f"{gpus}, but onnxruntime-gpu is not installed", install_command("cuda"))
     if _missing("cuda"):
-        return Finding(name, False, "cuda-bindings is not installed", "pip install 'glm4-deploy[cuda]'")
+        return Finding(name, False, "cuda-bindings is not installed", install_command("cuda"))
     missing = _missing_cuda_libraries()
     if missing:
-        return Finding(name, False, f"{gpus}, but {missing}", "pip install 'glm4-deploy[cuda]'")
+        return Finding(name, False, f"{gpus}, but {missing}", install_command("cuda"))
     return Finding(name, True, gpus)
 
 
@@ -144,7 +193,7 @@ def _serving() -> Finding:
     name = "run: serving image"
     missing = _missing("fastapi", "uvicorn", "llguidance", "prometheus_client")
     if missing:
-        return Finding(name, False, f"{', '.join(missing)} not installed", "pip install 'glm4-deploy[serve]'")
+        return Finding(name, False, f"{', '.join(missing)} not installed", install_command("serve"))
     # A serving image holds neither; that the runtime imports neither is held by a test.
     present = [name for name in ("torch", "onnx") if not _missing(name)]
     detail = (
@@ -163,7 +212,7 @@ def _tensorrt_rtx() -> Finding:
             name,
             False,
             f"{', '.join(missing)} not installed",
-            "pip install 'glm4-deploy[cpu,export,tensorrt-rtx]'",
+            install_command("cpu", "export", "tensorrt-rtx"),
         )
     return Finding(name, True, f"tensorrt-rtx {_version('tensorrt-rtx')}; needs no GPU")
 
@@ -172,7 +221,7 @@ def _tensorrt() -> Finding:
     name = "export: target tensorrt"
     missing = _missing("tensorrt", "polygraphy", "triton")
     if missing:
-        return Finding(name, False, f"{', '.join(missing)} not installed", FULL_TENSORRT)
+        return Finding(name, False, f"{', '.join(missing)} not installed", _full_tensorrt())
     if not _gpus():
         return Finding(name, False, "no NVIDIA GPU or driver found (nvidia-smi)", "run on a GPU host")
     return Finding(name, True, f"tensorrt {_version('tensorrt')} on {_gpus()}")
@@ -186,7 +235,7 @@ def _engines() -> Finding:
             name,
             False,
             "a TensorRT or cuda-bindings is not installed",
-            "pip install 'glm4-deploy[tensorrt-rtx]'",
+            install_command("tensorrt-rtx"),
         )
     gpus = _gpus()
     if not gpus:
@@ -197,9 +246,15 @@ def _engines() -> Finding:
     unnamed = [cc for cc in _asked_of_gpus("compute_cap") if cc.replace(".", "") not in named]
     if installed == ["tensorrt-rtx"] and unnamed:
         detail = f"{gpus}: tensorrt-rtx has no kernels for compute capability {unnamed[0]}"
-        return Finding(name, False, detail, f"{FULL_TENSORRT}, or export with --target ort --precision fp16")
+        return Finding(
+            name, False, detail, f"{_full_tensorrt()}, or export with --target ort --precision fp16"
+        )
     return Finding(name, True, f"{', '.join(installed)} on {gpus}")
 
 
-FULL_TENSORRT = "on a GPU host: pip install 'glm4-deploy[export,tensorrt]' with NVIDIA's package index as --extra-index-url"
+def _full_tensorrt() -> str:
+    command = install_command("export", "tensorrt")
+    return f"on a GPU host: {command} with NVIDIA's package index as --extra-index-url"
+
+
 CHECKS = (_export, _onnxruntime, _cpu_operators, _cuda, _serving, _tensorrt_rtx, _tensorrt, _engines)

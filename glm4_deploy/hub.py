@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from glm4_runtime.errors import CheckpointError, Glm4Error
+from glm4_runtime.install import install_command
 from glm4_runtime.progress import Progress, silent
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -214,6 +215,6 @@ def _library() -> Any:
         import huggingface_hub
     except ModuleNotFoundError as error:
         raise Glm4Error(
-            "names on the hub need huggingface_hub: pip install 'glm4-deploy[hub]', or name a folder"
+            f"names on the hub need huggingface_hub; run {install_command('hub')}, or name a folder"
         ) from error
     return huggingface_hub

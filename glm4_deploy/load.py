@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from glm4_runtime.errors import RequestError
+from glm4_runtime.install import install_command
 from glm4_runtime.progress import Progress
 
 PERCENTILES = (50, 90, 95, 99)
@@ -246,7 +247,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise RequestError("a plot needs matplotlib: pip install 'glm4-deploy[bench]'") from error
+        raise RequestError(f"a plot needs matplotlib; run {install_command('bench')}") from error
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     panels = figure.subplots(1, 4)
     for panel, (key, title) in zip(

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from glm4_deploy import __version__
 from glm4_deploy.plan import Plan
 from glm4_runtime.errors import ExportError
+from glm4_runtime.install import install_command
 
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript")
 
@@ -22,7 +23,7 @@ def tool_versions() -> dict[str, str]:
             versions[name] = version(name)
         except PackageNotFoundError:
             raise ExportError(
-                f"{name} is not installed, which export needs; install glm4-deploy[export]"
+                f"{name} is not installed, which export needs; run {install_command('export')}"
             ) from None
     return versions
 
@@ -38,7 +39,7 @@ def require_installed(plan: Plan) -> None:
         return
     if find_spec("onnxruntime") is None:
         raise ExportError(
-            "onnxruntime is not installed, which parity needs; install glm4-deploy[cpu], or say --no-parity"
+            f"onnxruntime is not installed, which parity needs; run {install_command('cpu')}, or say --no-parity"
         )
     if plan.form.target.own_operators:
         from glm4_plugins import block_product

@@ -29,6 +29,7 @@ from glm4_plugins.launch import KernelShape, choices, unsupported
 from glm4_plugins.operator import OP_TYPE, PLUGIN_INT8
 from glm4_runtime.bundle import ENGINE, EngineProfile, FileEntry, Limits, TensorSpec
 from glm4_runtime.errors import ExportError
+from glm4_runtime.install import install_command
 from glm4_runtime.progress import Progress, silent
 
 LAYOUTS = ("shared", "split")
@@ -202,7 +203,7 @@ def require_engine(
         if find_spec(module) is None:
             raise ExportError(
                 f"{module} is not installed, which target {target} needs; "
-                f"install glm4-deploy[{kind_name}]{kind.index}"
+                f"run {install_command(kind_name)}{kind.index}"
             )
     if kind.times:
         _require_builder(kind)
@@ -306,7 +307,7 @@ def engine_version(kind_name: str) -> str:
     except PackageNotFoundError:
         raise ExportError(
             f"{kind_name} is not installed, which target {kind_name} needs; "
-            f"install glm4-deploy[{kind_name}]{kind.index}"
+            f"run {install_command(kind_name)}{kind.index}"
         ) from None
 
 

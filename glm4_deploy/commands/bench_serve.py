@@ -10,6 +10,7 @@ import click
 from glm4_deploy import show
 from glm4_deploy.commands.numbers import numbers
 from glm4_runtime.errors import RequestError
+from glm4_runtime.install import install_command
 
 CLIENTS = "1,2,4,8"
 
@@ -90,7 +91,7 @@ def command(
     try:
         from glm4_deploy.load import Load, measure, plot
     except ModuleNotFoundError as error:
-        raise RequestError(f"bench-serve needs {error.name}: pip install 'glm4-deploy[bench]'") from error
+        raise RequestError(f"bench-serve needs {error.name}; run {install_command('bench')}") from error
     points: list[dict[str, Any]] = (
         [{"rate": value} for value in numbers("--rate", rate, float)]
         if rate is not None

@@ -24,3 +24,9 @@ def command(as_json: bool) -> None:
         mark = "yes" if finding["works"] else "no "
         advice = f" -> {finding['advice']}" if finding["advice"] else ""
         click.echo(f"  {mark}  {finding['name']}: {finding['detail']}{advice}")
+    for extra in facts["extras"]:
+        missing = ", ".join(extra["missing"])
+        lacks = f": {missing} not installed -> {extra['advice']}" if missing else ""
+        click.echo(f"  {'no ' if missing else 'yes'}  extra {extra['name']}{lacks}")
+    if not facts["extras"]:
+        click.echo("  no   extras: not known, as this package is not installed")

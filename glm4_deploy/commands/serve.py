@@ -9,6 +9,7 @@ import click
 from glm4_deploy import folders, interrupts
 from glm4_deploy.commands.text import TEXT
 from glm4_runtime.errors import BundleError
+from glm4_runtime.install import install_command
 
 Command = Callable[..., None]
 
@@ -139,7 +140,7 @@ def command(
             from glm4_runtime.server import ServerOptions, read_api_keys
             from glm4_runtime.server.run import open_and_serve
         except ModuleNotFoundError as error:
-            raise BundleError(f"serving needs {error.name}: pip install 'glm4-deploy[serve,cpu]'") from error
+            raise BundleError(f"serving needs {error.name}; run {install_command('serve', 'cpu')}") from error
         chosen = ServerOptions(api_keys=read_api_keys(api_key_file), **options)
         if bundle.exists():  # a taken port is told first
             folders.require_bundle(bundle)

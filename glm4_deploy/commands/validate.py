@@ -9,6 +9,7 @@ from click.core import ParameterSource
 
 from glm4_deploy import folders, hub, show
 from glm4_runtime.errors import GateError, RequestError
+from glm4_runtime.install import install_command
 from glm4_runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -137,9 +138,7 @@ def command(
     try:
         from glm4_deploy.validate import ValidateOptions, validate  # brings torch and onnx
     except ModuleNotFoundError as error:
-        raise RequestError(
-            f"validate needs {error.name}; install glm4-deploy with its extras [cpu,export]"
-        ) from error
+        raise RequestError(f"validate needs {error.name}; run {install_command('cpu', 'export')}") from error
 
     options = ValidateOptions(
         text=text,
@@ -212,7 +211,7 @@ def _html_writer() -> "Callable[[Report], str]":
     try:
         from glm4_deploy.validate.html import html_page
     except ModuleNotFoundError as error:
-        raise RequestError(f"--html needs {error.name}; install glm4-deploy[validate]") from error
+        raise RequestError(f"--html needs {error.name}; run {install_command('validate')}") from error
     return html_page
 
 

@@ -86,8 +86,11 @@ def block_product(
 
 def library() -> Path | None:
     """The operator's library for ONNX Runtime; None where it was not built with the package."""
-    folder = Path(__file__).parent
-    return next((path for s in EXTENSION_SUFFIXES if (path := folder / f"cpu_operators{s}").is_file()), None)
+    folder, suffixes = (
+        Path(__file__).parent,
+        reversed(EXTENSION_SUFFIXES),
+    )  # first the plain one: see setup.py
+    return next((path for s in suffixes if (path := folder / f"cpu_operators{s}").is_file()), None)
 
 
 @cache

@@ -5,11 +5,14 @@ import json
 import math
 import shutil
 import subprocess
+import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 from checkpoints import tiny_config, write_checkpoint
 from click.testing import CliRunner
+from packaging.requirements import Requirement
 from safetensors.torch import load_file
 
 from glm4_deploy import doctor
@@ -22,6 +25,9 @@ from glm4_exporters.config import Glm4Config
 from glm4_runtime.bundle import FileEntry, ModelInfo, read_manifest, write_manifest
 from glm4_runtime.bundle.graph_io import graph_io
 from glm4_runtime.errors import Glm4Error
+from glm4_runtime.install import install_command
+
+ROOT = Path(__file__).parents[2]
 
 
 def invoked(*arguments):
@@ -53,7 +59,7 @@ def pretend(monkeypatch, installed=(), missing=(), modules=None):
 
 def test_doctor_in_json():
     facts = json.loads(invoked("doctor", "--json"))
-    assert set(facts) == {"python", "platform", "cpus", "packages", "findings"}
+    assert set(facts) == {"python", "platform", "cpus", "packages", "extras", "findings"}
     for entry in facts["findings"]:
         assert set(entry) == {"name", "works", "detail", "advice"}
         assert isinstance(entry["works"], bool)
@@ -163,7 +169,7 @@ def test_rtx_engines_have_no_kernels_for_hopper(monkeypatch, capability, package
     assert found["works"] is works
     if not works:
         assert "tensorrt-rtx has no kernels for compute capability 9.0" in found["detail"]
-        assert "glm4-deploy[export,tensorrt]" in found["advice"]
+        assert "[export,tensorrt]" in found["advice"]
         assert "--target ort --precision fp16" in found["advice"]
 
 
@@ -173,6 +179,62 @@ def test_rtx_engines_have_no_kernels_for_hopper(monkeypatch, capability, package
 def test_a_driver_tool_that_hangs_or_is_broken_does_not_end_doctor(monkeypatch, answer):
     gpu(monkeypatch, answer)
     assert not finding("run: CUDA provider")["works"]
+
+
+def extra(name):
+    return next(entry for entry in doctor.examine()["extras"] if entry["name"] == name)
+
+
+def test_doctor_knows_every_extra_of_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    facts = doctor.examine()
+    assert [entry["name"] for entry in facts["extras"]] == list(project["optional-dependencies"])
+    assert {"numpy", "torch", "uvicorn", "pytest"} <= facts["packages"].keys()
+    lines = invoked("doctor").splitlines()
+    assert "  yes  extra cpu" in lines
+    assert sum(line[5:].strip().startswith("extra ") for line in lines) == len(facts["extras"])
+
+
+def test_an_extra_that_is_missing_is_said_with_what_installs_it(monkeypatch):
+    pretend(monkeypatch, missing=("huggingface-hub", "uvicorn", "fastapi"))
+    assert extra("hub") == {
+        "name": "hub", "installed": False, "missing": ("huggingface-hub",), "advice": install_command("hub"),
+    }  # fmt: skip
+    assert f"extra serve: fastapi, uvicorn not installed -> {install_command('serve')}" in invoked("doctor")
+    assert extra("cpu")["installed"]
+
+
+def test_a_package_too_old_for_its_extra_is_missing(monkeypatch):
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: "1.22.9" if name == "onnx" else version(name))
+    assert extra("export")["missing"] == ("onnx>=1.23 (version 1.22.9 is installed)",)
+
+
+def test_the_extras_of_packages_count_too(monkeypatch):
+    """onnxruntime-gpu is useless without the CUDA libraries, which its own extras bring."""
+    listed = {
+        ("glm4-deploy", "cuda"): ["onnxruntime-gpu[cudnn]>=1.30"], ("onnxruntime-gpu", "cudnn"): ["nvidia-cudnn-cu13"],
+    }  # fmt: skip
+    monkeypatch.setattr(doctor, "_extra_names", lambda: ["cuda"])
+    monkeypatch.setattr(doctor, "requirements_of", lambda *key: [Requirement(r) for r in listed.get(key, ())])
+    pretend(monkeypatch, installed=(), missing=("nvidia-cudnn-cu13", "onnxruntime"))
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda n: "1.32.0" if n == "onnxruntime-gpu" else version(n))
+    assert extra("cuda")["missing"] == ("nvidia-cudnn-cu13",)
+
+
+def test_one_onnxruntime_is_uninstalled_before_the_other_comes(monkeypatch):
+    pretend(monkeypatch, installed=("onnxruntime",), missing=("onnxruntime-gpu",))
+    assert extra("cuda")["advice"] == f"pip uninstall onnxruntime, then {install_command('cuda')}"
+
+
+def test_doctor_of_a_package_that_is_not_installed(monkeypatch):
+    def metadata(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "metadata", metadata)
+    assert doctor.examine()["extras"] == []
+    assert "extras: not known, as this package is not installed" in invoked("doctor")
 
 
 # inspect, a checkpoint ----------------------------------------------------------------------------

@@ -396,18 +396,20 @@ def test_refusals_come_first(tmp_path, monkeypatch, given, message):
 def test_a_missing_package_is_named(tmp_path, monkeypatch, module):
     real = importlib.util.find_spec
     monkeypatch.setattr(engine_module, "find_spec", lambda name: None if name == module else real(name))
-    with pytest.raises(ExportError, match=r"not installed.*install glm4-deploy\[tensorrt-rtx\]"):
+    with pytest.raises(ExportError, match=r"not installed.*pip install .*\[tensorrt-rtx\]"):
         export(DEMO, tmp_path / "bundle", options())
 
 
 def test_full_tensorrt_needs_a_gpu(tmp_path, monkeypatch):
     wanted = ExportOptions(target="tensorrt", parity=False)
     monkeypatch.setattr(engine_module, "find_spec", lambda _: None)
-    with pytest.raises(ExportError, match=r"triton is not installed.*glm4-deploy\[tensorrt\] with NVIDIA's"):
+    with pytest.raises(
+        ExportError, match=r"triton is not installed.*pip install .*\[tensorrt\]' with NVIDIA's"
+    ):
         export(DEMO, tmp_path / "bundle", wanted)  # our plugin's compiler comes first
     native = dataclasses.replace(wanted, engine=EngineOptions(attention="native"))
     with pytest.raises(
-        ExportError, match=r"tensorrt is not installed.*glm4-deploy\[tensorrt\] with NVIDIA's"
+        ExportError, match=r"tensorrt is not installed.*pip install .*\[tensorrt\]' with NVIDIA's"
     ):
         export(DEMO, tmp_path / "bundle", native)
     monkeypatch.setattr(engine_module, "find_spec", lambda _: True)

@@ -41,9 +41,14 @@ def test_extras_that_the_texts_name_exist():
     named = {}
     for path in texts:
         if path.is_file() and ".venv" not in path.parts and "tests" not in path.parts:
-            for found in re.findall(r"glm4-deploy\[([a-z,\-]+)\]", path.read_text()):
-                named |= dict.fromkeys(found.split(","), path)
-    assert {"cpu", "cuda", "tensorrt"} <= named.keys()
+            text = path.read_text("utf-8")
+            found = re.findall(r"(?:glm4-deploy|'\.)\[([a-z,\-]+)\]", text)
+            found += re.findall(
+                r"""["']([a-z\-]+)["']""", " ".join(re.findall(r"install_command\(.*?\)", text))
+            )
+            named |= dict.fromkeys(",".join(found).split(","), path)
+    named.pop("", None)
+    assert {"cpu", "cuda", "tensorrt", "hub"} <= named.keys()
     assert named.keys() <= EXTRAS.keys(), named
 
 

@@ -208,7 +208,7 @@ def test_another_failure_is_said_with_the_calls_name(cuda, monkeypatch):
 def test_without_cuda_bindings_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda", None)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(BundleError, match=r"cuda-bindings cannot be imported.*install glm4-deploy\[cuda\]"):
+    with pytest.raises(BundleError, match=r"cuda-bindings cannot be imported.*pip install .*\[cuda\]"):
         Cuda("cuda", "go elsewhere")
 
 

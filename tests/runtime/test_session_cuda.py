@@ -153,7 +153,7 @@ def test_nvidias_libraries_are_loaded_before_the_provider(edited_manifest, ort, 
     monkeypatch.setattr("onnxruntime.InferenceSession", opened)
     bundle = edited_manifest(**GPU_FIRST)
     with pytest.raises(
-        BundleError, match=r"did not start here \(Failed to load libcublas.*glm4-deploy\[cuda\]"
+        BundleError, match=r"did not start here \(Failed to load libcublas.*pip install .*\[cuda\]"
     ):
         Session.open(bundle)
     assert order == ["preload", "CUDAExecutionProvider"]

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glm4_runtime.errors import BundleError, UnavailableError
+from glm4_runtime.install import install_command
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -23,7 +24,7 @@ def load_cudart(extra: str) -> Any:
         from cuda.bindings import runtime
     except ImportError as error:
         raise UnavailableError(
-            f"cuda-bindings cannot be imported ({error}); install glm4-deploy[{extra}]"
+            f"cuda-bindings cannot be imported ({error}); run {install_command(extra)}"
         ) from error
     return runtime
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from glm4_runtime.bundle import GRAPH, Manifest
 from glm4_runtime.errors import BundleError, UnavailableError
+from glm4_runtime.install import install_command
 from glm4_runtime.kv_cache import Move
 from glm4_runtime.session.base import Ids, Logits, Session
 from glm4_runtime.session.bound_rows import BoundRows
@@ -38,7 +39,7 @@ def load_onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise UnavailableError(
-            f"onnxruntime cannot be imported ({error}); install glm4-deploy[cpu], or [cuda] on a GPU host"
+            f"onnxruntime cannot be imported ({error}); run {install_command('cpu')}, or with [cuda] on a GPU host"
         ) from error
     return onnxruntime
 
@@ -52,7 +53,7 @@ def operator_library() -> Path:
     spec = find_spec(OPERATORS)
     folders = (spec.submodule_search_locations if spec else None) or ()
     for folder in folders:
-        for suffix in EXTENSION_SUFFIXES:
+        for suffix in reversed(EXTENSION_SUFFIXES):  # first the plain one, which builds give it
             path = Path(folder) / f"{LIBRARY}{suffix}"
             if path.is_file():
                 return path
@@ -160,7 +161,7 @@ class OrtSession(Session):
             missing = gpu.missing[:200] if gpu is not None else ""
             raise BundleError(
                 f"{self.provider} is installed but did not start here ({missing or 'the driver is too old'}); "
-                "install glm4-deploy[cuda], run glm4-deploy doctor, or ask for CPUExecutionProvider"
+                f"run {install_command('cuda')}, then glm4-deploy doctor; or ask for CPUExecutionProvider"
             )
         if manifest.kv_cache is not None:
             self._cache = self._new_cache()

@@ -8,7 +8,7 @@ from pathlib import Path
 from glm4_deploy.plan import ExportOptions, make_plan
 from glm4_deploy.tools import tool_versions
 from glm4_exporters.checkpoint import Checkpoint
-from glm4_exporters.engine import engine_version
+from glm4_exporters.engine import engine_version, gpu_identity
 from glm4_runtime.bundle import SCHEMA_VERSION
 from glm4_runtime.errors import ExportError
 
@@ -18,7 +18,8 @@ def cache_key(checkpoint: str | Path, options: ExportOptions, by_content: bool =
 
     Options, versions of our package and the tools that shape a bundle, and the checkpoint's fingerprint:
     its configuration, its tensor headers, and per shard the content hash under which a hub cache stores
-    it, or else size and modification time. ``by_content`` reads and hashes such a shard instead, so that a
+    it, or else size and modification time. An engine whose kernels are chosen on the GPU of this machine has that
+    GPU's model in its key. ``by_content`` reads and hashes such a shard instead, so that a
     fresh download has the same key.
     """
     with Checkpoint.load(checkpoint, options.task, options.adapters) as source:
@@ -33,6 +34,7 @@ def cache_key(checkpoint: str | Path, options: ExportOptions, by_content: bool =
             "schema": SCHEMA_VERSION,
             "options": shaping | {"task": source.task} | dataclasses.asdict(plan.limits),
             "tools": tool_versions() | built,
+            "gpu": gpu_identity() if plan.engine is not None and plan.engine.timed else None,
             "checkpoint": source.fingerprint(by_content),
         }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,25 +1,26 @@
 """Where a bundle appears: what may be replaced, the folder it is written in, and the step that publishes it.
 
     .NAME.RANDOM.partial/    beside the bundle's place, while an export runs
-        lock                 locked by flock; the system frees the lock however the export ends
+        lock                 locked; the system frees the lock however the export ends, and a kill leaves the folder
         bundle/              the new bundle; after an exchange of the two, the old one
         replaced/            the old bundle, between two renames, where folders cannot be exchanged
 
-Locks are seen by every process on a file system, in other containers too. NFS hands them on between hosts,
+The next export to the same place removes what a kill left. Locks are seen by every process on a file system, in other containers too. NFS hands them on between hosts,
 unless it is mounted with ``nolock`` or ``local_lock``: there, hosts must not export to one place at a time.
 """
 
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from glm4_deploy import interrupts
+from glm4_deploy.locks import lock
 from glm4_runtime.bundle import MANIFEST, REPORT
 from glm4_runtime.errors import ExportError
 
@@ -99,7 +100,9 @@ class Destination:
             ExportError: something that may not be replaced came there during the export.
         """
         if not self._occupied():
-            folder.rename(self.place)  # onto nothing, or onto an empty folder
+            with suppress(FileNotFoundError):
+                self.place.rmdir()  # an empty one, onto which Windows renames nothing
+            folder.rename(self.place)
             return
         self._require_replaceable()
         if not _exchange(folder, self.place):
@@ -123,6 +126,8 @@ class Destination:
             ) from None
 
     def _require_apart(self, checkpoint: Path) -> None:
+        if not checkpoint.exists():  # a name on the hub
+            return
         source = Path(os.path.realpath(checkpoint))
         if self.place == source:
             raise ExportError(f"{self.bundle} is the checkpoint itself; choose another place")
@@ -177,13 +182,11 @@ class Destination:
 
     @contextmanager
     def _working_folder(self) -> Iterator[Path]:
-        work, lock = self._claim()
+        work, held = self._claim()
         try:
             yield work
         finally:
-            self._clean_up(work)
-            if lock is not None:
-                os.close(lock)
+            self._end(work, held)
 
     def _claim(self) -> tuple[Path, int | None]:
         """A new working folder and its lock; None where the file system has no locks."""
@@ -191,48 +194,49 @@ class Destination:
             work = self.place.with_name(self._working_name())
             work.mkdir()
             try:
-                return work, _lock(work)
+                return work, lock(work / LOCK)
             except (BlockingIOError, FileNotFoundError):
                 continue  # another export took the folder for a dead one
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-                    self._clean_up(work)
+                    self._end(work, None)
                     raise
                 return work, None
 
     def _recover(self, work: Path) -> None:
         """If no living export holds the folder, end what a dead one left in it."""
         try:
-            lock = _lock(work)
-        except OSError:  # held, or the file system cannot tell
+            held = lock(work / LOCK)
+        except OSError:  # another export has it, or the file system cannot tell
             return
-        try:
-            self._clean_up(work)
-        finally:
-            os.close(lock)
+        self._end(work, held)
 
-    def _clean_up(self, work: Path) -> None:
+    def _end(self, work: Path, held: int | None) -> None:
+        """Empty a working folder, and remove it with its lock, which Windows unlinks only when it is closed."""
+        try:
+            emptied = self._emptied(work)
+            if held is not None and sys.platform == "win32":
+                os.close(held)
+                held = None
+            if emptied:
+                with suppress(OSError):
+                    (work / LOCK).unlink(missing_ok=True)
+                    work.rmdir()
+        finally:
+            if held is not None:
+                os.close(held)
+
+    def _emptied(self, work: Path) -> bool:
+        """Whether nothing that is worth keeping is left in it; what an export set aside is put back."""
         new, replaced = work / NEW, work / REPLACED
         if replaced.exists() and new.exists():  # the export ended between the two renames
             try:
                 replaced.rename(self.place)
             except OSError:  # something else is there now, and this is the only copy
-                return
+                return False
         for folder in (new, replaced):
             shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):
-            (work / LOCK).unlink(missing_ok=True)
-            work.rmdir()
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Refuse a bundle of ``needed`` bytes that its disk has no room for; ``folder`` is that of ``staged``."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ExportError(
-            f"the bundle takes {needed / 1e9:.1f} GB and {folder.parent.parent} has {free / 1e9:.1f} GB free; "
-            "make room"
-        )
+        return True
 
 
 def _files_of_ours(folder: Path) -> set[str] | None:
@@ -251,28 +255,12 @@ def _files_of_ours(folder: Path) -> set[str] | None:
     return {*files, MANIFEST, REPORT} if ours else None
 
 
-def _lock(work: Path) -> int:
-    """The lock of a working folder, as an open file.
-
-    Raises:
-        BlockingIOError: another process holds it.
-        FileNotFoundError: the folder was removed meanwhile.
-    """
-    lock = os.open(work / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(lock), (work / LOCK).stat()):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(work))
-    except BaseException:
-        os.close(lock)
-        raise
-    return lock
-
-
 def _exchange(one: Path, other: Path) -> bool:
     """Let two folders change their names in one step; False where the system cannot."""
     import ctypes  # here, since a command's help is quicker without it
 
+    if sys.platform != "linux":
+        return False
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     paths = AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other)
     return renameat2 is not None and renameat2(*paths, RENAME_EXCHANGE) == 0

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, metadata, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from glm4_runtime.install import DISTRIBUTION, install_command, requirements_of
+from glm4_runtime.install import DISTRIBUTION, install_command, pip_command, requirements_of
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -73,7 +73,7 @@ def _extra(name: str) -> Extra:
     if not missing:
         return Extra(name, True, ())
     other = INSTEAD_OF.get(name)
-    first = f"pip uninstall {other}, then " if other and _version(other) else ""
+    first = f"{pip_command()} uninstall {other}, then " if other and _version(other) else ""
     kind = ENGINE_KINDS.get(name)
     return Extra(name, False, tuple(missing), f"{first}{install_command(name)}{kind.index if kind else ''}")
 
@@ -117,7 +117,7 @@ def _onnxruntime() -> Finding:
             name,
             False,
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other",
-            "pip uninstall onnxruntime onnxruntime-gpu, then install one of them",
+            f"{pip_command()} uninstall onnxruntime onnxruntime-gpu, then install one of them",
         )
     if _missing("onnxruntime"):
         return Finding(

@@ -14,6 +14,9 @@ from typing import Any
 
 EXIT_CODE = 130
 MESSAGE = "glm4-deploy: interrupted"
+# Windows has neither.
+HANGUPS = tuple(getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name))
+ALARMS = tuple(getattr(signal, name) for name in ("SIGALRM",) if hasattr(signal, name))
 
 _received: int | None = None
 _held = False
@@ -46,13 +49,14 @@ def raise_once() -> None:
     _received = None
     for number in _ending():
         _before[number] = signal.signal(number, _raise)
-    _before[signal.SIGALRM] = signal.signal(signal.SIGALRM, _raise_again)
+    for number in ALARMS:
+        _before[number] = signal.signal(number, _raise_again)
     sys.unraisablehook = _unraisable
 
 
 def end(*, restore: bool) -> None:
     """Ignore signals while the interpreter ends, or ``restore`` the handlers from before :func:`raise_once`."""
-    for number in [*_ending(), signal.SIGALRM]:
+    for number in [*_ending(), *ALARMS]:
         signal.signal(number, _before.get(number, signal.SIG_DFL) if restore else signal.SIG_IGN)
     if restore:
         sys.unraisablehook = sys.__unraisablehook__
@@ -98,8 +102,8 @@ def expected() -> None:
 
 def _ending() -> list[signal.Signals]:
     """SIGHUP too, unless ``nohup`` or a service manager had it ignored."""
-    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
-    return [signal.SIGINT, signal.SIGTERM, *hangup]
+    hangups = [number for number in HANGUPS if signal.getsignal(number) is not signal.SIG_IGN]
+    return [signal.SIGINT, signal.SIGTERM, *hangups]
 
 
 def _exit(_number: int, _frame: FrameType | None) -> None:
@@ -124,7 +128,7 @@ def _raise_again(_number: int, _frame: FrameType | None) -> None:
 
 def _unraisable(lost: "sys.UnraisableHookArgs") -> None:
     """A KeyboardInterrupt inside a destructor or a weak reference's callback is lost: raise it soon once more."""
-    if received() and lost.exc_type is KeyboardInterrupt:
+    if received() and lost.exc_type is KeyboardInterrupt and ALARMS:
         signal.setitimer(signal.ITIMER_REAL, 0.01)
     else:
         sys.__unraisablehook__(lost)

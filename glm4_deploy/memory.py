@@ -1,6 +1,5 @@
 """Memory that this process may still take: the machine's, within the limits of control groups and of the process."""
 
-import resource
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -82,6 +81,10 @@ def _cached(place: Path, name: str) -> int:
 
 def _of_limits(process: Path) -> Iterator[int]:
     """What ``ulimit -v`` and ``ulimit -d`` leave."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limits
+        return
     pages = [int(field) for line in _lines(process / "statm") for field in line.split()]
     for limit, field in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
         soft = resource.getrlimit(limit)[0]

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from glm4_deploy.cache_key import cache_key
 from glm4_deploy.describe import describe
-from glm4_deploy.destination import Destination, require_space
+from glm4_deploy.destination import Destination
 from glm4_deploy.plan import DEFAULTS, ExportOptions, Plan, make_plan
 from glm4_deploy.report import Clock, ExportResult, peak_rss, write_report
+from glm4_deploy.room import require_room
 from glm4_deploy.side_files import require_tokenizer
 from glm4_deploy.tools import require_installed
 from glm4_exporters.checkpoint import Checkpoint
@@ -49,15 +50,14 @@ def export(
     from glm4_runtime.defaults import read_sampling_defaults
 
     bundle = Path(bundle)
-    destination = Destination(bundle, force)
-    destination.recover()
+    destination = require_destination(checkpoint, bundle, force)
     clock = Clock()
     with Checkpoint.load(checkpoint, options.task, options.adapters) as source:
         plan = make_plan(source, options)
         read_sampling_defaults(checkpoint)  # refuses what no sampler takes
         require_tokenizer(source)
-        destination.check(Path(checkpoint))
         require_installed(plan)
+        require_room(plan, destination.place)
         prepared = _prepare(plan, source, clock, progress)
         with clock("trace"):
             progress("trace the model", 0, 0)
@@ -83,6 +83,18 @@ def export(
             write_report(folder, options, result)
             destination.publish(folder)
     return result
+
+
+def require_destination(checkpoint: str | Path, bundle: str | Path, force: bool) -> Destination:
+    """The place of a bundle, where an export that was killed left nothing.
+
+    Raises:
+        ExportError: the bundle cannot be published there.
+    """
+    destination = Destination(Path(bundle), force)
+    destination.recover()
+    destination.check(Path(checkpoint))
+    return destination
 
 
 def _prepare(plan: Plan, source: Checkpoint, clock: Clock, progress: Progress) -> "Prepared":
@@ -123,10 +135,9 @@ def _write_model(
     import onnx
     import onnx_ir as ir
 
-    from glm4_exporters.weights import attach, layout, stored_bytes, write_weights
+    from glm4_exporters.weights import attach, layout, write_weights
 
     tensors = layout(model)
-    require_space(folder, stored_bytes(tensors))
     written = write_weights(source, tensors, folder / WEIGHTS, prepared.edits, progress)
     attach(model, tensors, WEIGHTS)
     ir.save(model, folder / GRAPH)

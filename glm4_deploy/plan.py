@@ -7,6 +7,7 @@ from glm4_exporters.cache_types import choose_cache
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.engine import (
+    ENGINE_KINDS,
     SMALL_TILES,
     EngineOptions,
     engine_attention,
@@ -85,6 +86,11 @@ class EngineBuild:
     @property
     def by_plugin(self) -> bool:
         return self.attention == "plugin"
+
+    @property
+    def timed(self) -> bool:
+        """Whether the builder times kernels on the GPU here, so that the engine depends on that GPU."""
+        return ENGINE_KINDS[self.kind].times
 
 
 @dataclass(frozen=True)

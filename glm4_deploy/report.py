@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import platform
-import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -67,5 +67,10 @@ def write_report(folder: Path, options: ExportOptions, result: ExportResult) -> 
 
 
 def peak_rss() -> int:
-    """Bytes of this process, so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes of this process, so far; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

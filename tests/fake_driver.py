@@ -54,3 +54,20 @@ class FakeLibrary:
         names = {1: b"CUDA_ERROR_INVALID_VALUE", 218: b"CUDA_ERROR_INVALID_PTX", 500: b"CUDA_ERROR_NOT_FOUND"}
         text._obj.value = names[status.value]
         return 0
+
+
+class FakeGpu:
+    """libcuda, asked what its GPU is."""
+
+    model, attributes = b"NVIDIA H100 80GB HBM3", {75: 9, 76: 0, 16: 132}
+
+    def cuInit(self, flags):
+        return 0
+
+    def cuDeviceGetName(self, name, size, device):
+        name.value = self.model
+        return 0
+
+    def cuDeviceGetAttribute(self, number, attribute, device):
+        number._obj.value = self.attributes[attribute]
+        return 0

@@ -251,14 +251,33 @@ def gpu_processors() -> int | None:
     return None if numbers is None else numbers[0]
 
 
-def _gpu_attributes(*attributes: int) -> tuple[int, ...] | None:
-    """What the driver says of the first GPU; None where there is none."""
-    numbers = [ctypes.c_int(0) for _ in attributes]
+def gpu_identity() -> dict[str, str | int | None] | None:
+    """What an engine that is built on the first GPU depends on of it; None where there is none.
+
+    Model, compute capability and processors: equal ones run each other's engines at the speed they were timed for.
+    """
+    driver = _driver()
+    name = ctypes.create_string_buffer(256)
+    if driver is None or driver.cuDeviceGetName(name, len(name), 0) != 0:
+        return None
+    model = name.value.decode("utf-8", "replace")
+    return {"model": model, "capability": gpu_capability(), "processors": gpu_processors()}
+
+
+def _driver() -> ctypes.CDLL | None:
+    """NVIDIA's driver, ready to be asked; None where there is none."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
-    if driver.cuInit(0) != 0:
+    return driver if driver.cuInit(0) == 0 else None
+
+
+def _gpu_attributes(*attributes: int) -> tuple[int, ...] | None:
+    """What the driver says of the first GPU; None where there is none."""
+    numbers = [ctypes.c_int(0) for _ in attributes]
+    driver = _driver()
+    if driver is None:
         return None
     for number, attribute in zip(numbers, attributes, strict=True):
         if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, 0) != 0:

@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import re
-import resource
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -96,11 +95,19 @@ def _build(trt: Any, log: Any, plan: Mapping[str, Any], say: Say) -> dict[str, A
 
 
 def _peak_rss() -> int:
-    """Of this program, in bytes. getrusage, which counts the process that started it as well, is the second choice."""
+    """Of this program, in bytes. getrusage, which counts the process that started it as well, is the second choice.
+
+    0 where neither tells.
+    """
     try:
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError, ValueError):  # some sandboxes do not tell
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _reporter(say: Say, done: int, files: int) -> Callable[[float], None]:

@@ -116,6 +116,11 @@ def layout(model: ir.Model) -> list[StoredTensor]:
     return tensors
 
 
+def _cores() -> int:
+    """Cores that this process may use; all of the machine's where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def stored_bytes(tensors: list[StoredTensor]) -> int:
     """Size of the data file for a layout."""
     return max(tensor.offset + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)
@@ -177,7 +182,7 @@ class _Writer:
             torch.frombuffer(mmap.mmap(-1, READ_BLOCK), dtype=torch.uint8) for _ in range(READ_BUFFERS)
         ]
         self._hasher = ThreadPoolExecutor(1, "hash source")
-        self._encoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "encode")
+        self._encoders = ThreadPoolExecutor(_cores(), "encode")
         self._hashes: dict[str, str] = {}
         self._waiting: dict[
             Source, list[Tensor]

@@ -177,6 +177,7 @@ def command(
     if bundle is None:
         raise click.UsageError("Missing argument 'BUNDLE', the folder to make.")
     show.require_writable(Path(timing_cache) if timing_cache else None)
+    pipeline.require_destination(checkpoint, bundle, force)  # before a download, too
     with show.shown_progress() as progress:
         folder = hub.local_folder(checkpoint, revision, progress)
         options = replace(options, adapters=find_adapters(lora, progress))

@@ -1,7 +1,6 @@
 """Validate: reference and bundles walked side by side, a layer at a time, and held against each other."""
 
 import platform
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from glm4_deploy.memory import available_memory
+from glm4_deploy.report import peak_rss
 from glm4_deploy.validate.bands import find_culprit, is_out_of_band
 from glm4_deploy.validate.comparison import NO_TARGET, Comparison, worst_positions
 from glm4_deploy.validate.gates import load_gate, row_of
@@ -111,7 +111,7 @@ def validate(
     report.notes += _open_questions(report)
     report.tools = {name: version(name) for name in TOOLS} | {"python": platform.python_version()}
     report.seconds = round(time.monotonic() - start, 1)
-    report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report.peak_rss_bytes = peak_rss()
     return report
 
 

@@ -24,7 +24,7 @@ def install_command(*extras: str) -> str:
     It names the checkout that the package runs from, or the wheel, folder or repository that pip took the package
     from (``direct_url.json``, PEP 610). It names the package alone if pip took it from an index.
     """
-    return f"{_pip()} install {_source(','.join(extras))}"
+    return f"{pip_command()} install {_source(','.join(extras))}"
 
 
 def requirements_of(package: str, extra: str = "") -> list["Requirement"]:
@@ -89,7 +89,7 @@ def _by_requirements(extras: Iterable[str]) -> str:
     return " ".join(map(_quoted, dict.fromkeys(parts)))
 
 
-def _pip() -> str:
+def pip_command() -> str:
     """The pip of this Python: another Python's may come first on PATH."""
     found, python = shutil.which("pip"), sys.executable or "python"
     if found and Path(found).parent == Path(python).parent:

@@ -293,7 +293,7 @@ count = [0]
 Path.rename, Path.unlink, Path.rmdir, Path.mkdir = [
     die(name, getattr(Path, name)) for name in ("rename", "unlink", "rmdir", "mkdir")
 ]
-destination._exchange, destination._lock = die("exchange", destination._exchange), die("lock", destination._lock)
+destination._exchange, destination.lock = die("exchange", destination._exchange), die("lock", destination.lock)
 destination.shutil.rmtree = die("rmtree", destination.shutil.rmtree)
 
 target = destination.Destination(place, force=True)
@@ -385,18 +385,18 @@ def test_process_numbers_tell_nothing(tmp_path):
 
 def test_a_folder_taken_for_a_dead_one_is_not_used(tmp_path, monkeypatch):
     """Another export may lock, or remove, a working folder in the instant before its own export locks it."""
-    real, tried = destination._lock, []
+    real, tried = destination.lock, []
 
-    def lock(work):
-        tried.append(work)
+    def lock(path):
+        tried.append(path.parent)
         if len(tried) == 1:
-            os.close(real(work))
-            shutil.rmtree(work)
+            os.close(real(path))
+            shutil.rmtree(path.parent)
         elif len(tried) == 2:
             raise BlockingIOError
-        return real(work)
+        return real(path)
 
-    monkeypatch.setattr(destination, "_lock", lock)
+    monkeypatch.setattr(destination, "lock", lock)
     with Destination(tmp_path / "bundle", force=False).staged() as folder:
         assert folder.parent == tried[2]
 
@@ -412,6 +412,116 @@ def test_file_systems_without_locks(tmp_path, monkeypatch):
         assert folder.is_dir()  # nobody can tell that it is dead
     publish(tmp_path / "bundle")
     assert left_in(tmp_path) == ["bundle"]
+
+
+# Other systems ------------------------------------------------------------------------------------
+
+OTHER_SYSTEM = """
+import builtins, errno, json, os, shutil, signal, subprocess, sys, types
+from pathlib import Path
+
+import fcntl as real, onnxruntime  # libraries may use what there is
+
+posix = {"fcntl", "resource", "termios", "pwd", "grp", "tty", "pty"}
+found = builtins.__import__
+def without_posix(name, globals=None, *rest):
+    if name.partition(".")[0] in posix and (globals or {}).get("__name__", "").startswith("glm4_"):
+        raise ImportError(f"no module named {name!r}")
+    return found(name, globals, *rest)
+
+def locking(file, kind, count):
+    assert (kind, count) == (2, 1)
+    try:
+        real.flock(file, real.LOCK_EX | real.LOCK_NB)
+    except BlockingIOError:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+import importlib
+module_of = importlib.import_module
+def import_module(name, package=None):
+    return without_posix(name, {"__name__": "glm4_"}) if name in posix else module_of(name, package)
+importlib.import_module = import_module
+builtins.__import__ = without_posix
+if sys.argv[1] == "win32":
+    sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=locking)
+    for name in ("SIGHUP", "SIGALRM", "setitimer", "ITIMER_REAL"):
+        delattr(signal, name)
+del os.sched_getaffinity
+"""
+
+
+def elsewhere(system, program, *arguments):
+    """The exit code and output of a program on a system that lacks POSIX's modules."""
+    command = [sys.executable, "-c", OTHER_SYSTEM + program, system, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+COMMANDS = """
+from glm4_deploy.cli import main
+from glm4_deploy import destination, interrupts, locks, memory, pipeline, report
+from glm4_deploy.validate import run
+import glm4_exporters.engine_worker, glm4_exporters.weights
+assert locks.POSIX is None
+assert report.peak_rss() == 0 and memory.available_memory() > 0
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("system", ["win32", "neither"])
+def test_commands_start_where_posix_modules_are_missing(tiny_bundles, system):
+    code, said = elsewhere(system, COMMANDS, "inspect", tiny_bundles["ort"])
+    assert code == 0, said
+    assert "causal-lm" in said
+
+
+PUBLISHED = """
+from glm4_deploy import destination
+from glm4_deploy.destination import Destination
+destination.sys = types.SimpleNamespace(platform=sys.argv[1])
+place = Path(sys.argv[2])
+for word in ("old", "new"):
+    one, two = (Destination(place, force=True) for _ in range(2))
+    with one.staged() as folder:
+        two.recover()
+        assert folder.is_dir() or sys.argv[1] != "win32", "a lock that is held was taken"
+        (folder / "model.onnx.data").write_text(word)
+        ours = {"schema_version": 1, "source_sha256": "", "tools": {"glm4-deploy": ""}}
+        (folder / "manifest.json").write_text(json.dumps(ours | {"files": {"model.onnx.data": {"sha256": "", "bytes": 3}}}))
+        if sys.argv[3] == "killed" and word == "new":
+            os.kill(os.getpid(), signal.SIGKILL)
+        one.publish(folder)
+"""
+
+
+@pytest.mark.parametrize("system", ["win32", "neither"])
+def test_a_bundle_is_published_where_posix_modules_are_missing(tmp_path, system):
+    (tmp_path / "bundle").mkdir()
+    code, said = elsewhere(system, PUBLISHED, tmp_path / "bundle", "whole")
+    assert code == 0, said
+    assert (word_of(tmp_path / "bundle"), left_in(tmp_path)) == ("new", ["bundle"])
+
+
+def test_what_a_killed_process_leaves_there_is_recovered(tmp_path):
+    code, _ = elsewhere("win32", PUBLISHED, tmp_path / "bundle", "killed")
+    assert code == -signal.SIGKILL
+    assert (word_of(tmp_path / "bundle"), len(left_in(tmp_path))) == ("old", 2)
+    Destination(tmp_path / "bundle", force=True).recover()
+    assert (word_of(tmp_path / "bundle"), left_in(tmp_path)) == ("old", ["bundle"])
+
+
+def test_windows_renames_no_folder_onto_an_empty_one(tmp_path, monkeypatch):
+    (tmp_path / "bundle").mkdir()
+    real = Path.rename
+
+    def rename(self, place):
+        if Path(place).exists():
+            raise FileExistsError(errno.EEXIST, "Cannot create a file when that file already exists")
+        return real(self, place)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    publish(tmp_path / "bundle")
+    assert (word_of(tmp_path / "bundle"), left_in(tmp_path)) == ("new", ["bundle"])
 
 
 # Whole exports ------------------------------------------------------------------------------------

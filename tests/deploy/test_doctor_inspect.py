@@ -25,7 +25,7 @@ from glm4_exporters.config import Glm4Config
 from glm4_runtime.bundle import FileEntry, ModelInfo, read_manifest, write_manifest
 from glm4_runtime.bundle.graph_io import graph_io
 from glm4_runtime.errors import Glm4Error
-from glm4_runtime.install import install_command
+from glm4_runtime.install import install_command, pip_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -225,7 +225,7 @@ def test_the_extras_of_packages_count_too(monkeypatch):
 
 def test_one_onnxruntime_is_uninstalled_before_the_other_comes(monkeypatch):
     pretend(monkeypatch, installed=("onnxruntime",), missing=("onnxruntime-gpu",))
-    assert extra("cuda")["advice"] == f"pip uninstall onnxruntime, then {install_command('cuda')}"
+    assert extra("cuda")["advice"] == f"{pip_command()} uninstall onnxruntime, then {install_command('cuda')}"
 
 
 def test_doctor_of_a_package_that_is_not_installed(monkeypatch):

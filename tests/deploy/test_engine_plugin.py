@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import onnx_ir as ir
 import pytest
 from checkpoints import tiny_config, write_checkpoint
+from fake_driver import FakeGpu
 
 from glm4_deploy import engine_bundle
-from glm4_deploy.pipeline import ExportOptions, export
+from glm4_deploy.pipeline import ExportOptions, cache_key, export
 from glm4_exporters import engine as engine_module
 from glm4_exporters.engine import BuiltEngine, EngineOptions
 from glm4_exporters.engine_network import Network, float32_operators
@@ -216,6 +217,25 @@ def test_aliases_are_asked_for_only_with_the_plugin(monkeypatch):
         plan = {"timing_cache": None, "plugin": plugin, "inputs": [], "capabilities": []}
         config = _config(trt, plan, builder, network, [], None)
         assert config.get_preview_feature(feature) is wanted
+
+
+def test_the_cache_key_has_the_gpu_that_kernels_are_timed_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_module, "find_spec", lambda _: True)
+    monkeypatch.setattr(engine_module, "_require_builder", lambda _: None)
+    monkeypatch.setattr("glm4_deploy.cache_key.engine_version", lambda _: "11.4.0.106")
+    source = write_checkpoint(tmp_path / "source", tiny_config(**SIZES))
+    drivers = {"h100": FakeGpu(), "again": FakeGpu(), "h200": FakeGpu(), "l4": FakeGpu(), "slice": FakeGpu()}
+    drivers["h200"].model = b"NVIDIA H200"
+    drivers["l4"].attributes = FakeGpu.attributes | {75: 8, 76: 9}
+    drivers["slice"].attributes = FakeGpu.attributes | {16: 16}
+    keys = {"tensorrt": {}, "tensorrt-rtx": {}}
+    for target, found in keys.items():
+        for name, driver in drivers.items():
+            monkeypatch.setattr(engine_module.ctypes, "CDLL", lambda _, driver=driver: driver)
+            found[name] = cache_key(source, ExportOptions(target=target, precision="fp16", parity=False))
+    assert keys["tensorrt"]["h100"] == keys["tensorrt"]["again"]
+    assert len({*keys["tensorrt"].values()}) == 4
+    assert len({*keys["tensorrt-rtx"].values()}) == 1  # its engines are built without a GPU, for GPUs by name
 
 
 class Layer:

@@ -83,7 +83,7 @@ def test_too_little_disk_is_refused_before_a_weight_is_read(
     size = export(tiny_checkpoint, tmp_path / "fits", FAST).manifest.files["model.onnx.data"].bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda *_: usage(10**9, 10**9 - size + 1, size - 1))
     monkeypatch.setattr(Checkpoint, "row_blocks", lambda *_: pytest.fail("a weight was read"))
-    with pytest.raises(ExportError, match=r"takes 0\.0 GB and .* has 0\.0 GB free; make room"):
+    with pytest.raises(ExportError, match=r"writes 0\.0 GB below .*, which has 0\.0 GB free; make room"):
         export(tiny_checkpoint, tmp_path / "bundle", FAST)
     assert left_in(tmp_path) == ["fits"]
 
@@ -158,7 +158,7 @@ def test_what_is_not_installed_is_said_before_the_work(tmp_path, tiny_checkpoint
     monkeypatch.setattr(tools, "version", version)
     monkeypatch.setattr(tools, "find_spec", lambda n: None if n == missing else real_spec(n))
     monkeypatch.setattr(pipeline, "_trace", lambda *_: pytest.fail("the work began"))
-    with pytest.raises(ExportError, match=rf"{missing} is not installed.*glm4-deploy\["):
+    with pytest.raises(ExportError, match=rf"{missing} is not installed.*pip install .*\["):
         export(tiny_checkpoint, tmp_path / "bundle", ExportOptions(precision="fp32"))
 
 

@@ -183,6 +183,21 @@ def test_a_hub_that_is_not_there(hub, monkeypatch):
     assert "\n" not in str(told.value)
 
 
+def test_a_place_that_is_taken_is_refused_before_the_download(published, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").touch()
+    for place, reason in (
+        ("taken", "is not a bundle"),
+        (".", "is the current folder"),
+        ("owner/../taken", "taken"),
+    ):
+        code, _, err = run("export", NAME, place, "--force")
+        assert (code, err.count("\n")) == (1, 1)
+        assert reason in err
+    assert published.requests == []
+
+
 def test_what_a_name_looks_like(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert all(map(module.is_hub_name, ("THUDM/GLM-4-9B-0414", "zai-org/GLM-Z1-9B-0414", "a/b_c.d")))

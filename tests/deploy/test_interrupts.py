@@ -199,7 +199,7 @@ if exchange == "renames":
     destination._exchange = lambda *_: False
 for name in ("rename", "unlink", "rmdir", "mkdir"):
     setattr(Path, name, step(getattr(Path, name)))
-destination._exchange, destination._lock = step(destination._exchange), step(destination._lock)
+destination._exchange, destination.lock = step(destination._exchange), step(destination.lock)
 destination.shutil.rmtree = step(destination.shutil.rmtree)
 
 def work():

@@ -33,6 +33,11 @@ MISSING_KERNELS = {
 }
 
 
+def _cores() -> int:
+    """Cores that this process may use; all of the machine's where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def load_onnxruntime() -> Any:
     """Import onnxruntime, or say which extra brings it."""
     try:
@@ -139,7 +144,7 @@ class OrtSession(Session):
     def _open(self, ort: Any, threads: int | None) -> None:
         manifest, gpu = self.manifest, self._gpu
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = threads or _cores()
         options.log_severity_level = 3  # errors; what it warns of is decided above
         provider: Any = self.provider
         if gpu is not None:

@@ -1,0 +1,53 @@
+"""An exclusive lock on a file, by POSIX or by Windows: the system frees the lock however its process ends."""
+
+import errno
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+
+def _module(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError:  # of another system
+        return None
+
+
+POSIX, WINDOWS = _module("fcntl"), _module("msvcrt")
+
+
+def lock(path: Path) -> int:
+    """Make the file if it is not there, and lock it; closing the returned descriptor unlocks it.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        FileNotFoundError: the file was removed meanwhile, so that the lock is worth nothing.
+        OSError: there are no locks: ENOSYS or what the file system says.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _take(file)
+        if not os.path.samestat(os.fstat(file), path.stat()):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _take(file: int) -> None:
+    if POSIX is not None:
+        POSIX.flock(file, POSIX.LOCK_EX | POSIX.LOCK_NB)
+        return
+    if WINDOWS is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    try:
+        WINDOWS.locking(file, WINDOWS.LK_NBLCK, 1)
+    except OSError as error:
+        if error.errno in (
+            errno.EACCES,
+            errno.EDEADLK,
+        ):  # how Windows says that another process holds the lock
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
+        raise

@@ -1,0 +1,62 @@
+"""Room on the disks that an export writes to, asked for before its first step."""
+
+import shutil
+from pathlib import Path
+
+from glm4_deploy.plan import Plan
+from glm4_exporters.architecture import expected_tensors
+from glm4_exporters.engine import engine_profiles
+from glm4_runtime.errors import ExportError
+
+PAGE = 4096  # bytes; each tensor of the data file begins at one
+PARTS = 3  # tensors of the file that a tensor of the checkpoint becomes at most: codes, scales, zero points or a copy
+# An engine's bytes by those of the weights: 1.005 for the 9B in int8 and 1.007 in int4 (benchmarks/results).
+ENGINE_SHARE = 1.02
+# A first timing cache. The number is our own bound: we have measured none.
+TIMING_CACHE = 64 * 2**20
+
+
+def require_room(plan: Plan, place: Path) -> None:
+    """Refuse an export whose files, those that are there only while it runs among them, do not fit the disks.
+
+    Args:
+        place: where the bundle will be; the folders above it may not be there yet.
+
+    Raises:
+        ExportError: how much is needed, how much is free, and where.
+    """
+    needed: dict[int, int] = {}
+    for path, size in _written(plan, place):
+        folder = next(one for one in (path, *path.parents) if one.is_dir())
+        disk = folder.stat().st_dev
+        needed[disk] = needed.get(disk, 0) + size
+        if (free := shutil.disk_usage(folder).free) < needed[disk]:
+            raise ExportError(
+                f"this export writes {needed[disk] / 1e9:.1f} GB below {folder}, which has {free / 1e9:.1f} GB free; "
+                "make room, or choose another place"
+            )
+
+
+def _written(plan: Plan, place: Path) -> list[tuple[Path, int]]:
+    """Paths and the bytes that are there at one time."""
+    weights, build = weight_file(plan), plan.engine
+    if build is None:
+        return [(place.parent, weights)]
+    files = {p.file for p in engine_profiles(plan.task, plan.limits, build.layout, build.attention)}
+    written = [(place.parent, round(weights * (1 + ENGINE_SHARE * len(files))))]
+    if build.timing_cache is not None:
+        path = Path(build.timing_cache).absolute()
+        written.append((path.parent, _timing_cache(path)))
+    return written
+
+
+def weight_file(plan: Plan) -> int:
+    """Most bytes of the bundle's data file: weights, the tables of cosines and sines, and the ends of pages."""
+    shapes, config = expected_tensors(plan.config, plan.task), plan.config
+    tables = 2 * 4 * config.positions * config.rotary_dim // 2
+    return plan.form.weight_bytes(shapes) + tables + PAGE * PARTS * (len(shapes) + 2)
+
+
+def _timing_cache(path: Path) -> int:
+    """The new file lies beside the old one until it takes its place."""
+    return max(TIMING_CACHE, path.stat().st_size if path.is_file() else 0)

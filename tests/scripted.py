@@ -12,8 +12,13 @@ class ScriptedTicket:
     def __init__(self):
         self.cancelled = threading.Event()
 
+    held = False  # a script goes on whoever reads
+
     def cancel(self):
         self.cancelled.set()
+
+    def hold(self):
+        """The script knows its end."""
 
 
 class ScriptedScheduler:

@@ -99,6 +99,39 @@ def test_a_long_prompt_does_not_hold_up_the_others(session, scheduler, monkeypat
     assert long.done.is_set()
 
 
+def test_a_held_request_generates_nothing_until_it_goes_on(session, scheduler):
+    """Its slot stays, the others go on, the thread may sleep, and no token is lost or changed."""
+    wanted = request(10, 1, tokens=20)
+    held, ticket = submit(scheduler, wanted)
+    other, _ = submit(scheduler, request(10, 2, tokens=9))
+    drive(scheduler, 3)
+    ticket.hold()
+    told = len(held.tokens)
+    drive(scheduler, 30)
+    assert other.done.is_set()
+    assert len(held.tokens) == told < 20
+    assert scheduler.stats().active == 1
+    assert not scheduler._step()  # nothing to do: the thread sleeps
+    ticket.go_on()
+    drive(scheduler)
+    assert held.ids == alone(session, wanted)
+
+
+def test_a_held_request_ends_at_its_deadline_or_where_it_is_cancelled(scheduler):
+    late, ticket = submit(scheduler, request(10, 1, tokens=50, deadline=time.monotonic() + 0.5))
+    left, other = submit(scheduler, request(10, 2, tokens=50))
+    drive(scheduler, 2)
+    ticket.hold()
+    other.hold()
+    other.cancel()
+    time.sleep(0.5)
+    drive(scheduler)
+    assert isinstance(late.error, DeadlineError)
+    assert not left.done.is_set()
+    stats = scheduler.stats()
+    assert (stats.active, stats.requests["timeout"], stats.requests["cancelled"]) == (0, 1, 1)
+
+
 def test_cancelling_frees_the_slot_within_one_step(scheduler):
     first, ticket = submit(scheduler, request(10, 1, tokens=50))
     others = [submit(scheduler, request(10, seed, tokens=50)) for seed in (2, 3, 4)]

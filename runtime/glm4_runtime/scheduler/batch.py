@@ -66,7 +66,7 @@ class Batch:
 
     @property
     def waits(self) -> bool:
-        """Whether no job can go on before its mask is ready."""
+        """Whether no job can go on before its mask is ready, or its listener takes more."""
         return all(job.waits for job in self._live)
 
     def admit(self, job: Job) -> None:

@@ -24,11 +24,28 @@ class Ticket:
     def __init__(self, on_event: Callable[[Event], None], wake: Callable[[], None]) -> None:
         self._on_event, self._wake = on_event, wake
         self._lock = threading.RLock()  # reentrant: a listener may cancel from within an event
-        self._cancelled = self._closed = False
+        self._cancelled = self._closed = self._held = False
 
     @property
     def cancelled(self) -> bool:
         return self._cancelled
+
+    @property
+    def held(self) -> bool:
+        """Whether :meth:`hold` was called last."""
+        return self._held
+
+    def hold(self) -> None:
+        """Generate no more for now, from any thread; what one step has begun still comes.
+
+        The request keeps its slot, and its deadline does not move.
+        """
+        self._held = True
+
+    def go_on(self) -> None:
+        """Generate again after :meth:`hold`, from any thread."""
+        self._held = False
+        self._wake()
 
     def cancel(self) -> None:
         """End the request, from any thread; no event comes after this returns, and its slot is free within one step.
@@ -130,7 +147,8 @@ class Job:
     def decodes(self) -> bool:
         """Whether its next step is to feed the last token."""
         held_back = self.pending is not None and not self.pending.runs_ahead
-        return self._count > self.prompt and self.fed == self._count - 1 and not held_back
+        fed = self._count > self.prompt and self.fed == self._count - 1
+        return fed and not held_back and not self.ticket.held
 
     @property
     def settles(self) -> bool:
@@ -139,7 +157,7 @@ class Job:
 
     @property
     def waits(self) -> bool:
-        """Whether nothing can be done for it until its mask is ready."""
+        """Whether nothing can be done for it until its mask is ready, or its listener lets it go on."""
         return not (self.rest or self.decodes or self.settles)
 
     def append(self, token: int) -> None:

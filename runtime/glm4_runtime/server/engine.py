@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -28,6 +29,9 @@ from glm4_runtime.tokenizer import Tokenizer
 T = TypeVar("T")
 
 _TURN = "<|assistant|>"
+# Tokens of one request that wait for the client, each likeliest token besides counted: about 600 kB. A request with
+# more generates nothing until the client has read half of them.
+_MOST_UNREAD = 2048
 
 
 class Engine:
@@ -224,7 +228,7 @@ class Engine:
         """Start all requests, or none. Raises what the scheduler raises."""
         self.require_running()
         assert self._scheduler is not None
-        return Job(self._scheduler, requests, self.metrics)
+        return Job(self._scheduler, requests, self.metrics, _MOST_UNREAD)
 
     async def pooled(self, work: Callable[[], T], deadline: float) -> T:
         """Run ``work`` on the session's only thread, in turn."""
@@ -243,14 +247,28 @@ class Engine:
             self._waiting -= 1
 
 
+def _size(event: Event) -> int:
+    """What an unread event counts: one for the token, and one for each likeliest token beside it."""
+    return 1 + len(event.top) if isinstance(event, Generated) else 1
+
+
 class ClientGoneError(Exception):
     """The client closed the connection before its answer was ready: nobody is left to answer."""
 
 
 class Job:
-    """The sequences of one request while they are generated."""
+    """The sequences of one request while they are generated.
 
-    def __init__(self, scheduler: Scheduler, requests: Sequence[Request], metrics: Metrics) -> None:
+    A client that reads slowly slows its own request down: where ``most_unread`` tokens wait, generation is held.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        requests: Sequence[Request],
+        metrics: Metrics,
+        most_unread: float = math.inf,
+    ) -> None:
         self.began = time.perf_counter()
         self.first_token: float | None = None
         self._requests, self._metrics = requests, metrics
@@ -259,6 +277,8 @@ class Job:
         self._last = [self.began] * len(requests)
         self._open = set(range(len(requests)))
         self._tickets: list[Ticket] = []
+        # Each count has one writer: the scheduler's thread, and the event loop.
+        self._most_unread, self._put, self._taken = most_unread, 0, 0
         try:
             for index, request in enumerate(requests):
                 self._tickets.append(scheduler.submit(request, self._receiver(index)))
@@ -277,6 +297,7 @@ class Job:
             if entry is None:
                 raise ClientGoneError
             index, event = entry
+            self._take(event)
             if index not in self._open:
                 continue
             if isinstance(event, Failed):
@@ -313,10 +334,21 @@ class Job:
 
     def _receiver(self, index: int) -> Callable[[Event], None]:
         def receive(event: Event) -> None:  # on the scheduler's thread
+            self._put += _size(event)
+            if self._put - self._taken > self._most_unread and index < len(self._tickets):
+                # before the event is handed on, so that whoever takes it sees the hold
+                self._tickets[index].hold()
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         return receive
+
+    def _take(self, event: Event) -> None:
+        self._taken += _size(event)
+        if self._put - self._taken <= self._most_unread / 2:
+            for ticket in self._tickets:
+                if ticket.held:
+                    ticket.go_on()
 
     def _measure(self, index: int) -> None:
         now = time.perf_counter()

@@ -40,8 +40,10 @@ class Body(BaseModel):
         for name in body:
             if name not in known:
                 hint = _hint(name, known)
+                # pydantic takes no half of a surrogate pair, which JSON may hold
+                shown = name.encode("utf-8", "backslashreplace").decode()
                 raise PydanticCustomError(
-                    "unknown", "there is no such option{hint}", {"option": name, "hint": hint}
+                    "unknown", "there is no such option{hint}", {"option": shown, "hint": hint}
                 )
 
     @classmethod

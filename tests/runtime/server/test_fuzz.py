@@ -1,11 +1,14 @@
 """Bodies made up from the server's own OpenAPI document: none may end in a 500."""
 
+import json
+
 import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
+from glm4_runtime.server import log
 from glm4_runtime.server.options import ServerOptions
 from glm4_runtime.server.run import serving
 from glm4_runtime.session import Session
@@ -70,3 +73,82 @@ def test_no_body_ends_in_a_500(document, path, mode):
 
     check()
     assert 400 in seen or mode is GenerationMode.POSITIVE
+
+
+BODIES = {
+    "/v1/chat/completions": {
+        "model": "glm4-tiny",
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "hello"}]},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+                ],
+            },
+            {"role": "tool", "tool_call_id": "c1", "content": "9"},
+        ],
+        "tools": [
+            {
+                "type": "function",
+                "function": {
+                    "name": "f",
+                    "description": "d",
+                    "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
+                },
+            }
+        ],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "stop": ["x"],
+        "logit_bias": {"5": 1},
+        "stream_options": {"include_usage": True},
+        "metadata": {},
+        "user": "u",
+        "max_tokens": 1,
+    },
+    "/v1/completions": {
+        "model": "glm4-tiny",
+        "prompt": ["a"],
+        "max_tokens": 1,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "n", "schema": {"type": "object", "properties": {"a": {"enum": ["b"]}}}},
+        },
+    },
+    "/v1/embeddings": {"model": "glm4-tiny", "input": ["x"], "encoding_format": "float"},
+    "/v1/classify": {"model": "glm4-tiny", "input": ["x"]},
+    "/tokenize": {"messages": [{"role": "user", "content": "x"}], "add_generation_prompt": True},
+    "/detokenize": {"tokens": [1, 2], "skip_special_tokens": False},
+}
+
+
+def with_half_pairs(value):
+    """Copies of a JSON value, each with half a surrogate pair in one place: as a value, in a text, as a name."""
+    if isinstance(value, dict):
+        yield {**value, "\ud800": 1}
+        for name, inner in value.items():
+            yield {("\udfff" + key if key == name else key): other for key, other in value.items()}
+            yield from ({**value, name: changed} for changed in with_half_pairs(inner))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from ([*value[:index], changed, *value[index + 1 :]] for changed in with_half_pairs(inner))
+    else:
+        yield f"{value}\ud800"
+
+
+@pytest.mark.parametrize("path", OPERATIONS)
+def test_half_a_surrogate_pair_anywhere_is_no_defect(document, path, capfd):
+    """JSON may hold one, escaped; UTF-8 may not."""
+    tried = 0
+    with httpx.Client(base_url=document[1], timeout=60) as client:
+        for body in with_half_pairs(BODIES[path]):
+            sent = json.dumps(body)
+            answer = client.post(path, content=sent, headers={"Content-Type": "application/json"})
+            assert answer.status_code in (200, 400, 404, 504), (sent, answer.text)
+            if answer.status_code != 200:
+                assert len(answer.json()["error"]["message"]) <= 500
+            tried += 1
+    assert tried >= 5
+    log.flush()
+    assert "defect" not in capfd.readouterr().err

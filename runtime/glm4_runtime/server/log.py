@@ -1,12 +1,12 @@
 """The log: one JSON object per line on stderr, for every request, and for every bug with its traceback.
 
-Prompts and answers are left out, also from quotes in errors, unless an option enables them.
+Prompts and answers are left out, also from quotes in errors, unless an option enables them. No request waits for
+the reader of the log: lines that cannot be written in time are dropped and counted.
 """
 
 import contextvars
 import json
 import logging
-import sys
 import time
 import traceback
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from glm4_runtime.server.errors import ApiError
+from glm4_runtime.server.log_writer import LogWriter
 
 _LEVELS = logging.getLevelNamesMapping()
 
@@ -51,11 +52,27 @@ def configure(level: str, words: bool) -> None:
 
 
 def write(event: str, level: str = "info", **fields: Any) -> None:
-    if _LEVELS[level.upper()] < _settings.level:
-        return
+    """Hand a line on to the thread that writes. Returns at once."""
+    if _LEVELS[level.upper()] >= _settings.level:
+        _writer.write(_line(event, level, fields))
+
+
+def _line(event: str, level: str, fields: dict[str, Any]) -> str:
     now = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")
-    line = json.dumps({"time": now, "level": level, "event": event} | fields, default=str)
-    print(line, file=sys.stderr, flush=True)
+    return json.dumps({"time": now, "level": level, "event": event} | fields, default=str)
+
+
+_writer = LogWriter(lambda count: _line("dropped", "warning", {"lines": count}))
+
+
+def dropped() -> int:
+    """Lines that were dropped because nobody read the log."""
+    return _writer.dropped
+
+
+def flush(seconds: float = 1.0) -> None:
+    """Wait for the lines so far to be written, for at most so long."""
+    _writer.flush(seconds)
 
 
 def refusal(told: ApiError, error: BaseException) -> None:

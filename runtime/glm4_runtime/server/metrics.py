@@ -56,6 +56,10 @@ class Metrics:
         """Report these connections as well."""
         self._registry.register(_ConnectionCollector(connections))
 
+    def watch_log(self, dropped: Callable[[], int]) -> None:
+        """Report how many lines of the log were dropped, too."""
+        self._registry.register(_LogCollector(dropped))
+
     def render(self) -> bytes:
         return generate_latest(self._registry)
 
@@ -88,3 +92,13 @@ class _ConnectionCollector(Collector):
         for limit, count in self._connections.ended.items():
             ended.add_metric([limit], count)
         yield ended
+
+
+class _LogCollector(Collector):
+    def __init__(self, dropped: Callable[[], int]) -> None:
+        self._dropped = dropped
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(
+            "glm4_log_lines_dropped", "Lines of the log that nobody read in time.", value=self._dropped()
+        )

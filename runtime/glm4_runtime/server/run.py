@@ -44,6 +44,7 @@ class Server(uvicorn.Server):
         self._drain_began: float | None = None
         self._connections = Connections(_limits(options))
         engine.metrics.watch(self._connections)
+        engine.metrics.watch_log(log.dropped)
         super().__init__(
             uvicorn.Config(
                 create_app(engine),
@@ -200,12 +201,15 @@ def serve(session: Session, options: ServerOptions, sockets: Sequence[socket.soc
         sockets: from :func:`bind`; bound here if None.
     """
     logging.basicConfig(handlers=[log.Handler()], level=logging.WARNING)
+    logging.captureWarnings(True)  # else they go straight to stderr, and wait for who reads it
     listening = bind(options.host, options.port) if sockets is None else list(sockets)
     server = Server(Engine(session, options))
     try:
         server.run(listening)
     except OSError as error:  # another server bound the port at the same time, and listened first
         raise _cannot_listen(options.host, options.port, error) from error
+    finally:
+        log.flush()
 
 
 @contextlib.contextmanager
@@ -222,6 +226,7 @@ def serving(session: Session, options: ServerOptions, scheduler: Scheduler | Non
     finally:
         server.handle_exit(signal.SIGTERM, None)
         thread.join()
+        log.flush()
 
 
 def open_and_serve(bundle: str | Path, options: ServerOptions, **session_options: Any) -> None:

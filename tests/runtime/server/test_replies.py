@@ -7,6 +7,7 @@ from bundles import rehash
 
 from glm4_runtime.errors import DeadlineError, ModelError, QueueFullError, RequestError, StoppedError
 from glm4_runtime.scheduler import Failed
+from glm4_runtime.server import log
 
 MODEL = "glm4-tiny"
 WHO = [{"role": "user", "content": "Who are you?"}]
@@ -173,6 +174,7 @@ def test_failures_have_their_status(scripted, capfd, error, kind, words, stream)
     with pytest.raises(kind, match=words) as caught:
         client.chat.completions.create(**ASKED, stream=stream)
     assert "secret" not in str(caught.value)
+    log.flush()
     assert ("secret" in capfd.readouterr().err) == ("secret" in str(getattr(error, "error", error)))
     if kind is openai.RateLimitError:
         assert caught.value.response.headers["retry-after"] == "7"

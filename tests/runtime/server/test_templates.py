@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from glm4_runtime.bundle import file_entry
+from glm4_runtime.server import log
 from glm4_runtime.tokenizer import Tokenizer
 
 MODEL = "glm4-tiny"
@@ -141,6 +142,7 @@ def test_a_template_that_never_ends_holds_up_nobody_else(server_of, bundle_with,
         body = {"model": MODEL, "messages": WHO, "max_tokens": 1}
         after = (httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=30) for _ in range(20))
         assert any(response.status_code == 200 for response in after)
+    log.flush()
     assert '"traceback"' not in capfd.readouterr().err
 
 

@@ -14,6 +14,7 @@ from glm4_runtime.reasoning import begins_inside
 from glm4_runtime.scheduler import Request, Started
 from glm4_runtime.server import log, schema
 from glm4_runtime.server.common import (
+    Ending,
     Usage,
     answer_format,
     answered,
@@ -190,14 +191,12 @@ class ChatAnswer:
         head = self._head | {"object": "chat.completion"}
         return Json(head | {"choices": choices, "usage": self._usage.as_json()})
 
-    async def chunks(self, http: HttpRequest, with_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
-        no_usage: dict[str, Any] = {"usage": None} if with_usage else {}
+    async def chunks(self, http: HttpRequest, ending: Ending) -> AsyncGenerator[dict[str, Any], None]:
         async with watched(http, self._job):
             async for index, delta in self._steps():
-                yield self._chunk(index, delta) | no_usage
-        if with_usage:
-            head = self._head | {"object": "chat.completion.chunk"}
-            yield head | {"choices": [], "usage": self._usage.as_json()}
+                yield self._chunk(index, delta) | ending.no_usage
+        if last := ending.chunk(self._usage, self._job):
+            yield self._head | {"object": "chat.completion.chunk"} | last
 
     async def _steps(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """Each choice's number and delta; an empty delta at its end."""

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request as HttpRequest
@@ -51,7 +52,7 @@ class Answering(Protocol):
     async def whole(self, http: HttpRequest) -> Response:
         """All of it at once."""
 
-    def chunks(self, http: HttpRequest, with_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
+    def chunks(self, http: HttpRequest, ending: "Ending") -> AsyncGenerator[dict[str, Any], None]:
         """As it comes."""
 
 
@@ -71,7 +72,7 @@ async def answered(
     engine.require_model(body.model)
     engine.require_running()
     deadline = time.monotonic() + engine.options.request_timeout
-    with_usage = require_stream_options(body)
+    ending = require_stream_options(body)
     try:
         async with asyncio.timeout(engine.options.request_timeout):
             planned = await plan(engine, body, deadline)
@@ -82,7 +83,7 @@ async def answered(
         log.record()["prompts"] = list(planned.prompts)
     reply = answer(engine, body, planned, engine.generate(planned.requests))
     if body.stream:
-        return await event_stream(reply.chunks(http, with_usage))
+        return await event_stream(reply.chunks(http, ending))
     return await reply.whole(http)
 
 
@@ -120,12 +121,35 @@ def require_choices(engine: Engine, count: int) -> None:
         raise ApiError(400, f"{count} replies were asked for; this server gives {most}", param="n")
 
 
-def require_stream_options(body: schema.Sampling) -> bool:
-    """Whether a last chunk with the usage was asked for."""
-    with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    if with_usage and not body.stream:
-        raise ApiError(400, "stream_options.include_usage goes with stream", param="stream_options")
-    return with_usage
+@dataclass(frozen=True)
+class Ending:
+    """What a stream tells in a last chunk without choices, as far as the client asked for it."""
+
+    usage: bool = False
+    timings: bool = False
+
+    @property
+    def no_usage(self) -> dict[str, Any]:
+        """Of every chunk before."""
+        return {"usage": None} if self.usage else {}
+
+    def chunk(self, usage: "Usage", job: Job) -> dict[str, Any]:
+        """The last chunk's own members; empty where there is no such chunk."""
+        found: dict[str, Any] = {"choices": []} if self.usage or self.timings else {}
+        if self.usage:
+            found["usage"] = usage.as_json()
+        if self.timings:
+            found["timings"] = timings(job, usage)
+        return found
+
+
+def require_stream_options(body: schema.Sampling) -> Ending:
+    """What the last chunk tells."""
+    options = body.stream_options or schema.StreamOptions()
+    for name in ("include_usage", "include_timings"):
+        if getattr(options, name) and not body.stream:
+            raise ApiError(400, f"stream_options.{name} goes with stream", param="stream_options")
+    return Ending(bool(options.include_usage), bool(options.include_timings))
 
 
 def answer_format(asked: Any) -> AnswerFormat | None:
@@ -162,18 +186,25 @@ class Usage:
         }
 
 
+def timings(job: Job, usage: Usage) -> dict[str, float | None]:
+    """Seconds to the first token, and the rate of those after it, over all replies; None where there is no such token."""
+    if job.first_token is None:
+        return {"first_token_seconds": None, "tokens_per_second": None}
+    spent, further = job.last_token - job.first_token, usage.completion - 1
+    return {
+        "first_token_seconds": round(job.first_token - job.began, 4),
+        "tokens_per_second": round(further / spent, 1) if further > 0 and spent > 0 else None,
+    }
+
+
 def note_answer(job: Job, usage: Usage, reasons: list[str | None]) -> None:
     """Put a request's figures into its line of the log."""
-    first = None if job.first_token is None else round(job.first_token - job.began, 4)
-    spent = 0.0 if job.first_token is None else time.perf_counter() - job.first_token
-    further = usage.completion - 1
     log.record().update(
         prompt_tokens=usage.prompt,
         cached_tokens=usage.cached,
         completion_tokens=usage.completion,
         finish_reasons=reasons,
-        first_token_seconds=first,
-        tokens_per_second=round(further / spent, 1) if further > 0 and spent > 0 else None,
+        **timings(job, usage),
     )
 
 

@@ -14,6 +14,7 @@ from glm4_runtime.scheduler import Generated, Request, Started
 from glm4_runtime.scoring import PromptScores
 from glm4_runtime.server import log, schema
 from glm4_runtime.server.common import (
+    Ending,
     Usage,
     answer_format,
     answered,
@@ -183,15 +184,14 @@ class CompletionAnswer:
             found["prompt_logprobs"] = prompt_logprobs(engine, choice.ids, scores, body.prompt_logprobs)
         return found
 
-    async def chunks(self, http: HttpRequest, with_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
-        no_usage: dict[str, Any] = {"usage": None} if with_usage else {}
+    async def chunks(self, http: HttpRequest, ending: Ending) -> AsyncGenerator[dict[str, Any], None]:
         async with watched(http, self._job):
             async for index, text, logprobs in self._steps():
                 reason = self._choices[index].finish_reason
                 choice = self._choice(index, text, logprobs, reason)
-                yield self._head | {"choices": [choice]} | no_usage
-        if with_usage:
-            yield self._head | {"choices": [], "usage": self._usage.as_json()}
+                yield self._head | {"choices": [choice]} | ending.no_usage
+        if last := ending.chunk(self._usage, self._job):
+            yield self._head | last
 
     async def _steps(self) -> AsyncGenerator[tuple[int, str, list[dict[str, Any]]], None]:
         """Each choice's number, its next text, and the log-probabilities of the token."""

@@ -311,6 +311,11 @@ class Job:
                 self._open.discard(index)
             yield index, event
 
+    @property
+    def last_token(self) -> float:
+        """``time.perf_counter()`` at the last token; ``began`` where there is none."""
+        return max(self._last)
+
     def end(self, index: int) -> None:
         """Take no more of this sequence."""
         self._open.discard(index)

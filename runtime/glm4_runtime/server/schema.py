@@ -64,6 +64,7 @@ class StreamOptions(Body):
     UNSUPPORTED: ClassVar[Unsupported] = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
     include_usage: bool | None = None
+    include_timings: bool | None = None
 
 
 class ChosenName(Body):

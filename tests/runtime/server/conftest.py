@@ -45,6 +45,13 @@ def client(server):
 
 
 @pytest.fixture(scope="session")
+def strict_client(server):
+    """A client that holds answers to the types that it knows."""
+    with client_of(server, _strict_response_validation=True) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
 def thinking_bundle(demo_bundle, tmp_path_factory):
     """The demo bundle with a template that opens a thought, as Z1's does."""
     folder = tmp_path_factory.mktemp("thinking") / MODEL

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 
 import openai
 import pytest
@@ -76,6 +77,35 @@ def test_a_stream_can_end_with_its_usage(client):
     assert last.choices == []
     assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (9, 34)
     assert all(chunk.usage is None and chunk.choices for chunk in others)
+
+
+@pytest.mark.parametrize("asked", [{}, {"include_usage": True}])
+def test_a_stream_has_nothing_that_openai_does_not_send_unless_it_is_asked_for(strict_client, asked):
+    for chunk in strict_client.chat.completions.create(**GREEDY, stream=True, stream_options=asked):
+        assert not chunk.model_extra
+        assert not any(choice.model_extra or choice.delta.model_extra for choice in chunk.choices)
+
+
+@pytest.mark.parametrize("with_usage", [False, True])
+def test_a_stream_can_end_with_its_timings(strict_client, with_usage):
+    options = {"include_timings": True, "include_usage": with_usage}
+    began = time.perf_counter()
+    *others, last = strict_client.chat.completions.create(**GREEDY, stream=True, stream_options=options)
+    spent = time.perf_counter() - began
+    assert last.choices == []
+    assert (last.usage is not None) == with_usage
+    assert not any(chunk.model_extra for chunk in others)
+    assert last.model_extra.keys() == {"timings"}
+    first, rate = last.timings["first_token_seconds"], last.timings["tokens_per_second"]
+    assert 0 < first < spent
+    assert rate > 33 / spent  # of 34 tokens, those after the first
+
+
+def test_timings_of_a_single_token_have_no_rate(client):
+    options = {"stream": True, "stream_options": {"include_timings": True}, "max_tokens": 1}
+    *_, last = client.completions.create(model=MODEL, prompt="x", **options)
+    assert last.timings["first_token_seconds"] > 0
+    assert last.timings["tokens_per_second"] is None
 
 
 def test_max_tokens_cuts_an_answer(client):

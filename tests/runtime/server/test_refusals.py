@@ -77,6 +77,7 @@ CHAT = [
     ({"stop_token_ids": [999999]}, None, "999999"),
     ({"n": 17}, "n", "gives 16"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "give one"),
+    ({"stream_options": {"include_timings": True}}, "stream_options", "include_timings goes with stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "goes with stream"),
     ({"top_logprobs": 2}, "top_logprobs", "goes with logprobs"),
     ({"tool_choice": "required"}, "tool_choice", "no tools"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from glm4_deploy.end_tokens import end_tokens
 from glm4_deploy.folders import require_either
 from glm4_runtime.bundle import MANIFEST, REPORT, Manifest, read_manifest
+from glm4_runtime.bundle.element_types import bits
 from glm4_runtime.bundle.files import checked_at_opening
 from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import BundleError
@@ -109,6 +110,5 @@ def _read_report(path: Path) -> Any:
 def _kv_bytes(manifest: Manifest) -> int | None:
     if manifest.kv_cache is None:
         return None
-    item = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[manifest.kv_cache]
     model = manifest.model
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * item
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * bits(manifest.kv_cache) // 8

@@ -24,7 +24,6 @@ from glm4_runtime import SamplingParams, Session
 from glm4_runtime.bundle import Manifest
 from glm4_runtime.errors import GateError, RequestError, UnavailableError
 from glm4_runtime.progress import Progress, silent
-from glm4_runtime.session.memory import NUMPY_TYPES
 from glm4_runtime.tokenizer import Tokenizer
 
 SEQUENCE_LENGTHS = (64, 48, 64, 48, 1)  # of LINES
@@ -165,7 +164,7 @@ def graph_inputs(manifest: Manifest, ids: Sequence[int]) -> dict[str, npt.NDArra
     }
     if manifest.task == "causal-lm":
         # bfloat16 is computed in float32: see GraphPieces.
-        dtype = NUMPY_TYPES.get(str(manifest.kv_cache), np.float32)
+        dtype = "float32" if manifest.kv_cache == "bfloat16" else str(manifest.kv_cache)
         empty = np.zeros((1, model.num_kv_heads, count, model.head_dim), dtype)
         inputs |= {"past_lengths": np.zeros(1, np.int32), "logits_indices": np.arange(count)[None]}
         inputs |= {spec.name: empty for spec in manifest.inputs if spec.name.startswith("past_key_values.")}

@@ -8,9 +8,10 @@ from math import prod
 from glm4_exporters.architecture import EMBEDDING, HEAD, MATRICES, matrix_width
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.formats import Format, InputRounding, require_format
-from glm4_exporters.formats.base import BITS, scale_type
+from glm4_exporters.formats.base import scale_type
 from glm4_exporters.quantize.recipe import Recipe
 from glm4_exporters.targets import ACTIVATIONS, GROUPS, Precision, Target, require_target
+from glm4_runtime.bundle.element_types import bits
 from glm4_runtime.errors import ExportError
 
 
@@ -44,7 +45,7 @@ class Form:
 
     def weight_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Bytes of the stored weights. ``shapes``: by canonical name."""
-        plain = {name: prod(shape) * BITS[self.activations] // 8 for name, shape in shapes.items()}
+        plain = {name: prod(shape) * bits(self.activations) // 8 for name, shape in shapes.items()}
         stored = {
             name: form.nbytes(shapes[name][0], shapes[name][1], scale_type(self.activations))
             for name, form in self.formats.items()

@@ -122,7 +122,7 @@ def test_views_are_addresses_of_rows_inside_one_allocation(cuda):
 
 def test_bfloat16_is_bound_by_its_onnx_number(cuda):
     device, _ = memories(cuda, "float16", 1)
-    assert device.views(0, 1)[0][2] is np.float16
+    assert device.views(0, 1)[0][2] == np.float16
     wide = on_the_gpu("bfloat16", 2)
     wide.resize(16, 0)
     assert {view[2] for view in wide.views(0, 2)} == {16}

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from glm4_exporters.formats.base import BITS, CODES, Format, Part
+from glm4_exporters.formats.base import CODES, Format, Part
 from glm4_exporters.formats.integers import Integers
 from glm4_plugins.block_product import PANEL, stored_shape
+from glm4_runtime.bundle.element_types import bits
 
 COLUMN_BLOCK = 512  # columns that are transposed at once: 78 MB for a vocabulary's head
 
@@ -32,7 +33,7 @@ class Arrangement:
     def pack(self, _name: str, values: Tensor, part: Part, _form: Format) -> Tensor:
         """Some rows of a part, as bytes or numbers in the order of the file."""
         rows = _exact(values, part)
-        return pack_pairs(rows) if BITS[part.dtype] < 8 else rows
+        return pack_pairs(rows) if bits(part.dtype) < 8 else rows
 
     def written(self, chunks: Iterable[Tensor], _part: Part) -> Iterator[Tensor]:
         """The packed rows, in the order of the file."""
@@ -60,7 +61,7 @@ class _Columns(Arrangement):
             filled += len(chunk)
         for start in range(0, whole.shape[1], COLUMN_BLOCK):
             turned = whole[:, start : start + COLUMN_BLOCK].t().contiguous()
-            yield pack_pairs(turned) if BITS[part.dtype] < 8 else turned
+            yield pack_pairs(turned) if bits(part.dtype) < 8 else turned
 
 
 class _Unsigned(Arrangement):

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
+from glm4_runtime.bundle.element_types import bits
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 CODES, SCALES = "codes", "scales"
-BITS = {"int4": 4, "uint8": 8, "int8": 8, "float8e4m3fn": 8, "float16": 16, "bfloat16": 16, "float32": 32}
 
 # Parts of a matrix by name. ``codes`` has one number per element [rows, width], not packed yet, and may be
 # padded to whole blocks. A part that belongs to the whole matrix is a scalar.
@@ -39,7 +40,7 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        return -(-prod(self.shape) * BITS[self.dtype] // 8)
+        return -(-prod(self.shape) * bits(self.dtype) // 8)
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,10 @@ from typing import Any
 import numpy as np
 
 from glm4_runtime.bundle import Manifest
+from glm4_runtime.bundle.element_types import BFLOAT16, bits
 from glm4_runtime.kv_cache import Move
 from glm4_runtime.session.cuda_device import Cuda
 from glm4_runtime.session.memory import CacheMemory
-
-# ONNX element types, for bindings of types that NumPy lacks.
-ONNX_TYPES = {"float32": 1, "int8": 3, "float16": 10, "bfloat16": 16}
-ITEM_BYTES = {"float32": 4, "int8": 1, "float16": 2, "bfloat16": 2}
-NUMPY_TYPES: dict[int, Any] = {1: np.float32, 3: np.int8, 10: np.float16}
 
 
 class CudaMemory(CacheMemory):
@@ -25,8 +21,9 @@ class CudaMemory(CacheMemory):
     def __init__(self, manifest: Manifest, rows: int, cuda: Cuda) -> None:
         super().__init__(manifest, rows)
         self._cuda = cuda
-        self._element = ONNX_TYPES[str(manifest.kv_cache)]
-        self._item = ITEM_BYTES[str(manifest.kv_cache)]
+        name = str(manifest.kv_cache)
+        self._element: Any = BFLOAT16 if name == "bfloat16" else np.dtype(name)
+        self._item = bits(name) // 8
         self._pointers = [0] * len(self.names)
         self._capacities = [0] * len(self.names)
         self._spare = 0  # one row as swap space, so that a swap cannot run out of memory
@@ -59,11 +56,10 @@ class CudaMemory(CacheMemory):
             self._cuda.clear(pointer + row * size, size)
 
     def views(self, first_row: int, count: int) -> list[tuple[str, str, Any, tuple[int, ...], int]]:
-        element = NUMPY_TYPES.get(self._element, self._element)
         return [
             (
                 *names,
-                element,
+                self._element,
                 (count, self.heads, capacity, self.head_dim),
                 pointer + first_row * self._row_bytes(capacity),
             )

@@ -11,7 +11,6 @@ from glm4_runtime.session.base import Logits
 from glm4_runtime.session.cuda_device import Bytes
 from glm4_runtime.session.engine_files import CUDA_GRAPH, Engines
 
-NUMPY_TYPES: dict[str, type[np.generic]] = {"int64": np.int64, "int32": np.int32, "float32": np.float32}
 ADDRESS_STEP = 256  # bytes; TensorRT requires this alignment of every address
 
 Bound = dict[str, tuple[tuple[int, ...], int]]  # shape and address, by the tensor's name
@@ -38,7 +37,7 @@ class EngineRun:
         size = 0
         for spec in manifest.inputs:
             if not spec.name.startswith("past_key_values.") and spec.name != COUNTERS:
-                dtype = np.dtype(NUMPY_TYPES[spec.dtype])
+                dtype = np.dtype(spec.dtype)
                 self._places[spec.name] = size, dtype
                 count = int(np.prod([largest[a] if isinstance(a, str) else a for a in spec.shape]))
                 size += -(-count * dtype.itemsize // ADDRESS_STEP) * ADDRESS_STEP

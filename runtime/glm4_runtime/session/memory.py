@@ -9,8 +9,6 @@ import numpy.typing as npt
 from glm4_runtime.bundle import Manifest
 from glm4_runtime.kv_cache import Move
 
-NUMPY_TYPES: dict[str, npt.DTypeLike] = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
-
 
 class CacheLayout:
     """Names and sizes of every block, with the past and the present that it is bound to."""
@@ -54,7 +52,7 @@ class HostMemory(CacheMemory):
 
     def __init__(self, manifest: Manifest, rows: int) -> None:
         super().__init__(manifest, rows)
-        self.dtype = np.dtype(NUMPY_TYPES[str(manifest.kv_cache)])
+        self.dtype = np.dtype(str(manifest.kv_cache))
         self.arrays = [self._new(0) for _ in self.names]
 
     def _new(self, capacity: int) -> npt.NDArray[Any]:

@@ -1,0 +1,18 @@
+"""Bits of element types, from their names."""
+
+import numpy as np
+import pytest
+
+from glm4_runtime.bundle.element_types import bits
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "int8", "uint8", "int32", "int64"])
+def test_types_of_numpy(name):
+    assert bits(name) == 8 * np.dtype(name).itemsize
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("bfloat16", 16), ("float8e4m3fn", 8), ("int4", 4), ("float4e2m1", 4)]
+)
+def test_types_that_numpy_does_not_have(name, expected):
+    assert bits(name) == expected

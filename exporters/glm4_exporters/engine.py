@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from glm4_exporters.config import Glm4Config
+from glm4_exporters.targets import PRECISIONS
 from glm4_plugins.launch import KernelShape, choices, unsupported
 from glm4_plugins.operator import OP_TYPE, PLUGIN_INT8
 from glm4_runtime.bundle import ENGINE, EngineProfile, FileEntry, Limits, TensorSpec
@@ -92,9 +93,6 @@ ENGINE_KINDS = {
 
 # What runs on a GPU that TensorRT-RTX does not name, as 9.0 and 10.0.
 ELSEWHERE = "Other GPUs run --target tensorrt, exported on them, or --target ort --precision fp16"
-
-# NVIDIA's support matrix of TensorRT-RTX 1.7: the oldest compute capability with kernels for a precision.
-OLDEST_CAPABILITY = {"fp16": 75, "bf16": 80, "int8": 80, "int8-sq": 80, "int4": 80, "fp8": 89}
 
 # What the parser makes of an operator. It drops some inputs and nodes without a word, so we count.
 LAYERS_OF_OPERATORS = {
@@ -220,9 +218,9 @@ def _require_capabilities(kind_name: str, precision: str, asked: Sequence[str]) 
                 f"{kind_name} has no compute capability {sm!r}; it builds for {', '.join(known)} (89 means 8.9). "
                 f"{ELSEWHERE}"
             )
-        if int(sm) < OLDEST_CAPABILITY[precision]:
+        if int(sm) < PRECISIONS[precision].capability:
             raise ExportError(
-                f"{precision} needs compute capability {OLDEST_CAPABILITY[precision]} or newer in {kind_name}, "
+                f"{precision} needs compute capability {PRECISIONS[precision].capability} or newer in {kind_name}, "
                 f"not {sm}; leave {sm} out, or take another precision"
             )
 
@@ -292,9 +290,9 @@ def _require_gpu(target: str, precision: str) -> None:
             f"target {target} times kernels on a GPU while it builds, and there is none here; "
             "run the export on a GPU host, or export for tensorrt-rtx, which needs none"
         )
-    if int(found) < OLDEST_CAPABILITY[precision]:
+    if int(found) < PRECISIONS[precision].capability:
         raise ExportError(
-            f"{precision} needs compute capability {OLDEST_CAPABILITY[precision]} or newer, and this GPU has {found}; "
+            f"{precision} needs compute capability {PRECISIONS[precision].capability} or newer, and this GPU has {found}; "
             "take another precision, or another GPU"
         )
 
@@ -338,7 +336,7 @@ def engine_capabilities(
     if options.sm:
         chosen = tuple(sorted(set(options.sm), key=int))
         return chosen, chosen, False
-    able = tuple(sm for sm in kind.default if int(sm) >= OLDEST_CAPABILITY[precision])
+    able = tuple(sm for sm in kind.default if int(sm) >= PRECISIONS[precision].capability)
     if able == kind.default:
         return (), able, bool(able)
     return able, able, False

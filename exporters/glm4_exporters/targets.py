@@ -57,11 +57,14 @@ class Precision:
     Attributes:
         activations: if set, every tensor has this type. Otherwise ``formats`` names the format of each group.
         matrices: formats of single matrices of a layer that differ from the group's.
+        capability: the oldest compute capability for which TensorRT-RTX 1.7 has kernels, such as 89 for 8.9, by
+            NVIDIA's support matrix.
     """
 
     activations: str | None
     formats: Mapping[str, str] = field(default_factory=dict)
     matrices: Mapping[str, str] = field(default_factory=dict)
+    capability: int = 80
 
     @property
     def quantized(self) -> bool:
@@ -114,11 +117,11 @@ class Target:
 
 PRECISIONS = {
     "fp32": Precision("float32"),
-    "fp16": Precision("float16"),
+    "fp16": Precision("float16", capability=75),
     "bf16": Precision("bfloat16"),
     "int8": Precision(None, {"embedding": "int8", "layers": "int8", "head": "int8"}),
     "int4": Precision(None, {"embedding": "int8", "layers": "int4", "head": "int8"}),
-    "fp8": Precision(None, {"embedding": "int8", "layers": "fp8", "head": "int8"}),
+    "fp8": Precision(None, {"embedding": "int8", "layers": "fp8", "head": "int8"}, capability=89),
     # down_proj's input is a product of two activations. With one scale, its few huge values leave too few steps for
     # the rest.
     "int8-sq": Precision(

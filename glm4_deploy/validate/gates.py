@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from glm4_exporters.targets import PRECISIONS
 from glm4_runtime.bundle import Manifest
 from glm4_runtime.errors import RequestError
 
@@ -48,9 +49,8 @@ METRICS = {
         "sub-blocks outside the band of their arithmetic, with --layers", TEXT + LABELS + STATES
     ),
 }
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-sq", "int4", "fp8")
-INT8_CACHE = "+kv-int8"
-ROWS = tuple(name + suffix for name in PRECISIONS for suffix in ("", INT8_CACHE))
+CACHE_SUFFIX = "+kv-int8"
+PRECISION_ROWS = tuple(name + suffix for name in PRECISIONS for suffix in ("", CACHE_SUFFIX))
 NAMES = ("strict", "default", "loose")
 
 Table = Mapping[str, Mapping[str, float]]
@@ -119,7 +119,7 @@ class Gate:
 
 def row_of(manifest: Manifest) -> str:
     """The precision of a bundle as gates name it."""
-    return manifest.precision + (INT8_CACHE if manifest.kv_cache == "int8" else "")
+    return manifest.precision + (CACHE_SUFFIX if manifest.kv_cache == "int8" else "")
 
 
 def load_gate(name: str, manifest: Manifest) -> Gate:
@@ -163,13 +163,15 @@ def _load_table(name: str) -> Table:
         raise RequestError(f"gate {path} extends {base!r}; it can extend {', '.join(NAMES)}")
     own = {row: _checked_row(path, row, limits) for row, limits in table.items()}
     inherited = {} if base is None else _load_table(base)
-    rows = [row for row in ROWS if row in inherited or row in own]
+    rows = [row for row in PRECISION_ROWS if row in inherited or row in own]
     return {row: {**inherited.get(row, {}), **own.get(row, {})} for row in rows}
 
 
 def _checked_row(path: Path, row: str, limits: Any) -> dict[str, float]:
-    if row not in ROWS:
-        raise RequestError(f"gate {path} has limits for {row!r}; the precisions are {', '.join(ROWS)}")
+    if row not in PRECISION_ROWS:
+        raise RequestError(
+            f"gate {path} has limits for {row!r}; the precisions are {', '.join(PRECISION_ROWS)}"
+        )
     if not isinstance(limits, dict):
         raise RequestError(f"gate {path}: {row} must be a table of metrics, as [{_key(row)}]")
     for metric, limit in limits.items():

@@ -12,8 +12,9 @@ import pytest
 from glm4_deploy import show
 from glm4_deploy.validate.bands import BANDS, ORDER, arithmetic_of, find_culprit, is_out_of_band
 from glm4_deploy.validate.drift import BlockError, Error, ErrorSum
-from glm4_deploy.validate.gates import INT8_CACHE, METRICS, NAMES, PRECISIONS, ROWS, Check, load_gate
+from glm4_deploy.validate.gates import CACHE_SUFFIX, METRICS, NAMES, PRECISION_ROWS, Check, load_gate
 from glm4_deploy.validate.statistics import perplexity, perplexity_ratio
+from glm4_exporters.targets import PRECISIONS
 from glm4_runtime.bundle import read_manifest
 from glm4_runtime.errors import RequestError
 
@@ -29,13 +30,13 @@ def manifest(tiny_bundles):
 def test_named_gates_have_every_precision_and_metric_and_grow_looser():
     gates = tomllib.loads(files("glm4_deploy.validate").joinpath("gates.toml").read_text("utf-8"))
     assert tuple(gates) == NAMES
-    for row in ROWS:
+    for row in PRECISION_ROWS:
         for metric, about in METRICS.items():
             limits = [gates[name][row][metric] for name in NAMES]
             assert limits == sorted(limits, reverse=about.at_least), (row, metric)
     for name in NAMES:  # a cache in int8 costs something
         for precision in PRECISIONS:
-            bare, cached = gates[name][precision], gates[name][precision + INT8_CACHE]
+            bare, cached = gates[name][precision], gates[name][precision + CACHE_SUFFIX]
             assert cached["kl_mean"] > bare["kl_mean"]
 
 

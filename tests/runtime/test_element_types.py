@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from glm4_runtime.bundle.element_types import bits
+from glm4_runtime.bundle.element_types import BFLOAT16, NAMES, bits
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "int8", "uint8", "int32", "int64"])
@@ -12,7 +12,14 @@ def test_types_of_numpy(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("bfloat16", 16), ("float8e4m3fn", 8), ("int4", 4), ("float4e2m1", 4)]
+    ("name", "expected"), [("bfloat16", 16), ("float8e4m3fn", 8), ("int4", 4), ("bool", 8)]
 )
 def test_types_that_numpy_does_not_have(name, expected):
     assert bits(name) == expected
+
+
+def test_numbers_are_onnx_own():
+    onnx = pytest.importorskip("onnx")
+    numbers = {number: onnx.TensorProto.DataType.Name(number).lower() for number in NAMES}
+    assert numbers == NAMES | {1: "float"}
+    assert NAMES[BFLOAT16] == "bfloat16"

@@ -1,12 +1,16 @@
-"""Element types by their names in manifests: ONNX's names in lower case, such as ``float16`` or ``int4``."""
+"""The element types of our graphs, by ONNX's names in lower case, such as ``float16`` or ``int4``."""
 
 import re
 
-BFLOAT16 = 16  # ONNX's number of bfloat16, which NumPy does not have
+# By ONNX's number, TensorProto.DataType.
+NAMES = {
+    1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 16: "bfloat16",
+    17: "float8e4m3fn", 21: "uint4", 22: "int4",
+}  # fmt: skip
+BFLOAT16 = 16  # NumPy does not have it
 
 
 def bits(name: str) -> int:
-    """Bits of one element: 16 for ``bfloat16``, 8 for ``float8e4m3fn``, 4 for ``int4``."""
-    found = re.search(r"\d+", name)
-    assert found is not None
-    return int(found[0])
+    """Bits of one element: 16 for ``bfloat16``, 8 for ``float8e4m3fn`` and ``bool``, 4 for ``int4``."""
+    digits = re.search(r"\d+", name)
+    return int(digits[0]) if digits else 8

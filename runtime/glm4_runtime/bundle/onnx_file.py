@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from glm4_runtime.bundle import element_types
 from glm4_runtime.bundle.manifest import EXPORT_AGAIN, TensorSpec
 from glm4_runtime.errors import BundleError, shown
 
@@ -18,11 +19,6 @@ MOST_BYTES = 16 << 20  # of a graph; 61 layers of the native dialect take 1 MB
 MOST_FIELDS = 1_000_000
 LONGEST_NAME, LONGEST_INLINE, MOST_AXES = 512, 1 << 20, 8
 
-# Numbers of TensorProto.DataType: the name that the manifest has for it, and bits.
-ELEMENT_TYPES = {
-    1: ("float32", 32), 2: ("uint8", 8), 3: ("int8", 8), 6: ("int32", 32), 7: ("int64", 64), 9: ("bool", 8),
-    10: ("float16", 16), 16: ("bfloat16", 16), 17: ("float8e4m3fn", 8), 21: ("uint4", 4), 22: ("int4", 4),
-}  # fmt: skip
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 EXTERNAL = 1  # TensorProto.DataLocation
 # Fields that change what a graph computes, or where its data is, and that our exporter does not write.
@@ -247,22 +243,22 @@ class _Reader:
             dim = self._fields(axis)
             axes.append(self._text(dim, 2, "an axis' name") or self._number(dim, 1, "an axis"))
         name = self._text(fields, 1, "a tensor's name")
-        return TensorSpec(name, self._element_type(tensor, 1, name)[0], tuple(axes))
+        return TensorSpec(name, self._element_type(tensor, 1, name), tuple(axes))
 
-    def _element_type(self, fields: Fields, number: int, name: str) -> tuple[str, int]:
+    def _element_type(self, fields: Fields, number: int, name: str) -> str:
         code = self._number(fields, number, "an element type")
-        if code not in ELEMENT_TYPES:
+        if code not in element_types.NAMES:
             raise self._refuse(f"gives {shown(name)} the element type {code}, which no graph of ours has")
-        return ELEMENT_TYPES[code]
+        return element_types.NAMES[code]
 
     def _tensor(self, span: Span) -> Tensor:
         """A TensorProto whose data is raw, or in a file beside the graph, and of the size that its shape asks for."""
         fields = self._fields(span)
         name = self._text(fields, 8, "a tensor's name")
         self._absent(fields, TYPED_DATA)
-        dtype, bits = self._element_type(fields, 2, name)
+        dtype = self._element_type(fields, 2, name)
         shape = self._numbers(fields, 1, "a shape", MOST_AXES)
-        wanted = bits
+        wanted = element_types.bits(dtype)
         for size in shape:
             if not 0 <= size < 2**63:
                 raise self._refuse(f"gives {shown(name)} the shape {shown(list(shape))}")

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from glm4_exporters.checkpoint import CONFIG, WEIGHTS, Checkpoint
+from glm4_exporters.checkpoint import CONFIG, SAFETENSORS, Checkpoint
 from glm4_runtime.errors import Glm4Error
 
 OUTLIERS, OUTLIER_FACTOR = 4, 64.0
@@ -81,7 +81,7 @@ def _write(source: str | Path, folder: str | Path, tensors: Tensors) -> Path:
         files = checkpoint.side_files()
     for path in (Path(source) / CONFIG, *files.values()):
         shutil.copy(path, folder)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})
     return folder
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from glm4_runtime.bundle import ENGINE, GRAPH, MANIFEST, read_manifest
 from glm4_runtime.errors import BundleError, CheckpointError, Glm4Error
 
-CONFIG, ADAPTER, WEIGHTS = "config.json", "adapter_config.json", "*.safetensors"
+CONFIG, ADAPTER, SAFETENSORS = "config.json", "adapter_config.json", "*.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LOOKED_AT = 1000  # entries of a folder
 ORIGINAL = "give the checkpoint that it was made from, in safetensors"
@@ -148,7 +148,7 @@ def _kind_of_checkpoint(folder: Path) -> tuple[str, str]:
     method = _read(folder / CONFIG).get("quantization_config")
     if isinstance(method, dict):
         return "quantized", str(method.get("quant_method") or "another tool")[:40]
-    if not any(folder.glob(WEIGHTS)):
+    if not any(folder.glob(SAFETENSORS)):
         foreign = next((kind for path in sorted(folder.iterdir()) if (kind := _by_suffix(path.name))), None)
         if foreign is not None:
             return foreign

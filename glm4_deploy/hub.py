@@ -20,7 +20,7 @@ from glm4_runtime.errors import CheckpointError, Glm4Error
 from glm4_runtime.install import install_command
 from glm4_runtime.progress import Progress, silent
 
-CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+CONFIG, INDEX, SAFETENSORS = "config.json", "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Small files that may be needed. These lists never contain pickles.
 SMALL_FILES = (
@@ -97,7 +97,7 @@ def headers_only(name: str, revision: str | None = None) -> Iterator[Path]:
 def _weight_files(folder: Path) -> list[str]:
     """The names of the weight files, from the index if there is one."""
     if not (folder / INDEX).is_file():
-        return [ADAPTER_WEIGHTS] if (folder / ADAPTER_CONFIG).is_file() else [WEIGHTS]
+        return [ADAPTER_WEIGHTS] if (folder / ADAPTER_CONFIG).is_file() else [SAFETENSORS]
     try:
         names = {*json.loads((folder / INDEX).read_bytes())["weight_map"].values()}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -159,7 +159,7 @@ def _without_weights(name: str, commit: str) -> str:
         return f"{name} holds pickles ({pickles[0][:80]}) and no safetensors; pickles can run code and are not loaded: save it as safetensors"
     if ggufs:
         return f"{name} holds GGUF files ({ggufs[0][:80]}); name the original checkpoint in safetensors"
-    return f"{name} holds no {WEIGHTS} and no {INDEX}; name a checkpoint in safetensors"
+    return f"{name} holds no {SAFETENSORS} and no {INDEX}; name a checkpoint in safetensors"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ STEPS = {
     "float16": 2.0**-10,
     "bfloat16": 2.0**-7,
 }  # relative distance between neighbouring numbers
-ROWS = 32  # positions in float64 at a time; one takes 1.2 MB
+POSITIONS_AT_ONCE = 32  # positions in float64 at a time; one takes 1.2 MB
 
 
 def log_softmax(x: Vector) -> Vector:
@@ -23,8 +23,10 @@ def log_softmax(x: Vector) -> Vector:
 def kl_divergence(expected: Logits, actual: Logits) -> Vector:
     """KL(expected || actual) per position, in nats and float64."""
     parts = [np.empty(0)]
-    for at in range(0, len(expected), ROWS):
-        log_p, log_q = (log_softmax(x[at : at + ROWS].astype(np.float64)) for x in (expected, actual))
+    for at in range(0, len(expected), POSITIONS_AT_ONCE):
+        log_p, log_q = (
+            log_softmax(x[at : at + POSITIONS_AT_ONCE].astype(np.float64)) for x in (expected, actual)
+        )
         parts.append((np.exp(log_p) * (log_p - log_q)).sum(-1))
     return np.concatenate(parts)
 

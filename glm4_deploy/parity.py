@@ -31,7 +31,7 @@ GREEDY_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Limits:
+class ParityLimits:
     """What a precision may differ by. A limit that is None does not apply to it."""
 
     max_abs: float | None  # of the logits
@@ -41,19 +41,19 @@ class Limits:
 
 
 LIMITS = {
-    "fp32": Limits(max_abs=2e-4, mean_kl=None, top1=1.0, relative=1e-4),
-    "fp16": Limits(max_abs=None, mean_kl=1e-4, top1=0.995, relative=1e-2),
-    "bf16": Limits(max_abs=None, mean_kl=1e-3, top1=0.99, relative=5e-2),
-    "int8": Limits(max_abs=None, mean_kl=2e-3, top1=None, relative=5e-2),
+    "fp32": ParityLimits(max_abs=2e-4, mean_kl=None, top1=1.0, relative=1e-4),
+    "fp16": ParityLimits(max_abs=None, mean_kl=1e-4, top1=0.995, relative=1e-2),
+    "bf16": ParityLimits(max_abs=None, mean_kl=1e-3, top1=0.99, relative=5e-2),
+    "int8": ParityLimits(max_abs=None, mean_kl=2e-3, top1=None, relative=5e-2),
     # Inputs in 8 bits add to what the weights lose: on the demo a mean KL of 1e-3 to 1.5e-3, planted outliers or not;
     # on random weights up to 1.2e-2, and a relative error of 6e-2. Outliers that are not smoothed: 7e-2.
-    "int8-sq": Limits(max_abs=None, mean_kl=2e-2, top1=None, relative=1e-1),
-    "int4": Limits(max_abs=None, mean_kl=1e-1, top1=None, relative=4e-1),
+    "int8-sq": ParityLimits(max_abs=None, mean_kl=2e-2, top1=None, relative=1e-1),
+    "int4": ParityLimits(max_abs=None, mean_kl=1e-1, top1=None, relative=4e-1),
     # Both factors of a product have 4 significant bits: half a step is up to 6 % of a number, 2.6 % in RMS.
     # On the demo checkpoint: mean KL 5.5e-3, top-1 93 %.
-    "fp8": Limits(max_abs=None, mean_kl=2e-2, top1=None, relative=1.5e-1),
+    "fp8": ParityLimits(max_abs=None, mean_kl=2e-2, top1=None, relative=1.5e-1),
 }
-INT8_CACHE = (5e-4, 0.05)  # what an int8 cache adds to the mean KL, and takes from the top-1 agreement
+INT8_CACHE_MARGIN = (5e-4, 0.05)  # what an int8 cache adds to the mean KL, and takes from the top-1 agreement
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ def measure_parity(
     return _compare(manifest, expected, actual, greedy, pieces.arithmetic)
 
 
-def limits_of(manifest: Manifest) -> Limits:
+def limits_of(manifest: Manifest) -> ParityLimits:
     """The limits of a bundle's precision, and room for the rounding of an int8 cache."""
     limits = LIMITS[manifest.precision]
     if manifest.kv_cache != "int8":
         return limits
-    mean_kl, top1 = INT8_CACHE
+    mean_kl, top1 = INT8_CACHE_MARGIN
     most = (limits.mean_kl or 0.0) + mean_kl
     return replace(
         limits, max_abs=None, mean_kl=most, top1=None if limits.top1 is None else limits.top1 - top1

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # torch loads with the first weight, not with the headers
     from torch import Tensor
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -377,13 +377,15 @@ def _choose_task(folder: Path, config: Glm4Config, task: str | None) -> str:
 def _open_shards(folder: Path) -> list[SafetensorsFile]:
     index = folder / INDEX
     if not index.is_file():
-        if (folder / WEIGHTS).is_file():
-            return [SafetensorsFile(folder / WEIGHTS)]
+        if (folder / SAFETENSORS).is_file():
+            return [SafetensorsFile(folder / SAFETENSORS)]
         raise CheckpointError(_no_weights(folder))
     weight_map = _read_weight_map(index)
     names = sorted(set(weight_map.values()))
-    if WEIGHTS not in names and (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{folder} has both {WEIGHTS} and {INDEX}; remove the one that is out of date")
+    if SAFETENSORS not in names and (folder / SAFETENSORS).is_file():
+        raise CheckpointError(
+            f"{folder} has both {SAFETENSORS} and {INDEX}; remove the one that is out of date"
+        )
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise CheckpointError(
@@ -395,7 +397,7 @@ def _open_shards(folder: Path) -> list[SafetensorsFile]:
 
 
 def _no_weights(folder: Path) -> str:
-    wanted = f"{folder} has neither {WEIGHTS} nor {INDEX}"
+    wanted = f"{folder} has neither {SAFETENSORS} nor {INDEX}"
     for pattern, advice in OTHER_WEIGHTS.items():
         found = sorted(path.name for path in folder.glob(pattern))
         if found:

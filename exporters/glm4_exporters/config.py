@@ -28,7 +28,7 @@ OTHER_MODEL_TYPES = {
     "glm4v": "GLM-4.1V",
     "glm4_moe": "GLM-4.5 and later, a mixture of experts",
 }
-ACTIVATIONS = ("silu", "swish")  # two names of one function
+HIDDEN_ACTS = ("silu", "swish")  # two names of one function
 DTYPES = ("bfloat16", "float16", "float32")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 REQUIRED = (
@@ -333,7 +333,7 @@ class Glm4Config:
 
     def _check_numbers(self) -> None:
         _require(
-            self.hidden_act in ACTIVATIONS,
+            self.hidden_act in HIDDEN_ACTS,
             f"hidden_act is {self.hidden_act!r}; the MLP of GLM-4-0414 is gated by 'silu'",
         )
         # Not NaN either: every comparison with it is false.

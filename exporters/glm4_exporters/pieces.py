@@ -280,7 +280,7 @@ def _cut(graph: onnx.GraphProto) -> list[Piece]:
     groups: dict[tuple[int, int], list[onnx.NodeProto]] = {}
     place: dict[str, tuple[int, int]] = {}
     for node in graph.node:  # in topological order
-        own = HEAD if outputs.intersection(node.output) else _place(node.name)
+        own = HEAD_PLACE if outputs.intersection(node.output) else _place(node.name)
         group = max([own, *(place[name] for name in node.input if name in place)])
         place.update(dict.fromkeys(node.output, group))
         groups.setdefault(group, []).append(node)
@@ -289,7 +289,7 @@ def _cut(graph: onnx.GraphProto) -> list[Piece]:
 
 # The place of a node: layer, and stage in the layer. The largest matrices are pieces of their own, because the
 # runtime needs five times the size of a float16 weight while it widens and packs the weight.
-EMBEDDING_PLACE, NORM, HEAD = (-1, 0), (sys.maxsize, 0), (sys.maxsize, 1)
+EMBEDDING_PLACE, NORM_PLACE, HEAD_PLACE = (-1, 0), (sys.maxsize, 0), (sys.maxsize, 1)
 STAGES = ("attention", "gate_up", "down")
 
 
@@ -299,11 +299,11 @@ def _place(node_name: str) -> tuple[int, int]:
         return int(layer[1]), 0 if not layer[2] else 2 if layer[3] else 1
     if node_name.startswith(("model.embed_tokens/", "attention/")):
         return EMBEDDING_PLACE
-    return HEAD if node_name.startswith(("lm_head/", "score/")) else NORM
+    return HEAD_PLACE if node_name.startswith(("lm_head/", "score/")) else NORM_PLACE
 
 
 def _name(place: tuple[int, int]) -> str:
-    fixed = {EMBEDDING_PLACE: "embedding", NORM: "norm", HEAD: "head"}
+    fixed = {EMBEDDING_PLACE: "embedding", NORM_PLACE: "norm", HEAD_PLACE: "head"}
     return fixed.get(place) or f"layer {place[0]} {STAGES[place[1]]}"
 
 

@@ -5,7 +5,7 @@ import click
 from glm4_deploy import streams
 
 
-class Text(click.ParamType):  # type: ignore[type-arg]
+class TextType(click.ParamType):  # type: ignore[type-arg]
     """An argument that is text and no file name, decoded in the locale's encoding or as UTF-8."""
 
     name = "text"
@@ -17,4 +17,4 @@ class Text(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
-TEXT = Text()
+TEXT = TextType()

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from glm4_deploy.metrics import Logits, kl_divergence, log_softmax, near_ties
+from glm4_deploy.metrics import POSITIONS_AT_ONCE, Logits, kl_divergence, log_softmax, near_ties
 from glm4_deploy.validate.drift import ErrorSum
 from glm4_deploy.validate.statistics import SUMMARIES, Estimate, perplexity, perplexity_ratio
 
 TOP = 5
-ROWS = 32
 NO_TARGET = -1
 
 Vector = npt.NDArray[np.float64]
@@ -44,8 +43,8 @@ def compare_positions(
     rows = np.arange(len(index))
     best = expected.argmax(-1), actual.argmax(-1)
     logs = np.empty((2, len(index))), np.empty((2, len(index)))  # of the target and of the best token
-    for at in range(0, len(index), ROWS):
-        block = slice(at, at + ROWS)
+    for at in range(0, len(index), POSITIONS_AT_ONCE):
+        block = slice(at, at + POSITIONS_AT_ONCE)
         for side, logits in enumerate((expected, actual)):
             log = log_softmax(logits[block].astype(np.float64))
             here = np.arange(len(log))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from glm4_deploy.metrics import ROWS
+from glm4_deploy.metrics import POSITIONS_AT_ONCE
 
 Values = Mapping[str, npt.NDArray[Any]]
 
@@ -66,8 +66,11 @@ class ErrorSum:
         """Values [..., channels] of some positions."""
         a = wanted.reshape(-1, wanted.shape[-1])
         b = found.reshape(a.shape)
-        for at in range(0, len(a), ROWS):
-            x, y = a[at : at + ROWS].astype(np.float64), b[at : at + ROWS].astype(np.float64)
+        for at in range(0, len(a), POSITIONS_AT_ONCE):
+            x, y = (
+                a[at : at + POSITIONS_AT_ONCE].astype(np.float64),
+                b[at : at + POSITIONS_AT_ONCE].astype(np.float64),
+            )
             square, difference = (x * x).sum(-1), ((y - x) ** 2).sum(-1)
             self._square += float(square.sum())
             self._other += float((y * y).sum())

@@ -19,7 +19,7 @@ from checkpoints import ARCHITECTURE_OF_TASK, tiny_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from glm4_exporters.architecture import expected_tensors, parameter_count
-from glm4_exporters.checkpoint import INDEX, WEIGHTS, Checkpoint
+from glm4_exporters.checkpoint import INDEX, SAFETENSORS, Checkpoint
 from glm4_exporters.config import TASKS, Glm4Config
 from glm4_runtime.errors import CheckpointError, ConfigError
 
@@ -53,8 +53,8 @@ def edit_config(folder, **changes):
 
 def edit_tensors(folder, add=(), drop=()):
     """Rewrite the only shard with other tensors."""
-    tensors = load_file(folder / WEIGHTS) | dict(add)
-    save_file({name: t for name, t in tensors.items() if name not in drop}, folder / WEIGHTS)
+    tensors = load_file(folder / SAFETENSORS) | dict(add)
+    save_file({name: t for name, t in tensors.items() if name not in drop}, folder / SAFETENSORS)
 
 
 def edit_index(folder, **weight_map):
@@ -126,7 +126,7 @@ def test_each_tensor_has_its_own_type(tiny):
 
 
 def test_headers_say_where_the_bytes_are(tiny):
-    written = load_file(tiny / WEIGHTS)
+    written = load_file(tiny / SAFETENSORS)
     with Checkpoint.load(tiny) as checkpoint:
         for name, header in checkpoint.tensors.items():
             data = header.file.read_bytes()[header.offset : header.offset + header.nbytes]
@@ -169,7 +169,7 @@ def test_a_tied_head_is_the_embedding(tmp_path):
     with Checkpoint.load(folder) as checkpoint:
         assert checkpoint.name_of("lm_head.weight") == "model.embed_tokens.weight"
         assert "lm_head.weight" not in checkpoint.tensors
-    embedding = load_file(folder / WEIGHTS)["model.embed_tokens.weight"]
+    embedding = load_file(folder / SAFETENSORS)["model.embed_tokens.weight"]
     edit_tensors(folder, {"lm_head.weight": embedding.clone()})
     with Checkpoint.load(folder) as checkpoint:
         assert torch.equal(checkpoint.read("model.embed_tokens.weight"), embedding)
@@ -206,7 +206,7 @@ def test_a_9b_loads_in_milliseconds(tmp_path):
         size = 2 * torch.Size(shape).numel()
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
         end += size
-    write_file(tmp_path / WEIGHTS, header, end)
+    write_file(tmp_path / SAFETENSORS, header, end)
     load = (
         "import json, pathlib, sys, time; from glm4_exporters.checkpoint import Checkpoint; start = time.perf_counter();"
         f"checkpoint = Checkpoint.load({str(tmp_path)!r}); seconds = time.perf_counter() - start;"
@@ -275,7 +275,7 @@ def test_a_row_must_fit(tiny):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_values_that_are_not_finite(tmp_path, dtype, value):
     folder = write_checkpoint(tmp_path, tiny_config(), dtype=dtype)
-    weight = load_file(folder / WEIGHTS)["lm_head.weight"]
+    weight = load_file(folder / SAFETENSORS)["lm_head.weight"]
     weight[300, 7] = weight[310, 2] = float(value)
     edit_tensors(folder, {"lm_head.weight": weight})
     reason = rf"model\.safetensors: lm_head\.weight\[300, 7\] is {value};"
@@ -288,7 +288,7 @@ def test_values_that_are_not_finite(tmp_path, dtype, value):
 
 def test_a_file_that_is_cut_short_later(tiny):
     with Checkpoint.load(tiny) as checkpoint:
-        os.truncate(tiny / WEIGHTS, (tiny / WEIGHTS).stat().st_size - 1000)
+        os.truncate(tiny / SAFETENSORS, (tiny / SAFETENSORS).stat().st_size - 1000)
         last = max(checkpoint.tensors.values(), key=lambda header: header.offset)
         with pytest.raises(CheckpointError, match="cut short after it was opened"):
             checkpoint.read(last.name)
@@ -296,10 +296,10 @@ def test_a_file_that_is_cut_short_later(tiny):
 
 def test_a_file_that_changes_later(tiny):
     with Checkpoint.load(tiny) as checkpoint:
-        with (tiny / WEIGHTS).open("r+b") as file:
+        with (tiny / SAFETENSORS).open("r+b") as file:
             file.seek(-4, os.SEEK_END)
             file.write(struct.pack("<f", 7.0))
-        os.utime(tiny / WEIGHTS, ns=(0, 0))
+        os.utime(tiny / SAFETENSORS, ns=(0, 0))
         with pytest.raises(CheckpointError, match="changed while it was read"):
             checkpoint.read("model.norm.weight")
 
@@ -308,7 +308,7 @@ def test_a_file_that_is_replaced_later_is_still_the_old_one(tiny):
     with Checkpoint.load(tiny) as checkpoint:
         before = checkpoint.read("lm_head.weight")
         other = write_checkpoint(tiny.parent / "other", tiny_config(), seed=1)
-        (other / WEIGHTS).replace(tiny / WEIGHTS)
+        (other / SAFETENSORS).replace(tiny / SAFETENSORS)
         assert torch.equal(checkpoint.read("lm_head.weight"), before)
 
 
@@ -331,7 +331,7 @@ def test_fingerprint_is_the_contents_and_not_the_place(tmp_path, sharded):
         lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 9}'),
         lambda folder: (folder / "generation_config.json").unlink(),
         lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
-        lambda folder: os.utime(folder / WEIGHTS, ns=(1, 1)),
+        lambda folder: os.utime(folder / SAFETENSORS, ns=(1, 1)),
         lambda folder: edit_tensors(folder, {"model.norm.weight": torch.ones(64, dtype=torch.bfloat16)}),
     ],
 )
@@ -382,7 +382,7 @@ def test_no_checkpoint_at_all(tmp_path, monkeypatch):
 
 
 def test_a_file_instead_of_a_folder(tiny):
-    assert "is a file; give the folder" in refusal(tiny / WEIGHTS)
+    assert "is a file; give the folder" in refusal(tiny / SAFETENSORS)
 
 
 def test_a_config_of_another_architecture(tiny):
@@ -404,14 +404,14 @@ def test_a_config_of_another_architecture(tiny):
     ],
 )
 def test_other_weights(tiny, name, advice):
-    (tiny / WEIGHTS).rename(tiny / name)
+    (tiny / SAFETENSORS).rename(tiny / name)
     message = refusal(tiny)
     assert "has neither model.safetensors nor model.safetensors.index.json" in message
     assert advice in message
 
 
 def test_stale_weights_beside_an_index(sharded):
-    save_file({"x": torch.ones(1)}, sharded / WEIGHTS)
+    save_file({"x": torch.ones(1)}, sharded / SAFETENSORS)
     assert "remove the one that is out of date" in refusal(sharded)
 
 
@@ -478,7 +478,7 @@ def test_likely_causes_of_a_surplus(tiny, name, cause):
 )
 def test_a_wrapper_around_all_names_is_named(tiny, wrapper):
     """As training libraries save it; the weights inside are right, whatever config.json says of biases."""
-    path = tiny / WEIGHTS
+    path = tiny / SAFETENSORS
     save_file({wrapper + name: tensor for name, tensor in load_file(path).items()}, path)
     assert f"likely cause: all names begin with {wrapper!r}, a training wrapper's; save the" in refusal(tiny)
 
@@ -493,7 +493,7 @@ def test_what_peft_leaves_in_the_names_is_an_adapter(tiny, name):
 
 
 def test_missing_biases(tiny):
-    names = [name for name in load_file(tiny / WEIGHTS) if name.endswith("bias")]
+    names = [name for name in load_file(tiny / SAFETENSORS) if name.endswith("bias")]
     edit_tensors(tiny, drop=names)
     assert "attention_bias in config.json is true, but the weights have no biases" in refusal(tiny)
 
@@ -614,9 +614,9 @@ def entry(begin, end, shape=(2,), dtype="F32"):
     ],
 )  # fmt: skip
 def test_damaged_headers(tiny, header, size, reason):
-    write_file(tiny / WEIGHTS, header, size)
+    write_file(tiny / SAFETENSORS, header, size)
     message = refusal(tiny)
-    assert str(tiny / WEIGHTS) in message
+    assert str(tiny / SAFETENSORS) in message
     assert reason in message
 
 
@@ -625,7 +625,7 @@ def test_a_header_of_300000_tensors_is_refused_in_seconds(tiny, twice):
     """A duplicate was looked for in all keys before it: 30 s."""
     entries = [f'"layers.{i}.x": {json.dumps(entry(8 * i, 8 * i + 8))}' for i in range(300_000)]
     header = "{" + ", ".join(entries + entries[-1:] * twice) + "}"
-    write_file(tiny / WEIGHTS, header.encode(), 8 * 300_000)
+    write_file(tiny / SAFETENSORS, header.encode(), 8 * 300_000)
     began = time.process_time()
     message = refusal(tiny)
     assert time.process_time() - began < 15
@@ -659,17 +659,17 @@ def test_an_index_of_strange_names_is_refused_in_one_line(sharded, weight_map):
     ],
 )
 def test_damaged_beginnings(tiny, data, reason):
-    (tiny / WEIGHTS).write_bytes(data)
+    (tiny / SAFETENSORS).write_bytes(data)
     assert reason in refusal(tiny)
 
 
 def test_a_header_that_is_too_large(tiny):
-    write_file(tiny / WEIGHTS, b"{", 200_000_000, length=100_000_001)
+    write_file(tiny / SAFETENSORS, b"{", 200_000_000, length=100_000_001)
     assert f"has a header of 100000001 bytes, but at most {32 << 20} are read" in refusal(tiny)
 
 
 def test_a_half_downloaded_file(tiny):
-    os.truncate(tiny / WEIGHTS, (tiny / WEIGHTS).stat().st_size // 2)
+    os.truncate(tiny / SAFETENSORS, (tiny / SAFETENSORS).stat().st_size // 2)
     assert "download it again" in refusal(tiny)
 
 
@@ -678,14 +678,14 @@ def test_a_half_downloaded_file(tiny):
     st.lists(st.tuples(st.integers(0, 3500), st.binary(min_size=1, max_size=3)), min_size=1, max_size=3)
 )
 def test_any_damage_to_a_header_is_refused_in_one_line(tiny, damages):
-    path = tiny / WEIGHTS
+    path = tiny / SAFETENSORS
     data = bytearray(path.read_bytes())
     for at, noise in damages:
         data[at : at + len(noise)] = noise
     (tiny.parent / "damaged").mkdir(exist_ok=True)
     damaged = tiny.parent / "damaged"
     shutil.copyfile(tiny / "config.json", damaged / "config.json")
-    (damaged / WEIGHTS).write_bytes(data)
+    (damaged / SAFETENSORS).write_bytes(data)
     try:
         checkpoint = Checkpoint.load(damaged)
     except CheckpointError as error:

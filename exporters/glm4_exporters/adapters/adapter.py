@@ -23,7 +23,7 @@ from glm4_runtime.errors import CheckpointError, shown, some
 if TYPE_CHECKING:
     from torch import Tensor
 
-WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+ADAPTER_WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 TASKS = {"SEQ_CLS": "sequence-classification", "TOKEN_CLS": "token-classification"}  # by PEFT's name
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -271,13 +271,13 @@ def merge(adapters: Iterable[Adapter], merged: Merged) -> Merged:
 
 
 def _weights(folder: Path) -> Path:
-    if (folder / WEIGHTS).is_file():
-        return folder / WEIGHTS
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        return folder / ADAPTER_WEIGHTS
     if (folder / PICKLE).is_file():
         raise CheckpointError(
-            f"{folder / PICKLE} is pickled, which can run code when it is read; save it as {WEIGHTS}"
+            f"{folder / PICKLE} is pickled, which can run code when it is read; save it as {ADAPTER_WEIGHTS}"
         )
-    raise CheckpointError(f"{folder} has no {WEIGHTS}; finish the download")
+    raise CheckpointError(f"{folder} has no {ADAPTER_WEIGHTS}; finish the download")
 
 
 def _unwrapped(name: str) -> str:

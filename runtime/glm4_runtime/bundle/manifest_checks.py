@@ -31,8 +31,8 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 CAPABILITY = re.compile(r"[1-9][0-9]{1,2}")
 
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "encoder")
-ACTIVATIONS = ("float32", "float16", "bfloat16")
-CACHES = (*ACTIVATIONS, "int8")
+ACTIVATION_TYPES = ("float32", "float16", "bfloat16")
+CACHES = (*ACTIVATION_TYPES, "int8")
 ONNX_DIALECTS, ENGINE_DIALECTS = ("ort", "cpu", "native"), ("tensorrt-rtx", "tensorrt")
 CAPACITY_STEP = 64  # an engine's cache is as long as the limit, rounded up to this
 
@@ -91,7 +91,7 @@ def _require_number(name: str, value: int, low: int, high: int) -> None:
 
 def _check_words(manifest: Manifest) -> None:
     _require_one_of("task", manifest.task, TASKS)
-    _require_one_of("activations", manifest.activations, ACTIVATIONS)
+    _require_one_of("activations", manifest.activations, ACTIVATION_TYPES)
     if manifest.kv_cache is not None:
         _require_one_of("kv_cache", manifest.kv_cache, CACHES)
     decoder = manifest.task == "causal-lm"

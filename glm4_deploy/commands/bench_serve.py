@@ -9,6 +9,7 @@ import click
 
 from glm4_deploy import show
 from glm4_deploy.commands.numbers import numbers
+from glm4_deploy.commands.text import TEXT
 from glm4_runtime.errors import RequestError
 from glm4_runtime.install import install_command
 
@@ -16,7 +17,7 @@ CLIENTS = "1,2,4,8"
 
 
 @click.command("bench-serve")
-@click.argument("url")
+@click.argument("url", type=TEXT)
 @click.option(
     "--clients",
     metavar="N,...",

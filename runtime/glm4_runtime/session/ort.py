@@ -1,8 +1,9 @@
 """The session on ONNX Runtime: KV in one buffer per layer and side, bound in place as past and present."""
 
+import contextlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from glm4_runtime.bundle import GRAPH, Manifest
-from glm4_runtime.errors import BundleError, UnavailableError
+from glm4_runtime.errors import BundleError, ModelError, UnavailableError
 from glm4_runtime.install import install_command
 from glm4_runtime.kv_cache import Move
 from glm4_runtime.session.base import Ids, Logits, Session
@@ -116,6 +117,15 @@ def _gpu_of(ort: Any) -> "OrtCuda":
     return OrtCuda(ort)
 
 
+@contextlib.contextmanager
+def _failing() -> Iterator[None]:
+    """Turn a kernel's error into a ModelError; onnxruntime's own exceptions share no base class."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(f"a step of the model failed in ONNX Runtime: {error}") from error
+
+
 class OrtSession(Session):
     """A bundle that is an ONNX graph, on ONNX Runtime."""
 
@@ -187,7 +197,8 @@ class OrtSession(Session):
     def _run_decoder(self, first_row: int, ids: Ids, past: Sequence[int], logits_indices: Ids) -> Logits:
         rows = self._bound_rows(first_row, len(ids))
         logits = rows.write(ids, past, logits_indices)
-        self._session.run_with_iobinding(rows.binding)
+        with _failing():
+            self._session.run_with_iobinding(rows.binding)
         if self._gpu is not None:
             self._gpu.cuda.synchronize()
         if logits.shape[1] > 1:  # those of a whole prompt are large
@@ -210,7 +221,8 @@ class OrtSession(Session):
 
     def _run_encoder(self, ids: Ids) -> Logits:
         lengths = np.array([ids.shape[1]], np.int32)
-        result: Logits = self._session.run(None, {"input_ids": ids, "query_lengths": lengths})[0]
+        with _failing():
+            result: Logits = self._session.run(None, {"input_ids": ids, "query_lengths": lengths})[0]
         return result
 
     def _move_row(self, move: Move) -> None:

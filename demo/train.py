@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.reference import Glm4ForCausalLM, rotary_tables, rotate
-from glm4_runtime.chat_template import CHAT_TEMPLATE, ChatTemplate
+from glm4_runtime.bundle.file_names import CHAT_TEMPLATE
+from glm4_runtime.chat_template import ChatTemplate
 
 HERE = Path(__file__).parent
 DOCUMENT_END = "\n\f\n"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from glm4_deploy.texts import LINES, cut_text, random_sequences, read_sequences
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.form import Form
+from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.progress import Progress, silent
 from glm4_runtime.tokenizer import Tokenizer
 
@@ -68,7 +69,7 @@ class Prepared:
 def read_text(source: Checkpoint, path: Path | None, max_seq_len: int) -> Text:
     """Sequences of a user's file, or of our own few lines, or of random ids without a tokenizer."""
     folder, vocab = source.folder, source.config.vocab_size
-    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
+    tokenizer = Tokenizer.from_folder(folder) if (folder / TOKENIZER).is_file() else None
     if path is not None:
         sequences = read_sequences(path, tokenizer, min(SEQUENCE, max_seq_len), SEQUENCES, vocab)
         return Text(sequences, path.name)

@@ -1,15 +1,15 @@
 """What a path is: a checkpoint, a bundle, or one of the things that people take for one of them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from glm4_runtime.bundle import ENGINE, GRAPH, MANIFEST, read_manifest
+from glm4_runtime.bundle.file_names import ADAPTER_CONFIG, CONFIG, GGUF, PICKLES
+from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import BundleError, CheckpointError, Glm4Error
 
-CONFIG, ADAPTER, SAFETENSORS = "config.json", "adapter_config.json", "*.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+ANY_SAFETENSORS = "*.safetensors"
 LOOKED_AT = 1000  # entries of a folder
 ORIGINAL = "give the checkpoint that it was made from, in safetensors"
 SAVE = "convert it: from_pretrained(...).save_pretrained(...)"
@@ -125,7 +125,7 @@ def _kind_of_file(path: Path) -> tuple[str, str]:
 
 
 def _by_suffix(name: str) -> tuple[str, str] | None:
-    for kind, suffixes in (("gguf", (".gguf",)), ("pickles", PICKLES), ("graph", (".onnx",))):
+    for kind, suffixes in (("gguf", (GGUF,)), ("pickles", PICKLES), ("graph", (".onnx",))):
         if name.lower().endswith(suffixes):
             return kind, name
     return None
@@ -136,8 +136,8 @@ def _kind_of_folder(folder: Path) -> tuple[str, str] | None:
         return _kind_of_checkpoint(folder)
     if (folder / MANIFEST).is_file():
         return ("bundle" if (folder / GRAPH).is_file() or not _has_engine(folder) else "engine"), ""
-    if (folder / ADAPTER).is_file():
-        base = _read(folder / ADAPTER).get("base_model_name_or_path")
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = _read(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         return "adapter", f" {base[:100]}" if isinstance(base, str) and base else ""
     names = sorted(entry.name for entry, _ in zip(folder.iterdir(), range(LOOKED_AT), strict=False))
     found = next((kind for name in names if (kind := _by_suffix(name))), None)
@@ -148,7 +148,7 @@ def _kind_of_checkpoint(folder: Path) -> tuple[str, str]:
     method = _read(folder / CONFIG).get("quantization_config")
     if isinstance(method, dict):
         return "quantized", str(method.get("quant_method") or "another tool")[:40]
-    if not any(folder.glob(SAFETENSORS)):
+    if not any(folder.glob(ANY_SAFETENSORS)):
         foreign = next((kind for path in sorted(folder.iterdir()) if (kind := _by_suffix(path.name))), None)
         if foreign is not None:
             return foreign
@@ -175,7 +175,6 @@ def _has_engine(folder: Path) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one: whoever opens the folder says what is wrong with it."""
     try:
-        found = json.loads(path.read_bytes()) if path.stat().st_size < 2**20 else None
-    except (OSError, ValueError, RecursionError):
+        return read_object(path, Glm4Error)
+    except Glm4Error:
         return {}
-    return found if isinstance(found, dict) else {}

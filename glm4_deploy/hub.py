@@ -16,26 +16,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from glm4_runtime.errors import CheckpointError, Glm4Error
+from glm4_runtime.bundle.file_names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    GGUF,
+    INDEX,
+    PICKLES,
+    QUANTIZATION_CONFIGS,
+    SAFETENSORS,
+    SIDE_FILES,
+)
+from glm4_runtime.bundle.json_file import read_object
+from glm4_runtime.errors import CheckpointError, Glm4Error, shown
 from glm4_runtime.install import install_command
 from glm4_runtime.progress import Progress, silent
 
-CONFIG, INDEX, SAFETENSORS = "config.json", "model.safetensors.index.json", "model.safetensors"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Small files that may be needed. These lists never contain pickles.
-SMALL_FILES = (
-    CONFIG,
-    INDEX,
-    ADAPTER_CONFIG,
-    "generation_config.json",
-    "hf_quant_config.json",
-    "quantize_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+SMALL_FILES = (CONFIG, INDEX, ADAPTER_CONFIG, *QUANTIZATION_CONFIGS, *SIDE_FILES)
+_SHARD = r"[\w.-]+\.safetensors"
 # The form of a name on a hub: owner and repository.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
@@ -98,18 +97,16 @@ def _weight_files(folder: Path) -> list[str]:
     """The names of the weight files, from the index if there is one."""
     if not (folder / INDEX).is_file():
         return [ADAPTER_WEIGHTS] if (folder / ADAPTER_CONFIG).is_file() else [SAFETENSORS]
-    try:
-        names = {*json.loads((folder / INDEX).read_bytes())["weight_map"].values()}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{folder / INDEX} is not an index of safetensors files") from None
-    wrong = [
-        file for file in names if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file)
-    ]
+    weight_map = read_object(folder / INDEX, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{folder / INDEX} is not an index of safetensors files")
+    files = weight_map.values()
+    wrong = [file for file in files if not (isinstance(file, str) and re.fullmatch(_SHARD, file))]
     if wrong:
         raise CheckpointError(
-            f"{folder / INDEX} names {str(wrong[0])[:80]!r}, which is not a safetensors file beside it"
+            f"{folder / INDEX} names {shown(wrong[0])}, which is not a safetensors file beside it"
         )
-    return sorted(names)
+    return sorted(set(files))
 
 
 def _fetch(name: str, revision: str | None, files: Iterable[str], progress: Progress) -> Path:
@@ -153,8 +150,8 @@ def _without_weights(name: str, commit: str) -> str:
     hub = _library()
     with _told(name, commit):
         files = hub.HfApi().list_repo_files(name, revision=commit)
-    pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    ggufs = [file for file in files if file.endswith(".gguf")]
+    pickles = [file for file in files if file.endswith(PICKLES)]
+    ggufs = [file for file in files if file.endswith(GGUF)]
     if pickles:
         return f"{name} holds pickles ({pickles[0][:80]}) and no safetensors; pickles can run code and are not loaded: save it as safetensors"
     if ggufs:

@@ -22,6 +22,7 @@ from glm4_exporters.pieces import GraphPieces
 from glm4_exporters.streamed import reference_outputs
 from glm4_runtime import SamplingParams, Session
 from glm4_runtime.bundle import Manifest
+from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.errors import GateError, RequestError, UnavailableError
 from glm4_runtime.progress import Progress, silent
 from glm4_runtime.tokenizer import Tokenizer
@@ -146,7 +147,7 @@ def sample_sequences(bundle: Path, manifest: Manifest) -> list[list[int]]:
     """A handful of token sequences: our texts where the bundle has a tokenizer, else seeded random ids."""
     rng = np.random.default_rng(20250414)
     vocab, limit = manifest.model.vocab_size, manifest.limits.max_seq_len
-    tokenizer = Tokenizer.from_folder(bundle) if "tokenizer.json" in manifest.files else None
+    tokenizer = Tokenizer.from_folder(bundle) if TOKENIZER in manifest.files else None
     sequences = []
     for text, length in zip(LINES, SEQUENCE_LENGTHS, strict=True):
         random = rng.integers(0, vocab, min(length, limit)).tolist()

@@ -10,7 +10,7 @@ from glm4_deploy.destination import Destination
 from glm4_deploy.plan import DEFAULTS, ExportOptions, Plan, make_plan
 from glm4_deploy.report import Clock, ExportResult, peak_rss, write_report
 from glm4_deploy.room import require_room
-from glm4_deploy.side_files import require_tokenizer
+from glm4_deploy.side_files import compare_side_files
 from glm4_deploy.tools import require_installed
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_runtime.bundle import GRAPH, WEIGHTS, Manifest, write_manifest
@@ -55,7 +55,7 @@ def export(
     with Checkpoint.load(checkpoint, options.task, options.adapters) as source:
         plan = make_plan(source, options)
         read_sampling_defaults(checkpoint)  # refuses what no sampler takes
-        require_tokenizer(source)
+        warnings = compare_side_files(source)
         require_installed(plan)
         require_room(plan, destination.place)
         prepared = _prepare(plan, source, clock, progress)
@@ -78,7 +78,7 @@ def export(
                     engine = _build_engine(plan, prepared, model, folder, manifest, progress)
                 manifest = engine.manifest
             result = ExportResult(
-                bundle, manifest, parity, engine, prepared.report, clock.seconds, peak_rss()
+                bundle, manifest, parity, engine, prepared.report, clock.seconds, peak_rss(), warnings
             )
             write_report(folder, options, result)
             destination.publish(folder)

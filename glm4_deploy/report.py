@@ -30,6 +30,7 @@ class ExportResult:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
+    warnings: list[str] = field(default_factory=list)  # of side files that do not fit each other
 
 
 class Clock:
@@ -59,6 +60,8 @@ def write_report(folder: Path, options: ExportOptions, result: ExportResult) -> 
         "calibration": result.calibration or "nothing was calibrated",
         "parity": "not measured (--no-parity)" if result.parity is None else result.parity.as_dict(),
     }
+    if result.warnings:
+        report["warnings"] = result.warnings
     if result.engine is not None:
         from glm4_deploy.engine_bundle import engine_report
 

@@ -1,25 +1,40 @@
-"""Checks the files that a bundle copies from the checkpoint, before the work."""
+"""Compares the files that a bundle copies from the checkpoint, before the work."""
 
 from glm4_exporters.checkpoint import Checkpoint
+from glm4_runtime.bundle.file_names import CONFIG, TOKENIZER
+from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import BundleError, CheckpointError
 
+DOWNLOAD = "files of different models; download them again from one repository"
 
-def require_tokenizer(source: Checkpoint) -> None:
-    """Refuse a tokenizer that a session could not open, or that has ids beyond the model's vocabulary.
+
+def compare_side_files(source: Checkpoint) -> list[str]:
+    """Compare a checkpoint's side files with its configuration and with each other; returns warnings.
 
     Raises:
-        CheckpointError: what is wrong with ``tokenizer.json``.
+        CheckpointError: a session could not open a file, or two files cannot work together.
     """
-    if "tokenizer.json" not in source.side_files():
-        return
+    from glm4_runtime.chat_template import ChatTemplate, require_control_tokens
+    from glm4_runtime.side_files import compare, read_side_files
     from glm4_runtime.tokenizer import Tokenizer
 
+    config = source.config
+    said = {
+        "model_file": CONFIG,
+        "vocab_size": config.vocab_size,
+        "positions": config.positions,
+        "eos_token_ids": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "config": read_object(source.folder / CONFIG, CheckpointError),
+    }
     try:
-        size = Tokenizer.from_folder(source.folder).vocab_size
+        tokenizer = Tokenizer.from_folder(source.folder) if TOKENIZER in source.side_files() else None
+        warnings = compare(
+            read_side_files(source.folder, said, tokenizer, whole=True), CheckpointError, DOWNLOAD
+        )
+        template = ChatTemplate.of_folder(source.folder) if source.task == "causal-lm" else None
+        if template is not None and tokenizer is not None:
+            require_control_tokens(template, tokenizer)
     except BundleError as error:
         raise CheckpointError(f"{error}; download it again") from error
-    if size > source.config.vocab_size:
-        raise CheckpointError(
-            f"{source.folder / 'tokenizer.json'} has the token id {size - 1}, but config.json has a vocabulary of "
-            f"{source.config.vocab_size}: the two are of different models; download both again"
-        )
+    return warnings

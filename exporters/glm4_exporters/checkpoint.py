@@ -24,22 +24,22 @@ from glm4_exporters.adapters.changes import Change, Rows
 from glm4_exporters.architecture import EMBEDDING, HEAD, expected_tensors
 from glm4_exporters.config import DTYPES, TASKS, Glm4Config
 from glm4_exporters.safetensors_file import PAGE, SafetensorsFile, TensorHeader
+from glm4_runtime.bundle.file_names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    GGUF,
+    INDEX,
+    PICKLES,
+    SAFETENSORS,
+    SIDE_FILES,
+)
 from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import CheckpointError, shown, some
 
 if TYPE_CHECKING:  # torch loads with the first weight, not with the headers
     from torch import Tensor
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    GENERATION_CONFIG,
-)
 ROWS_TOGETHER = 64  # rows of a matrix that whoever reads it in blocks may want undivided
 BACKBONE = "model."
 
@@ -48,11 +48,12 @@ T = TypeVar("T")
 # What a folder without safetensors may hold instead, and what to do then.
 OTHER_WEIGHTS = {
     "model-*.safetensors": f"are shards without {INDEX}; download that file too",
-    "adapter_model.safetensors": "is an adapter; merge it into its base model and save that",
-    "*.bin": "is pickled, which can run code when it is read; convert it: from_pretrained(...).save_pretrained(...)",
-    "*.pt": "is pickled, which can run code when it is read; convert it to safetensors",
-    "*.pth": "is pickled, which can run code when it is read; convert it to safetensors",
-    "*.gguf": "is a GGUF file; give the checkpoint that it was made from",
+    ADAPTER_WEIGHTS: "is an adapter; merge it into its base model and save that",
+    **{
+        f"*{end}": "is pickled, which can run code when it is read; convert it: from_pretrained(...).save_pretrained(...)"
+        for end in PICKLES
+    },
+    f"*{GGUF}": "is a GGUF file; give the checkpoint that it was made from",
 }
 HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # a buffer that old releases saved; it is computed
 SCORES = frozenset({"score.weight", "score.bias"})
@@ -340,7 +341,7 @@ def _check_folder(folder: Path) -> None:
         )
         raise CheckpointError(f"there is no folder {folder}{advice}")
     if not (folder / CONFIG).is_file():
-        adapter = (folder / "adapter_config.json").is_file()
+        adapter = (folder / ADAPTER_CONFIG).is_file()
         advice = (
             "it is an adapter: merge it into its base model and save that"
             if adapter

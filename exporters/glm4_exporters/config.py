@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from glm4_runtime.bundle.file_names import GENERATION_CONFIG
 from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import ConfigError, shown
 
@@ -214,7 +215,7 @@ class Glm4Config:
         """
         path = Path(path)
         values = read_object(path, ConfigError)
-        generation = path.with_name("generation_config.json")
+        generation = path.with_name(GENERATION_CONFIG)
         if generation.is_file():
             eos = read_object(generation, ConfigError).get("eos_token_id")
             if eos is not None:

@@ -202,6 +202,7 @@ def _as_json(result: pipeline.ExportResult) -> dict[str, object]:
         "parity": result.parity and result.parity.as_dict(),
         "seconds": result.seconds,
         "peak_rss_bytes": result.peak_rss_bytes,
+        "warnings": result.warnings,
         "engine": result.engine and engine_report(result.engine.built),
         "files": {name: entry.bytes for name, entry in result.manifest.files.items()},
     }
@@ -218,6 +219,7 @@ def _rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
         ("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())),
         ("peak memory", show.size(result.peak_rss_bytes)),
     ]
+    rows += [("warning", warning) for warning in result.warnings]
     if manifest.kv_cache == "int8":
         text, tokens = (result.calibration[key] for key in ("text", "tokens"))
         rows.append(("KV cache", f"int8, calibrated on {tokens} tokens: {text}"))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from glm4_deploy.texts import prefix_of, random_sequences, read_sequences
 from glm4_exporters.checkpoint import Checkpoint
+from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.errors import TextError
-from glm4_runtime.tokenizer import TOKENIZER, Tokenizer
+from glm4_runtime.tokenizer import Tokenizer
 
 CORPUS = "corpus.jsonl"
 OWN_TEXT = "heldout.txt"  # in the checkpoint's folder: text similar to the model's training data

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from glm4_runtime.chat_template import ChatTemplate
+from glm4_runtime.chat_template import ChatTemplate, require_control_tokens
 from glm4_runtime.errors import RequestError
 from glm4_runtime.prompts import Prompt
 from glm4_runtime.template_traits import traits_of
@@ -19,6 +19,7 @@ class ChatPrompts:
 
     def __init__(self, folder: str | Path, tokenizer: Tokenizer) -> None:
         self._template, self._tokenizer = ChatTemplate.from_folder(folder), tokenizer
+        require_control_tokens(self._template, tokenizer)
         self._traits = traits_of(self._template, tokenizer.control_tokens)
         self.ends = tuple(tokenizer.control_tokens[name] for name in self._traits.ends)
 

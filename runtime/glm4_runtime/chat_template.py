@@ -4,17 +4,25 @@ The template is code from the checkpoint. A worker process compiles and renders 
 time, memory and output. The template sees plain data only, and its errors fail one request.
 """
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from glm4_runtime.errors import BundleError, OvertimeError, RequestError
+from glm4_runtime.bundle.file_names import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from glm4_runtime.errors import BundleError, OvertimeError, RequestError, some
 from glm4_runtime.prompts import Prompt, marked
-from glm4_runtime.tokenizer import TOKENIZER_CONFIG, read_tokenizer_config, special_token_names
+from glm4_runtime.tokenizer import Tokenizer, read_tokenizer_config, special_token_names
 from glm4_runtime.workers.pool import WorkerPool
 from glm4_runtime.workers.worker import TaskLimits, WorkerError
 
-CHAT_TEMPLATE = "chat_template.jinja"
+# How control tokens of this family are written, and a conversation that makes a template write its own.
+_CONTROL = re.compile(r"<\|[A-Za-z0-9_]{1,64}\|>|\[gMASK\]|<sop>")
+_TURNS = (
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+)
 
 # The names under which a checkpoint lists several templates.
 _DEFAULT = "default"
@@ -59,6 +67,14 @@ class ChatTemplate:
         """
         config = read_tokenizer_config(path)
         return cls(_source(Path(path), config), special_token_names(config))
+
+    @classmethod
+    def of_folder(cls, path: str | Path) -> "ChatTemplate | None":
+        """None for a base model, which has no template; a template that is there must be a good one."""
+        config = read_tokenizer_config(path)
+        if "chat_template" not in config and not (Path(path) / CHAT_TEMPLATE).is_file():
+            return None
+        return cls.from_folder(path)
 
     def render(
         self,
@@ -117,6 +133,25 @@ class ChatTemplate:
 
 def _no_json(error: Exception) -> RequestError:
     return RequestError(f"a chat template takes plain JSON data only: {error}")
+
+
+def require_control_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    """Refuse a chat template whose control tokens the tokenizer does not have: they would reach the model as text.
+
+    Raises:
+        BundleError: naming them.
+    """
+    try:
+        prompt = template.render(_TURNS)
+    except RequestError:  # a template of another kind of conversation
+        return
+    named = dict.fromkeys(_CONTROL.findall(prompt))
+    unknown = [name for name in named if not tokenizer.has_token(name)]
+    if unknown:
+        raise BundleError(
+            f"the chat template ({CHAT_TEMPLATE} or {TOKENIZER_CONFIG}) writes {some(unknown)}, but {TOKENIZER} has "
+            "no such token; copy both from one checkpoint"
+        )
 
 
 # Messages for the ways in which a worker fails.

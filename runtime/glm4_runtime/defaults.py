@@ -1,13 +1,12 @@
 """The sampling defaults of ``generation_config.json``; every command reads them the same way."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from glm4_runtime.bundle.file_names import GENERATION_CONFIG
+from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import BundleError, RequestError
 from glm4_runtime.sampling import SamplingParams
-
-GENERATION_CONFIG = "generation_config.json"
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # Values that mean "off" in other libraries.
@@ -21,15 +20,10 @@ def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
     temperature means temperature 1.
 
     Raises:
-        BundleError: the file is not JSON, or a value is outside its range.
+        BundleError: the file is no JSON object, or a value is outside its range.
     """
     file = Path(folder) / GENERATION_CONFIG
-    try:
-        config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{file} is not JSON: {str(error)[:200]}") from error
-    if not isinstance(config, dict):
-        raise BundleError(f"{file} must hold a JSON object")
+    config = read_object(file, BundleError) if file.is_file() else {}
     given = {name: config[name] for name in _SAMPLING if config.get(name) is not None}
     found = {name: _mapped(name, value) for name, value in given.items()}
     try:

@@ -1,6 +1,5 @@
 """Text to token ids and back, whole or as a stream, with the checkpoint's own ``tokenizer.json``."""
 
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,12 +8,14 @@ from typing import Any
 
 import tokenizers
 
+from glm4_runtime.bundle.file_names import TOKENIZER, TOKENIZER_CONFIG
+from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import BundleError, RequestError
 from glm4_runtime.prompts import Prompt
 from glm4_runtime.token_bound import TokenBound
 
-TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
+# What to do about a side file of a checkpoint or bundle that is not as it should be.
+FROM_CHECKPOINT = "copy it from the original checkpoint"
 
 # The prefix of every GLM-4 sequence; chat templates and some users write it into the text.
 _PREFIX = "[gMASK]"
@@ -61,7 +62,7 @@ class Tokenizer:
         if not file.is_file():
             raise BundleError(f"{file} is missing: copy it from the checkpoint, or work with token ids")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
+            backend = tokenizers.Tokenizer.from_buffer(file.read_bytes())
         except Exception as error:  # the library raises no narrower exception
             raise BundleError(f"{file} is not a tokenizer that can be read: {error}") from error
         return cls(backend, special_token_names(read_tokenizer_config(path)))
@@ -127,6 +128,14 @@ class Tokenizer:
             raise RequestError(f"the tokenizer has no token {token!r}")
         return int(found)
 
+    def first_ids(self) -> list[int]:
+        """The ids that :meth:`encode` puts before every text."""
+        ids: list[int] = self._backend.encode("").ids
+        return ids
+
+    def has_token(self, token: str) -> bool:
+        return self._backend.token_to_id(token) is not None
+
     def token_of(self, token_id: int) -> str:
         """The token as the vocabulary spells it; for byte-level tokens this differs from its text."""
         found = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
@@ -161,13 +170,7 @@ def read_tokenizer_config(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / TOKENIZER_CONFIG
     if not file.is_file():
         return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # bad JSON and bad UTF-8
-        raise BundleError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise BundleError(f"{file} must hold a JSON object")
-    return config
+    return read_object(file, BundleError, FROM_CHECKPOINT)
 
 
 def special_token_names(config: Mapping[str, Any]) -> dict[str, str]:

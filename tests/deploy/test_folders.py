@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -9,7 +10,9 @@ import pytest
 
 from glm4_deploy import folders
 from glm4_deploy.folders import KINDS, kind_of, require_bundle, require_checkpoint, require_either
+from glm4_deploy.inspect import inspect
 from glm4_runtime.errors import Glm4Error
+from glm4_runtime.tokenizer import Tokenizer
 
 CACHE = "models--THUDM--GLM-4-9B-0414"
 
@@ -163,3 +166,34 @@ def test_validate_without_onnx_is_one_line(run, tiny_bundles, tiny_checkpoint, m
     code, out, err = run("validate", tiny_bundles["ort"], "--reference", tiny_checkpoint)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert re.search(r"validate needs onnx; run pip install .*\[cpu,export\]", err)
+
+
+NOT_UTF8 = "b\udcff\udcfe"  # as Python reads such bytes
+
+
+def test_names_that_are_not_utf8_are_one_line(run, tmp_path, demo_bundle, tiny_checkpoint):
+    """Whatever opens a bundle refuses the name; what only reads files takes it."""
+    bundle, checkpoint = tmp_path / NOT_UTF8, tmp_path / f"checkpoint{NOT_UTF8}"
+    shutil.copytree(demo_bundle, bundle)
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    for arguments in (
+        ("generate", bundle, "x"),
+        ("chat", bundle),
+        ("serve", bundle, "--port", 0),
+    ):
+        code, out, err = run(*arguments)
+        assert (code, out, err.count("\n")) == (1, "", 1), err
+        assert "is not UTF-8 text, as the runtimes need it; rename the folder" in err
+    assert [inspect(path)["kind"] for path in (bundle, checkpoint)] == ["bundle", "checkpoint"]
+    for command in ("generate", "serve", "inspect", "validate"):
+        options = {"generate": ["x"], "validate": ["--reference", tiny_checkpoint]}.get(command, [])
+        code, out, err = run(command, tmp_path / f"nothing{NOT_UTF8}", *options)
+        assert (code, out, err.count("\n")) == (1, "", 1), err
+    assert run("bench-serve", f"http://127.0.0.1:9/{NOT_UTF8}")[0] == 2
+
+
+def test_a_tokenizer_in_a_folder_whose_name_is_not_utf8(tmp_path, demo_bundle):
+    folder = tmp_path / NOT_UTF8
+    folder.mkdir()
+    shutil.copyfile(demo_bundle / "tokenizer.json", folder / "tokenizer.json")
+    assert Tokenizer.from_folder(folder).vocab_size == 2048

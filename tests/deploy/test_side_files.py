@@ -1,40 +1,236 @@
-"""Files beside the weights are held against the configuration before the work."""
+"""Files beside the weights are compared with the configuration and with each other: before an export's work, and when a
+bundle is opened."""
 
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from bundles import rehash
 
 from glm4_deploy import pipeline
 from glm4_deploy.pipeline import ExportOptions, export
-from glm4_runtime.errors import CheckpointError
+from glm4_deploy.side_files import compare_side_files
+from glm4_exporters.checkpoint import Checkpoint
+from glm4_runtime import Session
+from glm4_runtime.bundle import read_manifest
+from glm4_runtime.chat_prompts import ChatPrompts
+from glm4_runtime.errors import BundleError, CheckpointError, ConfigError, Glm4Error
+from glm4_runtime.server.engine import Engine
+from glm4_runtime.server.options import ServerOptions
+from glm4_runtime.side_files import check_bundle
 
 DEMO = Path(__file__).parents[2] / "demo" / "glm4-tiny"
 
 
-def beyond(text):
-    tokenizer = json.loads(text)
-    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 9999, "content": "<|beyond|>"})
-    return json.dumps(tokenizer)
+@pytest.fixture
+def checkpoint(tmp_path):
+    return shutil.copytree(DEMO, tmp_path / "checkpoint")
+
+
+def edit(folder, name, **values):
+    """Set keys of a JSON file; a function makes the new value of the old one."""
+    path = folder / name
+    found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    for key, value in values.items():
+        found[key] = value(found[key]) if callable(value) else value
+    path.write_text(json.dumps(found), "utf-8")
+
+
+def added(number, content="<|beyond|>"):
+    return lambda tokens: [*tokens, {**tokens[0], "id": number, "content": content}]
+
+
+def without(content):
+    return lambda tokens: [token for token in tokens if token["content"] != content]
+
+
+def renamed(content, other):
+    return lambda tokens: [{**token, "content": other} if token["content"] == content else token for token in tokens]  # fmt: skip
+
+
+def beginning_with(number):
+    def change(processor):
+        processor["special_tokens"]["<sop>"]["ids"] = [number]
+        return processor
+
+    return change
+
+
+def decoder(number, content):
+    return lambda tokens: {**tokens, str(number): {"content": content, "special": True}}
+
+
+# file, its changes, what is refused: both files and both values
+REFUSED = {
+    "token beyond": ("tokenizer.json", {"added_tokens": added(9999)}, 'tokenizer.json gives "<|beyond|>" the id 9999, but config.json has a vocabulary of 2048'),
+    "first token beyond": ("tokenizer.json", {"post_processor": beginning_with(151333)}, "tokenizer.json begins texts with the token id 151333, but config.json has a vocabulary of 2048"),
+    "decoder beyond": ("tokenizer_config.json", {"added_tokens_decoder": decoder(9999, "<|new|>")}, 'tokenizer_config.json gives "<|new|>" the id 9999, but config.json has a vocabulary of 2048'),
+    "decoder of no number": ("tokenizer_config.json", {"added_tokens_decoder": decoder("9" * 9999, "<|new|>")}, 'tokenizer_config.json gives "<|new|>" the id "999'),
+    "decoder of another": ("tokenizer_config.json", {"added_tokens_decoder": decoder(7, "<|user|>")}, 'tokenizer_config.json gives "<|user|>" the id 7, but tokenizer.json as it is read gives it 2045'),
+    "added beyond": ("added_tokens.json", {"<|new|>": 9999}, 'added_tokens.json gives "<|new|>" the id 9999, but config.json has a vocabulary of 2048'),
+    "added of another": ("added_tokens.json", {"<|user|>": 3}, 'added_tokens.json gives "<|user|>" the id 3, but tokenizer.json as it is read gives it 2045'),
+    "pad beyond": ("generation_config.json", {"pad_token_id": 151329}, "generation_config.json says pad_token_id 151329, but config.json has a vocabulary of 2048"),
+    "bos of no number": ("generation_config.json", {"bos_token_id": "<sop>"}, 'generation_config.json says bos_token_id "<sop>", but config.json'),
+    "renumbered": ("tokenizer.json", {"added_tokens": without("<sop>")}, 'tokenizer.json gives "<eop>" the id 2043, but tokenizer.json as it is read gives it 2042'),
+    "template's token": ("tokenizer.json", {"added_tokens": renamed("<|user|>", "<|human|>")}, "writes <|user|>, but tokenizer.json has no such token"),
+}  # fmt: skip
+
+WARNED = {
+    "end beyond": ("generation_config.json", {"eos_token_id": [2038, 151336]}, "generation_config.json says eos_token_id [151336], which end nothing: config.json has a vocabulary of 2048"),
+    "tokenizer's end": ("tokenizer_config.json", {"eos_token": "<|assistant|>"}, 'tokenizer_config.json says eos_token "<|assistant|>", id 2046, but texts end at [2038, 2045, 2047] by generation_config.json'),
+    "two configs": ("generation_config.json", {"eos_token_id": [1]}, "config.json says eos_token_id [2038, 2045, 2047], but generation_config.json says [1]"),
+    "padding": ("tokenizer_config.json", {"pad_token": "<eop>"}, "tokenizer_config.json says pad_token of id 2043, but config.json says 2038"),
+    "unknown role": ("tokenizer_config.json", {"unk_token": "<unk>"}, 'tokenizer_config.json says unk_token "<unk>", but tokenizer.json has no such token'),
+    "two maps": ("special_tokens_map.json", {"pad_token": {"content": "<eop>"}}, 'tokenizer_config.json says pad_token "<|endoftext|>", but special_tokens_map.json says "<eop>"'),
+    "length": ("tokenizer_config.json", {"model_max_length": 512}, "tokenizer_config.json says model_max_length 512, but config.json has 2048 positions"),
+    "labels": ("config.json", {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 1, "yes": 0}}, 'label2id in config.json gives "no" the number 1, but id2label gives this number to "yes"'),
+    "two templates": ("tokenizer_config.json", {"chat_template": "another"}, "another chat_template of 7; chat_template.jinja is taken"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_files_that_cannot_work_together_are_refused_before_the_work(checkpoint, tmp_path, monkeypatch, name):
+    file, changes, reason = REFUSED[name]
+    edit(checkpoint, file, **changes)
+    monkeypatch.setattr(pipeline, "_trace", lambda *_: pytest.fail("the work began"))
+    with pytest.raises(CheckpointError) as caught:
+        export(checkpoint, tmp_path / "bundle", ExportOptions(parity=False))
+    assert reason in str(caught.value)
+    assert len(str(caught.value)) <= 500
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_what_is_only_odd_is_a_warning(checkpoint, name):
+    file, changes, reason = WARNED[name]
+    edit(checkpoint, file, **changes)
+    with Checkpoint.load(checkpoint) as source:
+        warnings = compare_side_files(source)
+    assert [warning for warning in warnings if reason in warning]
+
+
+def test_an_end_that_the_tokenizer_does_not_know(checkpoint):
+    edit(checkpoint, "tokenizer.json", added_tokens=without("<|observation|>"))
+    (checkpoint / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with Checkpoint.load(checkpoint) as source:
+        assert "config.json says eos_token_id 2047, but tokenizer.json has no token of this id" in compare_side_files(source)  # fmt: skip
+
+
+def test_the_demo_gives_no_warning(checkpoint):
+    with Checkpoint.load(checkpoint) as source:
+        assert compare_side_files(source) == []
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda text: text[: len(text) // 2], "is not a tokenizer that can be read: .*; download it again"),
+        (lambda text: text[: len(text) // 2], "is not a tokenizer that can be read"),
         (lambda _: "{}", "is not a tokenizer that can be read"),
-        (
-            beyond,
-            "has the token id .*, but config.json has a vocabulary of 2048: the two are of different models",
-        ),
+        (lambda _: '{"model": ' + "[" * 100_000, "is not a tokenizer that can be read"),
     ],
 )
-def test_a_tokenizer_that_does_not_fit_is_refused_before_the_work(tmp_path, monkeypatch, change, reason):
-    checkpoint = shutil.copytree(DEMO, tmp_path / "checkpoint")
+def test_a_tokenizer_that_cannot_be_read(checkpoint, change, reason):
     path = checkpoint / "tokenizer.json"
     path.write_text(change(path.read_text("utf-8")), "utf-8")
-    monkeypatch.setattr(pipeline, "_trace", lambda *_: pytest.fail("the work began"))
-    with pytest.raises(CheckpointError, match=reason):
-        export(checkpoint, tmp_path / "bundle", ExportOptions(parity=False))
-    assert not (tmp_path / "bundle").exists()
+    with Checkpoint.load(checkpoint) as source, pytest.raises(CheckpointError, match=reason):
+        compare_side_files(source)
+
+
+def test_warnings_are_printed_and_kept(checkpoint, tmp_path, run, traced_once):
+    edit(checkpoint, "tokenizer_config.json", model_max_length=512)
+    code, said, _ = run("export", checkpoint, tmp_path / "bundle", "--no-parity", "--max-seq-len", 64)
+    assert code == 0
+    assert "model_max_length 512" in said
+    report = json.loads((tmp_path / "bundle" / "report.json").read_text())
+    assert "model_max_length 512" in report["warnings"][0]
+
+
+# At the opening of a bundle -------------------------------------------------------------------------
+
+# The same comparisons, of which these need no tokenizer.
+EARLY = ("decoder beyond", "decoder of no number", "added beyond", "pad beyond", "bos of no number")
+
+
+@pytest.fixture
+def bundle(tmp_path, demo_bundle):
+    return shutil.copytree(demo_bundle, tmp_path / "bundle")
+
+
+def listed(folder, name):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"].setdefault(name, {})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return rehash(folder)
+
+
+def opened_for_chat(folder, early):
+    with Session.open(folder) as session:
+        assert not early, "Session.open refuses this"
+        ChatPrompts(folder, session.tokenizer)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bundle_is_checked_again_when_it_is_opened(bundle, name):
+    file, changes, reason = REFUSED[name]
+    edit(bundle, file, **changes)
+    listed(bundle, file)
+    with pytest.raises(BundleError) as caught:
+        opened_for_chat(bundle, early=name in EARLY)
+    if name == "renumbered":  # a bundle's tokenizer.json is not parsed twice
+        reason = 'tokenizer_config.json gives "<eop>" the id 2043'
+    if name == "token beyond":
+        reason = "tokenizer.json has the token id 2048, but config.json has a vocabulary of 2048"
+    assert reason.replace("but config.json", "but manifest.json") in str(caught.value)
+
+
+def test_a_server_refuses_a_template_of_another_tokenizer(bundle):
+    edit(bundle, "tokenizer.json", added_tokens=renamed("<|user|>", "<|human|>"))
+    with Session.open(rehash(bundle)) as session, pytest.raises(BundleError, match=r"writes <\|user\|>"):
+        Engine(session, ServerOptions())
+
+
+def test_the_ends_of_a_bundle_are_those_of_its_manifest(bundle):
+    edit(bundle, "generation_config.json", eos_token_id=[1])
+    said = (
+        "generation_config.json says eos_token_id [1], but texts end at [2038, 2045, 2047] by manifest.json"
+    )
+    assert said in check_bundle(bundle, read_manifest(bundle))
+
+
+# JSON of strangers ----------------------------------------------------------------------------------
+
+HOSTILE = {
+    "deep lists": "[" * 100_000,
+    "deep objects": '{"a":' * 100_000,
+    "deep and closed": '{"a":' * 500 + "1" + "}" * 500,
+    "twice": '{"eos_token_id": 1, "eos_token_id": 2}',
+    "a list": "[1, 2]",
+    "no UTF-8": "\xff",
+    "digits": '{"a": ' + "9" * 5000 + "}",
+    "half a pair": '{"eos_token": "\\ud800"}',
+    "a long name": '{"' + "x" * 1_000_000 + '": ',
+    "nothing": "",
+}
+JSON_FILES = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+@pytest.mark.parametrize("data", HOSTILE)
+def test_json_of_strangers_is_refused_in_one_line(checkpoint, bundle, name, data):
+    for folder in (checkpoint, bundle):
+        (folder / name).write_bytes(HOSTILE[data].encode("latin-1"))
+    with pytest.raises(Glm4Error) as exported, Checkpoint.load(checkpoint) as source:
+        compare_side_files(source)
+    with pytest.raises(BundleError) as opened:
+        Session.open(listed(bundle, name))
+    for error in (exported.value, opened.value):
+        assert isinstance(error, CheckpointError | ConfigError | BundleError)
+        assert name in str(error)
+        assert str(error).isprintable()
+        assert len(str(error)) <= 500

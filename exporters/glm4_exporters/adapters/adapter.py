@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from glm4_exporters.adapters.changes import Added, Change, LowRank
-from glm4_exporters.adapters.config import ADAPTER_CONFIG, AdapterConfig
+from glm4_exporters.adapters.config import AdapterConfig
 from glm4_exporters.architecture import EMBEDDING, HEAD
 from glm4_exporters.config import DTYPES
 from glm4_exporters.safetensors_file import SafetensorsFile, TensorHeader
+from glm4_runtime.bundle.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from glm4_runtime.errors import CheckpointError, shown, some
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ADAPTER_WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+PICKLE = "adapter_model.bin"
 TASKS = {"SEQ_CLS": "sequence-classification", "TOKEN_CLS": "token-classification"}  # by PEFT's name
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

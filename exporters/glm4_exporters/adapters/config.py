@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import CheckpointError, shown
 
-ADAPTER_CONFIG = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 MERGE = "merge it with PEFT's merge_and_unload, save the model, and export that"
 LONGEST_PATTERN, PATTERN_SECONDS = 1000, 1.0

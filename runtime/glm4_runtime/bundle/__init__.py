@@ -10,17 +10,12 @@ The manifest contains nothing that depends on the machine or the time. So two ex
 options and tools are byte-identical, except for report.json and engines.
 """
 
+from glm4_runtime.bundle.file_names import ENGINE, GRAPH, MANIFEST, REPORT, SIDE_FILES, WEIGHTS
 from glm4_runtime.bundle.files import file_entry, sample_of, verify_files
 from glm4_runtime.bundle.manifest import (
     COUNTERS,
-    ENGINE,
-    GRAPH,
-    MANIFEST,
     PRESENT_COUNTERS,
-    REPORT,
     SCHEMA_VERSION,
-    TOKENIZER_FILES,
-    WEIGHTS,
     AdapterInfo,
     EngineInfo,
     EngineProfile,
@@ -41,7 +36,7 @@ __all__ = [
     "PRESENT_COUNTERS",
     "REPORT",
     "SCHEMA_VERSION",
-    "TOKENIZER_FILES",
+    "SIDE_FILES",
     "WEIGHTS",
     "AdapterInfo",
     "EngineInfo",

@@ -8,7 +8,8 @@ of a second. ``--verify`` hashes everything, and finds a single byte.
 import hashlib
 from pathlib import Path
 
-from glm4_runtime.bundle.manifest import TOKENIZER_FILES, FileEntry, Manifest
+from glm4_runtime.bundle.file_names import SIDE_FILES
+from glm4_runtime.bundle.manifest import FileEntry, Manifest
 from glm4_runtime.errors import BundleError, some
 
 BLOCK, BLOCKS = 1 << 20, 64
@@ -57,7 +58,7 @@ def verify_files(folder: str | Path, manifest: Manifest, *, hashes: bool = False
     Raises:
         BundleError: naming the files that are missing or differ.
     """
-    unknown = [n for n in TOKENIZER_FILES if n not in manifest.files and (Path(folder) / n).exists()]
+    unknown = [n for n in SIDE_FILES if n not in manifest.files and (Path(folder) / n).exists()]
     wrong = [f"{name} is not of this bundle" for name in unknown]
     for name, entry in sorted(manifest.files.items()):
         try:

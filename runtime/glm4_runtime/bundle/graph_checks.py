@@ -8,7 +8,8 @@ opens a graph takes at most a few times the weights, and a shape that depends on
 from collections import Counter
 from pathlib import Path
 
-from glm4_runtime.bundle.manifest import EXPORT_AGAIN, GRAPH, Manifest
+from glm4_runtime.bundle.file_names import GRAPH
+from glm4_runtime.bundle.manifest import EXPORT_AGAIN, Manifest
 from glm4_runtime.bundle.manifest_checks import difference
 from glm4_runtime.bundle.onnx_file import OnnxGraph, Tensor, read_graph
 from glm4_runtime.errors import BundleError, shown, some

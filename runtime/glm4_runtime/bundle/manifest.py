@@ -9,27 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from glm4_runtime.bundle.file_names import MANIFEST
 from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import BundleError, one_line, shown, some
 
 SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
-REPORT = "report.json"
-GRAPH = "model.onnx"
-WEIGHTS = "model.onnx.data"
-ENGINE = "model.engine"
 MOST_BYTES = 16 << 20  # of a manifest; that of 61 layers takes 40 KB
 EXPORT_AGAIN = "export the bundle again"
-
-# The files that a checkpoint may bring along and a bundle keeps.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from glm4_runtime.bundle.file_names import GRAPH, MANIFEST, REPORT
 from glm4_runtime.bundle.graph_io import CAPACITY, GraphIO, graph_io
 from glm4_runtime.bundle.manifest import (
     COUNTERS,
     EXPORT_AGAIN,
-    GRAPH,
-    MANIFEST,
     PRESENT_COUNTERS,
-    REPORT,
     EngineInfo,
     EngineProfile,
     Manifest,

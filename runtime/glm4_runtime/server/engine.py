@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import math
 import threading
 import time
@@ -11,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from glm4_runtime.chat_template import CHAT_TEMPLATE, ChatTemplate
+from glm4_runtime.chat_template import ChatTemplate, require_control_tokens
 from glm4_runtime.defaults import read_sampling_defaults
 from glm4_runtime.errors import BundleError, DeadlineError, Glm4Error, RequestError
 from glm4_runtime.prompts import Prompt
@@ -366,12 +365,11 @@ class Job:
 
 
 def _conversation(folder: Path, tokenizer: Tokenizer) -> Conversation | None:
-    """None for a base model, which has no template; a template that is there must be a good one."""
-    config = folder / "tokenizer_config.json"
-    in_config = config.is_file() and "chat_template" in json.loads(config.read_text("utf-8"))
-    if not in_config and not (folder / CHAT_TEMPLATE).is_file():
+    template = ChatTemplate.of_folder(folder)
+    if template is None:
         return None
-    return Conversation(ChatTemplate.from_folder(folder), tokenizer.control_tokens)
+    require_control_tokens(template, tokenizer)
+    return Conversation(template, tokenizer.control_tokens)
 
 
 def _turn_token(tokenizer: Tokenizer) -> int | None:

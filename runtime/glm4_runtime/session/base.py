@@ -13,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from glm4_runtime.bundle import Manifest
+from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.errors import ModelError, RequestError, SlotError
 from glm4_runtime.generate import Token, generate
 from glm4_runtime.kv_cache import Move, SlotTable, bucket
 from glm4_runtime.sampling import SamplingParams, TokenMask
 from glm4_runtime.scoring import LogLikelihood, log_likelihoods, rolling_log_likelihood
+from glm4_runtime.side_files import check_bundle
 from glm4_runtime.tokenizer import Tokenizer
 
 Logits = npt.NDArray[np.float32]
@@ -295,9 +297,15 @@ class Session(abc.ABC):
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The bundle's tokenizer; None if the checkpoint had none."""
-        if self._tokenizer is None and "tokenizer.json" in self.manifest.files:
-            self._tokenizer = Tokenizer.from_folder(self.folder)
+        """The bundle's tokenizer; None if the checkpoint had none.
+
+        Raises:
+            BundleError: it cannot be read, or does not fit the model or another file of the bundle.
+        """
+        if self._tokenizer is None and TOKENIZER in self.manifest.files:
+            tokenizer = Tokenizer.from_folder(self.folder)
+            check_bundle(self.folder, self.manifest, tokenizer)
+            self._tokenizer = tokenizer
         return self._tokenizer
 
     def __enter__(self) -> Self:

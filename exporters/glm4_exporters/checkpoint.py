@@ -34,7 +34,7 @@ from glm4_runtime.bundle.file_names import (
     SAFETENSORS,
     SIDE_FILES,
 )
-from glm4_runtime.bundle.json_file import read_object
+from glm4_runtime.bundle.json_file import read_object, read_small
 from glm4_runtime.errors import CheckpointError, shown, some
 
 if TYPE_CHECKING:  # torch loads with the first weight, not with the headers
@@ -240,7 +240,7 @@ class Checkpoint:
             digest.update(data)
 
         for name, path in sorted({CONFIG: self.folder / CONFIG, **self.side_files()}.items()):
-            add(name, path.read_bytes())
+            add(name, read_small(path, CheckpointError))
         merged = {adapter.file.path for adapter in self.adapters}
         for path, shard in sorted(
             (path, shard) for path, shard in self._shards.items() if path not in merged

@@ -137,7 +137,10 @@ class SafetensorsFile:
 
     def _read_headers(self) -> None:
         size = self._stat.st_size
-        start = os.pread(self._fd, len(LFS_POINTER), 0)
+        try:
+            start = os.pread(self._fd, len(LFS_POINTER), 0)
+        except OSError as error:  # a file of /proc, say
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
         if start == LFS_POINTER:
             raise CheckpointError(f"{self.path} is a Git LFS pointer, not the weights; run: git lfs pull")
         length = int.from_bytes(start[:8], "little")

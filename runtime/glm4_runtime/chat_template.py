@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from glm4_runtime.bundle.file_names import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from glm4_runtime.bundle.json_file import read_small
 from glm4_runtime.errors import BundleError, OvertimeError, RequestError, some
 from glm4_runtime.prompts import Prompt, marked
 from glm4_runtime.tokenizer import Tokenizer, read_tokenizer_config, special_token_names
@@ -179,7 +180,7 @@ def _source(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str]:
     file = folder / CHAT_TEMPLATE
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8")
+            return read_small(file, BundleError).decode("utf-8")
         except UnicodeDecodeError as error:
             raise BundleError(f"{file} is not UTF-8 text: {error}") from error
     found = config.get("chat_template")

@@ -19,7 +19,7 @@ from glm4_runtime.bundle.file_names import (
     TOKENIZER,
     TOKENIZER_CONFIG,
 )
-from glm4_runtime.bundle.json_file import read_object
+from glm4_runtime.bundle.json_file import read_object, read_small
 from glm4_runtime.errors import BundleError, Glm4Error, RequestError, one_line, shown
 from glm4_runtime.tokenizer import Tokenizer, special_token_names
 
@@ -35,6 +35,7 @@ class SideFiles:
         config: the whole of ``config.json``, or a bundle's copy.
         generation, tokenizer_config, special_tokens: the JSON objects of the files of these names.
         added_tokens: id by name, by file: those that are listed beside ``tokenizer.json``.
+        template: ``chat_template.jinja``.
         tokenizer: None where it is not there, or was not asked for.
     """
 
@@ -49,6 +50,7 @@ class SideFiles:
     tokenizer_config: Mapping[str, Any] = field(default_factory=dict)
     special_tokens: Mapping[str, Any] = field(default_factory=dict)
     added_tokens: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    template: bytes | None = None
     tokenizer: Tokenizer | None = None
 
 
@@ -69,6 +71,8 @@ def read_side_files(
         path = folder / name
         return read_object(path, BundleError) if path.is_file() else {}
 
+    template = folder / CHAT_TEMPLATE
+
     tokenizer_config = read(TOKENIZER_CONFIG)
     listed = tokenizer_config.get("added_tokens_decoder")
     by_name = {
@@ -88,6 +92,7 @@ def read_side_files(
         tokenizer_config=tokenizer_config,
         special_tokens=read(SPECIAL_TOKENS_MAP),
         added_tokens=added,
+        template=read_small(template, BundleError) if template.is_file() else None,
         tokenizer=tokenizer,
         **model,
     )
@@ -251,14 +256,12 @@ def _labels(files: SideFiles) -> Iterator[str]:
 
 
 def _two_templates(files: SideFiles) -> Iterator[str]:
-    own, path = files.tokenizer_config.get("chat_template"), files.folder / CHAT_TEMPLATE
-    if isinstance(own, str) and path.is_file():
-        taken = path.read_bytes()
-        if taken.strip() != own.encode(errors="replace").strip():
-            yield (
-                f"{CHAT_TEMPLATE} has {len(taken)} bytes and {TOKENIZER_CONFIG} has another chat_template of "
-                f"{len(own.encode(errors='replace'))}; {CHAT_TEMPLATE} is taken"
-            )
+    own, taken = files.tokenizer_config.get("chat_template"), files.template
+    if isinstance(own, str) and taken is not None and own.encode(errors="replace").strip() != taken.strip():
+        yield (
+            f"{CHAT_TEMPLATE} has {len(taken)} bytes and {TOKENIZER_CONFIG} has another chat_template of "
+            f"{len(own.encode(errors='replace'))}; {CHAT_TEMPLATE} is taken"
+        )
 
 
 # Whether a row refuses, and the row; only the first complaint of a row is told.

@@ -1,5 +1,7 @@
 """Text to token ids and back, whole or as a stream, with the checkpoint's own ``tokenizer.json``."""
 
+import contextlib
+import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,13 +11,19 @@ from typing import Any
 import tokenizers
 
 from glm4_runtime.bundle.file_names import TOKENIZER, TOKENIZER_CONFIG
-from glm4_runtime.bundle.json_file import read_object
+from glm4_runtime.bundle.json_file import read_object, read_small
 from glm4_runtime.errors import BundleError, RequestError
 from glm4_runtime.prompts import Prompt
 from glm4_runtime.token_bound import TokenBound
 
 # What to do about a side file of a checkpoint or bundle that is not as it should be.
 FROM_CHECKPOINT = "copy it from the original checkpoint"
+
+# The limits under which a worker tries to read a file; GLM-4's takes a second and 300 MiB.
+_TRIAL = {"seconds": 20, "deadline": 60, "memory": 2**31, "answer": 2**20}
+# SHA-256 of the files that this process need not try again.
+_TRIED: set[bytes] = set()
+_TRYING = threading.Lock()
 
 # The prefix of every GLM-4 sequence; chat templates and some users write it into the text.
 _PREFIX = "[gMASK]"
@@ -61,8 +69,10 @@ class Tokenizer:
         file = Path(path) / TOKENIZER
         if not file.is_file():
             raise BundleError(f"{file} is missing: copy it from the checkpoint, or work with token ids")
+        data = read_small(file, BundleError, FROM_CHECKPOINT)
+        _require_readable(file, data)
         try:
-            backend = tokenizers.Tokenizer.from_buffer(file.read_bytes())
+            backend = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises no narrower exception
             raise BundleError(f"{file} is not a tokenizer that can be read: {error}") from error
         return cls(backend, special_token_names(read_tokenizer_config(path)))
@@ -154,6 +164,45 @@ class Tokenizer:
         if skip_special_tokens and token_id in self.special_ids:
             return False
         return 0 <= token_id < self.vocab_size and self._backend.id_to_token(token_id) is not None
+
+
+def start_trial(folder: Path) -> None:
+    """Try a folder's tokenizer in the background, while something else is opened; :class:`Tokenizer` then need not."""
+
+    def trial() -> None:
+        with contextlib.suppress(BundleError, OSError):  # told when the tokenizer is asked for
+            file = folder / TOKENIZER
+            _require_readable(file, read_small(file, BundleError, FROM_CHECKPOINT))
+
+    threading.Thread(target=trial, name="glm4-tokenizer", daemon=True).start()
+
+
+def _require_readable(file: Path, data: bytes) -> None:
+    """Read a tokenizer in a worker first: the library ends the process on some that are damaged.
+
+    Raises:
+        BundleError: with the library's reason, or the worker's end.
+    """
+    digest = hashlib.sha256(data).digest()
+    with _TRYING:
+        if digest not in _TRIED:
+            _try(file)
+            _TRIED.add(digest)
+
+
+def _try(file: Path) -> None:
+    from glm4_runtime.workers import frames
+    from glm4_runtime.workers.worker import TaskLimits, Worker, WorkerError
+
+    worker = Worker("glm4_runtime.workers.tokenizer_trials", TaskLimits(**_TRIAL))
+    try:
+        wrong = worker.ask(frames.encode(str(file)))
+    except WorkerError as error:
+        wrong = f"the library that reads it fails: {error}"
+    finally:
+        worker.end()
+    if wrong is not None:
+        raise BundleError(f"{file} is not a tokenizer that can be read: {wrong}; {FROM_CHECKPOINT}")
 
 
 def _require_unicode(text: str) -> None:

@@ -137,6 +137,50 @@ def test_a_tokenizer_that_cannot_be_read(checkpoint, change, reason):
         compare_side_files(source)
 
 
+def unnamed(tokenizer):
+    del tokenizer["post_processor"]["special_tokens"]["<sop>"]
+
+
+def prefixed(tokenizer):
+    tokenizer["model"]["continuing_subword_prefix"] = "x" * 40
+
+
+@pytest.mark.parametrize("change", [unnamed, prefixed])
+def test_a_tokenizer_that_ends_its_reader(checkpoint, bundle, capfd, change):
+    """The library panics on these, which is no Exception, writes lines to stderr, and can end the process."""
+    for folder in (checkpoint, bundle):
+        path = folder / "tokenizer.json"
+        tokenizer = json.loads(path.read_text("utf-8"))
+        change(tokenizer)
+        path.write_text(json.dumps(tokenizer), "utf-8")
+    with (
+        Checkpoint.load(checkpoint) as source,
+        pytest.raises(CheckpointError, match="the library that reads it"),
+    ):
+        compare_side_files(source)
+    with (
+        Session.open(rehash(bundle)) as session,
+        pytest.raises(BundleError, match="the library that reads it"),
+    ):
+        _ = session.tokenizer
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize("what", ["a hole of 1 TiB", "a file of the system"])
+def test_files_that_are_no_plain_small_files(checkpoint, name, what):
+    path = checkpoint / name
+    path.unlink()
+    if what == "a hole of 1 TiB":
+        with path.open("wb") as file:
+            file.truncate(2**40)
+    else:
+        path.symlink_to("/proc/self/mem")
+    reason = "has 1099511627776 bytes, but at most" if what == "a hole of 1 TiB" else "cannot be read: "
+    with pytest.raises(Glm4Error, match=reason), Checkpoint.load(checkpoint) as source:
+        compare_side_files(source)
+
+
 def test_warnings_are_printed_and_kept(checkpoint, tmp_path, run, traced_once):
     edit(checkpoint, "tokenizer_config.json", model_max_length=512)
     code, said, _ = run("export", checkpoint, tmp_path / "bundle", "--no-parity", "--max-seq-len", 64)

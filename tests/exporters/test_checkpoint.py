@@ -719,3 +719,11 @@ def test_row_blocks_past_the_page_cache_are_the_tensor(tmp_path, monkeypatch, co
             if header.shape == (3001, 200):
                 # 634 rows of 400 bytes leave two pages; of them whole panels of 64
                 assert [len(block) for block in blocks] == [576] * 5 + [121]
+
+
+def test_weights_that_are_a_file_of_the_system(tmp_path, tiny):
+    folder = shutil.copytree(tiny, tmp_path.parent / f"{tmp_path.name}-linked")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("/proc/self/mem")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: "):
+        Checkpoint.load(folder)

@@ -1,6 +1,7 @@
 """JSON that strangers wrote: read within limits, and refused in one line where it is anything else."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -21,14 +22,26 @@ def read_object(
     Raises:
         ``error``: also where the file cannot be read, or has more than ``most_bytes``.
     """
+    return parse_object(read_small(path, error, advice, most_bytes), str(path), error, advice)
+
+
+def read_small(
+    path: Path, error: type[Glm4Error], advice: str = DOWNLOAD, most_bytes: int = MOST_BYTES
+) -> bytes:
+    """The bytes of a file that others wrote.
+
+    Raises:
+        ``error``: the file cannot be read, or has more than ``most_bytes``.
+    """
     try:
-        size = path.stat().st_size
-        if size > most_bytes:
-            raise error(f"{path} has {size} bytes, but at most {most_bytes} are read; {advice}")
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(most_bytes + 1) if size <= most_bytes else b""
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause.strerror}; {advice}") from cause
-    return parse_object(data, str(path), error, advice)
+    if max(size, len(data)) > most_bytes:
+        raise error(f"{path} has {max(size, len(data))} bytes, but at most {most_bytes} are read; {advice}")
+    return data
 
 
 def parse_object(data: bytes, source: str, error: type[Glm4Error], advice: str = DOWNLOAD) -> dict[str, Any]:

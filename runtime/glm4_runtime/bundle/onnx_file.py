@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm4_runtime.bundle import element_types
+from glm4_runtime.bundle.json_file import read_small
 from glm4_runtime.bundle.manifest import EXPORT_AGAIN, TensorSpec
 from glm4_runtime.errors import BundleError, shown
 
@@ -84,10 +85,7 @@ def read_graph(path: Path) -> OnnxGraph:
     Raises:
         BundleError: it is no ONNX file, holds what our graphs do not, or is larger than they are.
     """
-    size = path.stat().st_size
-    if size > MOST_BYTES:
-        raise BundleError(f"{path} has {size} bytes, but at most {MOST_BYTES} are read; {EXPORT_AGAIN}")
-    return _Reader(path, path.read_bytes()).model()
+    return _Reader(path, read_small(path, BundleError, EXPORT_AGAIN, MOST_BYTES)).model()
 
 
 class _Reader:

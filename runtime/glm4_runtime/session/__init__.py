@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from glm4_runtime.bundle import Manifest, read_manifest, verify_files
+from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.bundle.graph_checks import OPERATORS, check_graph
 from glm4_runtime.errors import BundleError
 from glm4_runtime.session.base import Session
 from glm4_runtime.side_files import check_bundle
+from glm4_runtime.tokenizer import start_trial
 
 ONNX_RUNTIME = "onnxruntime"
 # The runtime of each dialect.
@@ -46,6 +48,8 @@ def open_session(
     check_bundle(folder, manifest)
     if manifest.dialect in OPERATORS:
         check_graph(folder, manifest)
+    if TOKENIZER in manifest.files:
+        start_trial(folder)
     module, name = SESSIONS[RUNTIMES[manifest.dialect]]
     make = cast("Callable[..., Session]", getattr(import_module(module), name))
     return make(folder, manifest, *limits, **options)

@@ -21,9 +21,7 @@ from glm4_runtime.progress import Progress, silent
 from glm4_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    import torch
-
-    from glm4_exporters.quantize.awq import Awq
+    from glm4_exporters.quantize.awq import Awq, QuantizeDequantize
     from glm4_exporters.quantize.calibrate import Calibration
     from glm4_exporters.quantize.kv_cache import CacheScales
     from glm4_exporters.quantize.overflow import Remedy
@@ -137,8 +135,13 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
     if form.kv_cache == "int8":
         scales = cache_scales(calibration, smoothing)
         report["kv_cache"] = {"scales": "per head and channel, of K and of V apart", "margin": MARGIN}
+    rounded = (
+        {}
+        if awq is None
+        else round_matrices(source, text.sequences, form, smoothing, remedy.norm_bits, progress)
+    )
     return Prepared(
-        Edits(smoothing, round_matrices(source, text.sequences, form, smoothing, progress) if awq else {}),
+        Edits(smoothing, rounded),
         remedy.norm_bits,
         scales,
         calibration,
@@ -151,8 +154,20 @@ def _static(source: Checkpoint, form: Form) -> "StaticSmoothQuant | None":
     """The search for smoothing and input scales together; None where no format asks for it."""
     from glm4_exporters.quantize.static import StaticSmoothQuant
 
-    wanted = {name for name, rounding in form.rounded_inputs.items() if rounding.searched}
-    return StaticSmoothQuant(source.config, lambda names: not wanted.isdisjoint(names)) if wanted else None
+    wanted = _searched_inputs(form)
+    if not wanted:
+        return None
+    return StaticSmoothQuant(
+        source.config,
+        lambda names: not wanted.isdisjoint(names),
+        rounds_input=wanted.__contains__,
+        quantize_dequantize=_quantize_dequantize(form),
+    )
+
+
+def _searched_inputs(form: Form) -> set[str]:
+    """The matrices whose input scale is searched for together with a smoothing."""
+    return {name for name, rounding in form.rounded_inputs.items() if rounding.searched}
 
 
 def _input_scales(
@@ -184,16 +199,28 @@ def _remedied(inputs: dict[str, float], remedy: "Remedy") -> dict[str, float]:
 
 
 def _awq(source: Checkpoint, form: Form) -> "Awq | None":
-    """The search for scales of what is stored in fewer than 8 bits; None where nothing is."""
-    import torch
+    """The search for scales of what is stored in fewer than 8 bits; None where nothing is.
 
+    A site has one search: where the input scale of a matrix is searched for, :func:`_static` is the one.
+    """
     from glm4_exporters.quantize.awq import Awq
 
     low = {name for name, each in form.formats.items() if each.bits < 8}
     if not low:
         return None
+    others = _searched_inputs(form)
+    return Awq(
+        source.config,
+        lambda names: not low.isdisjoint(names) and others.isdisjoint(names),
+        quantize_dequantize=_quantize_dequantize(form),
+    )
 
-    def quantized(name: str, weight: "torch.Tensor", importance: "torch.Tensor") -> "torch.Tensor":
+
+def _quantize_dequantize(form: Form) -> "QuantizeDequantize":
+    """The values that rows of a matrix have in its own format."""
+    import torch
+
+    def quantized(name: str, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
         own = form.formats.get(name)
         if own is None:
             return weight
@@ -201,4 +228,4 @@ def _awq(source: Checkpoint, form: Form) -> "Awq | None":
         encoded = own.encode(weight, torch.bfloat16, importance=importance, largest=largest)
         return own.decode(encoded, weight.shape[1])
 
-    return Awq(source.config, wanted=lambda names: not low.isdisjoint(names), quantize_dequantize=quantized)
+    return quantized

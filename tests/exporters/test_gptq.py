@@ -1,5 +1,7 @@
 """GPTQ: errors are made up for, in the same numbers and scales."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ SHAPES = {
     "tied": {"tie_word_embeddings": True},
 }
 FORMAT = FORMATS["int4-signed"]
+SCALED = {"self_attn.o_proj": "post_self_attn_layernorm", "mlp.down_proj": "post_mlp_layernorm"}
 
 
 def correlated(tokens, width, seed=0):
@@ -71,7 +74,7 @@ def test_a_model_of_any_shape_is_nearer_than_by_rounding_alone(tmp_path, shape):
     sequences = [rng.integers(0, 320, length).tolist() for length in (48, 48, 31, 48)]
     with Checkpoint.load(folder) as checkpoint:
         form = choose_form(checkpoint.config, "causal-lm", "native", "int4")
-        found = round_matrices(checkpoint, sequences, form, Smoothing())
+        found = round_matrices(checkpoint, sequences, form, Smoothing(), {})
         assert found.keys() == form.formats.keys() - {EMBEDDING}
         assert (HEAD in found) == (not checkpoint.config.tie_word_embeddings)
         ids = torch.tensor([sequences[0]])
@@ -93,3 +96,20 @@ def _with(checkpoint, formats, found):
             own = form.encode(parameter.detach(), torch.bfloat16)
             parameter.copy_(form.decode(found[name].rows(0, rows) if name in found else own, width))
     return model
+
+
+def test_the_walk_goes_through_the_model_as_the_remedy_scales_it(tmp_path):
+    """Powers of two change no code: o_proj and down_proj are scaled by 2^-12, and so is the norms' eps."""
+    checkpoint = Checkpoint.load(write_checkpoint(tmp_path, tiny_config()))
+    form = choose_form(checkpoint.config, "causal-lm", "ort", "int4")
+    rows, bits = {}, {}
+    for layer, (matrix, norm) in itertools.product(range(2), SCALED.items()):
+        rows[f"model.layers.{layer}.{matrix}.weight"] = np.full(64, 2.0**-12, np.float32)
+        bits[f"model.layers.{layer}.{norm}"] = 12
+    sequences = [list(range(5, 60))]
+    plain = round_matrices(checkpoint, sequences, form, Smoothing(), {})
+    scaled = round_matrices(checkpoint, sequences, form, Smoothing(rows), bits)
+    for name, one in plain.items():
+        factor = 2.0**-12 if name in rows else 1.0
+        assert (one.codes == scaled[name].codes).float().mean() > 0.999, name
+        torch.testing.assert_close(scaled[name].scales, one.scales * factor, rtol=1e-2, atol=0)

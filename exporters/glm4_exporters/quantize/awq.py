@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from glm4_exporters.config import Glm4Config
 from glm4_exporters.quantize.calibrate import Site
 from glm4_exporters.quantize.smooth import ScaleSearch, above_floor, centred, shared_by_readers
 
@@ -37,20 +38,27 @@ class Awq(ScaleSearch):
     quantize_dequantize: QuantizeDequantize = field(kw_only=True)
 
     def candidates(self, site: Site) -> Iterable[tuple[str, Tensor]]:
-        x, w = (
-            above_floor(shared_by_readers(self.config, site.names, size))
-            for size in (torch.from_numpy(site.statistics.mean_abs), site.weight_absmax)
-        )
-        for exponent in EXPONENTS:
-            yield f"x^{exponent:g}", centred(x**exponent)
-            if exponent < 1:
-                yield f"x^{exponent:g} / w^{1 - exponent:g}", centred(x**exponent / w ** (1 - exponent))
+        return scales_by_activations(self.config, site)
 
     def product(self, site: Site, scales: Tensor) -> Tensor:
-        importance = torch.from_numpy(site.statistics.mean_square) / scales**2
-        parts = (site.weight_sample * scales).split(site.sampled)
-        quantized = [
-            self.quantize_dequantize(name, rows, importance)
-            for name, rows in zip(site.names, parts, strict=True)
-        ]
+        quantized = quantized_rows(self.quantize_dequantize, site, scales)
         return site.sample @ (torch.cat(quantized) / scales).T
+
+
+def scales_by_activations(config: Glm4Config, site: Site) -> Iterable[tuple[str, Tensor]]:
+    """The scales [channels] that AWQ tries for a site, each with its name."""
+    x, w = (
+        above_floor(shared_by_readers(config, site.names, size))
+        for size in (torch.from_numpy(site.statistics.mean_abs), site.weight_absmax)
+    )
+    for exponent in EXPONENTS:
+        yield f"x^{exponent:g}", centred(x**exponent)
+        if exponent < 1:
+            yield f"x^{exponent:g} / w^{1 - exponent:g}", centred(x**exponent / w ** (1 - exponent))
+
+
+def quantized_rows(quantize_dequantize: QuantizeDequantize, site: Site, scales: Tensor) -> list[Tensor]:
+    """The sampled rows of each matrix of a site, multiplied by ``scales`` and then quantized."""
+    importance = torch.from_numpy(site.statistics.mean_square) / scales**2
+    parts = (site.weight_sample * scales).split(site.sampled)
+    return [quantize_dequantize(name, rows, importance) for name, rows in zip(site.names, parts, strict=True)]

@@ -5,7 +5,7 @@ al., 2022), on the model as it is rounded so far: a matrix sees the inputs that 
 to where its product with those comes closest to the exact model's product with the exact inputs, so that what
 was lost before it is made up for, too.
 
-    rounded = round_matrices(checkpoint, sequences, form, smoothing, progress)
+    rounded = round_matrices(checkpoint, sequences, form, smoothing, norm_bits, progress)
     rounded["model.layers.0.mlp.down_proj.weight"].rows(0, 64)    # codes and scales of 64 rows
 
 One layer is in memory, exact and rounded, and what the sequences that fit ``MOST_BYTES`` are at one place of
@@ -16,7 +16,7 @@ import copy
 import mmap
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ from glm4_exporters.formats.rounding import quantize
 from glm4_exporters.formats.rounding import rounded as round_codes
 from glm4_exporters.quantize.calibrate import BlockedAttention
 from glm4_exporters.quantize.smooth import Smoothing
-from glm4_exporters.reference import Glm4DecoderLayer
+from glm4_exporters.reference import Glm4DecoderLayer, Glm4RMSNorm
 from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
 
@@ -73,9 +73,14 @@ def round_matrices(
     sequences: Sequence[Sequence[int]],
     form: Form,
     smoothing: Smoothing,
+    norm_bits: Mapping[str, int],
     progress: Progress = silent,
 ) -> dict[str, Rounded]:
     """Round every matrix of ``form`` that GPTQ may round, but the embedding.
+
+    Args:
+        smoothing: what the weights are multiplied by first.
+        norm_bits: k by the scope of each norm whose input that scales by 2^-k.
 
     Raises:
         ExportError: no room for what is found.
@@ -92,7 +97,7 @@ def round_matrices(
     rounded = [_as_stored(x, form.table, scale_type) for x in exact]
     for index, layer in enumerate(streamed.layers(checkpoint)):
         progress("round matrices", index, config.num_hidden_layers)
-        _smooth(layer, f"model.layers.{index}.", smoothing)
+        _smooth(layer, f"model.layers.{index}.", smoothing, norm_bits)
         own = copy.deepcopy(layer)
         walks = [
             [model.sites(x, attends[x.shape[1]]) for x in states]
@@ -234,9 +239,12 @@ def _as_stored(x: Tensor, form: Format | None, scale_type: torch.dtype) -> Tenso
     return x.clone() if form is None else form.decode(form.encode(x[0], scale_type), x.shape[2])[None]
 
 
-def _smooth(layer: Glm4DecoderLayer, scope: str, smoothing: Smoothing) -> None:
+def _smooth(layer: Glm4DecoderLayer, scope: str, smoothing: Smoothing, norm_bits: Mapping[str, int]) -> None:
     for name, parameter in layer.named_parameters():
         parameter.data = smoothing.apply(scope + name, parameter.data, 0)
+    for name, module in layer.named_modules():
+        if isinstance(module, Glm4RMSNorm):
+            module.eps *= 2.0 ** (-2 * norm_bits.get(scope + name, 0))
 
 
 def those_that_fit(sequences: Sequence[Sequence[int]], config: Glm4Config) -> list[Sequence[int]]:

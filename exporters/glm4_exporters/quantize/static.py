@@ -3,13 +3,18 @@
 A scale that need not look at the input is what QuantizeLinear takes and TensorRT parses. It is the harder
 form: a token with large values sets the step of all others. So the smoothing is searched for under it, and
 then how far the 8 bits should reach, since clipping the largest values may cost less than a wider step.
+
+Matrices that share an input share its smoothing. Where a recipe gives one of them another format, this search is
+still the only one of the site: the scale fits the smoothed input, so no other search may smooth it again.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from glm4_exporters.quantize.awq import QuantizeDequantize, quantized_rows, scales_by_activations
 from glm4_exporters.quantize.calibrate import Site
 from glm4_exporters.quantize.smooth import SmoothQuant, int8_per_row, relative_error
 
@@ -24,9 +29,13 @@ class StaticSmoothQuant(SmoothQuant):
     """Scales for 8-bit weights per row and inputs under one scale.
 
     Attributes:
-        input_scales: by name of each matrix of a wanted site, the step of what it reads.
+        rounds_input: whether the matrix of this name reads its input under the scale; else as it is.
+        quantize_dequantize: of the matrices that read their input as it is; None: their rows stay exact.
+        input_scales: by name of each matrix that rounds its input, the step of what it reads.
     """
 
+    rounds_input: Callable[[str], bool] = lambda _name: True
+    quantize_dequantize: QuantizeDequantize | None = None
     input_scales: dict[str, float] = field(default_factory=dict, init=False)
 
     def __call__(self, site: Site) -> None:
@@ -36,19 +45,44 @@ class StaticSmoothQuant(SmoothQuant):
             return  # not wanted
         columns = self.smoothing.columns.get(site.names[0])
         scales = torch.ones(site.sample.shape[1]) if columns is None else torch.from_numpy(columns)
-        exact, weights = site.sample @ site.weight_sample.T, int8_per_row(site.weight_sample * scales).T
-        smooth, widest = site.sample / scales, _step(site, scales)
+        exact, weights = site.sample @ site.weight_sample.T, self._weights(site, scales)
+        widest = _step(site, scales)
         errors = {
-            share: relative_error(int8_values(smooth, widest * share) @ weights, exact) for share in SHARES
+            share: relative_error(self._product(site, scales, weights, widest * share), exact)
+            for share in SHARES
         }
         share = min(errors, key=lambda share: errors[share])
         step = max(widest * share, SMALLEST)
         self.choices[-1] = replace(self.choices[-1], error=errors[share])
-        self.input_scales |= dict.fromkeys(site.names, step)
+        self.input_scales |= dict.fromkeys(filter(self.rounds_input, site.names), step)
+
+    def candidates(self, site: Site) -> Iterable[tuple[str, Tensor]]:
+        yield from super().candidates(site)
+        if not all(map(self.rounds_input, site.names)):
+            yield from scales_by_activations(self.config, site)
 
     def product(self, site: Site, scales: Tensor) -> Tensor:
-        inputs = int8_values(site.sample / scales, _step(site, scales))
-        return inputs @ int8_per_row(site.weight_sample * scales).T
+        return self._product(site, scales, self._weights(site, scales), _step(site, scales))
+
+    def _weights(self, site: Site, scales: Tensor) -> list[Tensor]:
+        """The sampled rows of each matrix, smoothed, in its own format."""
+
+        def quantized(name: str, weight: Tensor, importance: Tensor) -> Tensor:
+            if self.rounds_input(name):
+                return int8_per_row(weight)
+            own = self.quantize_dequantize
+            return weight if own is None else own(name, weight, importance)
+
+        return quantized_rows(quantized, site, scales)
+
+    def _product(self, site: Site, scales: Tensor, weights: list[Tensor], step: float) -> Tensor:
+        smooth = site.sample / scales
+        inputs = int8_values(smooth, step)
+        products = [
+            (inputs if self.rounds_input(name) else smooth) @ rows.T
+            for name, rows in zip(site.names, weights, strict=True)
+        ]
+        return torch.cat(products, 1)
 
 
 def int8_values(x: Tensor, step: float) -> Tensor:

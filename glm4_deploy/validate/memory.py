@@ -54,7 +54,9 @@ def estimate(config: Glm4Config, task: str, work: Work) -> dict[str, int]:
     activations += 4 * SCORES_COPIES * config.num_attention_heads * longest**2
 
     tapped = 4 * work.positions * (8 * hidden + 2 * queries + 2 * keys + width)  # all taps of a layer
-    block = 4 * work.positions * width * 2 * (1 + work.layers)  # the widest sub-block, in and out
+    block = (
+        4 * work.positions * width * 2 * (1 + 2 * work.layers)
+    )  # the widest sub-block, in and out, by two readings
     positions = min(chunk_of_positions(config), work.positions)
     head = BYTES_PER_WEIGHT * min(HEAD_ROWS, config.vocab_size) * hidden
     logits = 4 * positions * config.vocab_size * (LOGITS_COPIES + sides + work.layers)

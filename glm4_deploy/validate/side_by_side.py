@@ -73,7 +73,7 @@ def walk(
             head.add(chunk, expected, outputs["bundle"])
         _add(comparisons, chunk, text, outputs)
     if head is not None:
-        blocks.append(head.error())
+        blocks += head.errors()
     return Walked(blocks, [graph.arithmetic for graph in graphs])
 
 
@@ -90,21 +90,26 @@ class _Steps:
 
 
 class _HeadErrors:
-    """The last sub-block: drift of the outputs, and the head's own error where its input can be given."""
+    """The last sub-block: drift of the outputs, and the head's own error by each reading of its input."""
 
     def __init__(self, graph: BundleGraph) -> None:
-        self._graph, self._drift, self._local = graph, ErrorSum(), ErrorSum()
+        self._graph, self._drift = graph, ErrorSum()
+        self._readings = [(one, ErrorSum()) for one in graph.readings.open]
 
     def add(self, chunk: Sequence[Part], expected: Sequence[Logits], actual: Sequence[Logits]) -> None:
         for wanted, found in zip(expected, actual, strict=True):
             self._drift.add(wanted, found)
-        if self._graph.can_be_local:
-            for wanted, found in zip(expected, self._graph.outputs(chunk, local=True), strict=True):
-                self._local.add(wanted, found)
+        for reading, error in self._readings:
+            for wanted, found in zip(expected, self._graph.outputs(chunk, reading), strict=True):
+                error.add(wanted, found)
 
-    def error(self) -> BlockError:
-        local = self._local.error() if self._graph.can_be_local else None
-        return BlockError(None, HEAD, (), self._graph.head_arithmetic, self._drift.error(), local)
+    def errors(self) -> list[BlockError]:
+        """The final norm's, where the head decides how it is read, and the head's."""
+        drift, arithmetic = self._drift.error(), self._graph.head_arithmetic
+        for reading, error in self._readings:
+            reading.errors.append(BlockError(None, HEAD, (), arithmetic, drift, error.error()))
+        self._graph.readings.settle(min((one for one, _ in self._readings), key=lambda one: one.size))
+        return self._graph.readings.errors()
 
 
 def _chunks(checkpoint: Checkpoint, text: Text) -> Iterator[list[Part]]:

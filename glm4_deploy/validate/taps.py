@@ -2,8 +2,7 @@
 
 In the reference a tap is what a module gives or reads. In a graph it is the value that leaves the nodes of the
 same module, whatever operators a dialect or a precision made of them, since every node is named after its
-module. Values that a graph has not, or has only scaled by a factor per channel, are no taps there: their
-sub-block then belongs to the next one.
+module. Values that a graph has not are no taps there: their sub-block then belongs to the next one.
 """
 
 import re
@@ -19,7 +18,7 @@ from torch import Tensor
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.reference import Attention, Glm4DecoderLayer
 
-EMBEDDING, NORM, HEAD = "embedding", "final_norm", "head"
+EMBEDDING, ATTENTION, NORM, HEAD = "embedding", "attention", "final_norm", "head"
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ TAPS = (
     Tap("input_layernorm", ("input_layernorm",), "norm in front of attention"),
     Tap("qk", ("self_attn.q_proj", "self_attn.k_proj"), "query and key"),
     Tap("v", ("self_attn.v_proj",), "value"),
-    Tap("attention", ("self_attn.o_proj",), "RoPE, cache and attention", reads=True, value="self_attn"),
+    Tap(ATTENTION, ("self_attn.o_proj",), "RoPE, cache and attention", reads=True, value="self_attn"),
     Tap("o_proj", ("self_attn.o_proj",), "output projection"),
     Tap("post_self_attn_layernorm", ("post_self_attn_layernorm",), "norm behind attention"),
     Tap("attention_residual", ("post_attention_layernorm",), "first residual sum", reads=True, value="Add:0"),
@@ -55,8 +54,6 @@ TAPS = (
     Tap("post_mlp_layernorm", ("post_mlp_layernorm",), "norm behind the MLP"),
     Tap("mlp_residual", (), "second residual sum", value="Add_2:0"),
 )
-# Whose channels a smoothing may scale, undone by the matrix that reads them.
-SMOOTHED = {"input_layernorm", "v", "attention", "post_attention_layernorm", "gate_up", NORM}
 # A matrix whose output may be scaled by a power of two, undone by the eps of the norm that reads it.
 SCALED_BY = {"o_proj": "post_self_attn_layernorm", "down": "post_mlp_layernorm"}
 
@@ -129,11 +126,10 @@ class GraphTaps:
         norm: what the head reads, whether it can be compared or not.
     """
 
-    def __init__(self, graph: onnx.GraphProto, config: Glm4Config, smoothed: bool) -> None:
+    def __init__(self, graph: onnx.GraphProto, config: Glm4Config) -> None:
         self._leaving = _leaving_values(graph)
         self._made = {name for node in graph.node for name in node.output}
         self._scale = _scales(graph, config)
-        self.smoothed = smoothed
         self.layers = [self._layer(index) for index in range(config.num_hidden_layers)]
         self.embedding = GraphTap(EMBEDDING, self._leaving["model.embed_tokens"])
         self.norm = GraphTap(NORM, self._leaving["model.norm"])
@@ -142,7 +138,7 @@ class GraphTaps:
         found: list[GraphTap] = []
         covered: tuple[str, ...] = ()
         for tap in TAPS:
-            one = None if self.smoothed and tap.name in SMOOTHED else self._find(tap, index)
+            one = self._find(tap, index)
             if one is None:
                 covered = (*covered, tap.name)
             else:

@@ -20,7 +20,8 @@ from torch import Tensor
 from glm4_deploy.metrics import Logits
 from glm4_deploy.parity import graph_inputs
 from glm4_deploy.validate.bands import arithmetic_of
-from glm4_deploy.validate.drift import BlockError, compare
+from glm4_deploy.validate.drift import BlockError
+from glm4_deploy.validate.readings import Block, Reading, Readings
 from glm4_deploy.validate.taps import EMBEDDING, HEAD, NORM, GraphTap, GraphTaps, run_tapped
 from glm4_exporters import streamed
 from glm4_exporters.checkpoint import Checkpoint
@@ -28,8 +29,6 @@ from glm4_exporters.pieces import GraphPieces, Piece, Values
 from glm4_runtime.bundle import Manifest
 
 Sequences = Sequence[Sequence[int]]
-SMOOTHING = ("int4", "int8-sq")  # precisions whose export may scale channels
-SMOOTHED_NORMS = ("input_layernorm", "post_attention_layernorm")
 Tapped = dict[str, tuple[npt.NDArray[np.float32], ...]]
 
 
@@ -87,24 +86,28 @@ class _Step:
 
 
 class BundleGraph:
-    """A bundle's graph on ONNX Runtime's CPU provider."""
+    """A bundle's graph on ONNX Runtime's CPU provider.
+
+    Attributes:
+        readings: of the reference's values, where they are given: in the scale that the graph gives its own.
+        head_arithmetic: the numbers that the head computes with; float32 until it has run.
+    """
 
     def __init__(
         self, folder: Path, manifest: Manifest, checkpoint: Checkpoint, sequences: Sequences
     ) -> None:
         self._manifest, self._pieces = manifest, GraphPieces(folder)
         self.arithmetic = self._pieces.arithmetic
-        smoothed = manifest.precision in SMOOTHING and self._is_smoothed(checkpoint)
-        self._taps = GraphTaps(self._pieces.graph, checkpoint.config, smoothed)
+        self._taps = GraphTaps(self._pieces.graph, checkpoint.config)
         self._types = {tensor.name: tensor.data_type for tensor in self._pieces.graph.initializer}
         self._types |= {value.name: value.type.tensor_type.elem_type for value in self._pieces.graph.input}
         self._inputs = [graph_inputs(manifest, ids) for ids in sequences]
         self._own: list[Values] = [{} for _ in sequences]
-        self._expected: list[Values] = [{} for _ in sequences]
+        self.readings = Readings(checkpoint.config, len(sequences))
         self._steps = self._plan()
         state, name = self._taps.norm.values[0], manifest.outputs[0].name
         self._head = self._pieces.slice(HEAD, [name], {state})
-        self.head_arithmetic = "float32"  # until it has run
+        self.head_arithmetic = "float32"
         self._readers = Counter(name for step in self._steps for name in step.piece.reads)
 
     def embed(self, expected: Sequence[Tapped] | None) -> list[BlockError]:
@@ -116,12 +119,13 @@ class BundleGraph:
         return self._run(sum(step.layer == index for step in self._steps), expected)
 
     def norm(self, expected: Sequence[Tapped] | None) -> list[BlockError]:
-        return self._run(1, None if self._taps.smoothed else expected)
+        """Run the final norm; where :attr:`readings` has two, the head decides."""
+        return self._run(1, expected)
 
-    def outputs(self, parts: Sequence[Part], local: bool = False) -> list[Logits]:
-        """As :meth:`Reference.outputs`; ``local``, of the reference's own final states."""
+    def outputs(self, parts: Sequence[Part], reading: Reading | None = None) -> list[Logits]:
+        """As :meth:`Reference.outputs`; with a ``reading``, of the reference's own final states."""
         name, state = self._manifest.outputs[0].name, self._taps.norm.values[0]
-        states = self._expected if local else self._own
+        states = self._own if reading is None else self.readings.inputs(reading)
         values = []
         for part in parts:
             inputs, array = self._inputs[part.sequence], states[part.sequence][state][:, part.span]
@@ -130,11 +134,6 @@ class BundleGraph:
         self.head_arithmetic = self._arithmetic(self._head, {state: states[0][state]})
         found = values if name == state else self._pieces.run_piece(self._head, values)
         return [np.asarray(one[name], np.float32).reshape(-1, one[name].shape[-1]) for one in found]
-
-    @property
-    def can_be_local(self) -> bool:
-        """Whether the head can be run on the reference's final states."""
-        return bool(self._expected) and self._taps.norm.values[0] in self._expected[0]
 
     def _plan(self) -> list[_Step]:
         """Every tap in order, each made of those before it."""
@@ -148,56 +147,40 @@ class BundleGraph:
         return steps
 
     def _run(self, count: int, expected: Sequence[Tapped] | None) -> list[BlockError]:
-        errors = []
+        """Run the next sub-blocks; their errors, where the reference's values are given, which are used up."""
         for step in self._steps[:count]:
-            tap, sides = step.tap, [*self._own, *([] if expected is None else self._expected)]
-            inputs = self._inputs * (len(sides) // len(self._inputs))
-            values = [{**given, **known} for given, known in zip(inputs, sides, strict=True)]
-            found = self._pieces.run_piece(step.piece, values)
-            drifted, local = found[: len(self._own)], found[len(self._own) :]
+            own, *found = self._run_piece(step.piece, local=expected is not None)
             if expected is not None:
-                wanted = [self._as_in_graph(tap, one, drifted[0]) for one in expected]
-                arithmetic = self._arithmetic(step.piece, drifted[0])
-                drift, own_error = compare(wanted, drifted), compare(wanted, local)
-                errors.append(BlockError(step.layer, tap.tap, tap.covers, arithmetic, drift, own_error))
-                for known, new in zip(self._expected, wanted, strict=True):
-                    known.update(new)
-            for known, new in zip(self._own, drifted, strict=True):
+                reference = [one.pop(step.tap.tap) for one in expected]
+                arithmetic = self._arithmetic(step.piece, own[0])
+                self.readings.add(Block(step.layer, step.tap, arithmetic, reference), own, found)
+            for known, new in zip(self._own, own, strict=True):
                 known.update(new)
             self._forget(step.piece)
         del self._steps[:count]
-        return errors
+        return self.readings.errors()
+
+    def _run_piece(self, piece: Piece, local: bool) -> list[list[Values]]:
+        """What a piece gives per sequence: of the bundle's own values and, ``local``, by each open reading."""
+        sides = [self._own, *(self.readings.inputs(one) for one in self.readings.open if local)]
+        values = [
+            {**given, **known} for side in sides for given, known in zip(self._inputs, side, strict=True)
+        ]
+        found, count = self._pieces.run_piece(piece, values), len(self._inputs)
+        return [found[at : at + count] for at in range(0, len(found), count)]
 
     def _forget(self, piece: Piece) -> None:
         """Drop the values that no later sub-block reads."""
         for name in piece.reads:
             self._readers[name] -= 1
             if not self._readers[name] and name not in self._taps.norm.values:
-                for known in (*self._own, *self._expected):
+                self.readings.forget(name)
+                for known in self._own:
                     known.pop(name, None)
 
     def _arithmetic(self, piece: Piece, values: Values) -> str:
         given = {name: onnx.helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in values.items()}
         return arithmetic_of(piece.nodes, self._types | given)
-
-    def _is_smoothed(self, checkpoint: Checkpoint) -> bool:
-        """Whether channels are scaled between norms and matrices, which shows in the norms' weights."""
-        layers = range(checkpoint.config.num_hidden_layers)
-        for name in (f"model.layers.{i}.{norm}.weight" for i in layers for norm in SMOOTHED_NORMS):
-            own = self._pieces.read(name).astype(np.float32)
-            expected = checkpoint.read(checkpoint.name_of(name)).float().numpy()
-            if np.mean(np.abs(own - expected) > 0.01 * np.abs(expected)) > 0.5:
-                return True
-        return False
-
-    def _as_in_graph(self, tap: GraphTap, expected: Tapped, like: Values) -> Values:
-        """The reference's values by the graph's names, in its types and of its scale; they are used up."""
-        arrays = expected.pop(tap.tap)
-        scaled = [array * np.float32(2.0**-tap.bits) if tap.bits else array for array in arrays]
-        return {
-            name: array.astype(like[name].dtype, copy=False)
-            for name, array in zip(tap.values, scaled, strict=True)
-        }
 
 
 def _flat(layers: Sequence[Sequence[GraphTap]]) -> Iterator[tuple[int, GraphTap]]:

@@ -17,6 +17,7 @@ from glm4_deploy.greedy import fits_whole, reference_start
 from glm4_deploy.memory import available_memory
 from glm4_deploy.metrics import Logits, kl_divergence, near_ties
 from glm4_deploy.texts import LINES
+from glm4_deploy.thresholds import PARITY, PARITY_INT8_CACHE
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.pieces import GraphPieces
 from glm4_exporters.streamed import reference_outputs
@@ -35,26 +36,13 @@ GREEDY_TOKENS = 32
 class ParityLimits:
     """What a precision may differ by. A limit that is None does not apply to it."""
 
-    max_abs: float | None  # of the logits
-    mean_kl: float | None  # nats, reference against bundle
-    top1: float | None  # share of positions with the same best token
-    relative: float  # RMS of the difference over RMS of the reference, for the tasks without a vocabulary
+    max_abs: float | None = None  # of the logits
+    mean_kl: float | None = None  # nats, reference against bundle
+    top1: float | None = None  # share of positions with the same best token
+    relative: float = 0.0  # RMS of the difference over the reference's RMS, for tasks without a vocabulary
 
 
-LIMITS = {
-    "fp32": ParityLimits(max_abs=2e-4, mean_kl=None, top1=1.0, relative=1e-4),
-    "fp16": ParityLimits(max_abs=None, mean_kl=1e-4, top1=0.995, relative=1e-2),
-    "bf16": ParityLimits(max_abs=None, mean_kl=1e-3, top1=0.99, relative=5e-2),
-    "int8": ParityLimits(max_abs=None, mean_kl=2e-3, top1=None, relative=5e-2),
-    # Inputs in 8 bits add to what the weights lose: on the demo a mean KL of 1e-3 to 1.5e-3, planted outliers or not;
-    # on random weights up to 1.2e-2, and a relative error of 6e-2. Outliers that are not smoothed: 7e-2.
-    "int8-sq": ParityLimits(max_abs=None, mean_kl=2e-2, top1=None, relative=1e-1),
-    "int4": ParityLimits(max_abs=None, mean_kl=1e-1, top1=None, relative=4e-1),
-    # Both factors of a product have 4 significant bits: half a step is up to 6 % of a number, 2.6 % in RMS.
-    # On the demo checkpoint: mean KL 5.5e-3, top-1 93 %.
-    "fp8": ParityLimits(max_abs=None, mean_kl=2e-2, top1=None, relative=1.5e-1),
-}
-INT8_CACHE_MARGIN = (5e-4, 0.05)  # what an int8 cache adds to the mean KL, and takes from the top-1 agreement
+LIMITS = {precision: ParityLimits(**limits) for precision, limits in PARITY.items()}
 
 
 @dataclass(frozen=True)
@@ -97,7 +85,7 @@ def limits_of(manifest: Manifest) -> ParityLimits:
     limits = LIMITS[manifest.precision]
     if manifest.kv_cache != "int8":
         return limits
-    mean_kl, top1 = INT8_CACHE_MARGIN
+    mean_kl, top1 = PARITY_INT8_CACHE
     most = (limits.mean_kl or 0.0) + mean_kl
     return replace(
         limits, max_abs=None, mean_kl=most, top1=None if limits.top1 is None else limits.top1 - top1

@@ -1,4 +1,4 @@
-"""Gates: what a bundle must measure to ship, per precision. Named ones are in gates.toml; a user's is a TOML file.
+"""Gates: what a bundle must measure to ship, per precision. Named ones are in thresholds.toml; a user's is a TOML file.
 
 extends = "default"          # optional: what the file doesn't say is as there
 [int8]
@@ -9,10 +9,10 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from glm4_deploy.thresholds import CACHE_SUFFIX, GATES, named_gate
 from glm4_exporters.targets import PRECISIONS
 from glm4_runtime.bundle import Manifest
 from glm4_runtime.errors import RequestError
@@ -49,9 +49,8 @@ METRICS = {
         "sub-blocks outside the band of their arithmetic, with --layers", TEXT + LABELS + STATES
     ),
 }
-CACHE_SUFFIX = "+kv-int8"
 PRECISION_ROWS = tuple(name + suffix for name in PRECISIONS for suffix in ("", CACHE_SUFFIX))
-NAMES = ("strict", "default", "loose")
+NAMES = GATES
 
 Table = Mapping[str, Mapping[str, float]]
 
@@ -147,8 +146,7 @@ def load_gate(name: str, manifest: Manifest) -> Gate:
 
 def _load_table(name: str) -> Table:
     if name in NAMES:
-        named = tomllib.loads(files(__package__).joinpath("gates.toml").read_text("utf-8"))
-        return dict(named[name])
+        return named_gate(name)
     path = Path(name)
     if path.suffix != ".toml":
         raise RequestError(f"there is no gate {name!r}; the gates are {', '.join(NAMES)}, or a file *.toml")

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-import tomllib
+import re
 from importlib.resources import files
 
 import numpy as np
@@ -10,9 +10,11 @@ import onnx
 import pytest
 
 from glm4_deploy import show
+from glm4_deploy.thresholds import CACHE_SUFFIX, PARITY, named_gate
+from glm4_deploy.thresholds import GATES as NAMES
 from glm4_deploy.validate.bands import BANDS, ORDER, arithmetic_of, find_culprit, is_out_of_band
 from glm4_deploy.validate.drift import BlockError, Error, ErrorSum
-from glm4_deploy.validate.gates import CACHE_SUFFIX, METRICS, NAMES, PRECISION_ROWS, Check, load_gate
+from glm4_deploy.validate.gates import METRICS, PRECISION_ROWS, Check, load_gate
 from glm4_deploy.validate.statistics import perplexity, perplexity_ratio
 from glm4_exporters.targets import PRECISIONS
 from glm4_runtime.bundle import read_manifest
@@ -28,8 +30,7 @@ def manifest(tiny_bundles):
 
 
 def test_named_gates_have_every_precision_and_metric_and_grow_looser():
-    gates = tomllib.loads(files("glm4_deploy.validate").joinpath("gates.toml").read_text("utf-8"))
-    assert tuple(gates) == NAMES
+    gates = {name: named_gate(name) for name in NAMES}
     for row in PRECISION_ROWS:
         for metric, about in METRICS.items():
             limits = [gates[name][row][metric] for name in NAMES]
@@ -40,8 +41,26 @@ def test_named_gates_have_every_precision_and_metric_and_grow_looser():
             assert cached["kl_mean"] > bare["kl_mean"]
 
 
-def test_the_issues_limits_are_the_default_gates():
-    gates = tomllib.loads(files("glm4_deploy.validate").joinpath("gates.toml").read_text("utf-8"))["default"]
+def test_every_limit_has_its_reason_beside_it():
+    text = files("glm4_deploy").joinpath("thresholds.toml").read_text("utf-8")
+    assert set(PARITY) == set(PRECISIONS)
+    for part in re.split(r"^(?=\[)", text, flags=re.M)[1:]:
+        lines = [line for line in part.splitlines()[1:] if line and not line.startswith("#")]
+        assert all("#" in line for line in lines) or part.startswith("[band"), (
+            part
+        )  # bands: one reason for all
+
+
+def test_limits_follow_from_those_of_the_default_gate():
+    strict, default, loose = (named_gate(name)["int8"] for name in NAMES)
+    assert (strict["kl_mean"], default["kl_mean"], loose["kl_mean"]) == (5e-4, 1e-3, 3e-3)
+    assert (strict["top1_agreement"], loose["top1_agreement"]) == (0.99, 0.94)
+    assert default["kl_p99"] == 10 * default["kl_mean"]
+    assert named_gate("default")["int8+kv-int8"]["perplexity_ratio"] == 1.003
+
+
+def test_the_promised_limits_are_the_default_gates():
+    gates = named_gate("default")
     rows = ("int8", "int8+kv-int8", "int8-sq")
     assert [gates[row]["perplexity_ratio"] for row in rows] == [1.001, 1.003, 1.01]
 

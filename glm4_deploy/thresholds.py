@@ -1,0 +1,69 @@
+"""Reads thresholds.toml, where every limit stands with its reason, and derives the others. Needs no torch.
+
+PARITY["int8"]["mean_kl"], BANDS["int8"]["local"], GPU_CHECK["float16"]
+named_gate("strict")["int8+kv-int8"]["kl_mean"]
+"""
+
+import tomllib
+from collections.abc import Mapping
+from importlib.resources import files
+
+Row = Mapping[str, float]
+
+_ALL = tomllib.loads(files(__package__).joinpath("thresholds.toml").read_text("utf-8"))
+_DERIVED: Row = _ALL["derived"]
+_CACHE: Row = _ALL["int8_cache"]
+
+PARITY: Mapping[str, Row] = _ALL["parity"]
+BANDS: Mapping[str, Row] = _ALL["band"]
+GPU_CHECK: Row = _ALL["gpu_check"]
+PARITY_INT8_CACHE = (_DERIVED["parity_kl"], _DERIVED["parity_top1"])
+
+PRECISIONS = tuple(_ALL["gate"])
+CACHE_SUFFIX = "+kv-int8"
+GATES = ("strict", "default", "loose")
+
+# A metric's value where nothing is lost.
+PERFECT = {
+    "perplexity_ratio": 1.0,
+    "kl_mean": 0.0,
+    "kl_p99": 0.0,
+    "kl_max": 0.0,
+    "top1_agreement": 1.0,
+    "top5_agreement": 1.0,
+    "relative_error": 0.0,
+    "label_agreement": 1.0,
+    "cosine": 1.0,
+}
+
+
+def named_gate(name: str) -> dict[str, dict[str, float]]:
+    """Limits by precision and metric, those with an int8 cache included."""
+    rows = {precision: dict(_ALL["gate"][precision]) for precision in PRECISIONS}
+    rows |= {precision + CACHE_SUFFIX: _with_int8_cache(row) for precision, row in rows.items()}
+    return {precision: _complete(name, row) for precision, row in rows.items()}
+
+
+def _with_int8_cache(row: Row) -> dict[str, float]:
+    def limit(metric: str, value: float) -> float:
+        change = _CACHE[metric]
+        if metric == "greedy_prefix":
+            return min(value, change)
+        return value - change if _is_agreement(metric) else value + change
+
+    return {metric: round(limit(metric, value), 12) for metric, value in row.items()}
+
+
+def _complete(name: str, row: Row) -> dict[str, float]:
+    """With what follows from other limits, for one of the named gates."""
+    row = {**row, "kl_p99": 10 * row["kl_mean"]}
+    share, greedy = _DERIVED.get(name, 1.0), _DERIVED.get(f"greedy_{name}", 1.0)
+    limits = {
+        metric: round(PERFECT[metric] + share * (row[metric] - PERFECT[metric]), 12) for metric in PERFECT
+    }
+    return limits | {"greedy_prefix": min(1.0, greedy * row["greedy_prefix"]), "blocks_out_of_band": 0.0}
+
+
+def _is_agreement(metric: str) -> bool:
+    """Whether more of it is better."""
+    return metric.endswith("agreement") or metric in ("cosine", "greedy_prefix")

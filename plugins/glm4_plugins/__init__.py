@@ -1,1 +1,1 @@
-"""The attention operator of GLM-4, ``glm4::PartialRopeGqaAttention``, and its realisations."""
+"""Our operators: attention (``glm4::PartialRopeGqaAttention``) and quantized products, with their implementations."""

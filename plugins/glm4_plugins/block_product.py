@@ -4,7 +4,9 @@ Inputs: x float32 [..., width]; numbers uint8 [panels, blocks, block * 64 * bits
 [panels, blocks, 64]; optionally bias float32 [columns]. Attributes: columns, width, bits (8 or 4), block_size, and
 gated (0 or 1). Output: float32 [..., columns]; gated, silu(first half of the columns) * second half.
 
-The library for ONNX Runtime's CPU provider is built with the package; its layout is described in ``cpu/product.h``.
+The library for ONNX Runtime's CPU provider is built with the package; ``cpu/product.h`` describes its layout.
+:func:`pack`, :func:`unpack` and :func:`block_product` are the specification of the operator: tests compare the library
+and the exporters' own packing with them.
 """
 
 import ctypes
@@ -16,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 DOMAIN, OPERATOR, VERSION = "glm4", "BlockQuantizedMatMul", 1
-PANEL = 64  # columns that lie together
-BLOCK_MULTIPLE, LONGEST_BLOCK = 8, 1024
+PANEL = 64  # columns that are stored together
 
 Floats = npt.NDArray[np.float32]
 
@@ -28,7 +29,7 @@ def stored_shape(columns: int, width: int, bits: int, block: int) -> tuple[int, 
 
 
 def pack(numbers: npt.NDArray[np.uint8], bits: int, block: int) -> npt.NDArray[np.uint8]:
-    """Unsigned numbers [columns, blocks * block] -> panels; the last is filled up with what stands for 0."""
+    """Unsigned numbers [columns, blocks * block] -> panels; the last is padded with the code of 0."""
     columns, width = numbers.shape
     short = -columns % PANEL
     zero = np.uint8(1 << bits - 1)
@@ -60,7 +61,7 @@ def block_product(
     block_size: int,
     gated: bool = False,
 ) -> Floats:
-    """What the operator means, in NumPy and float64.
+    """The operator in NumPy and float64.
 
     A block of a row of x is rounded to round(x * 127 / largest |x|), ties to even, under the scale largest / 127.
     """
@@ -85,17 +86,14 @@ def block_product(
 
 
 def library() -> Path | None:
-    """The operator's library for ONNX Runtime; None where it was not built with the package."""
-    folder, suffixes = (
-        Path(__file__).parent,
-        reversed(EXTENSION_SUFFIXES),
-    )  # first the plain one: see setup.py
+    """The operator's library for ONNX Runtime; None if it was not built with the package."""
+    folder, suffixes = Path(__file__).parent, reversed(EXTENSION_SUFFIXES)  # the plain one first: see setup.py
     return next((path for s in suffixes if (path := folder / f"cpu_operators{s}").is_file()), None)
 
 
 @cache
 def kernels() -> str | None:
-    """Which of the library's kernels this processor runs: ``avx512-vnni``, ``avx2`` or ``portable``."""
+    """The library's kernels on this processor: ``avx512-vnni``, ``avx2`` or ``portable``."""
     path = library()
     if path is None:
         return None

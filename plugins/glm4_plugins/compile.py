@@ -1,4 +1,4 @@
-"""Compile the kernel for a GPU that need not be here: PTX that TensorRT can launch, and what it costs."""
+"""Compiles the kernel without a GPU: to PTX that TensorRT can launch, with its registers and memory."""
 
 import re
 import subprocess
@@ -18,14 +18,14 @@ from glm4_plugins.launch import (
     constants,
 )
 
-# The driver that loads the engine assembles this, so it must not be newer than what the driver knows:
-# 8.7 is that of CUDA 12.8, and TensorRT 11 needs a driver of CUDA 13.
+# PTX ISA version. The driver that loads the engine assembles the PTX, so it must know this version. 8.7 belongs to
+# CUDA 12.8; TensorRT 11 needs a driver of CUDA 13.
 PTX_VERSION = 87
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A kernel as TensorRT takes it, and what the assembler says of it (bytes and registers per thread)."""
+    """A kernel for TensorRT, with the assembler's figures (bytes and registers per thread)."""
 
     name: str
     ptx: str
@@ -37,7 +37,7 @@ class CompiledKernel:
 
 
 def signature(shape: KernelShape) -> dict[str, str]:
-    """Triton's type of each argument, in order; ``constexpr`` for what a variant does without."""
+    """Triton's type of each argument, in order; ``constexpr`` for arguments that a variant does not have."""
     cache = QUANTIZED[shape.quantized_dtype][0] if shape.quantized_cache else shape.dtype
     types = {"activation": shape.dtype, "cache": cache}
     types |= {"int32": "i32", "float32": "fp32"}
@@ -65,7 +65,8 @@ def compile_kernel(shape: KernelShape, tiles: Tiles, capability: int) -> Compile
     compiled_in: dict[str, Any] = dict(constants(shape, tiles))
     compiled_in |= {name: None for name, kind in types.items() if kind == "constexpr"}
     names = [*types, *(name for name in compiled_in if name not in types)]
-    # Buffers of TensorRT and torch start at multiples of 256 bytes; told of 16, Triton loads 16 at a time.
+    # Buffers of TensorRT and torch are aligned to 256 bytes. With an alignment of 16, Triton loads 16 bytes at a
+    # time.
     source = ASTSource(
         fn=partial_rope_gqa_attention,
         signature={name: types.get(name, "constexpr") for name in names},
@@ -91,7 +92,8 @@ def compile_kernel(shape: KernelShape, tiles: Tiles, capability: int) -> Compile
 
 
 def without_debug_information(ptx: str) -> str:
-    """Drop line numbers and comments: they name folders of this machine, and would go into the engine."""
+    """Remove line numbers and comments, which contain paths of this machine, so that the engine does not contain
+    them."""
     ptx = re.sub(r"^\s*\.section\s+\.debug_\w+\s*\{[^}]*\}", "", ptx, flags=re.MULTILINE)
     ptx = re.sub(r"^\s*(\.(loc|file)\b.*|\$L__tmp\d+:)$", "", ptx, flags=re.MULTILINE)
     ptx = re.sub(r"[ \t]*//.*$", "", ptx, flags=re.MULTILINE)
@@ -99,7 +101,7 @@ def without_debug_information(ptx: str) -> str:
 
 
 def without_hidden_parameters(ptx: str, parameters: int) -> str:
-    """Drop the parameters that Triton adds behind the ``parameters`` of the source: pointers to its scratch memory.
+    """Remove the parameters that Triton adds after the ``parameters`` of the source: pointers to its scratch memory.
 
     Raises:
         RuntimeError: one of them is read, or their number is not two.
@@ -120,7 +122,7 @@ def without_hidden_parameters(ptx: str, parameters: int) -> str:
 
 
 def assembled(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers and spilled bytes per thread, by the assembler that Triton brings.
+    """Registers and spilled bytes per thread, from Triton's assembler.
 
     Raises:
         RuntimeError: the assembler refuses the program.
@@ -134,7 +136,7 @@ def assembled(ptx: str, capability: int) -> tuple[int, int]:
 
 
 def disassembled(ptx: str, capability: int) -> str:
-    """The machine code (SASS) of a kernel, as text, by the tools that Triton brings.
+    """The machine code (SASS) of a kernel as text, from Triton's tools.
 
     Raises:
         RuntimeError: the assembler refuses the program.
@@ -149,7 +151,7 @@ def disassembled(ptx: str, capability: int) -> str:
 
 
 def _assemble(ptx: str, capability: int, cubin: Path) -> str:
-    """Write ``cubin``; what the assembler says of it."""
+    """Write ``cubin``; returns the assembler's messages."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     source = cubin.with_suffix(".ptx")

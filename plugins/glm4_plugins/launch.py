@@ -1,6 +1,6 @@
-"""What a kernel is compiled for, which block sizes there are, and how large its grid is.
+"""Compile-time shapes, block sizes and the grid of the attention kernel.
 
-Nothing here needs Triton, torch or TensorRT; all three ways to launch the kernel go through it.
+Needs no Triton, torch or TensorRT. All three ways to launch the kernel use this file.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ PHASES = {"shared": 0, "prefill": 1, "decode": 2, "extend": 3, "prompt": 4}
 ``shared`` and ``prefill`` are right for every S, and so are the last two, more slowly; ``decode`` takes few tokens.
 """
 
-# The kernel's tensors in order, each with the kind of its elements: what a plugin is given and what it gives.
+# The inputs and outputs of a plugin in order, each with the kind of its elements.
 PLUGIN_INPUTS = {
     "query": "activation", "key": "activation", "value": "activation", "past_key": "cache", "past_value": "cache",
     "cos": "activation", "sin": "activation", "past_lengths": "int32", "query_lengths": "int32",
@@ -33,7 +33,7 @@ PLUGIN_ATTRIBUTES: dict[str, type] = {
     "kv_num_heads": int,
     "head_dim": int,
     "rotary_embedding_dim": int,
-    "scale": str,  # decimal: TensorRT's plugins know doubles only, ONNX's attributes floats only
+    "scale": str,  # as decimal text: TensorRT's plugins have only doubles, ONNX's attributes only floats
     "max_batch": int,  # the largest of any profile
     "compute_capability": int,  # 90 is 9.0
     "processors": int,  # streaming multiprocessors of the GPU
@@ -47,16 +47,17 @@ QUANTIZED = {"int8": ("i8", 80), "fp8": ("fp8e4nv", 89)}
 HEAD_DIMS = (64, 128)
 MAX_GROUP = 32
 MIN_DOT = 16  # the smallest edge of a tensor-core product
-EXTEND_TOKENS = 256  # as many new tokens a sequence, and the keys before them are shared among all blocks
-LEVELS = 2  # of joining the pieces of a head
-JOIN_REGISTERS = 64  # of a thread, for pieces that are loaded at once
+EXTEND_TOKENS = 256  # up to this many new tokens per sequence, all blocks share the earlier keys
+LEVELS = 2  # levels of joining the pieces of a head
+JOIN_REGISTERS = 64  # registers of a thread for pieces that are loaded at once
 
 
 @dataclass(frozen=True)
 class KernelShape:
-    """What stands fixed in a kernel: the attention's shape, and the largest batch.
+    """The compile-time facts of a kernel: the attention's shape, and the largest batch.
 
-    ``dtype`` is the activations' (``fp16`` or ``bf16``); the cache has it too, or, quantized, a row of QUANTIZED.
+    ``dtype`` is the type of activations (``fp16`` or ``bf16``). The cache has this type, or a quantized type of
+    QUANTIZED.
     """
 
     num_heads: int
@@ -81,18 +82,18 @@ class KernelShape:
 
     @property
     def rows(self) -> int:
-        """Rows (token, head of the group) that a block of the decode branch holds."""
+        """Rows (token, head of the group) in a block of the decode branch."""
         return max(MIN_DOT, power_of_two(self.group))
 
     @property
     def decode_tokens(self) -> int:
-        """The largest sequence length that the decode branch takes."""
+        """The largest sequence length for the decode branch."""
         return self.rows // self.group
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Block sizes: one choice among those that are all right for every shape."""
+    """One choice of block sizes. Every choice is correct for every shape."""
 
     block_m: int
     block_n: int
@@ -106,13 +107,12 @@ class Tiles:
     min_tiles: int = 1
 
 
-# Streaming multiprocessors by compute capability, where the GPU is not at hand to be asked: the largest product.
+# Streaming multiprocessors by compute capability, for exports without the GPU: those of the largest product.
 _PROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
 
-# What fits in registers without spilling, as compiled, and in the shared memory of a block: 163 KiB on 8.0,
-# 227 on 9.0 and 10.0, 99 on 8.6, 8.9 and 12.0. Only 9.0 and 10.0 multiply from shared memory; the others
-# hold their operands in registers, so their blocks are narrower. The last of each list stays below 48 KiB,
-# which a launch may use without asking the driver for more.
+# Block sizes that compile without spills and fit the shared memory of a block: 163 KiB on 8.0, 227 on 9.0 and 10.0,
+# 99 on 8.6, 8.9 and 12.0. Only 9.0 and 10.0 multiply from shared memory. The others keep operands in registers, so
+# their blocks are narrower. The last choice of each list needs less than 48 KiB, which every launch may use.
 _WIDE = Tiles(128, 128, 2, 64, 4, 64, 5, 8)
 _TALL = Tiles(128, 64, 3, 64, 3, 64, 5, 8)
 _NARROW = Tiles(128, 32, 3, 16, 3, 64, 3, 8)
@@ -142,12 +142,12 @@ CAPABILITIES = tuple(_CHOICES)
 def choices(
     capability: int, quantized_cache: bool = False, processors: int | None = None
 ) -> tuple[Tiles, ...]:
-    """The block sizes on offer for a compute capability such as 90, the one to try first in front.
+    """The choices of block sizes for a compute capability such as 90; the preferred one first.
 
-    ``processors`` is the GPU's number of streaming multiprocessors; without it, the largest product's.
+    ``processors``: the GPU's number of streaming multiprocessors; default: the largest product's.
 
     Raises:
-        ValueError: a capability that has none.
+        ValueError: a capability without block sizes.
     """
     table = _QUANTIZED_CHOICES if quantized_cache else _CHOICES
     if capability not in table:
@@ -162,7 +162,7 @@ def power_of_two(n: int) -> int:
 
 
 def unsupported(shape: KernelShape, rotary_embedding_dim: int, capability: int | None = None) -> str | None:
-    """Why there is no kernel for ``shape``, on that compute capability if one is given, in words, or None."""
+    """Why there is no kernel for ``shape`` (on a compute capability, if given); None if there is one."""
     oldest = QUANTIZED[shape.quantized_dtype][1]
     if shape.quantized_cache and capability is not None and capability < oldest:
         return (
@@ -206,13 +206,13 @@ def constants(shape: KernelShape, tiles: Tiles) -> dict[str, int | float]:
 
 
 def joined_at_once(shape: KernelShape, tiles: Tiles) -> int:
-    """How many pieces the block that joins them loads before it waits."""
+    """Number of pieces that the joining block loads before it waits."""
     registers = -(-shape.rows * shape.head_dim // (32 * tiles.warps))
     return max(JOIN_REGISTERS // registers, 1)
 
 
 class Arithmetic(Protocol):
-    """The operations that a grid needs beyond +, - and *, on integers or on TensorRT's symbolic ones."""
+    """The operations of a grid besides +, - and *, for integers or for TensorRT's symbolic integers."""
 
     def cdiv(self, a: Any, b: Any) -> Any: ...
     def minimum(self, a: Any, b: Any) -> Any: ...
@@ -233,9 +233,9 @@ class Integers:
 
 
 def grid(shape: KernelShape, tiles: Tiles, batch: Any, sequence: Any, capacity: Any, on: Arithmetic) -> Any:
-    """How many blocks to launch: an expression of batch, sequence and capacity alone.
+    """Number of blocks to launch; depends only on batch, sequence and capacity.
 
-    It cannot know how long the sequences are; the decode branch shares their keys among whatever it gets.
+    It cannot depend on the lengths of the sequences; the decode branch shares their keys among all blocks.
     """
     heads = batch * shape.kv_num_heads
     rows = on.cdiv(sequence * shape.group, tiles.block_m)
@@ -256,30 +256,30 @@ def grid(shape: KernelShape, tiles: Tiles, batch: Any, sequence: Any, capacity: 
 
 
 def partials_shape(shape: KernelShape, tiles: Tiles) -> tuple[int]:
-    """Scratch of the branches that share keys, float32: two pieces a block, of its rows and a weight each."""
+    """Scratch memory of the branches that share keys, float32: two pieces per block, with a weight per row."""
     rows = {"decode": shape.rows, "prompt": 0}.get(shape.phase, max(shape.rows, tiles.block_m))
     return (max(2 * tiles.blocks * rows * (shape.head_dim + 1), 1),)
 
 
 def counters_shape(tiles: Tiles) -> tuple[int]:
-    """Counters, int32: one for each piece and level of joining."""
+    """Shape of the counters, int32: one per piece and level of joining."""
     return (LEVELS * 2 * tiles.blocks,)
 
 
 @dataclass(frozen=True)
 class Share:
-    """What falls to the blocks of one launch, in tiles of keys.
+    """The work of the blocks of one launch, in tiles of keys.
 
     Attributes:
         phase: the branch that all blocks take.
-        blocks: how many of them have work.
-        rows: rows (token, head of the group) of a block.
-        keys: keys of a tile.
-        tiles: whole tiles of cached keys that a block walks over which also has the new tokens.
-        ragged: tiles of cached keys that are not whole, 0 or 1.
-        new_tiles, mean_new_tiles: tiles of new keys of the block with most of them, and of all blocks.
-        pieces: the most pieces, each of one head of one sequence, that a block works on.
-        merges: partial results that the last block of a head joins, a number for each level; empty if none.
+        blocks: number of blocks with work.
+        rows: rows (token, head of the group) per block.
+        keys: keys per tile.
+        tiles: whole tiles of cached keys of a block that also has the new tokens.
+        ragged: incomplete tiles of cached keys, 0 or 1.
+        new_tiles, mean_new_tiles: tiles of new keys: maximum of a block, and mean of all blocks.
+        pieces: maximum number of pieces of a block; a piece belongs to one head of one sequence.
+        merges: number of partial results that the last block of a head joins, per level; empty if none.
     """
 
     phase: str
@@ -295,7 +295,7 @@ class Share:
 
 
 def branch(shape: KernelShape, sequence: int) -> str:
-    """The branch that a launch with ``sequence`` new tokens takes."""
+    """The branch of a launch with ``sequence`` new tokens."""
     if shape.phase in ("decode", "extend", "prompt"):
         return shape.phase
     if shape.phase == "shared" and sequence <= shape.decode_tokens:
@@ -304,7 +304,8 @@ def branch(shape: KernelShape, sequence: int) -> str:
 
 
 def share(shape: KernelShape, tiles: Tiles, pasts: Sequence[int], sequence: int) -> Share:
-    """How a launch on caches of ``pasts`` keys divides: the kernel's own arithmetic, for estimates and tests."""
+    """The division of a launch on caches of ``pasts`` keys. The same arithmetic as in the kernel, for estimates and
+    tests."""
     phase = branch(shape, sequence)
     if phase != "prompt":
         return _split_share(replace(shape, phase=phase), tiles, pasts, sequence)
@@ -339,7 +340,7 @@ def _split_share(shape: KernelShape, tiles: Tiles, pasts: Sequence[int], sequenc
 def tiles_of_items(
     shape: KernelShape, tiles: Tiles, pasts: Sequence[int], sequence: int
 ) -> tuple[list[int], int]:
-    """Tiles of each item, in order, and how many a block takes; every sequence has ``sequence`` new tokens."""
+    """Tiles of each item, in order, and tiles per block; every sequence has ``sequence`` new tokens."""
     decoding = shape.phase == "decode"
     keys = tiles.decode_n if decoding else tiles.extend_n
     new = 0 if decoding else -(-sequence // keys)
@@ -359,7 +360,7 @@ def blocks_of_items(
 
 
 def joins(pieces: int) -> tuple[int, ...]:
-    """How many pieces are joined on each level."""
+    """Number of pieces joined on each level."""
     if pieces == 1:
         return ()
     if pieces <= 16:

@@ -1,4 +1,4 @@
-"""``glm4::PartialRopeGqaAttention``: what it takes, what it gives, and what it means in NumPy.
+"""``glm4::PartialRopeGqaAttention``: inputs, outputs, and its specification in NumPy.
 
 Shapes, with B sequences, S new positions each, C cache capacity, Hq query heads, Hkv key-value heads,
 D the head size and R the rotated part of it:
@@ -18,7 +18,8 @@ Row i of sequence b stands at position ``past_lengths[b] + i``; it is rotated th
 attends to the keys ``0 ... past_lengths[b] + i``. Rows from ``query_lengths[b]`` on are unspecified in
 ``attn_output``, and what they write lies past the end of the sequence, where nothing reads.
 
-The operator is functional. That a present shares its past's memory is a property of a realisation.
+The operator is functional. Whether a present shares the memory of its past depends on the implementation.
+:func:`partial_rope_gqa_attention` is the specification: tests compare every implementation with it.
 """
 
 from dataclasses import dataclass

@@ -1,13 +1,13 @@
 """The TensorRT plugins of the operator; importing this module registers them.
 
 Three plugins share one kernel: ``glm4::PartialRopeGqaAttention`` and, with two more inputs, the scales of an int8 or
-fp8 cache, the same name with ``Int8`` or ``Fp8`` behind. All are ahead of time: TensorRT gets PTX and symbolic launch
-expressions, stores them in the engine, and needs neither Python nor Triton to run it.
+fp8 cache, the same name with the suffix ``Int8`` or ``Fp8``. All are compiled ahead of time: the engine stores PTX
+and symbolic launch expressions, and needs neither Python nor Triton to run.
 
-TensorRT picks the kernel by types and tactic, never by shape, gives it no workspace and zeroes nothing. So scratch
-is an output (``partials``), and what must be zero is an input (``counters``) aliased to an output, zero before and
-after each launch. There is one tactic: while TensorRT builds it would time several on inputs that it makes up. The
-attribute ``tiles`` says which block sizes the kernel has.
+TensorRT chooses a kernel by types and tactic, never by shape. It provides no workspace and zeroes no memory. So
+scratch memory is an output (``partials``), and the memory that must be zero is an input (``counters``) aliased to an
+output, zero before and after each launch. There is one tactic, because TensorRT would time several tactics with
+arbitrary inputs. The attribute ``tiles`` gives the block sizes.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,9 +39,9 @@ PLUGINS = {
     f"{DOMAIN}::{PLUGIN_INT8}": "int8",
     f"{DOMAIN}::{OP_TYPE}Fp8": "fp8",
 }
-"""Names, and the type of a quantized cache."""
+"""Names of the plugins, with the type of a quantized cache."""
 
-# TensorRT's types: the kernel's name, and autotune's.
+# TensorRT's types: the name in the kernel, and the name for autotune.
 _ACTIVATIONS = {trt.DataType.HALF: ("fp16", "FP16"), trt.DataType.BF16: ("bf16", "BF16")}
 _TACTIC = 1
 
@@ -61,21 +61,21 @@ class Symbols:
 
 @lru_cache
 def _compiled(shape: KernelShape, tiles: Tiles, capability: int) -> CompiledKernel:
-    """All layers of a model share a kernel."""
+    """The compiled kernel; cached, because all layers of a model share it."""
     return compile_kernel(shape, tiles, capability)
 
 
 class _Plugin:
-    """The three functions that TensorRT wants of a plugin. Each takes tensors and attributes by name."""
+    """The three functions of a plugin. Each takes tensors and attributes by name."""
 
     def __init__(self, cache: str | None) -> None:
         self.quantized_cache, self.cache = cache is not None, cache or "int8"
 
     def shape_of(self, named: Mapping[str, Any]) -> KernelShape:
-        """What to compile for a node.
+        """The kernel's shape for a node.
 
         Raises:
-            ValueError: the kernel does not take it.
+            ValueError: the kernel does not support it.
         """
         dtype = named["query"].dtype
         phase = {number: name for name, number in PHASES.items()}[named["phase"]]
@@ -96,10 +96,10 @@ class _Plugin:
         return shape
 
     def tiles_of(self, named: Mapping[str, Any]) -> Tiles:
-        """The block sizes that the attribute ``tiles`` names.
+        """The block sizes of the attribute ``tiles``.
 
         Raises:
-            ValueError: there are not so many.
+            ValueError: there is no such choice.
         """
         found = choices(named["compute_capability"], self.quantized_cache, named["processors"])
         if not -1 <= named["tiles"] < len(found):
@@ -110,13 +110,13 @@ class _Plugin:
         return tiles
 
     def describe(self, named: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The shape rule: the output like the query, caches and counters aliased, and scratch."""
+        """The shape rule: an output like the query, aliased caches and counters, and scratch memory."""
         scratch = partials_shape(self.shape_of(named), self.tiles_of(named))
         aliased = (named[name].aliased() for name in ("past_key", "past_value", "counters"))
         return named["query"].like(), *aliased, trtp.from_shape_expr(scratch, trt.DataType.FLOAT)
 
     def autotune(self, named: Mapping[str, Any]) -> list[Any]:
-        """One combination of types, linear throughout, and one tactic.
+        """One combination of types, all in linear format, and one tactic.
 
         Raises:
             ValueError: a profile allows a shape for which the kernel is not compiled.
@@ -139,7 +139,7 @@ class _Plugin:
         return [trtp.AutoTuneCombination(", ".join(types[kind] for kind in kinds), "LINEAR", [_TACTIC])]
 
     def implement(self, named: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The kernel, whatever the tactic, its launch, and the sizes that it takes between inputs and outputs."""
+        """The kernel (the same for every tactic), its launch, and the sizes between inputs and outputs."""
         shape = self.shape_of(named)
         tiles = self.tiles_of(named)
         kernel = _compiled(shape, tiles, named["compute_capability"])
@@ -163,7 +163,7 @@ def _largest(dimensions: Any) -> tuple[int, ...]:
 def _signed(
     function: Callable[[Mapping[str, Any]], Any], parameters: Mapping[str, Any], returns: Any
 ) -> Callable[..., Any]:
-    """``function`` under the signature that TensorRT demands: tensors and attributes one by one, annotated."""
+    """``function`` with the signature that TensorRT requires: one annotated argument per tensor and attribute."""
     kinds = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=a) for name, a in parameters.items()]
     signature = Signature(kinds, return_annotation=returns)
 

@@ -1,8 +1,9 @@
-"""``glm4::partial_rope_gqa_attention`` as a torch operator: plain tensors anywhere, the Triton kernel on a GPU.
+"""``glm4::partial_rope_gqa_attention`` as a torch operator: the Triton kernel on a GPU, plain tensor operations
+elsewhere.
 
-Importing this module registers ``torch.ops.glm4.partial_rope_gqa_attention``. It is functional, since
-an operator that mutates its inputs does not survive ``torch.export``; :mod:`glm4_plugins.torch_kernel` has the
-kernel itself, which updates the caches in place.
+Importing this module registers ``torch.ops.glm4.partial_rope_gqa_attention``. It is functional, because
+``torch.export`` does not support an operator that mutates its inputs. :mod:`glm4_plugins.torch_kernel` has the
+kernel, which updates the caches in place.
 """
 
 import torch
@@ -32,7 +33,7 @@ def _checked(
     query_lengths: Tensor,
     attributes: AttentionAttributes,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``past_lengths``, and copies of the caches to write into, once everything fits."""
+    """Check the shapes; returns ``past_lengths``, and copies of the caches to write into."""
     if 2 * cos.shape[-1] != attributes.rotary_embedding_dim:
         raise ValueError(
             f"cos has {cos.shape[-1]} columns, not rotary_embedding_dim / 2 = {attributes.rotary_embedding_dim // 2}"
@@ -49,7 +50,7 @@ def _checked(
         )
     if past_key is None or past_value is None:
         return past_lengths, query.new_zeros(present_shape), query.new_zeros(present_shape)
-    # The kernel wants contiguous caches, and writes into them.
+    # The kernel needs contiguous caches, and writes into them.
     layout = torch.contiguous_format
     return past_lengths, past_key.clone(memory_format=layout), past_value.clone(memory_format=layout)
 
@@ -71,7 +72,7 @@ def _plain(
     capacity, head_size = present_key.shape[2:]
     steps = torch.arange(sequence, device=query.device)
     positions = past_lengths.long()[:, None] + steps  # [B, S]
-    # Padding may stand past the last row of the tables; its rotation is never read.
+    # Padding may lie beyond the last row of the tables; its rotation is never read.
     rows = positions.clamp(max=cos.shape[0] - 1)
     cos_at, sin_at = cos[rows].unsqueeze(1), sin[rows].unsqueeze(1)  # [B, 1, S, R / 2]
     q = query.unflatten(-1, (num_heads, head_size)).transpose(1, 2)
@@ -84,7 +85,7 @@ def _plain(
     scores = torch.einsum("bhgsd,bhtd->bhgst", q.float(), present_key.float()) * scale
     visible = torch.arange(capacity, device=query.device) <= positions[..., None]  # [B, S, C]
     scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
-    # A cache row that was never written may hold anything, NaN too: weight zero does not silence it.
+    # A cache row that was never written may contain NaN, and zero times NaN is not zero.
     live = torch.arange(capacity, device=query.device) < (past_lengths.long() + sequence)[:, None]
     values = present_value.float().masked_fill(~live[:, None, :, None], 0.0)
     output = torch.einsum("bhgst,bhtd->bhgsd", scores.softmax(dim=-1), values)
@@ -109,9 +110,9 @@ def partial_rope_gqa_attention(
     rotary_embedding_dim: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :mod:`glm4_plugins.operator` for shapes and meaning. Rows past ``query_lengths`` come out as zeros.
+    """See :mod:`glm4_plugins.operator` for shapes and meaning. Rows beyond ``query_lengths`` become zeros.
 
-    Scores and softmax are computed in float32 whatever the inputs' type.
+    Scores and softmax are float32 for every input type.
 
     Raises:
         ValueError: shapes that do not fit, or a sequence that does not fit into the cache.
@@ -141,7 +142,7 @@ def with_kernel(
     rotary_embedding_dim: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator by the Triton kernel; by plain tensors where the kernel does not take the shape or type."""
+    """The operator with the Triton kernel, or with plain tensors if the kernel does not support the shape or type."""
     attributes = AttentionAttributes(num_heads, kv_num_heads, rotary_embedding_dim, scale)
     past_lengths, present_key, present_value = _checked(
         query, key, past_key, past_value, cos, past_lengths, query_lengths, attributes

@@ -1,4 +1,4 @@
-"""The Triton kernel on torch tensors, caches updated in place: on a GPU, or on the CPU by Triton's interpreter."""
+"""The Triton kernel on torch tensors, on a GPU or in Triton's interpreter. Updates the caches in place."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +26,7 @@ _QUANTIZED = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 @dataclass
 class Workspace:
-    """What a launch needs besides its tensors: counters that are zero between launches, and scratch."""
+    """Additional memory of a launch: counters, which are zero between launches, and scratch."""
 
     counters: Tensor
     partials: Tensor
@@ -40,7 +40,7 @@ class Workspace:
 def kernel_shape(
     query: Tensor, past_key: Tensor, attributes: AttentionAttributes, phase: str = "shared"
 ) -> KernelShape:
-    """What to compile for these tensors."""
+    """The kernel's shape for these tensors."""
     return KernelShape(
         attributes.num_heads,
         attributes.kv_num_heads,
@@ -55,7 +55,7 @@ def kernel_shape(
 
 
 def known_capability(device: torch.device) -> int:
-    """A GPU's compute capability, or the next lower one that has block sizes."""
+    """A GPU's compute capability, or the next lower one with block sizes."""
     major, minor = torch.cuda.get_device_capability(device)
     capability = 10 * major + minor
     return max((c for c in CAPABILITIES if c <= capability), default=capability)
@@ -63,7 +63,7 @@ def known_capability(device: torch.device) -> int:
 
 @lru_cache
 def device_choices(device: torch.device, quantized_cache: bool = False) -> tuple[Tiles, ...]:
-    """The block sizes on offer for a GPU, for as many blocks as it has processors."""
+    """The choices of block sizes for a GPU and its number of processors."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return choices(known_capability(device), quantized_cache, processors)
 
@@ -90,10 +90,10 @@ def attend(
     """``attn_output``; the new keys and values are written into ``past_key`` and ``past_value``.
 
     An int8 or fp8 cache needs ``key_scale`` and ``value_scale`` [kv_num_heads, head_dim] in float32. Without a
-    ``workspace`` one is made, which costs more than a decode step.
+    ``workspace``, the call allocates one, which costs more than a decode step.
 
     Raises:
-        ValueError: tensors that the kernel does not take.
+        ValueError: tensors that the kernel does not support.
     """
     from glm4_plugins.kernels import partial_rope_gqa_attention
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.quantize.calibrate import PEAKS, Calibration, Vector
 from glm4_exporters.quantize.smooth import Smoothing
@@ -26,7 +25,6 @@ from glm4_runtime.errors import GateError
 LIMIT = 65504.0  # the largest float16
 SAFE = LIMIT / 8  # headroom, because other texts reach larger values
 FIXED = ("attention_input", "scores", "mlp_input", "gate", "residual")  # values that cannot be scaled
-READ_BLOCK = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -138,30 +136,6 @@ def require_range(calibration: Calibration, smoothing: Smoothing | None = None) 
             f"beyond float16's {LIMIT:g} on the calibration text: {', '.join(found[:4])}{more}; no scaling of "
             "weights mends these: use bf16 or fp32 activations"
         )
-
-
-def weight_losses(checkpoint: Checkpoint, remedy: Remedy) -> dict[str, tuple[float, float]]:
-    """The relative RMS error of rounding each scaled tensor to fp16, before and after the scaling.
-
-    Rows that are scaled down may become subnormal in fp16, which has fewer digits. Rows too large for fp16 have an
-    infinite error before the scaling. Reads only the scaled tensors.
-    """
-    losses = {}
-    buffer = torch.empty(READ_BLOCK, dtype=torch.uint8)
-    for name, multipliers in sorted(remedy.weights.rows.items()):
-        size, plain, scaled = 0.0, 0.0, 0.0
-        for start, block in checkpoint.row_blocks(checkpoint.name_of(name), buffer):
-            part = torch.from_numpy(multipliers[start : start + len(block)])
-            weights, part = block.float(), part.view(-1, *[1] * (block.dim() - 1))
-            size += _energy(weights)
-            plain += _energy(weights.half().float() - weights)
-            scaled += _energy((weights * part).half().float() / part - weights)
-        losses[name] = math.sqrt(plain / size), math.sqrt(scaled / size)
-    return losses
-
-
-def _energy(x: torch.Tensor) -> float:
-    return float(x.double().square().sum())
 
 
 def _bits(largest: float) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from glm4_exporters.peak_memory import peak_memory
 from glm4_runtime import Session
 from glm4_runtime.bundle import WEIGHTS, Manifest, read_manifest
 from glm4_runtime.errors import RequestError
@@ -112,14 +113,9 @@ def bench(
             "steps": steps,
             "load_seconds": load,
             "weight_bytes": _weight_bytes(manifest),
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": peak_memory(),
             **{kind: {size: _spread(r) for size, r in figures.items()} for kind, figures in rates.items()},
         }
-
-
-def peak_bytes(process: int | str = "self") -> int:
-    """The peak resident memory of a process, mapped files included."""
-    return int(Path(f"/proc/{process}/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def _round(

@@ -8,11 +8,12 @@ from glm4_deploy.cache_key import cache_key
 from glm4_deploy.describe import describe
 from glm4_deploy.destination import Destination
 from glm4_deploy.plan import DEFAULTS, ExportOptions, Plan, make_plan
-from glm4_deploy.report import Clock, ExportResult, peak_rss, write_report
+from glm4_deploy.report import Clock, ExportResult, write_report
 from glm4_deploy.room import require_room
 from glm4_deploy.side_files import compare_side_files
 from glm4_deploy.tools import require_installed
 from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.peak_memory import peak_memory
 from glm4_runtime.bundle import GRAPH, WEIGHTS, Manifest, write_manifest
 from glm4_runtime.bundle.graph_checks import check_graph
 from glm4_runtime.progress import Progress, silent
@@ -78,7 +79,7 @@ def export(
                     engine = _build_engine(plan, prepared, model, folder, manifest, progress)
                 manifest = engine.manifest
             result = ExportResult(
-                bundle, manifest, parity, engine, prepared.report, clock.seconds, peak_rss(), warnings
+                bundle, manifest, parity, engine, prepared.report, clock.seconds, peak_memory(), warnings
             )
             write_report(folder, options, result)
             destination.publish(folder)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -67,13 +66,3 @@ def write_report(folder: Path, options: ExportOptions, result: ExportResult) -> 
 
         report["engine"] = engine_report(result.engine.built)
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-
-
-def peak_rss() -> int:
-    """Bytes of this process, so far; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from glm4_deploy.bench import peak_bytes
+from glm4_exporters.peak_memory import peak_memory
 from glm4_runtime.bundle import REPORT
 
 ROOT = Path(__file__).parents[2]
@@ -147,7 +147,7 @@ class Process:
         return self._answer()
 
     def peak_bytes(self) -> int:
-        return peak_bytes(self._process.pid)
+        return peak_memory(self._process.pid)
 
     def cores_of_others(self) -> float:
         """How many cores everything else kept busy, on average since the process began."""

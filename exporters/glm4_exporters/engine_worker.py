@@ -26,6 +26,7 @@ from glm4_exporters.engine_network import (
     float32_operators,
     fold_weight_transposes,
 )
+from glm4_exporters.peak_memory import peak_memory
 from glm4_runtime.errors import ExportError
 
 PROGRESS_STEPS = 1000
@@ -89,25 +90,9 @@ def _build(trt: Any, log: Any, plan: Mapping[str, Any], say: Say) -> dict[str, A
             answer["warnings"] += [warning] if warning else []
         del parser
     _reporter(say, len(files), len(files))(0.0)
-    answer["peak_rss_bytes"] = _peak_rss()
+    answer["peak_rss_bytes"] = peak_memory()
     answer["capabilities"] = [capability] if capability else []
     return answer
-
-
-def _peak_rss() -> int:
-    """Of this program, in bytes. getrusage, which counts the process that started it as well, is the second choice.
-
-    0 where neither tells.
-    """
-    try:
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):  # some sandboxes do not tell
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _reporter(say: Say, done: int, files: int) -> Callable[[float], None]:

@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from glm4_deploy.memory import available_memory
-from glm4_deploy.report import peak_rss
 from glm4_deploy.validate.bands import find_culprit, is_out_of_band
 from glm4_deploy.validate.comparison import NO_TARGET, Comparison, worst_positions
 from glm4_deploy.validate.gates import load_gate, row_of
@@ -18,6 +17,7 @@ from glm4_deploy.validate.report import Report, Side, WorstPosition
 from glm4_deploy.validate.side_by_side import Bundle, walk
 from glm4_deploy.validate.text import Text, choose_text, hex_of_bytes
 from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.peak_memory import peak_memory
 from glm4_runtime.bundle import GRAPH, WEIGHTS, read_manifest, verify_files
 from glm4_runtime.errors import BundleError, RequestError
 from glm4_runtime.progress import Progress, silent
@@ -111,7 +111,7 @@ def validate(
     report.notes += _open_questions(report)
     report.tools = {name: version(name) for name in TOOLS} | {"python": platform.python_version()}
     report.seconds = round(time.monotonic() - start, 1)
-    report.peak_rss_bytes = peak_rss()
+    report.peak_rss_bytes = peak_memory()
     return report
 
 

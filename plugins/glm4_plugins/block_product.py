@@ -87,7 +87,10 @@ def block_product(
 
 def library() -> Path | None:
     """The operator's library for ONNX Runtime; None if it was not built with the package."""
-    folder, suffixes = Path(__file__).parent, reversed(EXTENSION_SUFFIXES)  # the plain one first: see setup.py
+    folder, suffixes = (
+        Path(__file__).parent,
+        reversed(EXTENSION_SUFFIXES),
+    )  # the plain one first: see setup.py
     return next((path for s in suffixes if (path := folder / f"cpu_operators{s}").is_file()), None)
 
 

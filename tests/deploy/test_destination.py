@@ -460,10 +460,11 @@ def elsewhere(system, program, *arguments):
 COMMANDS = """
 from glm4_deploy.cli import main
 from glm4_deploy import destination, interrupts, locks, memory, pipeline, report
+from glm4_exporters.peak_memory import peak_memory
 from glm4_deploy.validate import run
 import glm4_exporters.engine_worker, glm4_exporters.weights
 assert locks.POSIX is None
-assert report.peak_rss() == 0 and memory.available_memory() > 0
+assert peak_memory(0) == 0 and memory.available_memory() > 0
 main(sys.argv[2:])
 """
 

@@ -1,7 +1,7 @@
-"""An ONNX graph becomes a TensorRT engine: what is asked for, what is refused, and the process that builds it.
+"""Building a TensorRT engine from an ONNX graph: options, refusals, and the process that builds.
 
-The builder runs in a process of its own (``engine_worker``): an assertion of the parser then ends that process
-and not the export, an interrupt ends it at once, and its memory is measured alone.
+The builder runs in its own process (``engine_worker``), for three reasons. A failed assertion of the parser ends only
+this process. An interrupt can end it at once. Its memory is measured separately.
 
 Two builds of one graph have the same size but not always the same bytes (TensorRT-RTX 1.7): the builder orders
 the cache tensors by their addresses in memory, and its threads share the heap. Neither one thread nor addresses
@@ -40,9 +40,7 @@ PLUGIN_MODULE = "glm4_plugins.tensorrt"
 # Above this capacity TensorRT-RTX 1.7 has no attention kernel for exactly one query: 20480 built and 24576 did
 # not, for 4 to 48 heads of 64 and 128. For one or two queries it takes the kernel of the prefill, at any capacity.
 ONE_QUERY_CAPACITY = 16384
-CAPACITY_STEP = (
-    64  # positions; keeps each row of a cache at a multiple of the 256 bytes that TensorRT asks for
-)
+CAPACITY_STEP = 64  # positions; keeps each row of a cache a multiple of 256 bytes, which TensorRT requires
 PREFILL_WIDTH = 512  # most new positions of one run
 LOGITS_WIDTH = 128  # most positions of one run that get logits: 151552 of them in float32 take 78 MB
 SAMPLE_SECONDS = 0.05
@@ -52,14 +50,14 @@ PROCESSORS_ATTRIBUTE = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 
 @dataclass(frozen=True)
 class EngineKind:
-    """A TensorRT.
+    """One of the two TensorRTs.
 
     Attributes:
-        capabilities: compute capabilities it builds for by name; empty where it builds for the GPU at hand.
-        default: those that an engine runs on which names none, and all that came later.
-        times: it times kernels while it builds, which needs a GPU and makes a timing cache worth keeping.
-        attention: how attention can be run, the usual way first.
-        index: where pip finds its libraries, if not on the public index: the end of "install PACKAGE".
+        capabilities: compute capabilities that it can build for; empty if it builds for the GPU of this machine.
+        default: capabilities that an engine runs on if none is named; also all later ones.
+        times: whether it times kernels during a build. This needs a GPU, and makes a timing cache useful.
+        attention: possible ways to run attention, the default first.
+        index: text after "install PACKAGE", if its libraries are not on the public index.
     """
 
     module: str
@@ -78,7 +76,7 @@ ENGINE_KINDS = {
         ("75", "80", "86", "89", "120", "121"),
         ("80", "86", "89", "120"),
         times=False,
-        attention=("native",),  # it takes no plugins, and a node it does not know ends the process
+        attention=("native",),  # it has no plugins, and an unknown node ends the process
     ),
     "tensorrt": EngineKind(
         "tensorrt",
@@ -91,10 +89,10 @@ ENGINE_KINDS = {
     ),
 }
 
-# What runs on a GPU that TensorRT-RTX does not name, as 9.0 and 10.0.
+# What to use on a GPU that TensorRT-RTX does not support, such as 9.0 and 10.0.
 ELSEWHERE = "Other GPUs run --target tensorrt, exported on them, or --target ort --precision fp16"
 
-# What the parser makes of an operator. It drops some inputs and nodes without a word, so we count.
+# The layer that the parser makes from an operator. The parser drops some inputs and nodes silently, so we count.
 LAYERS_OF_OPERATORS = {
     "TensorScatter": "KV_CACHE_UPDATE",
     "Attention": "ATTENTION_INPUT",
@@ -108,14 +106,14 @@ LAYERS_OF_OPERATORS = {
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine is built; every field but ``timing_cache`` shapes it.
+    """A user's options for an engine. Every field except ``timing_cache`` changes the engine.
 
     Attributes:
-        sm: compute capabilities to build for, as 89 for 8.9; the kind's own choice where empty.
+        sm: compute capabilities to build for, such as 89 for 8.9; empty for the default.
         layout: ``shared`` or ``split``, see :class:`~glm4_runtime.bundle.EngineInfo`.
-        attention: ``plugin``, ``plugin-small`` (blocks with less than 48 KiB of shared memory) or ``native``; the
-            kind's usual way where None.
-        timing_cache: a file that is read if it is there, and written.
+        attention: ``plugin``, ``plugin-small`` (blocks with less than 48 KiB of shared memory) or ``native``; None
+        for the default.
+        timing_cache: a file that is read if it exists, and written after the build.
         keep_onnx: leave the graph and the weights that the engine was built from in the bundle.
     """
 
@@ -128,7 +126,7 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """Everything that the building process needs to know; travels as JSON."""
+    """The input of the building process, as JSON."""
 
     kind: str
     graphs: Mapping[str, str]  # by the engine's file
@@ -143,14 +141,14 @@ class EnginePlan:
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """What the building process reports.
+    """The result of the building process.
 
     Attributes:
-        capabilities: of the GPU it was built on, where it was built for that one.
+        capabilities: of the GPU that built the engine, if the engine is for this GPU only.
         layers, float32: as in :class:`~glm4_runtime.bundle.EngineInfo`.
         kernels: per profile, the built engine's layers by type, those of attention by the kernel's name.
-        peak_rss_bytes: of the process, the mapped weights included; ``peak_anonymous_bytes`` without them.
-        warnings: what went wrong beside the engine, a line each.
+        peak_rss_bytes: of the process, with the mapped weights; ``peak_anonymous_bytes`` is without them.
+        warnings: problems that did not stop the build, one line each.
     """
 
     files: Mapping[str, FileEntry]
@@ -166,7 +164,7 @@ class BuiltEngine:
 def require_engine(
     kind_name: str | None, target: str, precision: str, task: str, options: EngineOptions
 ) -> None:
-    """Refuse what no engine can be, before any work.
+    """Refuse impossible engines before any work.
 
     Raises:
         ExportError: engine options without an engine, an unknown or too old GPU, or a TensorRT, GPU or
@@ -226,7 +224,7 @@ def _require_capabilities(kind_name: str, precision: str, asked: Sequence[str]) 
 
 
 def _require_builder(kind: EngineKind) -> None:
-    """The package of that name on the public index can be a stub without libraries."""
+    """Try to create a builder: the package on the public index may be a stub without libraries."""
     probe = f"import {kind.module}; {kind.module}.Builder({kind.module}.Logger())"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -238,21 +236,21 @@ def _require_builder(kind: EngineKind) -> None:
 
 
 def gpu_capability() -> str | None:
-    """Compute capability of the first GPU, as 89 for 8.9; None where there is none."""
+    """Compute capability of the first GPU, such as 89 for 8.9; None without a GPU."""
     numbers = _gpu_attributes(*COMPUTE_CAPABILITY_ATTRIBUTES)
     return None if numbers is None else "".join(map(str, numbers))
 
 
 def gpu_processors() -> int | None:
-    """Streaming multiprocessors of the first GPU; None where there is none."""
+    """Number of streaming multiprocessors of the first GPU; None without a GPU."""
     numbers = _gpu_attributes(PROCESSORS_ATTRIBUTE)
     return None if numbers is None else numbers[0]
 
 
 def gpu_identity() -> dict[str, str | int | None] | None:
-    """What an engine that is built on the first GPU depends on of it; None where there is none.
+    """The facts about the first GPU that decide an engine built on it; None without a GPU.
 
-    Model, compute capability and processors: equal ones run each other's engines at the speed they were timed for.
+    Model, compute capability and processors. GPUs with equal facts run each other's engines at the timed speed.
     """
     driver = _driver()
     name = ctypes.create_string_buffer(256)
@@ -263,7 +261,7 @@ def gpu_identity() -> dict[str, str | int | None] | None:
 
 
 def _driver() -> ctypes.CDLL | None:
-    """NVIDIA's driver, ready to be asked; None where there is none."""
+    """NVIDIA's driver, initialised; None without a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -272,7 +270,7 @@ def _driver() -> ctypes.CDLL | None:
 
 
 def _gpu_attributes(*attributes: int) -> tuple[int, ...] | None:
-    """What the driver says of the first GPU; None where there is none."""
+    """Attributes of the first GPU from the driver; None without a GPU."""
     numbers = [ctypes.c_int(0) for _ in attributes]
     driver = _driver()
     if driver is None:
@@ -317,7 +315,7 @@ def require_plugin(config: Glm4Config, activations: str, max_batch: int, capabil
 
 
 def engine_version(kind_name: str) -> str:
-    """The installed builder's version, without loading it."""
+    """Version of the installed builder, without importing the builder."""
     kind = ENGINE_KINDS[kind_name]
     try:
         return version(kind.package)
@@ -331,7 +329,8 @@ def engine_version(kind_name: str) -> str:
 def engine_capabilities(
     kind_name: str, precision: str, options: EngineOptions
 ) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
-    """Capabilities to name to the builder (none: its own choice), those it then runs on, and whether on later ones too."""
+    """Capabilities to pass to the builder (empty: its default), those that the engine runs on, and whether later ones
+    work too."""
     kind = ENGINE_KINDS[kind_name]
     if options.sm:
         chosen = tuple(sorted(set(options.sm), key=int))
@@ -343,14 +342,14 @@ def engine_capabilities(
 
 
 def engine_attention(kind_name: str, task: str, options: EngineOptions) -> str:
-    """How the engine attends; without a cache natively, whatever the kind's usual way."""
+    """The engine's attention; ``native`` for a task without a cache."""
     if options.attention == SMALL_TILES:
         return "plugin"
     return options.attention or (ENGINE_KINDS[kind_name].attention[0] if task == "causal-lm" else "native")
 
 
 def plugin_phases(layout: str) -> tuple[str, ...]:
-    """The kernels that an engine by our plugin holds: one for both profiles, or one each."""
+    """The phases of the plugin's kernels: one kernel for both profiles, or one each."""
     return ("prefill", "decode") if layout == "split" else ("shared",)
 
 
@@ -362,9 +361,9 @@ def engine_capacity(max_seq_len: int) -> int:
 def engine_profiles(
     task: str, limits: Limits, layout: str, attention: str = "native"
 ) -> tuple[EngineProfile, ...]:
-    """The ways to run: one sequence of many positions, and for a decoder one position of many sequences.
+    """The profiles: one sequence of many positions, and for a decoder one position of many sequences.
 
-    The prefill's cache may be the row of any sequence: its batch is one, whatever the limit.
+    A prefill always has batch 1; its cache is the row of one sequence.
     """
     width, rows = min(PREFILL_WIDTH, limits.max_seq_len), limits.max_batch_size
     one = (1, 1, 1)
@@ -384,10 +383,10 @@ def engine_profiles(
 def expected_layers(
     operators: Mapping[str, str], num_layers: int, has_cache: bool, attention: str
 ) -> dict[str, int]:
-    """Layers that the parsed network must have: what the model has, and one per operator of the graph.
+    """Layers that the parsed network must have, from the model and from the operators of the graph.
 
     Raises:
-        ExportError: the graph itself lacks what the model has, so that nothing right can come of it.
+        ExportError: the graph lacks operators that the model has.
     """
     if attention == "plugin":
         model = {OP_TYPE: num_layers}
@@ -407,7 +406,7 @@ def build_engine(folder: Path, plan: EnginePlan, progress: Progress = silent) ->
     """Build the engine files of ``plan`` in ``folder``, where its graph lies.
 
     Raises:
-        ExportError: what the parser, the check of the network or the builder said, in one line.
+        ExportError: the message of the parser, the network check or the builder, in one line.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "glm4_exporters.engine_worker"],
@@ -417,7 +416,7 @@ def build_engine(folder: Path, plan: EnginePlan, progress: Progress = silent) ->
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # an interrupt reaches the export, which ends the builder
+        start_new_session=True,  # an interrupt reaches only the export, which then ends the builder
     )
     try:
         return _follow(process, plan, progress)
@@ -437,7 +436,7 @@ def _follow(process: "subprocess.Popen[str]", plan: EnginePlan, progress: Progre
     stderr = process.stderr
     listener = threading.Thread(target=lambda: noise.extend(stderr), daemon=True)
     listener.start()
-    with contextlib.suppress(BrokenPipeError):  # it died at once; what it said follows
+    with contextlib.suppress(BrokenPipeError):  # it died at once; its message follows
         process.stdin.write(json.dumps(dataclasses.asdict(plan)))
         process.stdin.close()
     answer: dict[str, Any] = {}
@@ -481,7 +480,7 @@ def _environment(kind: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _memory_of(pid: int) -> Iterator[list[int]]:
-    """The most anonymous memory that a process was seen to hold, in a list of one."""
+    """Watches a process; the list's one element is the largest anonymous memory seen, in bytes."""
     peak, ended = [0], threading.Event()
 
     def sample() -> None:

@@ -44,7 +44,7 @@ def main() -> int:
     except ExportError as error:
         say({"error": str(error)})
         return 1
-    except Exception as error:  # Polygraphy's and the bindings' own, with what the library logged
+    except Exception as error:  # errors of Polygraphy and the bindings, with the library's log
         say({"error": _refusal(plan["kind"], "could not build the engine", [*log.messages, str(error)])})
         return 1
     say(answer)
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def _claim_stdout() -> Say:
-    """Keep standard output for our messages; what libraries print goes to standard error."""
+    """Keep standard output for our messages; prints of libraries go to standard error."""
     stream: IO[str] = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     lock = threading.Lock()
@@ -83,7 +83,7 @@ def _build(trt: Any, log: Any, plan: Mapping[str, Any], say: Say) -> dict[str, A
         config = _config(trt, plan, builder, definition, profiles, monitor)
         answer["files"][name] = _write(trt, log, plan, builder, definition, config, Path(name))
         names = [profile["name"] for profile in profiles]
-        if not ENGINE_KINDS[plan["kind"]].times:  # the full TensorRT lists its layers in another form
+        if not ENGINE_KINDS[plan["kind"]].times:  # the full TensorRT logs its layers in another form
             answer["kernels"] |= check_compiled(log.layers, names, plan["operators"])
         if plan["timing_cache"] is not None:
             warning = save_timing_cache(config, Path(plan["timing_cache"]))
@@ -103,7 +103,7 @@ def _reporter(say: Say, done: int, files: int) -> Callable[[float], None]:
 
 
 def _errors_of(trt: Any) -> Any:
-    """A logger that keeps errors, and the one message that lists an engine's layers."""
+    """A logger that keeps errors, and the message that lists an engine's layers."""
 
     class Errors(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -121,24 +121,24 @@ def _errors_of(trt: Any) -> Any:
 
 
 def _refusal(kind: str, what: str, messages: Sequence[str]) -> str:
-    """One line of a library's many: the first message, which names the cause, without where it was raised."""
+    """One line from a library's messages: the first, which names the cause, without the source location."""
     first = next((" ".join(m.split()) for m in messages if m.strip()), "it does not say why")
     return f"{kind} {what}: {re.split(RAISED_AT, first)[0]}"
 
 
 def _parse(trt: Any, log: Any, kind: str, graph: str) -> tuple[Any, Any, Any]:
-    """Builder, network, and the parser, whose mapped weights the network reads until it is built."""
+    """Builder, network and parser. The parser must live until the build ends: the network reads its mapped weights."""
     builder = trt.Builder(log)
     if not ENGINE_KINDS[kind].times:
         builder.max_threads = (
-            1  # threads allocate in another order each time, and the order shapes the engine
+            1  # threads allocate in a random order, and the order changes the engine's bytes
         )
     flags = getattr(
         trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None
-    )  # the only kind there is, later
+    )  # later versions have no other kind
     definition = builder.create_network(0 if flags is None else 1 << int(flags))
     parser = trt.OnnxParser(definition, log)
-    if not parser.parse_from_file(graph):  # from the file, so that weights are mapped, not copied
+    if not parser.parse_from_file(graph):  # from the file, so that weights are mapped and not copied
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         said = [f"{e.node_name()}: {e.desc()}" if e.node_name() else e.desc() for e in errors]
         raise ExportError(_refusal(kind, "does not take the graph", [*said, *log.messages]))
@@ -153,7 +153,7 @@ def _config(
     profiles: Sequence[Mapping[str, Any]],
     monitor: Any,
 ) -> Any:
-    """Polygraphy's configuration: it knows which of the two libraries has which setting."""
+    """Polygraphy's configuration; Polygraphy knows the settings of both libraries."""
     from polygraphy.backend.trt import CreateConfig, Profile
 
     options: dict[str, Any] = {
@@ -161,7 +161,7 @@ def _config(
         "progress_monitor": monitor,
         "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,  # so that layers keep the graph's names
     }
-    if plan["plugin"] is not None:  # without it TensorRT refuses a plugin that writes into an input
+    if plan["plugin"] is not None:  # otherwise TensorRT refuses a plugin that writes into an input
         options["preview_features"] = [trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03]
     for profile in profiles:
         made = Profile()
@@ -185,7 +185,7 @@ def _config(
 def _write(
     trt: Any, log: Any, plan: Mapping[str, Any], builder: Any, definition: Any, config: Any, path: Path
 ) -> dict[str, Any]:
-    """Build into a file, hashed on the way, so that the engine is never whole in memory twice."""
+    """Build into a file and hash on the way, so that the engine is not in memory twice."""
     with path.open("xb") as file:
 
         class Writer(trt.IStreamWriter):  # type: ignore[misc]
@@ -214,7 +214,7 @@ def _write(
 
 
 def load_timing_cache(config: Any, path: Path) -> None:
-    """Let the build reuse timings. A cache of another TensorRT or GPU is left aside: it saves time only."""
+    """Let the build reuse timings. A cache of another TensorRT or GPU is ignored."""
     with contextlib.suppress(OSError):
         stored = config.create_timing_cache(path.read_bytes())
         if stored is not None:
@@ -222,7 +222,8 @@ def load_timing_cache(config: Any, path: Path) -> None:
 
 
 def save_timing_cache(config: Any, path: Path) -> str | None:
-    """Write the build's timings, aside and renamed. The engine is there already, so a failure is only told.
+    """Write the build's timings to a new file, then rename it. A failure is only reported, because the engine exists
+    already.
 
     Returns:
         Why the file was not written, in one line, or None.
@@ -232,7 +233,7 @@ def save_timing_cache(config: Any, path: Path) -> str | None:
         with config.get_timing_cache().serialize() as timings:
             aside.write_bytes(timings)
         aside.replace(path)
-    except Exception as error:  # the bindings raise their own
+    except Exception as error:  # the bindings raise errors of their own
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
         return f"the timing cache {path} was not written: {' '.join(str(error).split())}"
@@ -240,7 +241,7 @@ def save_timing_cache(config: Any, path: Path) -> str | None:
 
 
 def _monitor(trt: Any, report: Callable[[float], None]) -> Any:
-    """The builder's nested phases as one share of the whole; each step of a phase counts alike."""
+    """Progress of the builder's nested phases as one share; every step of a phase counts the same."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

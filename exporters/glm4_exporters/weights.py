@@ -1,12 +1,11 @@
-"""Checkpoint tensors into the bundle's one data file: read in row blocks, cast or quantized, hashed, written.
+"""Writes checkpoint tensors into the bundle's data file: reads row blocks, casts or quantizes, hashes, writes.
 
-The file is the concatenation of the graph's weights in the graph's order, each at a multiple of 4096
-bytes, so that a runtime can map it. A stored matrix is its format's parts. Memory is a fixed
-set of buffers, whatever the model's size. The calling thread casts a block while others read the next, hash
-the source, hash the file and write it; stored formats are encoded by as many threads as there are cores.
-Two things are in memory until their place in the file comes: the parts of a matrix that are not written first, its
-scales as a rule, and the codes of a matrix that is stored transposed. A format that needs the largest magnitude of a
-matrix has it read twice.
+The file holds the graph's weights in the graph's order, each at a multiple of 4096 bytes, so that a runtime can map
+the file. A stored matrix is written as the parts of its format.
+Memory is a fixed set of buffers, independent of the model's size. The calling thread casts a block while other
+threads read the next block, hash the source, hash the file and write. Encoding uses one thread per core. Two things
+wait in memory until their place in the file comes: later parts of a matrix, usually its scales, and the codes of a
+matrix that is stored transposed. If a format needs the largest magnitude of a matrix, the matrix is read twice.
 """
 
 import contextlib
@@ -40,25 +39,25 @@ from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
 
 READ_BLOCK = 32 << 20
-READ_BUFFERS = 4  # one is read into, one is cast, two wait for their hash
+READ_BUFFERS = 4  # one is being read, one is being cast, two wait for their hash
 TABLE_ROWS = 1 << 16
 M_TRIM_THRESHOLD, KEPT = -1, 64 << 20  # glibc's malloc.h; bytes
 M_MMAP_THRESHOLD, MAPPED_FROM = -3, 2 << 20
-ENCODED_AT_ONCE = 1 << 18  # numbers that one thread works on, in float32: a core's own cache holds them
+ENCODED_AT_ONCE = 1 << 18  # numbers per thread; as float32 they fit a core's own cache
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one of the graph's weights lies in the data file, in bytes."""
+    """Position of one of the graph's weights in the data file, in bytes."""
 
     name: str
     dtype: ir.DataType
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    source: Source | None = None  # the part of a stored matrix that it is
+    source: Source | None = None  # set if this is a part of a stored matrix
 
     @property
     def type_name(self) -> str:
@@ -66,22 +65,22 @@ class StoredTensor:
 
 
 class Found(Protocol):
-    """The parts of a matrix that were found before its file is written, as by GPTQ."""
+    """Parts of a matrix that were computed earlier, such as by GPTQ."""
 
     def rows(self, first: int, count: int) -> Encoded:
-        """Of ``count`` rows; scales of any float type."""
+        """The parts of ``count`` rows; scales may have any float type."""
 
     def written(self) -> None:
-        """Called when the matrix is in the file."""
+        """Called after the matrix was written."""
 
 
 @dataclass(frozen=True)
 class Edits:
-    """What is done to tensors before they are stored.
+    """Changes of tensors before they are stored.
 
     Attributes:
         smoothing: multipliers per row and column.
-        found: parts of matrices, by name, in place of what their format's ``encode`` would give.
+        found: by name: parts that replace the result of the format's ``encode``.
     """
 
     smoothing: Smoothing = field(default_factory=Smoothing)
@@ -95,9 +94,9 @@ class WrittenWeights:
 
 
 def layout(model: ir.Model) -> list[StoredTensor]:
-    """The place of every initializer that has no data yet, in the graph's order.
+    """Positions of all initializers that have no data yet, in the graph's order.
 
-    The parts of one matrix that two operators read in different shapes lie at one place.
+    Two initializers of the same part, with different shapes, share one position.
     """
     tensors: list[StoredTensor] = []
     places: dict[object, int] = {}
@@ -108,7 +107,7 @@ def layout(model: ir.Model) -> list[StoredTensor]:
         assert value.dtype is not None
         assert value.shape is not None
         shape = tuple(fixed(axis) for axis in value.shape)
-        nbytes = int(torch.Size(shape).numel() * value.dtype.itemsize)  # of half a byte, sometimes
+        nbytes = int(torch.Size(shape).numel() * value.dtype.itemsize)  # an item may be half a byte
         source = source_of(value)
         offset = places.setdefault(source or name, end)
         tensors.append(StoredTensor(name, value.dtype, shape, offset, nbytes, source))
@@ -117,7 +116,7 @@ def layout(model: ir.Model) -> list[StoredTensor]:
 
 
 def _cores() -> int:
-    """Cores that this process may use; all of the machine's where the system does not tell."""
+    """Number of cores that this process may use; all cores if the system does not tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -165,7 +164,7 @@ def write_weights(
     with _one_torch_thread(), AlignedFile(path) as file, _Writer(checkpoint, edits, file) as writer:
         for tensor in tensors:
             if tensor.offset < file.position:
-                continue  # another reader of what lies there already
+                continue  # a second initializer of data that is written already
             writer.write(tensor)
             file.pad()
             progress("write weights", tensor.offset + tensor.nbytes, total)
@@ -184,9 +183,7 @@ class _Writer:
         self._hasher = ThreadPoolExecutor(1, "hash source")
         self._encoders = ThreadPoolExecutor(_cores(), "encode")
         self._hashes: dict[str, str] = {}
-        self._waiting: dict[
-            Source, list[Tensor]
-        ] = {}  # packed parts whose place in the file is still to come
+        self._waiting: dict[Source, list[Tensor]] = {}  # packed parts whose position in the file comes later
 
     def __enter__(self) -> "_Writer":
         return self
@@ -209,7 +206,7 @@ class _Writer:
                 self._file.append(flat, dtype)
 
     def _write_part(self, source: Source) -> None:
-        """A part of a matrix; the matrix is encoded where its first part is written, and the others wait."""
+        """Write a part of a matrix. The whole matrix is encoded with its first part; the other parts wait."""
         chunks: Iterable[Tensor] | None = self._waiting.pop(source, None)
         if chunks is None:
             chunks = self._encoded(source)
@@ -218,7 +215,7 @@ class _Writer:
             self._file.append(piece.reshape(-1).view(torch.uint8), torch.uint8)
 
     def _encoded(self, wanted: Source) -> Iterator[Tensor]:
-        """The wanted part, packed, some rows at a time."""
+        """Yields the wanted part, packed, some rows at a time."""
         matrix, largest = wanted.matrix, None
         found = self._edits.found.get(matrix.name)
         if found is None and matrix.format.needs_largest:
@@ -236,9 +233,7 @@ class _Writer:
         for first, block in self._read(matrix.name):
             for parts in self._in_parts(packed, first, block):
                 for name, chunk in parts.items():
-                    if (
-                        plain[name].shape or name not in begun
-                    ):  # a part of the whole matrix comes with all rows
+                    if plain[name].shape or name not in begun:  # a scalar part is the same for all rows
                         self._waiting.setdefault(Source(matrix, name), []).append(chunk)
                         begun.add(name)
                 yield from self._waiting.pop(wanted, ())
@@ -246,7 +241,7 @@ class _Writer:
             found.written()
 
     def _largest(self, name: str) -> float:
-        """The largest magnitude of a matrix as it is stored."""
+        """The largest magnitude of a matrix after its edits."""
 
         def largest(first: int, rows: Tensor) -> float:
             low, high = self._edits.smoothing.apply(name, rows, first).float().aminmax()
@@ -256,7 +251,7 @@ class _Writer:
         return max(max(self._in_parts(largest, first, block)) for first, block in blocks)
 
     def _in_parts(self, work: Callable[[int, Tensor], T], first: int, block: Tensor) -> Iterator[T]:
-        """``work`` on the rows of a block, whose first is row ``first`` of its matrix, a few on each thread."""
+        """Run ``work`` on a block of rows, a few rows per thread. ``first`` is the block's first row in its matrix."""
         step = max(1, ENCODED_AT_ONCE // (block.shape[1] * ROWS_TOGETHER)) * ROWS_TOGETHER
         starts = range(0, len(block), step)
         jobs = [self._encoders.submit(work, first + start, block[start : start + step]) for start in starts]
@@ -265,7 +260,7 @@ class _Writer:
         _give_back_freed()
 
     def _read(self, canonical: str) -> Iterator[tuple[int, Tensor]]:
-        """Row blocks of a tensor, hashed on another thread."""
+        """Yields row blocks of a tensor; another thread hashes them."""
         name, buffers = self._checkpoint.name_of(canonical), self._buffers
         digest, hashing = hashlib.sha256(), deque[Future[None]]()
         for first, block in self._checkpoint.row_blocks(name, *buffers):
@@ -273,13 +268,13 @@ class _Writer:
             hashing.append(self._hasher.submit(digest.update, flat.view(torch.uint8).numpy().data))
             yield first, block
             if len(hashing) == len(buffers) - 1:
-                hashing.popleft().result()  # its buffer is the next one to be filled
+                hashing.popleft().result()  # its buffer is filled next
         for job in hashing:
             job.result()
         self._hashes[canonical] = digest.hexdigest()
 
     def source_sha256(self) -> str:
-        """Of all tensors' contents, whatever their order and their shards."""
+        """SHA-256 of all tensors' contents, independent of their order and their shards."""
         digest = hashlib.sha256()
         for canonical in sorted(self._hashes):
             name = self._checkpoint.name_of(canonical)
@@ -289,10 +284,10 @@ class _Writer:
 
 
 def _packed(matrix: Matrix, encoded: Encoded) -> Encoded:
-    """Encoded rows as the matrix's arrangement packs them.
+    """Pack encoded rows in the matrix's arrangement.
 
     Raises:
-        ExportError: a scale that its type does not hold.
+        ExportError: a scale overflows its type.
     """
     packed = {}
     for name, part in matrix.parts.items():
@@ -322,10 +317,10 @@ def _require_range(name: str, flat: Tensor, dtype: torch.dtype) -> None:
 
 
 def _keep_freed() -> None:
-    """Let glibc keep what quantizing frees for what it takes next.
+    """Tell glibc to keep freed memory for the next allocation.
 
-    By default it gives most of it back at once, and every page is faulted in again for the next few rows.
-    Other C libraries have no such options, and none to set.
+    By default glibc returns most of the memory at once, and every page is faulted in again for the next rows. Other C
+    libraries lack these options.
     """
     with contextlib.suppress(AttributeError):
         libc = ctypes.CDLL(None)
@@ -334,14 +329,14 @@ def _keep_freed() -> None:
 
 
 def _give_back_freed() -> None:
-    """Now and then, since aligned blocks leave holes that nothing fits into: an int4 export of a 9B held 2.4 GB."""
+    """Return freed memory sometimes: aligned blocks leave holes, and an int4 export of a 9B held 2.4 GB."""
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """A cast is bound by memory; the other cores hash."""
+    """Limit torch to one thread: a cast is bound by memory, and the other cores hash."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

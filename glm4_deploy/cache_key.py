@@ -16,18 +16,18 @@ from glm4_runtime.errors import ExportError
 def cache_key(checkpoint: str | Path, options: ExportOptions, by_content: bool = False) -> str:
     """SHA-256 of everything that decides the bundle's bytes, without reading a weight unless ``by_content``.
 
-    Options, versions of our package and the tools that shape a bundle, and the checkpoint's fingerprint:
-    its configuration, its tensor headers, and per shard the content hash under which a hub cache stores
-    it, or else size and modification time. An engine whose kernels are chosen on the GPU of this machine has that
-    GPU's model in its key. ``by_content`` reads and hashes such a shard instead, so that a
-    fresh download has the same key.
+    Hashes the options, the versions of our package and of the tools that determine a bundle, and the checkpoint's
+    fingerprint: its configuration, its tensor headers, and the identity of each shard. A shard in a hub cache is
+    identified by its content hash, any other by its size and time of change. With ``by_content`` such a shard is read
+    and hashed, so that a new download has the same key. If kernels are timed on the GPU of this machine, the GPU's
+    model is part of the key.
     """
     with Checkpoint.load(checkpoint, options.task, options.adapters) as source:
         plan = make_plan(source, options)
         shaping = {name: value for name, value in dataclasses.asdict(options).items() if name != "parity"}
         del shaping["adapters"]  # the checkpoint's fingerprint has them
-        del shaping["engine"]["timing_cache"]  # saves time, and lies elsewhere on each machine
-        for name in ("calibration", "recipe"):  # what they hold, wherever they lie
+        del shaping["engine"]["timing_cache"]  # only saves time, and its path differs between machines
+        for name in ("calibration", "recipe"):  # their contents, independent of their paths
             shaping[name] = shaping[name] and _sha256(Path(shaping[name]))
         built = {} if plan.engine is None else {plan.engine.kind: engine_version(plan.engine.kind)}
         parts = {

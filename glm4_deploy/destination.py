@@ -1,12 +1,14 @@
-"""Where a bundle appears: what may be replaced, the folder it is written in, and the step that publishes it.
+"""The place of a bundle: what an export may replace, the folder it writes in, and the step that publishes.
 
     .NAME.RANDOM.partial/    beside the bundle's place, while an export runs
-        lock                 locked; the system frees the lock however the export ends, and a kill leaves the folder
+        lock                 locked. The system frees the lock when the export ends in any way; a kill leaves the
+        folder
         bundle/              the new bundle; after an exchange of the two, the old one
-        replaced/            the old bundle, between two renames, where folders cannot be exchanged
+        replaced/            the old bundle, between two renames, if folders cannot be exchanged
 
-The next export to the same place removes what a kill left. Locks are seen by every process on a file system, in other containers too. NFS hands them on between hosts,
-unless it is mounted with ``nolock`` or ``local_lock``: there, hosts must not export to one place at a time.
+The next export to the same place removes the remains of a killed one. Locks work between all processes on a file
+system, also in other containers. On NFS they work between hosts, unless it is mounted with ``nolock`` or
+``local_lock``: then two hosts must not export to one place at the same time.
 """
 
 import errno
@@ -35,8 +37,8 @@ class Destination:
 
     Attributes:
         bundle: the path as the user named it, for messages.
-        place: the same without ``..`` and links, so that no rename on the way changes its meaning.
-        force: a bundle that is there already is replaced.
+        place: the same path without ``..`` and links, so that no rename changes its meaning.
+        force: whether to replace an existing bundle.
     """
 
     def __init__(self, bundle: Path, force: bool) -> None:
@@ -46,9 +48,9 @@ class Destination:
         self.place = real / bundle.name if plain else real
 
     def recover(self) -> None:
-        """Clean up after exports to this place that were killed, and put back a bundle that they set aside."""
+        """Clean up after killed exports to this place, and restore a bundle that they had moved aside."""
         pattern = re.compile(rf"\.{re.escape(self.place.name)}\.[0-9a-f]{{16}}\.partial")
-        with suppress(OSError):  # no such folder, or not ours to read
+        with suppress(OSError):  # no such folder, or not readable
             for work in [*self.place.parent.iterdir()]:
                 if pattern.fullmatch(work.name):
                     self._recover(work)
@@ -57,7 +59,7 @@ class Destination:
         """Refuse a place where the bundle cannot be published, before the work.
 
         Raises:
-            ExportError: something is in the way that is not ours to replace, or nothing can be written there.
+            ExportError: something there may not be replaced, or the place is not writable.
         """
         self._require_name()
         self._require_apart(checkpoint)
@@ -70,10 +72,10 @@ class Destination:
 
     @contextmanager
     def staged(self) -> Iterator[Path]:
-        """A fresh folder to write the bundle in, gone when the block ends, unless it was published.
+        """A new folder for the bundle, removed at the end of the block unless it was published.
 
         Raises:
-            ExportError: of any OSError in the block; a full disk shows at any of the files.
+            ExportError: for any OSError in the block, such as a full disk.
         """
         parent = self.place.parent
         made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
@@ -90,14 +92,14 @@ class Destination:
                 ) from error
             finally:
                 for folder in made:
-                    with suppress(OSError):  # not empty: the bundle is there
+                    with suppress(OSError):  # not empty: the bundle exists
                         folder.rmdir()
 
     def publish(self, folder: Path) -> None:
-        """Give a whole bundle, written in the folder of :meth:`staged`, its place and name.
+        """Move a complete bundle from the folder of :meth:`staged` to its place.
 
         Raises:
-            ExportError: something that may not be replaced came there during the export.
+            ExportError: something that may not be replaced appeared there during the export.
         """
         if not self._occupied():
             with suppress(FileNotFoundError):
@@ -106,7 +108,7 @@ class Destination:
             return
         self._require_replaceable()
         if not _exchange(folder, self.place):
-            # Whatever ends this process between the two, `_recover` puts the old bundle back.
+            # If the process ends between the two renames, `_recover` restores the old bundle.
             self.place.rename(folder.with_name(REPLACED))
             folder.rename(self.place)
 
@@ -137,13 +139,13 @@ class Destination:
             )
 
     def _require_movable(self) -> None:
-        """A folder is published by a rename, which the system refuses for some, and which would move the user."""
+        """Publishing renames a folder. Refuse mount points, which cannot be renamed, and the current folder."""
         if any(self.place in (mount, *mount.parents) for mount in _mounts(self.place)):
             raise ExportError(
                 f"{self.bundle} is or holds a mount point, which no bundle can replace; "
                 f"name a new folder in it, as {self.bundle / 'bundle'}"
             )
-        with suppress(OSError):  # the current folder was deleted
+        with suppress(OSError):  # the current folder no longer exists
             here = Path(os.path.realpath(Path.cwd()))
             if self.place in (here, *here.parents):
                 raise ExportError(
@@ -189,14 +191,14 @@ class Destination:
             self._end(work, held)
 
     def _claim(self) -> tuple[Path, int | None]:
-        """A new working folder and its lock; None where the file system has no locks."""
+        """A new working folder and its lock; the lock is None if the file system has no locks."""
         while True:
             work = self.place.with_name(self._working_name())
             work.mkdir()
             try:
                 return work, lock(work / LOCK)
             except (BlockingIOError, FileNotFoundError):
-                continue  # another export took the folder for a dead one
+                continue  # another export removed the folder as the remains of a killed one
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
                     self._end(work, None)
@@ -204,15 +206,15 @@ class Destination:
                 return work, None
 
     def _recover(self, work: Path) -> None:
-        """If no living export holds the folder, end what a dead one left in it."""
+        """If no running export holds the folder, clean up the remains of a killed one."""
         try:
             held = lock(work / LOCK)
-        except OSError:  # another export has it, or the file system cannot tell
+        except OSError:  # another export has it, or the file system has no locks
             return
         self._end(work, held)
 
     def _end(self, work: Path, held: int | None) -> None:
-        """Empty a working folder, and remove it with its lock, which Windows unlinks only when it is closed."""
+        """Empty and remove a working folder with its lock. Windows can delete the lock only after it is closed."""
         try:
             emptied = self._emptied(work)
             if held is not None and sys.platform == "win32":
@@ -227,12 +229,12 @@ class Destination:
                 os.close(held)
 
     def _emptied(self, work: Path) -> bool:
-        """Whether nothing that is worth keeping is left in it; what an export set aside is put back."""
+        """Restore a bundle that an export moved aside; returns whether nothing valuable is left."""
         new, replaced = work / NEW, work / REPLACED
         if replaced.exists() and new.exists():  # the export ended between the two renames
             try:
                 replaced.rename(self.place)
-            except OSError:  # something else is there now, and this is the only copy
+            except OSError:  # something else is there now, so this is the only copy
                 return False
         for folder in (new, replaced):
             shutil.rmtree(folder, ignore_errors=True)
@@ -240,7 +242,7 @@ class Destination:
 
 
 def _files_of_ours(folder: Path) -> set[str] | None:
-    """The names of a bundle's files by its manifest, of any version of the schema; None if it is not ours."""
+    """The file names in a bundle's manifest, of any schema version; None if it is no bundle of ours."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         files, tools = manifest["files"], manifest["tools"]
@@ -256,8 +258,8 @@ def _files_of_ours(folder: Path) -> set[str] | None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders change their names in one step; False where the system cannot."""
-    import ctypes  # here, since a command's help is quicker without it
+    """Exchange the names of two folders in one step; False if the system cannot."""
+    import ctypes  # imported here, so that --help stays quick
 
     if sys.platform != "linux":
         return False
@@ -267,7 +269,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _mounts(place: Path) -> Iterator[Path]:
-    """The mount points of this machine that may matter to ``place``."""
+    """The mount points of this machine that may concern ``place``."""
     if os.path.ismount(place):
         yield place
     with suppress(OSError):  # not Linux, or no /proc

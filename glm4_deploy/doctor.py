@@ -1,4 +1,4 @@
-"""What is installed, which targets and providers work here, and what would make the others work."""
+"""Lists installed packages, which targets and providers work here, and how to make the others work."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ INSTEAD_OF = {"cpu": "onnxruntime-gpu", "cuda": "onnxruntime"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that works or not; ``advice`` says what would make it work."""
+    """One feature that works or not; ``advice`` says how to make it work."""
 
     name: str
     works: bool
@@ -39,7 +39,7 @@ class Extra:
 
 
 def examine() -> dict[str, object]:
-    """Everything the ``doctor`` command shows, as data; no packages and extras if ours is not installed."""
+    """All data of the ``doctor`` command; without packages and extras if our package is not installed."""
     findings, extras = [check() for check in CHECKS], _extra_names()
     return {
         "python": platform.python_version(),
@@ -52,7 +52,7 @@ def examine() -> dict[str, object]:
 
 
 def _extra_names() -> list[str]:
-    """As pyproject.toml lists them, from the metadata of the installed package."""
+    """The names of the extras, from the metadata of the installed package."""
     try:
         return metadata(DISTRIBUTION).get_all("Provides-Extra") or []
     except PackageNotFoundError:  # run from a checkout that is not installed
@@ -79,7 +79,7 @@ def _extra(name: str) -> Extra:
 
 
 def _lacking(one: "Requirement") -> list[str]:
-    """The packages that a requirement lacks, and those of another version than it asks for."""
+    """The packages that are missing for a requirement, or have a wrong version."""
     found = _version(one.name)
     if found is None:
         return [one.name]
@@ -138,7 +138,7 @@ def _cpu_operators() -> Finding:
     name, advice = "run: target cpu", "install a C++ compiler, and glm4-deploy again"
     try:
         found = kernels()
-    except (OSError, AttributeError) as error:  # of another platform, damaged, or of another version
+    except (OSError, AttributeError) as error:  # for another platform, damaged, or of another version
         return Finding(name, False, f"its operators cannot be loaded: {error}", advice)
     if found is None:
         return Finding(name, False, "its operators were not built when glm4-deploy was installed", advice)
@@ -161,7 +161,7 @@ def _cuda() -> Finding:
 
 
 def _missing_cuda_libraries() -> str:
-    """What of NVIDIA's libraries the CUDA provider would not find; empty where all load."""
+    """NVIDIA's libraries that the CUDA provider cannot load; empty if all load."""
     from glm4_runtime.errors import UnavailableError
     from glm4_runtime.session.ort import load_onnxruntime
     from glm4_runtime.session.ort_cuda import preload_cuda
@@ -177,14 +177,14 @@ def _gpus() -> str:
 
 
 def _asked_of_gpus(fields: str) -> list[str]:
-    """A line per GPU from NVIDIA's tool, of the driver; none where it does not answer."""
+    """One line per GPU from nvidia-smi; empty if it does not answer."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
     command = [program, f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.SubprocessError):  # a driver that hangs or is broken is none
+    except (OSError, subprocess.SubprocessError):  # a driver that hangs or is broken counts as none
         return []
     return found.stdout.strip().splitlines() if found.returncode == 0 else []
 

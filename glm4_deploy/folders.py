@@ -1,4 +1,4 @@
-"""What a path is: a checkpoint, a bundle, or one of the things that people take for one of them."""
+"""Finds out what a path is: a checkpoint, a bundle, or something that users confuse with them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,20 +10,20 @@ from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import BundleError, CheckpointError, Glm4Error
 
 ANY_SAFETENSORS = "*.safetensors"
-LOOKED_AT = 1000  # entries of a folder
+LOOKED_AT = 1000  # maximum number of entries of a folder to look at
 ORIGINAL = "give the checkpoint that it was made from, in safetensors"
 SAVE = "convert it: from_pretrained(...).save_pretrained(...)"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A row of the table: what the thing is called, and what to do with it where a checkpoint is wanted."""
+    """A row of the table: the name of the kind, and what to do if a checkpoint is needed."""
 
     what: str
     advice: str
 
 
-# {path} is the path, {inner} a folder or a file that was found.
+# {path} is the path, {inner} a folder or file found inside.
 KINDS = {
     "checkpoint": Kind("a checkpoint", ""),
     "quantized": Kind("a checkpoint that {inner} quantized", ""),
@@ -44,19 +44,19 @@ KINDS = {
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """The name of a row of KINDS, and what was found inside; "nothing" where there is nothing."""
+    """The name of a row of KINDS, and the folder or file found inside. "nothing" if the path does not exist."""
     try:
         if path.is_file():
             return _kind_of_file(path)
         if not path.is_dir():
             return "nothing", ""
         return _kind_of_folder(path) or ("other", "")
-    except OSError:  # a name too long, or a folder that may not be read
+    except OSError:  # the name is too long, or the folder not readable
         return "nothing", ""
 
 
 def require_checkpoint(path: Path) -> None:
-    """Refuse what is no checkpoint, and say what it is; a name on the hub is left to the hub.
+    """Refuse a path that is no checkpoint, and say what it is. Names on the hub are not checked here.
 
     Raises:
         CheckpointError: with what to do instead.
@@ -68,7 +68,7 @@ def require_checkpoint(path: Path) -> None:
 
 
 def require_bundle(path: Path) -> None:
-    """Refuse what is no bundle, and say what it is.
+    """Refuse a path that is no bundle, and say what it is.
 
     Raises:
         BundleError: with what to do instead.
@@ -91,7 +91,7 @@ def require_bundle(path: Path) -> None:
 
 
 def require_generator(path: Path) -> None:
-    """:func:`require_bundle`, of a model that writes text."""
+    """As :func:`require_bundle`, for a model that generates text."""
     require_bundle(path)
     task = read_manifest(path).task
     if task != "causal-lm":
@@ -101,7 +101,7 @@ def require_generator(path: Path) -> None:
 
 
 def require_either(path: Path) -> str:
-    """The kind of a checkpoint or a bundle; refuse what is neither."""
+    """The kind of a checkpoint or a bundle. Refuse a path that is neither."""
     kind, inner = kind_of(path)
     if kind in ("checkpoint", "quantized", "bundle", "engine", "nothing"):
         return kind
@@ -156,7 +156,7 @@ def _kind_of_checkpoint(folder: Path) -> tuple[str, str]:
 
 
 def _around(folder: Path, names: list[str]) -> tuple[str, str] | None:
-    """A hub's cache, one repository in it, or a folder whose only folder is the one that was meant."""
+    """Recognises a hub's cache, one repository in it, or a folder with a single subfolder that is the real one."""
     snapshots = [path for path in sorted(folder.glob("snapshots/*")) if (path / CONFIG).is_file()]
     if snapshots:
         return "cached", str(snapshots[-1])
@@ -173,7 +173,7 @@ def _has_engine(folder: Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one: whoever opens the folder says what is wrong with it."""
+    """A JSON object, or an empty one if it is damaged; the later opening reports the damage."""
     try:
         return read_object(path, Glm4Error)
     except Glm4Error:

@@ -1,4 +1,4 @@
-"""What SIGINT, SIGTERM and SIGHUP do to a command: it cleans up, says "interrupted" and exits with 130.
+"""Handles SIGINT, SIGTERM and SIGHUP: the command cleans up, prints "interrupted" and exits with 130.
 
 The first signal ends the command and further ones change nothing. There are three phases: before a command
 begins (:func:`exit_at_once`), while it runs (:func:`raise_once`), and once its exit code is fixed (:func:`end`).
@@ -24,17 +24,17 @@ _before: dict[int, Any] = {}
 
 
 def exit_at_once() -> None:
-    """Until :func:`raise_once`: nothing is written yet, so nothing is to be cleaned up."""
+    """Exit at a signal, until :func:`raise_once`. Nothing is written yet, so there is nothing to clean up."""
     for number in _ending():
         signal.signal(number, _exit)
 
 
 @contextmanager
 def exiting() -> Iterator[None]:
-    """:func:`exit_at_once` for the block, which writes nothing either."""
+    """Use :func:`exit_at_once` during the block, which must not write anything."""
     try:
         before = {number: signal.signal(number, _exit) for number in _ending()}
-    except ValueError:  # only the main thread may, and only there signals arrive
+    except ValueError:  # only the main thread may set handlers, and only it receives signals
         before = {}
     try:
         yield
@@ -55,7 +55,7 @@ def raise_once() -> None:
 
 
 def end(*, restore: bool) -> None:
-    """Ignore signals while the interpreter ends, or ``restore`` the handlers from before :func:`raise_once`."""
+    """Ignore signals until the interpreter ends, or ``restore`` the handlers from before :func:`raise_once`."""
     for number in [*_ending(), *ALARMS]:
         signal.signal(number, _before.get(number, signal.SIG_DFL) if restore else signal.SIG_IGN)
     if restore:
@@ -63,19 +63,19 @@ def end(*, restore: bool) -> None:
 
 
 def received() -> bool:
-    """Whether a signal came that ends the command."""
+    """Whether a signal that ends the command arrived."""
     return _received is not None
 
 
 def check() -> None:
-    """Raise the KeyboardInterrupt that was held back, or that a library swallowed; long work calls this too."""
+    """Raise the KeyboardInterrupt that was held back or that a library swallowed. Long work calls this too."""
     if received():
         raise KeyboardInterrupt
 
 
 @contextmanager
 def held(held: bool = True) -> Iterator[None]:
-    """Let the block, as one that cleans up, end before a signal raises; ``held(False)`` within it undoes that."""
+    """Hold a signal back until the block ends, such as a cleanup. ``held(False)`` inside allows it again."""
     global _held
     before, _held = _held, held
     try:
@@ -87,7 +87,8 @@ def held(held: bool = True) -> Iterator[None]:
 
 
 def forgive() -> None:
-    """Go on after a Ctrl-C that stopped a part of the work, as one answer; other signals end the command still."""
+    """Continue after a Ctrl-C that stopped a part of the work, such as one answer. Other signals still end the
+    command."""
     global _received
     if _received not in (None, signal.SIGINT):
         raise KeyboardInterrupt
@@ -95,13 +96,13 @@ def forgive() -> None:
 
 
 def expected() -> None:
-    """The signal was obeyed by other means, as a server does: the command's exit code is its own."""
+    """The signal was handled in another way, as by a server, so the command's own exit code counts."""
     global _received
     _received = None
 
 
 def _ending() -> list[signal.Signals]:
-    """SIGHUP too, unless ``nohup`` or a service manager had it ignored."""
+    """The signals that end a command. SIGHUP only if it was not ignored, as by ``nohup`` or a service manager."""
     hangups = [number for number in HANGUPS if signal.getsignal(number) is not signal.SIG_IGN]
     return [signal.SIGINT, signal.SIGTERM, *hangups]
 
@@ -127,7 +128,7 @@ def _raise_again(_number: int, _frame: FrameType | None) -> None:
 
 
 def _unraisable(lost: "sys.UnraisableHookArgs") -> None:
-    """A KeyboardInterrupt inside a destructor or a weak reference's callback is lost: raise it soon once more."""
+    """A KeyboardInterrupt in a destructor or in a weak reference's callback is lost, so raise it again soon."""
     if received() and lost.exc_type is KeyboardInterrupt and ALARMS:
         signal.setitimer(signal.ITIMER_REAL, 0.01)
     else:

@@ -1,4 +1,4 @@
-"""Memory that this process may still take: the machine's, within the limits of control groups and of the process."""
+"""Memory that this process can still use: the machine's, within the limits of control groups and of the process."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class _Version:
-    """The files of one version of control groups; a limit of the first that are there counts."""
+    """The files of one version of control groups. The first version that exists counts."""
 
     kind: str  # of the file system in mountinfo
     controllers: tuple[str, ...]  # in /proc/self/cgroup; version 2 names none
@@ -24,7 +24,7 @@ VERSIONS = (
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that may be taken without swapping, and without being killed or refused for them; 0 if nothing tells.
+    """Bytes that the process can use without swapping, and without being killed or refused; 0 if unknown.
 
     Args:
         root: where ``proc`` and the mount points are.
@@ -42,7 +42,7 @@ def _of_the_machine(root: Path) -> int | None:
 
 
 def _of_groups(root: Path, process: Path) -> Iterator[int]:
-    """What each control group of the process, and each above it, leaves."""
+    """The room in each control group of the process, and in each one above it."""
     mounts = [line.split() for line in _lines(process / "mountinfo")]
     for line in _lines(process / "cgroup"):
         _, controllers, group = line.split(":", 2)
@@ -56,10 +56,10 @@ def _of_groups(root: Path, process: Path) -> Iterator[int]:
 
 
 def _along(mount: Path, mounted: str, group: str, version: _Version) -> Iterator[int]:
-    """What the group and those above it leave, up to the ``mounted`` one, which is all that a container sees."""
+    """The room in the group and in those above it, up to ``mounted``, the highest that a container sees."""
     try:
         folder = mount / Path(group).relative_to(mounted)
-    except ValueError:  # the path is that of the host, and the mount is the group itself
+    except ValueError:  # the path is the host's, and the mount is the group itself
         folder = mount
     for place in (folder, *folder.parents):
         if not place.is_relative_to(mount):
@@ -80,7 +80,7 @@ def _cached(place: Path, name: str) -> int:
 
 
 def _of_limits(process: Path) -> Iterator[int]:
-    """What ``ulimit -v`` and ``ulimit -d`` leave."""
+    """The room within ``ulimit -v`` and ``ulimit -d``."""
     try:
         import resource
     except ImportError:  # Windows has no such limits
@@ -93,7 +93,7 @@ def _of_limits(process: Path) -> Iterator[int]:
 
 
 def _number(path: Path) -> int | None:
-    """None where there is no such file, or it says "max"."""
+    """The number in a file; None if there is no file or it says "max"."""
     text = next(iter(_lines(path)), "")
     return int(text) if text.isdecimal() else None
 

@@ -1,4 +1,4 @@
-"""What the files of checkpoints, adapters and bundles are called, in one list for all packages."""
+"""The file names of checkpoints, adapters and bundles, for all packages."""
 
 # Of a checkpoint in safetensors, and of an adapter.
 CONFIG = "config.json"
@@ -12,7 +12,7 @@ GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 ENGINE = "model.engine"
 
-# Side files: those beside the weights, which a checkpoint brings along and a bundle keeps.
+# Side files: files beside the weights that a bundle copies from the checkpoint.
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
@@ -28,9 +28,9 @@ SIDE_FILES = (
     GENERATION_CONFIG,
 )
 
-# How quantizers say what they did, where config.json does not.
+# Configurations of quantizers, if config.json has none.
 QUANTIZATION_CONFIGS = ("hf_quant_config.json", "quantize_config.json")
 
-# Ends of names: weights that are not read.
+# Suffixes of weight files that are not read.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 GGUF = ".gguf"

@@ -1,8 +1,8 @@
-"""The files of a bundle against their sizes and hashes in the manifest.
+"""Checks the files of a bundle against their sizes and hashes in the manifest.
 
-Every opening of a bundle hashes its small files whole, and of a large one, the weights or an engine, 64 blocks of
-1 MiB: a download that is not whole, a file of another model and a folder that was edited are found in a tenth
-of a second. ``--verify`` hashes everything, and finds a single byte.
+Every opening of a bundle hashes its small files completely, and 64 blocks of 1 MiB of a large file. In a tenth of a
+second this detects an incomplete download, a file of another model, or an edited folder. ``--verify`` hashes
+everything, and detects a single changed byte.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from glm4_runtime.bundle.manifest import FileEntry, Manifest
 from glm4_runtime.errors import BundleError, some
 
 BLOCK, BLOCKS = 1 << 20, 64
-SMALL = BLOCK * BLOCKS  # bytes; a file up to this size is hashed whole at every opening
+SMALL = BLOCK * BLOCKS  # bytes; a file up to this size is hashed completely at every opening
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -24,9 +24,9 @@ def file_entry(path: Path) -> FileEntry:
 
 
 def sample_of(path: Path) -> str | None:
-    """SHA-256 of 64 blocks of 1 MiB that lie evenly in the file, the first and the last one included.
+    """SHA-256 of 64 blocks of 1 MiB, evenly spread over the file, including the first and the last.
 
-    None for a file of at most 64 MiB, which is hashed whole.
+    None for a file of at most 64 MiB, which is hashed completely.
     """
     size = path.stat().st_size
     if size <= SMALL:
@@ -40,7 +40,7 @@ def sample_of(path: Path) -> str | None:
 
 
 def checked_at_opening(manifest: Manifest) -> dict[str, str]:
-    """What every opening checks of each file: ``all``, ``sample`` or ``size``."""
+    """The check of each file at every opening: ``all``, ``sample`` or ``size``."""
     return {
         name: "all" if entry.bytes <= SMALL else "size" if entry.sample is None else "sample"
         for name, entry in manifest.files.items()
@@ -48,12 +48,12 @@ def checked_at_opening(manifest: Manifest) -> dict[str, str]:
 
 
 def verify_files(folder: str | Path, manifest: Manifest, *, hashes: bool = False) -> None:
-    """Hold the folder against its manifest: every file there, of its size, and of its SHA-256 or its sample.
+    """Check the folder against its manifest: every file exists, with the right size, and with its SHA-256 or sample.
 
-    No tokenizer, template or defaults may be there that the manifest does not know.
+    A tokenizer, template or generation config that is not in the manifest is refused.
 
     Args:
-        hashes: hash every file whole. Otherwise one that is larger than 64 MiB is held against its sample.
+        hashes: hash every file completely. Otherwise a file above 64 MiB is checked by its sample.
 
     Raises:
         BundleError: naming the files that are missing or differ.

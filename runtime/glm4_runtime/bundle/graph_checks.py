@@ -1,8 +1,9 @@
-"""The graph of a bundle against its manifest, before a runtime opens it.
+"""Checks the graph of a bundle against its manifest, before a runtime opens it.
 
-Names, types and shapes of inputs and outputs are the manifest's, operators are the dialect's, and the model's
-numbers are those of the graph. Nothing in the graph grows: what ONNX Runtime computes from constants while it
-opens a graph takes at most a few times the weights, and a shape that depends on values comes from a shape.
+Inputs and outputs must have the manifest's names, types and shapes. Operators must belong to the dialect. The graph
+must have the model's numbers. And the graph must not grow: values that ONNX Runtime computes from constants while it
+opens the graph take at most a few times the size of the weights, and a shape that depends on values must come from
+another shape.
 """
 
 from collections import Counter
@@ -28,7 +29,7 @@ def _named(domain: str, names: str) -> frozenset[tuple[str, str]]:
     return frozenset((domain, name) for name in names.split())
 
 
-# dialect -> the operators that its graphs are made of; tests/deploy/test_graph_operators.py exports every combination
+# dialect -> its operators; tests/deploy/test_graph_operators.py exports every combination
 OPERATORS = {
     "native": _named(STANDARD, f"{_COMMON} {_NATIVE}"),
     "ort": _named(STANDARD, f"{_COMMON} {_NATIVE} ReduceMax")
@@ -40,15 +41,15 @@ OPERATORS = {
 ATTENTION = ("Attention", "GroupQueryAttention", "PartialRopeGqaAttention")
 # Operators that may read constants only. Their results have as many elements as their largest input.
 OF_CONSTANTS = ("Cast", "DequantizeLinear", "Transpose")
-MOST_COMPUTED = 8  # elements that all of them make, for each byte of the weights
-MOST_READ = 4  # times that one byte of the weights belongs to a tensor
-# Operators that give a shape on, without arithmetic.
+MOST_COMPUTED = 8  # maximum elements of all their results, per byte of the weights
+MOST_READ = 4  # maximum number of tensors that share one byte of the weights
+# Operators that pass a shape on, without arithmetic.
 OF_SHAPES = ("Cast", "Squeeze", "Unsqueeze")
 NORM, TABLES = "model.norm.weight", ("rotary.cos", "rotary.sin")
 
 
 def check_graph(folder: Path, manifest: Manifest) -> None:
-    """Refuse a graph that is not what its manifest says.
+    """Refuse a graph that does not fit its manifest.
 
     Raises:
         BundleError: naming the first thing that differs.
@@ -65,7 +66,7 @@ def check_graph(folder: Path, manifest: Manifest) -> None:
             raise refuse(complaint)
 
 
-# Each says what is wrong, or None ------------------------------------------------------------------
+# Each check returns what is wrong, or None ------------------------------------------------------------------
 
 
 def _check_io(manifest: Manifest, graph: OnnxGraph) -> str | None:
@@ -90,7 +91,7 @@ def _check_operators(manifest: Manifest, graph: OnnxGraph) -> str | None:
 
 
 def _check_weights(manifest: Manifest, graph: OnnxGraph) -> str | None:
-    """External data lies within files of the bundle, and is not read over and over."""
+    """External data must be inside files of the bundle, and must not be used many times."""
     read: Counter[str] = Counter()
     for tensor in _tensors(graph):
         if tensor.location is None:
@@ -113,7 +114,7 @@ def _check_weights(manifest: Manifest, graph: OnnxGraph) -> str | None:
 
 
 def _check_constants(manifest: Manifest, graph: OnnxGraph) -> str | None:
-    """A runtime computes what follows from constants alone once, when it opens the graph."""
+    """Check values that follow from constants only: a runtime computes them when it opens the graph."""
     sizes = {name: _count(tensor) for name, tensor in graph.initializers.items()}
     computed = 0
     for node in graph.nodes:
@@ -133,7 +134,7 @@ def _check_constants(manifest: Manifest, graph: OnnxGraph) -> str | None:
 
 
 def _check_shapes(manifest: Manifest, graph: OnnxGraph) -> str | None:  # noqa: ARG001  one signature for all
-    """What a tensor's size follows from when the graph runs is the shape of an input, not a number in the graph."""
+    """A tensor's size at run time must come from the shape of an input, not from a number in the graph."""
     constants = {name: tensor.integer() for name, tensor in graph.initializers.items() if not tensor.location}
     shapes: set[str] = set()
     for node in graph.nodes:
@@ -151,7 +152,7 @@ def _check_shapes(manifest: Manifest, graph: OnnxGraph) -> str | None:  # noqa: 
 
 
 def _check_model(manifest: Manifest, graph: OnnxGraph) -> str | None:
-    """The model's numbers that no input or output shows."""
+    """Check the model's numbers that inputs and outputs do not show."""
     model, limits = manifest.model, manifest.limits
     attention = [node for node in graph.nodes if node.operator in ATTENTION]
     if len(attention) != model.num_layers:

@@ -25,8 +25,8 @@ def graph_io(task: str, model: ModelInfo, kv_dtype: str, capacity: int | str = C
     """Inputs and outputs of the graph for ``task``.
 
     Args:
-        kv_dtype: element type of the cache, where the task has one.
-        capacity: positions of a cache; a number in an engine, which fixes it.
+        kv_dtype: element type of the cache, if the task has one.
+        capacity: positions of a cache; a fixed number for an engine.
     """
     input_ids = TensorSpec("input_ids", "int64", ("batch", "sequence"))
     query_lengths = TensorSpec("query_lengths", "int32", ("batch",))

@@ -1,4 +1,4 @@
-"""JSON that strangers wrote: read within limits, and refused in one line where it is anything else."""
+"""Reads untrusted JSON within limits; anything else is refused in one line."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any, cast
 from glm4_runtime.errors import Glm4Error, shown
 
 MOST_BYTES = 64 << 20  # a config that names a million labels takes 30 MB
-MOST_LEVELS = 100  # of objects and lists in each other
+MOST_LEVELS = 100  # maximum levels of nested objects and lists
 HALF_PAIR = re.compile(rb"\\u[dD][89abAB]")  # of an escape that may stand for no character
 DOWNLOAD = "download it again"
 
@@ -28,7 +28,7 @@ def read_object(
 def read_small(
     path: Path, error: type[Glm4Error], advice: str = DOWNLOAD, most_bytes: int = MOST_BYTES
 ) -> bytes:
-    """The bytes of a file that others wrote.
+    """The bytes of an untrusted file.
 
     Raises:
         ``error``: the file cannot be read, or has more than ``most_bytes``.
@@ -45,7 +45,7 @@ def read_small(
 
 
 def parse_object(data: bytes, source: str, error: type[Glm4Error], advice: str = DOWNLOAD) -> dict[str, Any]:
-    """A JSON object in UTF-8: no key twice, at most 100 levels, and text that can be written again.
+    """A JSON object in UTF-8, without duplicate keys, with at most 100 levels and valid text.
 
     Raises:
         ``error``: the data is something else; the message begins with ``source`` and ends with ``advice``.

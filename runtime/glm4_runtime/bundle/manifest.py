@@ -1,4 +1,4 @@
-"""The manifest: what a bundle says of itself, as frozen dataclasses and as ``manifest.json``."""
+"""The manifest of a bundle, as frozen dataclasses and as ``manifest.json``."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ EXPORT_AGAIN = "export the bundle again"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A graph input or output. ``shape`` holds numbers, and names for what varies from call to call."""
+    """A graph input or output. ``shape`` has numbers, and names for axes that vary between calls."""
 
     name: str
     dtype: str
@@ -31,8 +31,8 @@ class TensorSpec:
 class FileEntry:
     """
     Attributes:
-        sample: of a file larger than ``files.SMALL``, the SHA-256 of the blocks that every opening reads; see
-            :func:`~glm4_runtime.bundle.files.sample_of`. None in bundles that were exported before there were samples.
+        sample: SHA-256 of the blocks that every opening reads, for a file larger than ``files.SMALL``; see
+            :func:`~glm4_runtime.bundle.files.sample_of`. None in older bundles.
     """
 
     sha256: str
@@ -42,7 +42,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What serving needs to know of the model; the whole configuration is in :attr:`Manifest.config`."""
+    """The facts about the model that serving needs; :attr:`Manifest.config` has the whole configuration."""
 
     vocab_size: int
     hidden_size: int
@@ -58,7 +58,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the bundle was made for: positions per slot, and rows of one decode step."""
+    """The limits of the bundle: positions per slot, and rows of one decode step."""
 
     max_seq_len: int
     max_batch_size: int
@@ -79,13 +79,13 @@ class AdapterInfo:
     scale: float
 
 
-# Of an engine whose attention is our plugin: an input and an output at one address, zero before and after each run.
+# Input and output of an engine with our plugin, bound to one address; zero before and after each run.
 COUNTERS, PRESENT_COUNTERS = "counters", "present_counters"
 
 
 @dataclass(frozen=True)
 class EngineProfile:
-    """One way to run an engine: ``prefill``, ``decode`` or ``encode``.
+    """A profile of an engine: ``prefill``, ``decode`` or ``encode``.
 
     Attributes:
         file, index: the engine file, and the profile's number in it.
@@ -100,7 +100,7 @@ class EngineProfile:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What a TensorRT engine is, and what it was built from.
+    """The description of a TensorRT engine.
 
     Attributes:
         kind: ``tensorrt-rtx`` or ``tensorrt``; ``version`` is that of the builder, which the runtime must match.
@@ -108,9 +108,9 @@ class EngineInfo:
         later_gpus: the engine also runs on GPUs newer than the manifest's compute capabilities.
         attention: ``native`` or ``plugin``; ``plugin_version`` of the latter.
         profiles: see :class:`EngineProfile`.
-        layers: how many layers of each type that matters the builder was given, counted from the parsed network.
-        float32: nodes that compute in float32 whatever the activations are, counted by operator.
-        built_from: the ONNX graph and weights, which need not be in the bundle any more.
+        layers: number of layers by type in the parsed network.
+        float32: number of nodes that always compute in float32, by operator.
+        built_from: size and hash of the ONNX graph and weights, which may be deleted.
     """
 
     kind: str
@@ -127,20 +127,20 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a runtime decides on before it loads a byte of weights.
+    """All facts that a runtime needs before it loads weights.
 
     Attributes:
         task: ``causal-lm``, ``sequence-classification``, ``token-classification`` or ``encoder``.
-        target: what the bundle was exported for, ``ort``, ``native``, ``tensorrt-rtx`` or ``tensorrt``.
-        dialect: the operators of the graph, or the kind of the engine; decides how a session drives it.
-        precision: the name that was asked for; ``tensor_precisions`` says what each group became.
+        target: the target of the export: ``ort``, ``cpu``, ``native``, ``tensorrt-rtx`` or ``tensorrt``.
+        dialect: the set of operators of the graph, or the kind of the engine; decides which session opens it.
+        precision: the precision's name; ``tensor_precisions`` has the format of each group.
         activations, kv_cache: element types of activations and of the cache (None without a cache).
         providers: ONNX Runtime execution providers that have every kernel the graph needs.
-        pooling: for an encoder, how ``last_hidden_state`` becomes one vector.
-        compute_capabilities: GPUs an engine runs on, as 89 for 8.9; empty for ONNX.
-        engine: the engine, where the target is one.
-        scaled_bits: k by norm: what reaches it is scaled by 2^-k so that fp16 holds it, and its eps by 2^-2k.
-        tools: versions of everything that shaped the bundle.
+        pooling: how an encoder's ``last_hidden_state`` becomes one vector.
+        compute_capabilities: GPUs that an engine runs on, such as 89 for 8.9; empty for ONNX.
+        engine: the engine's description; None for ONNX.
+        scaled_bits: k by norm: its input is scaled by 2^-k to prevent overflow in fp16, and its eps by 2^-2k.
+        tools: versions of all tools that determine the bundle.
         source_sha256: digest of the checkpoint's tensors: SHA-256 over one line per tensor, sorted by
             name, of name, element type, shape and the SHA-256 of its bytes; with adapters of the merged values.
         adapters: in the order in which they were merged.
@@ -175,7 +175,7 @@ T = TypeVar("T")
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
-    """Build ``kind``, a type of the dataclasses above, from JSON; anything that does not fit is refused."""
+    """Build ``kind``, a type of the dataclasses above, from JSON; refuse values that do not fit."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _decode_dataclass(kind, value, where)
@@ -219,7 +219,7 @@ def _decode_dataclass(kind: type[T], value: Any, where: str) -> T:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Read ``manifest.json`` and check that what it says can be.
+    """Read and check ``manifest.json``.
 
     Raises:
         BundleError: no bundle there, a manifest that is damaged or contradicts itself, or one of another schema

@@ -1,6 +1,6 @@
-"""What a manifest may say: known words, numbers in range, and inputs and outputs that follow from its numbers.
+"""Checks a manifest: known words, numbers in range, and inputs and outputs that follow from its numbers.
 
-A session trusts these numbers: it allocates by them and indexes with them. Anybody may write a manifest.
+A session allocates and indexes with these numbers, and a manifest may come from anybody.
 """
 
 import re
@@ -32,7 +32,7 @@ TASKS = ("causal-lm", "sequence-classification", "token-classification", "encode
 ACTIVATION_TYPES = ("float32", "float16", "bfloat16")
 CACHES = (*ACTIVATION_TYPES, "int8")
 ONNX_DIALECTS, ENGINE_DIALECTS = ("ort", "cpu", "native"), ("tensorrt-rtx", "tensorrt")
-CAPACITY_STEP = 64  # an engine's cache is as long as the limit, rounded up to this
+CAPACITY_STEP = 64  # an engine's cache has the limit's length, rounded up to a multiple of this
 
 # The largest value of each number of the model and of the limits; the smallest is 1.
 MOST = {
@@ -46,7 +46,7 @@ MOST = {
     "max_seq_len": LARGEST,
     "max_batch_size": MOST_ROWS,
 }
-# Numbers of the model that the configuration says too.
+# Numbers of the model that the configuration contains too.
 IN_CONFIG = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -60,10 +60,10 @@ ENCODE = {"encode"}
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Refuse what cannot be, and what contradicts itself.
+    """Refuse impossible and contradictory values.
 
     Raises:
-        BundleError: naming the field, what it says and what it may say.
+        BundleError: naming the field, its value and the allowed values.
     """
     _check_words(manifest)
     _check_numbers(manifest)
@@ -128,7 +128,7 @@ def _check_model(manifest: Manifest) -> None:
     _require_number("the count of model.eos_token_ids", len(model.eos_token_ids), 1, MOST_END_TOKENS)
     for (
         token
-    ) in model.eos_token_ids:  # one beyond the vocabulary ends nothing: small models keep the family's
+    ) in model.eos_token_ids:  # an id beyond the vocabulary has no effect; small models keep the family's ids
         _require_number("model.eos_token_ids", token, 0, LARGEST)
     if model.pad_token_id is not None:
         _require_number("model.pad_token_id", model.pad_token_id, 0, model.vocab_size - 1)
@@ -213,7 +213,7 @@ def _check_io(manifest: Manifest) -> None:
 
 
 def expected_io(manifest: Manifest) -> GraphIO:
-    """The inputs and outputs that a manifest's numbers ask for."""
+    """The inputs and outputs that follow from a manifest's numbers."""
     engine = manifest.engine if manifest.dialect in ENGINE_DIALECTS else None
     capacity: int | str = CAPACITY
     if engine is not None and manifest.kv_cache is not None:
@@ -229,7 +229,7 @@ def expected_io(manifest: Manifest) -> GraphIO:
 
 
 def _counters(manifest: Manifest) -> tuple[int]:
-    """How many counters the plugin has: they follow from the GPU's processors, so the input itself says it."""
+    """Number of the plugin's counters, from the input itself, because it depends on the GPU's processors."""
     for spec in manifest.inputs:
         if spec.name == COUNTERS and len(spec.shape) == 1:
             (count,) = spec.shape
@@ -239,7 +239,7 @@ def _counters(manifest: Manifest) -> tuple[int]:
 
 
 def difference(said: tuple[TensorSpec, ...], expected: tuple[TensorSpec, ...]) -> str | None:
-    """The first difference between two lists of tensors, in words; None where they are the same."""
+    """The first difference between two lists of tensors, in words; None if they are equal."""
     found, wanted = _by_name(said), _by_name(expected)
     for names, complaint in (
         (wanted.keys() - found.keys(), "missing"),

@@ -1,9 +1,9 @@
-"""An ONNX graph read without onnx and without its weights: operators, tensors' names, types and shapes.
+"""Reads an ONNX graph without the package onnx and without weights: operators, tensors' names, types and shapes.
 
-ONNX Runtime follows whatever a graph says: it allocates the shapes, computes constants and runs loops, while it
-opens the file. This reader walks the protobuf wire format (protobuf.dev/programming-guides/encoding) over the
-fields of ``onnx.proto`` that our exporter writes. It refuses all others that change what a graph computes: subgraphs,
-functions, sparse and typed tensors. It never recurses, and the work is bounded by the count of fields.
+ONNX Runtime trusts a graph: while it opens the file, it allocates shapes, computes constants and runs loops. So this
+reader checks the file first. It parses the protobuf wire format (protobuf.dev/programming-guides/encoding) for the
+fields of ``onnx.proto`` that our exporter writes. It refuses all other fields that change what a graph computes:
+subgraphs, functions, sparse and typed tensors. It never recurses, and its work is bounded by the number of fields.
 """
 
 import struct
@@ -16,13 +16,13 @@ from glm4_runtime.bundle.json_file import read_small
 from glm4_runtime.bundle.manifest import EXPORT_AGAIN, TensorSpec
 from glm4_runtime.errors import BundleError, shown
 
-MOST_BYTES = 16 << 20  # of a graph; 61 layers of the native dialect take 1 MB
+MOST_BYTES = 16 << 20  # bytes of a graph; 61 layers of the native dialect take 1 MB
 MOST_FIELDS = 1_000_000
 LONGEST_NAME, LONGEST_INLINE, MOST_AXES = 512, 1 << 20, 8
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 EXTERNAL = 1  # TensorProto.DataLocation
-# Fields that change what a graph computes, or where its data is, and that our exporter does not write.
+# Fields that our exporter does not write, and that change what a graph computes or where its data is.
 OF_A_MODEL = {20: "training information", 25: "functions", 26: "device configurations"}
 OF_A_GRAPH = {15: "sparse tensors"}
 TYPED_DATA = dict.fromkeys((3, 4, 5, 6, 7, 10, 11), "the data of a tensor in another form than bytes")
@@ -37,7 +37,7 @@ Fields = dict[int, list[tuple[int, int, int]]]  # by number: wire type, then val
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A constant. ``location``, ``offset`` and ``nbytes`` say where its data is; ``data`` is there if it is inline."""
+    """A constant. Its data is in the file ``location`` (``offset``, ``nbytes``), or inline in ``data``."""
 
     name: str
     dtype: str
@@ -48,7 +48,7 @@ class Tensor:
     data: bytes = b""
 
     def integer(self) -> int | None:
-        """The value of an inline integer; None of anything else."""
+        """The value of an inline integer; None for other constants."""
         integers = {"int64": "<q", "int32": "<i"}.get(self.dtype)
         if integers is None or len(self.data) != struct.calcsize(integers):
             return None
@@ -83,7 +83,7 @@ def read_graph(path: Path) -> OnnxGraph:
     """Read ``model.onnx``.
 
     Raises:
-        BundleError: it is no ONNX file, holds what our graphs do not, or is larger than they are.
+        BundleError: it is no ONNX file, has fields that our graphs do not have, or is too large.
     """
     return _Reader(path, read_small(path, BundleError, EXPORT_AGAIN, MOST_BYTES)).model()
 
@@ -115,7 +115,7 @@ class _Reader:
         data, count = self._data, 0
         while at < end:
             count += 1
-            # Nearly all keys, numbers and lengths are one byte: those are read here, without a call.
+            # Nearly all keys, numbers and lengths are one byte; these are read here, without a call.
             key, at = (data[at], at + 1) if data[at] < 0x80 else self._varint(at, end)
             wire = key & 7
             if wire in (VARINT, BYTES):
@@ -143,7 +143,7 @@ class _Reader:
         return found
 
     def _one(self, fields: Fields, number: int, wire: int, what: str) -> tuple[int, int] | None:
-        """A field that may be there once."""
+        """A field that may occur once."""
         entries = fields.get(number, ())
         if not entries:
             return None
@@ -152,14 +152,14 @@ class _Reader:
         return entries[0][1:]
 
     def _spans(self, fields: Fields, number: int, what: str) -> list[Span]:
-        """Messages, texts or bytes that may be there any number of times."""
+        """Messages, texts or bytes that may occur any number of times."""
         entries = fields.get(number, ())
         if any(wire != BYTES for wire, _, _ in entries):
             raise self._refuse(f"is no ONNX graph: {what} is of another kind")
         return [(start, end) for _, start, end in entries]
 
     def _number(self, fields: Fields, number: int, what: str) -> int:
-        """A signed integer, 0 where it is absent."""
+        """A signed integer; 0 if it is absent."""
         found = self._one(fields, number, VARINT, what)
         value = found[0] if found else 0
         return value - 2**64 if value >= 2**63 else value
@@ -197,7 +197,7 @@ class _Reader:
         return tuple(self._decoded(span, what) for span in self._spans(fields, number, what))
 
     def _message(self, fields: Fields, number: int, what: str) -> Fields:
-        """A message that must be there."""
+        """A message that must occur."""
         span = self._one(fields, number, BYTES, what)
         if span is None:
             raise self._refuse(f"is no ONNX graph: {what} is missing")
@@ -250,7 +250,7 @@ class _Reader:
         return element_types.NAMES[code]
 
     def _tensor(self, span: Span) -> Tensor:
-        """A TensorProto whose data is raw, or in a file beside the graph, and of the size that its shape asks for."""
+        """A TensorProto with raw or external data, of the size that its shape requires."""
         fields = self._fields(span)
         name = self._text(fields, 8, "a tensor's name")
         self._absent(fields, TYPED_DATA)

@@ -1,4 +1,4 @@
-"""The engine files of a bundle, loaded, on either TensorRT: one class per kind, chosen by the manifest."""
+"""Loads the engine files of a bundle, with TensorRT or TensorRT-RTX; the manifest chooses the class."""
 
 import mmap
 from collections.abc import Collection
@@ -11,12 +11,12 @@ from glm4_runtime.errors import BundleError, UnavailableError, some
 from glm4_runtime.session.cuda_device import Cuda
 from glm4_runtime.session.kernel_cache import KernelCache
 
-# A manifest's element types, as TensorRT names them.
+# TensorRT's names of a manifest's element types.
 TENSORRT_TYPES = {
     "float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int8": "INT8", "int32": "INT32", "int64": "INT64",
 }  # fmt: skip
-CUDA_GRAPH = "CUDA graph"  # the name under which a session tells why it records none
-# What runs on a GPU that an engine does not.
+CUDA_GRAPH = "CUDA graph"  # the key in ``skipped`` for the reason why a session records none
+# What to do on a GPU that an engine does not support.
 ELSEWHERE = "export the checkpoint with --target tensorrt on this host, or with --target ort --precision fp16"
 
 
@@ -24,7 +24,7 @@ def load_tensorrt(info: EngineInfo) -> Any:
     """Import the TensorRT that an engine was built by, of the same version.
 
     Raises:
-        UnavailableError: it is missing or of another version; says what to install or to export.
+        UnavailableError: it is missing or has another version; says what to install or to export.
     """
     name = KINDS[info.kind].module
     try:
@@ -49,7 +49,7 @@ def require_capability(
 
     Args:
         found: compute capability of the GPU, as 89 for 8.9.
-        named: all those that this TensorRT has kernels for; None where it builds for any GPU that it runs on.
+        named: capabilities that this TensorRT has kernels for; None if it builds for the GPU that it runs on.
 
     Raises:
         UnavailableError: says what to export for this GPU.
@@ -73,12 +73,12 @@ def require_capability(
 
 
 class Engines:
-    """The engine files of a bundle, loaded, and the activations that all their contexts take turns in.
+    """The loaded engine files of a bundle, and the memory for activations that their contexts share.
 
-    This class has what both kinds have: the Python names of full TensorRT.
+    This class uses the Python names that both TensorRTs have.
 
     Args:
-        skipped: takes why steps are not recorded as a CUDA graph, once one could not be.
+        skipped: receives the reason if a step cannot be recorded as a CUDA graph.
     """
 
     module: ClassVar[str] = "tensorrt"
@@ -103,7 +103,7 @@ class Engines:
 
     @staticmethod
     def named_capabilities(trt: Any) -> frozenset[str] | None:  # noqa: ARG004 - the other kind asks it
-        """Compute capabilities that this TensorRT names; None where it builds for the GPU at hand."""
+        """Compute capabilities that this TensorRT supports; None if it builds for the GPU of this machine."""
         return None
 
     def _load(self, path: Path) -> Any:
@@ -115,7 +115,7 @@ class Engines:
         return engine
 
     def _require_validity(self, path: Path, data: Any) -> None:
-        """Full TensorRT finds out while it loads."""
+        """Full TensorRT checks this while it loads."""
 
     def _refusal(self, path: Path, reason: str) -> BundleError:
         return BundleError(
@@ -124,7 +124,7 @@ class Engines:
         )
 
     def _check_tensors(self, file: str, engine: Any, manifest: Manifest) -> None:
-        """Names and types of inputs and outputs are the manifest's; their shapes are checked as they are bound."""
+        """Check the names and types of inputs and outputs against the manifest. Shapes are checked when bound."""
         modes, types = self.trt.TensorIOMode, self.trt.DataType
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         found = {(name, engine.get_tensor_mode(name), engine.get_tensor_dtype(name)) for name in names}
@@ -140,9 +140,9 @@ class Engines:
             )
 
     def _check_names(self) -> None:
-        """The aliases that an update in place relies on are the engine's own.
+        """Check that the engine declares the aliases for updates in place.
 
-        TensorRT tells those of its own layers only; a plugin's are the plugin's word, checked when it is built.
+        TensorRT reports aliases of its own layers only. A plugin's aliases are checked when the engine is built.
         """
         if self.info.attention == "plugin":
             return
@@ -156,10 +156,10 @@ class Engines:
                     )
 
     def context(self, profile: EngineProfile, eager: bool) -> Any:
-        """A context on a profile, over the shared activations.
+        """A context for a profile, with the shared activations.
 
         Args:
-            eager: make the kernels of a shape before its first run; a captured graph keeps what it ran with.
+            eager: compile the kernels of a shape before its first run, because a captured graph keeps its kernels.
         """
         context = self._new_context(profile.file, eager)
         context.set_device_memory(self.activations, self.activation_bytes)
@@ -172,7 +172,7 @@ class Engines:
         return self._engines[file].create_execution_context(strategy)
 
     def capturable(self, context: Any) -> bool:  # noqa: ARG002 - a capture that fails tells
-        """Whether a run of ``context`` may be recorded, as far as is known."""
+        """Whether a run of ``context`` can be recorded, as far as known."""
         return CUDA_GRAPH not in self.skipped
 
     def close(self) -> None:
@@ -181,7 +181,7 @@ class Engines:
 
 
 class RtxEngines(Engines):
-    """TensorRT-RTX, which makes kernels for the GPU when it runs, and keeps them for the next time."""
+    """TensorRT-RTX. It compiles kernels for the GPU at run time, and this class saves them for the next session."""
 
     module = "tensorrt_rtx"
     where = ""
@@ -198,7 +198,7 @@ class RtxEngines(Engines):
         return frozenset(name.removeprefix("SM") for name in names if name.startswith("SM"))
 
     def _require_validity(self, path: Path, data: Any) -> None:
-        """TensorRT-RTX can say what is wrong before it loads."""
+        """TensorRT-RTX can report problems before it loads."""
         validity, reasons = self._runtime.get_engine_validity(data)
         if validity == self.trt.EngineValidity.INVALID:
             known = self.trt.EngineInvalidityDiagnostics.__members__.items()

@@ -1,4 +1,5 @@
-"""The session on ONNX Runtime: KV in one buffer per layer and side, bound in place as past and present."""
+"""The session for ONNX Runtime. The cache has one buffer for keys and one for values per layer, each bound as past
+and as present."""
 
 import contextlib
 import os
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 
 OPERATORS, LIBRARY = "glm4_plugins", "cpu_operators"
 OPERATOR_DOMAIN = "glm4"  # of those operators, in graphs
-# Those that this session can drive, the fastest first.
+# The providers that this session supports, fastest first.
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
-# What a provider cannot do, where the manifest does not list it.
+# Why a manifest does not list a provider.
 MISSING_KERNELS = {
     ("CPUExecutionProvider", "bfloat16"): "it has no bfloat16 kernels",
     ("CUDAExecutionProvider", "float32"): "its GroupQueryAttention takes float16 and bfloat16 only",
@@ -35,12 +36,12 @@ MISSING_KERNELS = {
 
 
 def _cores() -> int:
-    """Cores that this process may use; all of the machine's where the system does not tell."""
+    """Number of cores that this process may use; all cores if the system does not tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_onnxruntime() -> Any:
-    """Import onnxruntime, or say which extra brings it."""
+    """Import onnxruntime, or name the extra that installs it."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -51,10 +52,10 @@ def load_onnxruntime() -> Any:
 
 
 def operator_library() -> Path:
-    """Our operators for ONNX Runtime, which come with the package ``glm4_plugins``; it is found, and not imported.
+    """The path of our operators for ONNX Runtime, in the package ``glm4_plugins``, which is located but not imported.
 
     Raises:
-        UnavailableError: it was installed where no C++ compiler could build it.
+        UnavailableError: it was not built, because there was no C++ compiler during the installation.
     """
     spec = find_spec(OPERATORS)
     folders = (spec.submodule_search_locations if spec else None) or ()
@@ -75,7 +76,7 @@ def choose_provider(
     """The provider to run on, and why each one before it was skipped.
 
     Raises:
-        BundleError: none fits, or not the one that was asked for.
+        BundleError: no provider fits, or not the requested one.
     """
 
     def reason(name: str) -> str | None:
@@ -112,14 +113,14 @@ def _or_none(names: Sequence[str]) -> str:
 
 
 def _gpu_of(ort: Any) -> "OrtCuda":
-    from glm4_runtime.session.ort_cuda import OrtCuda  # not where only the CPU is asked
+    from glm4_runtime.session.ort_cuda import OrtCuda  # not needed for the CPU
 
     return OrtCuda(ort)
 
 
 @contextlib.contextmanager
 def _failing() -> Iterator[None]:
-    """Turn a kernel's error into a ModelError; onnxruntime's own exceptions share no base class."""
+    """Turn a kernel's error into a ModelError. onnxruntime's exceptions have no common base class."""
     try:
         yield
     except Exception as error:
@@ -155,7 +156,7 @@ class OrtSession(Session):
         manifest, gpu = self.manifest, self._gpu
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or _cores()
-        options.log_severity_level = 3  # errors; what it warns of is decided above
+        options.log_severity_level = 3  # errors only; the cases of its warnings are decided above
         provider: Any = self.provider
         if gpu is not None:
             provider = (self.provider, gpu.provider_options())
@@ -168,7 +169,7 @@ class OrtSession(Session):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self._session = ort.InferenceSession(str(self.folder / GRAPH), options, providers=[provider])
-        except Exception as error:  # onnxruntime's own exceptions share no base class
+        except Exception as error:  # onnxruntime's exceptions have no common base class
             raise BundleError(
                 f"ONNX Runtime {ort.__version__} cannot open {self.folder / GRAPH}: {error}"
             ) from error
@@ -201,7 +202,7 @@ class OrtSession(Session):
             self._session.run_with_iobinding(rows.binding)
         if self._gpu is not None:
             self._gpu.cuda.synchronize()
-        if logits.shape[1] > 1:  # those of a whole prompt are large
+        if logits.shape[1] > 1:  # logits of a whole prompt are large
             rows.forget()
         return logits
 

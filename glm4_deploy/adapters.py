@@ -14,7 +14,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def lora_option(command: Command) -> Command:
-    """The option, which may be repeated."""
+    """The option ``--lora``, which may be repeated."""
     return click.option(
         "--lora",
         multiple=True,
@@ -25,7 +25,7 @@ def lora_option(command: Command) -> Command:
 
 
 def find_adapters(given: Sequence[str], progress: Progress = silent) -> tuple[tuple[str, float], ...]:
-    """The folders of adapters, downloaded where they are names on a hub, and the factor of each.
+    """The folders of adapters, downloaded if they are names on a hub, with the factor of each.
 
     Raises:
         RequestError: a scale that is no number.
@@ -39,7 +39,7 @@ def find_adapters(given: Sequence[str], progress: Progress = silent) -> tuple[tu
 
 
 def _parted(value: str) -> tuple[str, float]:
-    """The folder and the factor; a folder whose own name has an equals sign is found first."""
+    """The folder and the factor. An existing folder whose name contains an equals sign has priority."""
     name, equals, scale = value.rpartition("=")
     if not equals or Path(value).exists():
         return value, 1.0

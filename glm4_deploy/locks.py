@@ -1,4 +1,4 @@
-"""An exclusive lock on a file, by POSIX or by Windows: the system frees the lock however its process ends."""
+"""An exclusive lock on a file, on POSIX and Windows. The system frees the lock when the process ends in any way."""
 
 import errno
 import os
@@ -18,11 +18,11 @@ POSIX, WINDOWS = _module("fcntl"), _module("msvcrt")
 
 
 def lock(path: Path) -> int:
-    """Make the file if it is not there, and lock it; closing the returned descriptor unlocks it.
+    """Create the file if needed, and lock it. Closing the returned descriptor unlocks it.
 
     Raises:
         BlockingIOError: another process holds the lock.
-        FileNotFoundError: the file was removed meanwhile, so that the lock is worth nothing.
+        FileNotFoundError: the file was removed meanwhile, so the lock has no effect.
         OSError: there are no locks: ENOSYS or what the file system says.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -48,6 +48,6 @@ def _take(file: int) -> None:
         if error.errno in (
             errno.EACCES,
             errno.EDEADLK,
-        ):  # how Windows says that another process holds the lock
+        ):  # Windows' error if another process holds the lock
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
         raise

@@ -1,4 +1,4 @@
-"""Export: a checkpoint folder becomes a bundle, proved right before it appears under its name."""
+"""Export: makes a bundle from a checkpoint folder, and proves it before it appears under its name."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ from glm4_runtime.bundle import GRAPH, WEIGHTS, Manifest, write_manifest
 from glm4_runtime.bundle.graph_checks import check_graph
 from glm4_runtime.progress import Progress, silent
 
-if TYPE_CHECKING:  # torch and onnx load when there is work for them, so that --print-key is quick
+if TYPE_CHECKING:  # torch and onnx are imported when needed, so that --print-key is quick
     import onnx_ir as ir
 
     from glm4_deploy.calibration import Prepared
@@ -37,16 +37,16 @@ def export(
 ) -> ExportResult:
     """Make ``bundle`` from the checkpoint folder ``checkpoint``.
 
-    The bundle is written aside and published when it is whole and its parity proved, so that whatever ends
-    an export leaves the old bundle or none.
+    The bundle is written to a hidden folder, and published when it is complete and its parity proved. So an export
+    that ends early leaves the old bundle or none.
 
     Args:
-        force: replace a bundle that is there already.
+        force: replace an existing bundle.
 
     Raises:
-        ConfigError, CheckpointError: the checkpoint is not what it should be.
-        ExportError: options that do not fit, no room on the disk, or something in the way.
-        GateError: the bundle does not compute what the reference computes.
+        ConfigError, CheckpointError: the checkpoint is damaged or not supported.
+        ExportError: the options do not fit, the disk is too small, or the place is occupied.
+        GateError: the bundle's outputs differ too much from the reference's.
     """
     from glm4_runtime.defaults import read_sampling_defaults
 
@@ -55,7 +55,7 @@ def export(
     clock = Clock()
     with Checkpoint.load(checkpoint, options.task, options.adapters) as source:
         plan = make_plan(source, options)
-        read_sampling_defaults(checkpoint)  # refuses what no sampler takes
+        read_sampling_defaults(checkpoint)  # refuses invalid sampling defaults
         warnings = compare_side_files(source)
         require_installed(plan)
         require_room(plan, destination.place)
@@ -69,7 +69,7 @@ def export(
             _copy_side_files(source, folder)
             manifest = describe(plan, prepared, model, folder, written)
             write_manifest(folder, manifest)
-            check_graph(folder, manifest)  # what no session would open is no bundle
+            check_graph(folder, manifest)  # a bundle that no session opens is an error
             parity, engine = None, None
             if options.parity:
                 with clock("parity"):
@@ -87,7 +87,7 @@ def export(
 
 
 def require_destination(checkpoint: str | Path, bundle: str | Path, force: bool) -> Destination:
-    """The place of a bundle, where an export that was killed left nothing.
+    """The place of a bundle, after a cleanup of killed exports.
 
     Raises:
         ExportError: the bundle cannot be published there.
@@ -109,7 +109,7 @@ def _prepare(plan: Plan, source: Checkpoint, clock: Clock, progress: Progress) -
 
 
 def _trace(plan: Plan, prepared: "Prepared", engine_graph: str | None = None) -> "ir.Model":
-    """The graph that is written and proved, or a graph of the engine with attention by our plugin."""
+    """The graph that is written and proved; or, with ``engine_graph``, an engine's graph with our plugin."""
     from glm4_exporters.passes import model_passes, run
     from glm4_exporters.passes.plugin_attention import PluginAttention
     from glm4_exporters.trace import trace
@@ -167,7 +167,7 @@ def _build_engine(
     manifest: Manifest,
     progress: Progress,
 ) -> "EngineBundle":
-    """From the proved graph; with our plugin from graphs of its own on the same weights."""
+    """Build the engine from the proved graph, or with our plugin from separate graphs with the same weights."""
     from glm4_deploy.engine_bundle import make_engine
     from glm4_exporters.weights import share_weights
 

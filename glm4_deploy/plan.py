@@ -1,4 +1,4 @@
-"""What an export does, decided before its first step: options become one frozen plan, and nothing below asks them again."""
+"""The plan of an export: all options are resolved once, before the first step, into one frozen object."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,15 +30,15 @@ DEFAULT_TARGET, DEFAULT_PRECISION, DEFAULT_BATCH = "ort", "int8", 8
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export; every field but ``parity`` shapes the bundle and its cache key."""
+    """The options of an export. Every field except ``parity`` changes the bundle and its cache key."""
 
     target: str = DEFAULT_TARGET
     precision: str = DEFAULT_PRECISION
-    task: str | None = None  # the checkpoint's own where None
-    max_seq_len: int | None = None  # the model's positions where None
+    task: str | None = None  # default: the checkpoint's own
+    max_seq_len: int | None = None  # default: the model's positions
     max_batch_size: int = DEFAULT_BATCH
     parity: bool = True
-    activations: str | None = None  # of a quantized bundle; the target's choice where None
+    activations: str | None = None  # of a quantized bundle; default: the target's
     calibration: str | None = None  # a file of text or token ids
     recipe: str | None = None  # a file of formats by tensor
     adapters: tuple[tuple[str, float], ...] = ()  # folders of LoRA adapters, and a factor for each
@@ -57,14 +57,14 @@ class EngineBuild:
         kind: the TensorRT that builds it.
         attention: ``plugin`` or ``native``.
         layout: ``shared`` or ``split``.
-        graphs: the graphs that engines are built from, by name: one for all profiles, or one each.
-        capacity: positions of the cache, which TensorRT takes as a constant.
-        capabilities: GPUs to name to the builder; none: its own choice.
-        runs_on: the GPUs that the engine then runs on; none: the one that it is built on.
-        later_gpus: whether it runs on later ones too.
-        gpu: compute capability of the GPU here, as 89 for 8.9; None where there is none.
+        graphs: names of the graphs that engines are built from: one for all profiles, or one each.
+        capacity: positions of the cache, a constant in TensorRT.
+        capabilities: GPUs to pass to the builder; empty: its default.
+        runs_on: the GPUs that the engine runs on; empty: only the GPU of this machine.
+        later_gpus: whether it also runs on later GPUs.
+        gpu: compute capability of this machine's GPU, such as 89 for 8.9; None without a GPU.
         kv_cache: element type of the engine's cache; None for a task without one.
-        processors: its streaming multiprocessors, likewise.
+        processors: the GPU's number of streaming multiprocessors; None without a GPU.
         small_tiles: whether the plugin's blocks stay below 48 KiB of shared memory.
     """
 
@@ -89,7 +89,7 @@ class EngineBuild:
 
     @property
     def timed(self) -> bool:
-        """Whether the builder times kernels on the GPU here, so that the engine depends on that GPU."""
+        """Whether the builder times kernels on this machine's GPU, so that the engine depends on this GPU."""
         return ENGINE_KINDS[self.kind].times
 
 
@@ -99,10 +99,10 @@ class Plan:
 
     Attributes:
         config: of the checkpoint.
-        options: as they were given, for the report and the cache key.
+        options: the user's options, for the report and the cache key.
         form: how every tensor is stored, and the target's row.
-        engine: None where ONNX Runtime runs the bundle.
-        adapters: what is merged into the weights.
+        engine: None if ONNX Runtime runs the bundle.
+        adapters: the adapters to merge into the weights.
     """
 
     config: Glm4Config
@@ -115,13 +115,13 @@ class Plan:
 
     @property
     def graph_cache(self) -> str | None:
-        """Element type of the cache of the graph that is proved: of an engine the activations', whatever its own."""
+        """Element type of the cache in the graph that parity checks; for an engine, the type of activations."""
         cache = self.form.kv_cache
         return self.form.activations if cache is not None and self.engine is not None else cache
 
     @property
     def calibration(self) -> Path | None:
-        """The user's text."""
+        """The path of the user's calibration text."""
         return Path(self.options.calibration) if self.options.calibration else None
 
 
@@ -129,7 +129,7 @@ def make_plan(source: Checkpoint, options: ExportOptions) -> Plan:
     """Decide everything about the export of a checkpoint.
 
     Raises:
-        ExportError: options that do not fit each other, the model or this machine; says what would.
+        ExportError: the options do not fit each other, the model or this machine; says what would.
     """
     form = _form(source, options)
     _require_limits(source.config, options)

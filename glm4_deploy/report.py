@@ -1,4 +1,4 @@
-"""``report.json``: what was measured while a bundle was made. Nothing else may depend on the machine or the moment."""
+"""``report.json``: the measurements of an export. Only this file of a bundle may depend on the machine or the time."""
 
 import dataclasses
 import json
@@ -29,11 +29,11 @@ class ExportResult:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
-    warnings: list[str] = field(default_factory=list)  # of side files that do not fit each other
+    warnings: list[str] = field(default_factory=list)  # about side files that do not fit each other
 
 
 class Clock:
-    """Wall seconds per stage."""
+    """Measures wall seconds per stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

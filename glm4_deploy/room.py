@@ -1,4 +1,4 @@
-"""Room on the disks that an export writes to, asked for before its first step."""
+"""Checks the free room on all disks that an export writes to, before its first step."""
 
 import shutil
 from pathlib import Path
@@ -9,18 +9,20 @@ from glm4_exporters.engine import engine_profiles
 from glm4_runtime.errors import ExportError
 
 PAGE = 4096  # bytes; each tensor of the data file begins at one
-PARTS = 3  # tensors of the file that a tensor of the checkpoint becomes at most: codes, scales, zero points or a copy
-# An engine's bytes by those of the weights: 1.005 for the 9B in int8 and 1.007 in int4 (benchmarks/results).
+PARTS = (
+    3  # maximum number of stored tensors per tensor of the checkpoint: codes, scales, zero points or a copy
+)
+# Size of an engine divided by the size of its weights: 1.005 for the 9B in int8, 1.007 in int4 (benchmarks/results).
 ENGINE_SHARE = 1.02
-# A first timing cache. The number is our own bound: we have measured none.
+# Size of a new timing cache. An assumption, not measured.
 TIMING_CACHE = 64 * 2**20
 
 
 def require_room(plan: Plan, place: Path) -> None:
-    """Refuse an export whose files, those that are there only while it runs among them, do not fit the disks.
+    """Refuse an export whose files, temporary ones included, do not fit the disks.
 
     Args:
-        place: where the bundle will be; the folders above it may not be there yet.
+        place: the place of the bundle; its parent folders may not exist yet.
 
     Raises:
         ExportError: how much is needed, how much is free, and where.
@@ -38,7 +40,7 @@ def require_room(plan: Plan, place: Path) -> None:
 
 
 def _written(plan: Plan, place: Path) -> list[tuple[Path, int]]:
-    """Paths and the bytes that are there at one time."""
+    """Paths, with the bytes that exist at the same time."""
     weights, build = weight_file(plan), plan.engine
     if build is None:
         return [(place.parent, weights)]
@@ -51,12 +53,12 @@ def _written(plan: Plan, place: Path) -> list[tuple[Path, int]]:
 
 
 def weight_file(plan: Plan) -> int:
-    """Most bytes of the bundle's data file: weights, the tables of cosines and sines, and the ends of pages."""
+    """Upper bound for the bundle's data file: weights, tables of cosines and sines, and padding to pages."""
     shapes, config = expected_tensors(plan.config, plan.task), plan.config
     tables = 2 * 4 * config.positions * config.rotary_dim // 2
     return plan.form.weight_bytes(shapes) + tables + PAGE * PARTS * (len(shapes) + 2)
 
 
 def _timing_cache(path: Path) -> int:
-    """The new file lies beside the old one until it takes its place."""
+    """The new file exists beside the old one until it replaces it."""
     return max(TIMING_CACHE, path.stat().st_size if path.is_file() else 0)

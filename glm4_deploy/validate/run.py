@@ -1,4 +1,4 @@
-"""Validate: reference and bundles walked side by side, a layer at a time, and held against each other."""
+"""Validate: runs the reference and the bundles side by side, layer by layer, and compares them."""
 
 import platform
 import time
@@ -32,13 +32,13 @@ class ValidateOptions:
 
     Attributes:
         adapters: folders of LoRA adapters to merge into the reference, and a factor for each.
-        text: .txt, .jsonl or .ids; the bundled corpus where None.
+        text: .txt, .jsonl or .ids; default: the built-in corpus.
         against: a second bundle of the same checkpoint.
-        layers: look at every sub-block.
+        layers: compare every sub-block.
         gate: ``strict``, ``default``, ``loose`` or a TOML file; None measures without judging.
-        max_tokens, length: of text in all, and in one sequence.
-        greedy: generate with both where they fit.
-        memory: bytes that may be used; what is available where None.
+        max_tokens, length: tokens of text in total, and in one sequence.
+        greedy: generate with both models if they fit into memory.
+        memory: bytes to use at most; default: the available memory.
     """
 
     adapters: tuple[tuple[str, float], ...] = ()
@@ -58,12 +58,12 @@ def validate(
     options: ValidateOptions = ValidateOptions(),
     progress: Progress = silent,
 ) -> Report:
-    """Measure how far a bundle is from its checkpoint, and hold it against a gate.
+    """Measure a bundle's accuracy against its checkpoint, and apply a gate.
 
-    The report says whether the gate was passed; nothing is raised for that.
+    The report says whether the gate was passed; a failed gate raises nothing.
 
     Raises:
-        BundleError, CheckpointError, ConfigError, TextError: one of the inputs is not what it should be.
+        BundleError, CheckpointError, ConfigError, TextError: one of the inputs is damaged or not supported.
         RequestError: options that do not fit together, or a comparison that does not fit into memory.
     """
     start = time.monotonic()
@@ -208,7 +208,7 @@ def _notes(bundles: Sequence[Bundle], text: Text, arithmetic: Sequence[str]) -> 
 
 
 def _guesses(comparison: Comparison, vocab_size: int) -> bool:
-    """Whether the reference predicts the text worse than equal chances for all tokens would."""
+    """Whether the reference predicts the text worse than guessing with equal chances."""
     return comparison.perplexities is not None and comparison.perplexities[0].value > vocab_size
 
 
@@ -222,7 +222,7 @@ def _unfit(comparison: Comparison, text: Text, vocab_size: int) -> str:
 
 
 def _open_questions(report: Report) -> list[str]:
-    """Where the limit lies inside the interval, the text is too short to tell."""
+    """A note if the limit lies inside the interval: then the text is too short."""
     ratio = report.comparisons[0].ratio
     check = next((check for check in report.checks if check.metric == "perplexity_ratio"), None)
     if ratio is None or check is None or ratio.low is None or ratio.high is None:

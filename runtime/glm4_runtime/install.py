@@ -1,6 +1,6 @@
-"""How to install an extra of this package: a command for where the package came from.
+"""The command that installs an extra of this package, from the source of this installation.
 
-What takes time to import is imported where it is needed: every command's help loads this module.
+Slow imports happen inside functions, because every command's help loads this module.
 """
 
 import os
@@ -28,7 +28,8 @@ def install_command(*extras: str) -> str:
 
 
 def requirements_of(package: str, extra: str = "") -> list["Requirement"]:
-    """What ``extra`` of an installed package adds to it on this machine; without ``extra``, what it always needs.
+    """The requirements of ``extra`` of an installed package on this machine; without ``extra``, its general
+    requirements.
 
     Raises:
         PackageNotFoundError: the package is not installed.
@@ -68,7 +69,7 @@ def _origin() -> str:
 
 
 def _url(direct: dict[str, Any]) -> str:
-    """The URL of a ``direct_url.json`` as pip takes it in a requirement."""
+    """The URL of a ``direct_url.json``, in the form of a requirement for pip."""
     url, version = direct["url"], direct.get("vcs_info")
     if version:
         url = f"{version['vcs']}+{url}@{version['commit_id']}"
@@ -90,7 +91,7 @@ def _by_requirements(extras: Iterable[str]) -> str:
 
 
 def pip_command() -> str:
-    """The pip of this Python: another Python's may come first on PATH."""
+    """The pip of this Python, because another Python's may be first on PATH."""
     found, python = shutil.which("pip"), sys.executable or "python"
     if found and Path(found).parent == Path(python).parent:
         return "pip"
@@ -98,5 +99,5 @@ def pip_command() -> str:
 
 
 def _quoted(text: str) -> str:
-    """For the shell; always in quotes, since zsh takes brackets for a pattern."""
+    """Quote for the shell, always, because zsh treats brackets as a pattern."""
     return f'"{text}"' if os.name == "nt" else shlex.quote(text)

@@ -1,7 +1,7 @@
-"""The files beside the weights, compared with the model's numbers and with each other.
+"""Compares the files beside the weights with the model's numbers and with each other.
 
-``ROWS`` is the one list of comparisons. Each row says which value of one file does not fit which value of another. A
-row that refuses is about files that cannot work together; the others find what is odd, and warn.
+``COMPARISONS`` lists all comparisons. Each says which value of one file does not fit which value of another. A
+comparison refuses files that cannot work together, or warns about unusual values.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,15 +28,16 @@ LONGEST_ID = 19  # digits
 
 @dataclass(frozen=True)
 class SideFiles:
-    """What the files say.
+    """The contents of the files.
 
     Attributes:
-        model_file: what says the next four: ``config.json`` of a checkpoint, ``manifest.json`` of a bundle.
+        model_file: the file with the next four values: ``config.json`` of a checkpoint, ``manifest.json`` of a
+            bundle.
         config: the whole of ``config.json``, or a bundle's copy.
         generation, tokenizer_config, special_tokens: the JSON objects of the files of these names.
         added_tokens: id by name, by file: those that are listed beside ``tokenizer.json``.
         template: ``chat_template.jinja``.
-        tokenizer: None where it is not there, or was not asked for.
+        tokenizer: None if it does not exist or was not requested.
     """
 
     folder: Path
@@ -60,7 +61,7 @@ def read_side_files(
     """Read the JSON files of a checkpoint or bundle.
 
     Args:
-        model: the fields of :class:`SideFiles` that the model's own file says.
+        model: the fields of :class:`SideFiles` from the model's own file.
         whole: read ``tokenizer.json`` too, whose numbers a tokenizer does not keep where they leave a gap.
 
     Raises:
@@ -99,13 +100,13 @@ def read_side_files(
 
 
 def compare(files: SideFiles, error: type[Glm4Error], advice: str) -> list[str]:
-    """Go through the table; returns warnings.
+    """Run all comparisons; returns warnings.
 
     Raises:
         ``error``: two files that cannot work together, with both values.
     """
     warnings = []
-    for refuses, row in ROWS:
+    for refuses, row in COMPARISONS:
         complaint = next(row(files), None)
         if complaint is not None and refuses:
             raise error(f"{files.folder}: {complaint}; {advice}")
@@ -132,7 +133,7 @@ def check_bundle(folder: Path, manifest: Manifest, tokenizer: Tokenizer | None =
     return compare(files, BundleError, "export the bundle again from files of one model")
 
 
-# The rows: each yields complaints -----------------------------------------------------------------
+# The comparisons: each yields complaints -----------------------------------------------------------------
 
 
 def _tokens_beyond(files: SideFiles) -> Iterator[str]:
@@ -264,8 +265,8 @@ def _two_templates(files: SideFiles) -> Iterator[str]:
         )
 
 
-# Whether a row refuses, and the row; only the first complaint of a row is told.
-ROWS: tuple[tuple[bool, Callable[[SideFiles], Iterator[str]]], ...] = (
+# Whether a comparison refuses, and the comparison. Only its first complaint is reported.
+COMPARISONS: tuple[tuple[bool, Callable[[SideFiles], Iterator[str]]], ...] = (
     (True, _added_tokens),
     (True, _tokens_beyond),
     (True, _generation_ids),
@@ -289,12 +290,12 @@ def _vocabulary(files: SideFiles) -> str:
 
 
 def _ids(value: object) -> list[int]:
-    """Token ids as configurations give them: one, or a list."""
+    """Token ids of a configuration: one id, or a list."""
     return [token for token in (value if isinstance(value, list) else [value]) if type(token) is int]
 
 
 def _role(files: SideFiles, role: str) -> int | None:
-    """The id of a special token that the tokenizer's configuration names."""
+    """The id of a special token in the tokenizer's configuration."""
     name = special_token_names(files.tokenizer_config).get(role)
     return None if name is None or files.tokenizer is None else _id_of(files.tokenizer, name)
 

@@ -35,7 +35,7 @@ _ANY_ARGUMENTS = {"type": "object"}
 
 @dataclass(frozen=True)
 class ChatPlan:
-    """What a request comes to: one scheduler request and one reply for each choice."""
+    """The plan of a request: one scheduler request and one reply per choice."""
 
     requests: list[Request]
     replies: list[Reply]
@@ -44,7 +44,7 @@ class ChatPlan:
 
 @dataclass(frozen=True)
 class Offer:
-    """The functions a reply may call, and whether it must."""
+    """The functions that a reply may call, and whether it must call one."""
 
     tools: tuple[Tool, ...] = ()
     callable: tuple[Tool, ...] = ()
@@ -154,7 +154,7 @@ def _offer(body: schema.ChatRequest) -> Offer:
 
 
 def _form(engine: Engine, body: schema.ChatRequest, offer: Offer, max_calls: int) -> ReplyFormat | None:
-    """The form of the reply, where it is not free."""
+    """The format of the reply; None if it is free."""
     answer = answer_format(body.response_format)
     if answer is None and not offer.required and not offer.strict:
         return None
@@ -163,7 +163,7 @@ def _form(engine: Engine, body: schema.ChatRequest, offer: Offer, max_calls: int
 
 
 class ChatAnswer:
-    """The replies to one request, whole or in chunks."""
+    """The answer to one request, whole or in chunks."""
 
     def __init__(self, engine: Engine, body: schema.ChatRequest, plan: ChatPlan, job: Job) -> None:
         self._engine, self._plan, self._job = engine, plan, job
@@ -199,7 +199,7 @@ class ChatAnswer:
             yield self._head | {"object": "chat.completion.chunk"} | last
 
     async def _steps(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """Each choice's number and delta; an empty delta at its end."""
+        """Yields each choice's number and delta; an empty delta at its end."""
         try:
             async for index, event in self._job.events():
                 reply = self._plan.replies[index]

@@ -37,8 +37,8 @@ _UTF8 = codecs.getincrementaldecoder("utf-8")
 class ChoiceText:
     """The text of one choice so far; ``echo`` is what it starts with.
 
-    ``characters`` is how many its tokens with log-probabilities made: their text may be held back for a while.
-    ``prompt`` and ``ids`` are what the client sent and what the model got; ``scores`` are those of ``ids``.
+    ``characters``: number of characters of its tokens with log-probabilities, whose text may still be held back.
+    ``prompt``: as the client sent it. ``ids``: the model's input. ``scores``: the scores of ``ids``.
     """
 
     echo: str = ""
@@ -53,7 +53,7 @@ class ChoiceText:
     decoder: codecs.IncrementalDecoder = field(default_factory=lambda: _UTF8("replace"))
 
     def note(self, entry: dict[str, Any], shown: bool = True) -> None:
-        """Keep a token's log-probabilities, and where in the text it begins; a control token is not shown."""
+        """Record a token's log-probabilities, and its position in the text; a control token has no text."""
         self.logprobs.append(entry | {"offset": len(self.echo) + self.characters})
         if shown:
             self.characters += len(self.decoder.decode(bytes(entry["bytes"])))
@@ -71,7 +71,7 @@ async def complete(engine: Engine, body: schema.CompletionRequest, http: HttpReq
 
 
 def as_list(given: Any) -> list[Any]:
-    """Texts or lists of ids, of which one may be given alone."""
+    """A list of texts or of lists of ids; a single one becomes a list."""
     return [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
 
 
@@ -124,7 +124,7 @@ def _planned(engine: Engine, body: schema.CompletionRequest, deadline: float) ->
 
 
 def _prompt_top(body: schema.CompletionRequest) -> int | None:
-    """How many of the likeliest tokens are wanted at each place of a prompt; None where it is not scored."""
+    """Number of likeliest tokens to report at each position of a prompt; None if the prompt is not scored."""
     echoed = body.logprobs if body.echo else None
     wanted = [count for count in (echoed, body.prompt_logprobs) if count is not None]
     return max(wanted, default=None)
@@ -138,7 +138,7 @@ def _mask(engine: Engine, body: schema.CompletionRequest) -> GrammarMask | None:
 
 
 class CompletionAnswer:
-    """The continuations of one request's prompts, whole or in chunks."""
+    """The answer to one request, whole or in chunks."""
 
     def __init__(
         self, engine: Engine, body: schema.CompletionRequest, plan: CompletionPlan, job: Job
@@ -164,7 +164,7 @@ class CompletionAnswer:
         return Json(self._head | {"choices": choices, "usage": self._usage.as_json()})
 
     def _listed(self) -> list[dict[str, Any]]:
-        """All choices, each with the scores of its prompt where they were asked for."""
+        """All choices, each with the scores of its prompt, if requested."""
         listed = []
         for index, choice in enumerate(self._choices):
             first = self._choices[index - index % self._n]  # one prompt is scored once
@@ -194,7 +194,7 @@ class CompletionAnswer:
             yield self._head | last
 
     async def _steps(self) -> AsyncGenerator[tuple[int, str, list[dict[str, Any]]], None]:
-        """Each choice's number, its next text, and the log-probabilities of the token."""
+        """Yields each choice's number, its next text, and the log-probabilities of the token."""
         try:
             async for index, event in self._job.events():
                 choice = self._choices[index]
@@ -234,7 +234,8 @@ class CompletionAnswer:
 
 
 def legacy_logprobs(entries: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """``text_offset`` counts characters: a token that completes none adds nothing to it."""
+    """OpenAI's legacy log-probabilities. ``text_offset`` counts characters; a token without a complete character adds
+    0."""
     return {
         "tokens": [_legacy_name(entry) for entry in entries],
         "token_logprobs": [entry["logprob"] for entry in entries],
@@ -243,7 +244,7 @@ def legacy_logprobs(entries: list[dict[str, Any]]) -> dict[str, list[Any]]:
             if entry["top_logprobs"] is None
             else {
                 _legacy_name(other): other["logprob"]
-                for other in (*entry["top_logprobs"], entry)  # the token itself is always there
+                for other in (*entry["top_logprobs"], entry)  # always includes the token itself
             }
             for entry in entries
         ],

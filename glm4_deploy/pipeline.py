@@ -15,6 +15,7 @@ from glm4_deploy.tools import require_installed
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.peak_memory import peak_memory
 from glm4_runtime.bundle import GRAPH, WEIGHTS, Manifest, write_manifest
+from glm4_runtime.bundle.ascii_path import ascii_path
 from glm4_runtime.bundle.graph_checks import check_graph
 from glm4_runtime.progress import Progress, silent
 
@@ -142,7 +143,8 @@ def _write_model(
     written = write_weights(source, tensors, folder / WEIGHTS, prepared.edits, progress)
     attach(model, tensors, WEIGHTS)
     ir.save(model, folder / GRAPH)
-    onnx.checker.check_model(folder / GRAPH, full_check=True)
+    with ascii_path(folder / GRAPH) as path:
+        onnx.checker.check_model(path, full_check=True)
     return written
 
 

@@ -21,6 +21,7 @@ import onnxruntime as ort
 from glm4_exporters.architecture import EMBEDDING
 from glm4_plugins.block_product import DOMAIN, OPERATOR, PANEL, library
 from glm4_runtime.bundle import GRAPH
+from glm4_runtime.bundle.ascii_path import ascii_path
 from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
 
@@ -175,7 +176,8 @@ class GraphPieces:
                     "the CPU operators were not built when glm4-deploy was installed; install a C++ compiler and "
                     "glm4-deploy again"
                 )
-            options.register_custom_ops_library(str(operators))
+            with ascii_path(operators) as path:
+                options.register_custom_ops_library(path)
         names, arrays = [], []
         for name, weight in weights.items():
             tensor = graph.initializer.add()

@@ -5,12 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from cpu_operators import CAN_BE_BUILT
 
 from glm4_deploy import streams
 from glm4_deploy.cli import COMMANDS
+from glm4_runtime.bundle.ascii_path import ascii_path
 
 ROOT = Path(__file__).parents[2]
 GREETING = "你好，世界吗"
@@ -136,6 +139,50 @@ def test_chinese_prompts_in_every_locale(demo_quantized, gb18030):
     ):
         assert answer(environment, bundle, raw) == expected
         assert answer(environment, bundle, "-", stdin=raw) == expected
+
+
+EXPORTED = """
+import sys
+from pathlib import Path
+from glm4_deploy.pipeline import ExportOptions, export
+from glm4_runtime import SamplingParams, Session
+
+assert sys.getfilesystemencoding() == "gb18030"
+folder = Path(sys.argv[1])
+for target in sys.argv[2:]:
+    export(folder / "检查点", folder / "包" / target, ExportOptions(target=target))
+    if not target.startswith("tensorrt"):
+        with Session.open(folder / "包" / target, verify=True) as session:
+            ids = session.tokenizer.encode("你好")
+            assert len(list(session.generate(ids, SamplingParams(max_tokens=4, ignore_eos=True)))) == 4
+"""
+
+
+def test_folders_with_chinese_names_where_names_are_not_utf8(tmp_path, gb18030):
+    """On disk the names are bytes in GB18030. Libraries in C++ and Rust would look for names in UTF-8."""
+    targets = ["ort", *["cpu"] * CAN_BE_BUILT, *["tensorrt-rtx"] * (find_spec("tensorrt_rtx") is not None)]
+    folder = bytes(tmp_path) + "/模型".encode("gb18030")
+    Path(os.fsdecode(folder)).mkdir()
+    shutil.copytree(bytes(ROOT / "demo" / "glm4-tiny"), folder + "/检查点".encode("gb18030"))
+    kept = {k: v for k, v in os.environ.items() if k not in ("LC_ALL", "LC_CTYPE")}
+    command = [sys.executable, "-c", EXPORTED.encode("gb18030"), folder, *targets]
+    done = subprocess.run(command, env=kept | gb18030, capture_output=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr.decode("gb18030", "replace")
+    made = Path(os.fsdecode(folder + "/包".encode("gb18030"))).iterdir()
+    assert sorted(path.name for path in made) == sorted(targets)
+
+
+def test_a_folder_is_named_by_its_descriptor_only_where_names_differ(tmp_path, monkeypatch):
+    file = tmp_path / "你好" / "model.onnx"
+    file.parent.mkdir()
+    file.write_text("graph")
+    with ascii_path(file) as path:
+        assert path == str(file)
+    monkeypatch.setattr(os, "fsencode", lambda path: str(path).encode("gb18030"))
+    with ascii_path(file) as path:
+        assert path.isascii()
+        assert Path(path).read_text() == "graph"
+    assert not Path(path).exists()
 
 
 def test_bytes_that_are_no_text_are_refused_in_one_line(demo_quantized):

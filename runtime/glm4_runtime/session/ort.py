@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from glm4_runtime.bundle import GRAPH, Manifest
+from glm4_runtime.bundle.ascii_path import ascii_path
 from glm4_runtime.errors import BundleError, ModelError, UnavailableError
 from glm4_runtime.install import install_command
 from glm4_runtime.kv_cache import Move
@@ -165,10 +166,11 @@ class OrtSession(Session):
         library = operator_library() if OPERATOR_DOMAIN in manifest.opsets else None
         try:
             if library is not None:
-                options.register_custom_ops_library(str(library))
-            with warnings.catch_warnings():
+                with ascii_path(library) as path:
+                    options.register_custom_ops_library(path)
+            with warnings.catch_warnings(), ascii_path(self.folder / GRAPH) as path:
                 warnings.simplefilter("ignore")
-                self._session = ort.InferenceSession(str(self.folder / GRAPH), options, providers=[provider])
+                self._session = ort.InferenceSession(path, options, providers=[provider])
         except Exception as error:  # onnxruntime's exceptions have no common base class
             raise BundleError(
                 f"ONNX Runtime {ort.__version__} cannot open {self.folder / GRAPH}: {error}"

@@ -7,10 +7,11 @@ EXTRAS := cpu,export,hub,plugins,serve,bench,tensorrt-rtx,test,dev
 BENCH := $(OUT)/bench
 LAYERS ?= 4
 ROUNDS ?= 9
+PROCESSES ?= 2
 9B := $(BENCH)/9b$(LAYERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-more foreign-names bench gpu-check lint format wheel clean
+.PHONY: help demo test-fast test test-more slow-list foreign-names bench gpu-check lint format wheel clean
 
 help:  ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -29,8 +30,17 @@ demo: $(VENV)/.installed  ## export the demo checkpoint, check it against PyTorc
 	$(BIN)/glm4-deploy generate $(OUT)/demo "And it came to pass" --max-tokens 64 --temperature 0.7 --top-k 20 --seed 2 --stream
 	$(BIN)/glm4-deploy generate $(OUT)/demo "Who are you?" --chat --stream
 
-test: $(VENV)/.installed  ## run the test suite
-	$(BIN)/python -m pytest
+# Tests of one file stay in one process, as they share what they export. Tests that measure time run after the others.
+SIDE_BY_SIDE := -n $(PROCESSES) --dist loadfile
+test-fast: $(VENV)/.installed  ## run the quick tests: the loop while writing, about 3 minutes
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not alone and not more"
+
+test: $(VENV)/.installed  ## run the test suite, about 10 minutes
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not alone and not more"
+	$(BIN)/python -m pytest -m "alone and not more"
+
+slow-list: $(VENV)/.installed  ## measure the tests, and write tests/slow.txt: those that test-fast leaves out
+	$(BIN)/python -m pytest -m "not more" --write-slow
 
 test-more: $(VENV)/.installed  ## run the tests that take minutes each: soak, kills, fuzzing
 	$(BIN)/python -m pytest -m more

@@ -5,30 +5,40 @@ from pathlib import Path
 
 import pytest
 from checkpoints import tiny_config, write_checkpoint
+from slow_tests import (  # noqa: F401  pytest finds its hooks here
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_runtest_call,
+    pytest_terminal_summary,
+)
 
 from glm4_deploy.pipeline import ExportOptions, export
+from glm4_exporters import trace as traces
 
 TRACES: dict = {}
+trace_anew = traces.trace
 
 
-@pytest.fixture
-def traced_once(monkeypatch):
-    """Take the graph of a configuration from the test before: tracing is most of a small export's time."""
-    trace_once(monkeypatch)
-
-
-def trace_once(monkeypatch):
-    from glm4_exporters import trace as module
-
-    real = module.trace
+@pytest.fixture(scope="session", autouse=True)
+def traced_once():
+    """Trace each configuration once in a run: a trace takes ten times the rest of a small export."""
 
     def trace(config, task, activations):
         key = json.dumps([config.to_dict(), task, activations])
         if key not in TRACES:
-            TRACES[key] = real(config, task, activations)
+            TRACES[key] = trace_anew(config, task, activations)
         return TRACES[key].clone()
 
-    monkeypatch.setattr(module, "trace", trace)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(traces, "trace", trace)
+        yield
+
+
+@pytest.fixture
+def traced_anew(monkeypatch, traced_once):
+    """For tests of the trace itself."""
+    monkeypatch.setattr(traces, "trace", trace_anew)
 
 
 @pytest.fixture(scope="session")
@@ -68,11 +78,9 @@ def demo_quantized(tmp_path_factory):
     """The demo checkpoint for the default target in int8 and int4, and in int8 for target cpu, by these names."""
     folder = tmp_path_factory.mktemp("quantized")
     demo = Path(__file__).parents[1] / "demo" / "glm4-tiny"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        trace_once(monkeypatch)
-        for precision in ("int8", "int4"):
-            export(demo, folder / precision, ExportOptions(precision=precision, parity=False))
-        export(demo, folder / "cpu", ExportOptions(target="cpu", parity=False))
+    for precision in ("int8", "int4"):
+        export(demo, folder / precision, ExportOptions(precision=precision, parity=False))
+    export(demo, folder / "cpu", ExportOptions(target="cpu", parity=False))
     return {name: folder / name for name in ("int8", "int4", "cpu")}
 
 

@@ -7,11 +7,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 from checkpoints import tiny_config
 
+from glm4_exporters import trace as traces
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.passes import lowering, run
 from glm4_exporters.targets import TARGETS
-from glm4_exporters.trace import trace
 from glm4_exporters.weights import attach, layout, write_weights
 from glm4_plugins.block_product import library
 from glm4_plugins.operator import AttentionAttributes, partial_rope_gqa_attention
@@ -23,7 +23,7 @@ def lower(model, target):
 
 
 def traced(task="causal-lm", **overrides):
-    return trace(Glm4Config.from_dict(tiny_config(**overrides)), task, "float32")
+    return traces.trace(Glm4Config.from_dict(tiny_config(**overrides)), task, "float32")
 
 
 def filled(model, seed=0):

@@ -20,7 +20,7 @@ from glm4_runtime.bundle import read_manifest
 from glm4_runtime.errors import BundleError, ExportError
 from glm4_runtime.session import ort as ort_session
 
-pytestmark = [needs_cpu_operators, pytest.mark.usefixtures("traced_once")]
+pytestmark = needs_cpu_operators
 
 # One gate of whole panels, and heads whose products have one panel or several.
 CONFIG = tiny_config(hidden_size=128, intermediate_size=192, vocab_size=512)

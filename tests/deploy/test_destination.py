@@ -528,7 +528,7 @@ def test_windows_renames_no_folder_onto_an_empty_one(tmp_path, monkeypatch):
 # Whole exports ------------------------------------------------------------------------------------
 
 
-def test_no_force_no_replacement(tmp_path, traced_once, tiny_checkpoint):
+def test_no_force_no_replacement(tmp_path, tiny_checkpoint):
     bundle = tmp_path / "bundle"
     export(tiny_checkpoint, bundle, FAST)
     before = contents(bundle)
@@ -541,7 +541,7 @@ def test_no_force_no_replacement(tmp_path, traced_once, tiny_checkpoint):
     assert left_in(tmp_path) == ["bundle", "other"]
 
 
-def test_an_empty_folder_is_taken(tmp_path, traced_once, tiny_checkpoint):
+def test_an_empty_folder_is_taken(tmp_path, tiny_checkpoint):
     (tmp_path / "bundle").mkdir()
     export(tiny_checkpoint, tmp_path / "bundle", FAST)
     assert read_manifest(tmp_path / "bundle").task == "causal-lm"
@@ -574,9 +574,7 @@ cli.main(["export", checkpoint, bundle, "--precision", "fp32", "--no-parity", "-
 """
 
 
-def test_whatever_ends_an_export_leaves_the_old_bundle_or_none(
-    tmp_path, tiny_checkpoint, tiny_bundles, traced_once
-):
+def test_whatever_ends_an_export_leaves_the_old_bundle_or_none(tmp_path, tiny_checkpoint, tiny_bundles):
     """Real processes, ended by real signals while they write; each beside an old bundle, or none."""
     cases = {
         (name, number): tmp_path / f"{name} {number.name}"

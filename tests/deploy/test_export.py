@@ -39,7 +39,9 @@ def left_in(folder):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_two_exports_are_byte_identical_apart_from_the_report(tmp_path, tiny_checkpoint, precision):
+def test_two_exports_are_byte_identical_apart_from_the_report(
+    tmp_path, traced_anew, tiny_checkpoint, precision
+):
     options = ExportOptions(precision=precision, parity=False)
     copy = tmp_path / "another place" / "copy"
     shutil.copytree(tiny_checkpoint, copy)
@@ -54,14 +56,14 @@ def test_two_exports_are_byte_identical_apart_from_the_report(tmp_path, tiny_che
     assert str(ROOT).encode() not in everything
 
 
-def test_shards_do_not_change_the_bundle(tmp_path, traced_once, tiny_checkpoint):
+def test_shards_do_not_change_the_bundle(tmp_path, tiny_checkpoint):
     sharded = write_checkpoint(tmp_path / "sharded", tiny_config(), shards=3)
     one = export(tiny_checkpoint, tmp_path / "one", FAST).bundle
     two = export(sharded, tmp_path / "two", FAST).bundle
     assert contents(one) | {"report.json": ""} == contents(two) | {"report.json": ""}
 
 
-def test_side_files_come_along(tmp_path, traced_once):
+def test_side_files_come_along(tmp_path):
     folder = write_checkpoint(tmp_path / "checkpoint", tiny_config())
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "notes.txt").write_text("not ours to copy")
@@ -76,9 +78,7 @@ def test_side_files_come_along(tmp_path, traced_once):
 # All or nothing -----------------------------------------------------------------------------------
 
 
-def test_too_little_disk_is_refused_before_a_weight_is_read(
-    tmp_path, traced_once, tiny_checkpoint, monkeypatch
-):
+def test_too_little_disk_is_refused_before_a_weight_is_read(tmp_path, tiny_checkpoint, monkeypatch):
     usage = namedtuple("usage", "total used free")
     size = export(tiny_checkpoint, tmp_path / "fits", FAST).manifest.files["model.onnx.data"].bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda *_: usage(10**9, 10**9 - size + 1, size - 1))
@@ -89,9 +89,7 @@ def test_too_little_disk_is_refused_before_a_weight_is_read(
 
 
 @pytest.mark.parametrize("victim", ["weights", "graph", "manifest", "side file"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(
-    tmp_path, traced_once, tiny_checkpoint, monkeypatch, victim
-):
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, tiny_checkpoint, monkeypatch, victim):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def fails(*_, **__):
@@ -135,7 +133,7 @@ def test_options_that_cannot_be(tmp_path, tiny_checkpoint, options, message):
     assert left_in(tmp_path) == []
 
 
-def test_limits_are_the_options(tmp_path, traced_once, tiny_checkpoint):
+def test_limits_are_the_options(tmp_path, tiny_checkpoint):
     options = ExportOptions(precision="fp32", parity=False, max_seq_len=20, max_batch_size=3)
     export(tiny_checkpoint, tmp_path / "bundle", options)
     with Session.open(tmp_path / "bundle") as session:
@@ -287,7 +285,7 @@ def test_the_other_tasks_are_those_of_transformers(tmp_path, kind, labels):
                 np.testing.assert_allclose(session.classify(ids), output.logits[0].numpy(), atol=2e-4)
 
 
-def test_an_encoder_from_a_causal_lm(tmp_path, traced_once, tiny_checkpoint):
+def test_an_encoder_from_a_causal_lm(tmp_path, tiny_checkpoint):
     """--task encoder leaves the head behind."""
     result = export(tiny_checkpoint, tmp_path / "encoder", ExportOptions("ort", "fp32", task="encoder"))
     assert result.manifest.pooling == "last-token, L2"

@@ -71,7 +71,7 @@ def every_form(config, task, activations):
     return forms
 
 
-def test_the_table_has_the_operators_that_exports_make_and_no_others(traced_once):
+def test_the_table_has_the_operators_that_exports_make_and_no_others():
     found: dict = {dialect: set() for dialect in OPERATORS}
     graphs = 0
     for shape, overrides in SHAPES.items():
@@ -89,7 +89,7 @@ def test_the_table_has_the_operators_that_exports_make_and_no_others(traced_once
 
 @pytest.mark.more
 @pytest.mark.parametrize("task", TASKS)
-def test_every_combination_opens(tmp_path, traced_once, task):
+def test_every_combination_opens(tmp_path, task):
     """Whatever the command line exports for ONNX Runtime, a session opens."""
     text = tmp_path / "text.ids"
     text.write_text(" ".join(str(5 + i % 300) for i in range(600)))

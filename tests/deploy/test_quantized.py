@@ -22,8 +22,6 @@ from glm4_runtime import Session
 from glm4_runtime.bundle import read_manifest
 from glm4_runtime.errors import ExportError
 
-pytestmark = pytest.mark.usefixtures("traced_once")
-
 DEMO = Path(__file__).parents[2] / "demo" / "glm4-tiny"
 SHAPES = {
     "biased": {},

@@ -52,6 +52,7 @@ TABLES = {"int8": (LAYER, ONCE), "int4": (LAYER, ONCE), "cpu": (CPU_LAYER, CPU_O
 
 # Calls that our own code makes per token, into Python and into C; those within NumPy and ONNX Runtime aren't ours.
 # Counted with Python 3.11; later versions make fewer, since their comprehensions are no calls.
+SLACK = 1.1  # a call more is no fault; one for each slot, layer or number is
 CALLS = {
     "decode_block": 43,
     "decode": 46,
@@ -148,7 +149,7 @@ def calls(step):
 def test_calls_per_token(step, kind):
     # the median, because a token that ends a character has more to decode
     found = statistics.median(calls(step) for _ in range(15))
-    assert 0 < found <= CALLS[kind]
+    assert CALLS[kind] / 2 < found <= SLACK * CALLS[kind]
 
 
 @pytest.fixture

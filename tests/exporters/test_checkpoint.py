@@ -194,6 +194,7 @@ def test_side_files(tiny):
 # Quick, small and closed again
 
 
+@pytest.mark.alone
 def test_a_9b_loads_in_milliseconds(tmp_path):
     """All headers of a checkpoint of 18.8 GB, on a disk that holds none of it."""
     config = tiny_config(

@@ -76,7 +76,6 @@ def test_the_tables_are_in_the_kernels_own_order(quantized):
     assert arguments == list(partial_rope_gqa_attention.arg_names)
 
 
-@pytest.mark.slow
 def test_the_9b_compiles():
     check(shape(*NINE_B), 90, choices(90)[:1])
 
@@ -104,7 +103,6 @@ def test_other_heads_compile(model):
     check(shape(*OTHERS[model]), 90, choices(90)[:1])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("phase", "large_products", "counts"),
     [("prefill", True, True), ("decode", False, True), ("extend", True, True), ("prompt", True, False)],

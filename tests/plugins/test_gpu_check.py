@@ -46,7 +46,6 @@ def test_times_are_not_interpreted():
     assert "correctness only" in done.stderr
 
 
-@pytest.mark.slow
 def test_correctness_by_the_interpreter(tmp_path):
     pytest.importorskip("triton")
     done = run("--interpret", "--out", str(tmp_path / "results"))

@@ -96,7 +96,10 @@ def test_padding_is_neither_read_nor_written(run, sequence):
 
 
 @pytest.mark.parametrize("tiles", choices(90), ids=lambda t: f"{t.block_m}x{t.block_n}")
-@pytest.mark.parametrize(("sequence", "past"), [(1, 700), (1, 127), (150, 0), (40, 300)])
+@pytest.mark.parametrize(
+    ("sequence", "past"),
+    [(1, 700), (1, 127), (70, 0), (40, 300), pytest.param(150, 0, marks=pytest.mark.more)],
+)
 def test_the_block_sizes_on_offer(run, tiles, sequence, past):
     check(run, *random_case(9, 1, sequence, 2, 16, 128, 64, [past], [sequence]), [sequence], tiles)
 

@@ -97,7 +97,6 @@ def check(branch, capability, cache):
         assert costs(kernel) == kept["kernels"][f"{branch} {capability} {cache}"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("branch", "capability", "cache"), QUICK)
 def test_machine_code(branch, capability, cache):
     check(branch, capability, cache)

@@ -147,14 +147,12 @@ def test_launches_fit_the_kernels_that_the_interpreter_tests(facts):
     )
 
 
-@pytest.mark.slow
 def test_an_attribute_picks_blocks_below_48_kib(ask):
     offered = choices(CAPABILITY, processors=PROCESSORS)
     launch = explore(ask, tiles=-1)["launches"][0]
     assert check_launch(launch, SHAPE, offered[-1]).shared_memory <= 48 * 1024
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("cache", "converted"), [("INT8", "s8"), ("FP8", "e4m3")])
 def test_bfloat16_and_a_quantized_cache(ask, cache, converted):
     facts = explore(ask, NAME + cache.capitalize(), "BF16", cache, phase=4)

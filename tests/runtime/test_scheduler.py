@@ -540,6 +540,7 @@ def test_stop_drains_and_then_refuses(session):
     assert not scheduler._thread.is_alive()
 
 
+@pytest.mark.alone
 def test_a_drain_ends_when_its_time_is_over(session, monkeypatch):
     real = session.decode_block
 

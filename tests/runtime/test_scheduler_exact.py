@@ -312,6 +312,7 @@ def test_max_tokens_ends_a_masked_request_without_its_mask(session):
     assert len(mask.seen) == 2
 
 
+@pytest.mark.alone
 def test_a_slow_mask_does_not_hold_up_the_others(session):
     scheduler = Scheduler(session)
     slow, _ = submit(scheduler, Request((5, 6), SamplingParams(max_tokens=5), mask=Counting(9, 0.3)))
@@ -323,6 +324,7 @@ def test_a_slow_mask_does_not_hold_up_the_others(session):
     assert len(slow.tokens) == 5
 
 
+@pytest.mark.alone
 def test_a_mask_that_is_ready_wakes_the_thread(session):
     """Twenty tokens, each waiting 2 ms for its mask; the thread's own pace without being woken is 50 ms."""
     scheduler = Scheduler(session)

@@ -250,6 +250,7 @@ def test_the_cache_grows_by_doubling_and_shrinks_again(tmp_path, tiny_bundle, mo
         assert session._cache.arrays[0].shape[2] == 8
 
 
+@pytest.mark.alone
 def test_decode_time_does_not_depend_on_the_limit(tmp_path, tiny_checkpoint):
     """At 200 positions, a session that may reach 32768 decodes as fast as one that may reach 256."""
     import json

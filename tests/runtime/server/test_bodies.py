@@ -142,6 +142,7 @@ def test_too_many_large_bodies_are_told_to_come_back(monkeypatch):
     asyncio.run(main())
 
 
+@pytest.mark.alone
 def test_large_bodies_are_parsed_one_at_a_time_with_a_pause_between():
     """While three bodies are worked on for 60 ms each, a small task gets its turns in between."""
 

@@ -80,6 +80,7 @@ def test_a_request_that_runs_is_not_ended_for_others(scripted, connect, monkeypa
 @pytest.mark.parametrize(
     "data", [b"", HALF, WHOLE + HALF], ids=["silent", "half a header", "a whole request and half a header"]
 )
+@pytest.mark.alone
 def test_a_header_has_its_time(scripted, connect, data):
     _, server, _ = scripted(header_timeout=0.3, idle_timeout=60)
     began = time.monotonic()
@@ -114,6 +115,7 @@ def test_a_connection_is_kept_between_requests(scripted, connect):
     connection.close()
 
 
+@pytest.mark.alone
 def test_an_answer_that_nobody_reads_ends_the_connection(scripted, connect):
     scheduler, server, _ = scripted(["x" * 1_000_000] * 20, send_timeout=0.5)
     body = b'{"model": "glm4-tiny", "prompt": "x", "stream": true}'
@@ -128,6 +130,7 @@ def test_an_answer_that_nobody_reads_ends_the_connection(scripted, connect):
     assert scheduler.tickets[0].cancelled.wait(5)
 
 
+@pytest.mark.alone
 def test_an_unread_body_ends_with_its_connection(scripted, connect):
     """What follows a refusal is thrown away, for as long as a header may take."""
     _, server, _ = scripted(header_timeout=0.5, max_body_bytes=1000)

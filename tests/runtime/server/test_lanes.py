@@ -5,6 +5,7 @@ import threading
 import time
 
 import httpx
+import pytest
 
 from glm4_runtime.server import lanes, log
 from glm4_runtime.server.lanes import Lanes
@@ -75,6 +76,7 @@ def test_many_ids_are_listed_in_pieces(scripted):
     assert found.headers["content-type"] == "application/json"
 
 
+@pytest.mark.alone
 def test_a_health_probe_is_answered_while_a_long_text_is_encoded(scripted):
     """The tokenizer works for a second or two here; a probe takes a hundredth of that."""
     _, server, _ = scripted()

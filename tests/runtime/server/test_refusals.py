@@ -241,6 +241,7 @@ def test_the_client_sees_its_own_exceptions(client):
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 300_000}]}),
     ],
 )
+@pytest.mark.alone
 def test_a_list_of_wrong_members_is_not_read_to_its_end(post, path, wrong):
     """One error is told; a million would block the event loop for as long as it takes to write them down."""
     start = time.perf_counter()

@@ -159,6 +159,7 @@ def test_a_request_ends_at_its_deadline(scripted):
     assert before + 100 <= scheduler.requests[0].deadline <= time.monotonic() + 100
 
 
+@pytest.mark.alone
 def test_the_real_scheduler_ends_a_late_request(server_of, demo_bundle):
     with server_of(demo_bundle, request_timeout=0.3) as server:
         body = ASKED | {"ignore_eos": True, "stream": True}

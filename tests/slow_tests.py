@@ -1,0 +1,68 @@
+"""Which tests are slow: ``slow.txt`` lists them, made from one measured run by ``make slow-list``.
+
+The measure is processor time, of the test and of the processes that it waited for: a busy machine changes it little.
+A test function counts with all its cases. A run names the slow ones that the list lacks.
+"""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+LIST = Path(__file__).with_name("slow.txt")
+LIMIT = 3.0  # seconds
+FAR = 2.5  # times the limit, from which a run says that the list is out of date
+spent = pytest.StashKey[Counter]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-slow", action="store_true", help="write tests/slow.txt from this run")
+
+
+def pytest_configure(config):
+    config.stash[spent] = Counter()
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
+def pytest_collection_modifyitems(items):
+    slow = listed()
+    for item in items:
+        if function_of(item.nodeid) in slow:
+            item.add_marker("slow")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    before = sum(os.times()[:4])
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("seconds", sum(os.times()[:4]) - before))
+
+
+def measured(config, report):
+    """Add up what a test function took; its report may come from another process."""
+    if report.when == "call":
+        config.stash[spent][function_of(report.nodeid)] += dict(report.user_properties).get("seconds", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                measured(config, report)
+    found = config.stash[spent]
+    if config.getoption("--write-slow"):
+        LIST.write_text("".join(f"{name}\n" for name in sorted(found) if found[name] > LIMIT), "utf-8")
+    late = sorted(name for name in found.keys() - listed() if found[name] > FAR * LIMIT)
+    if late:
+        terminalreporter.write_line(f"slow, and not in {LIST.name} (make slow-list): {', '.join(late)}")
+
+
+def listed():
+    return {*LIST.read_text("utf-8").split()}
+
+
+def function_of(nodeid):
+    return nodeid.partition("[")[0]

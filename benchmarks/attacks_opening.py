@@ -231,7 +231,7 @@ def main(
     if child:
         attempts(what, list(folders), seed, count, until)
         return
-    report = hunt(folders[0].resolve(), what, seed, minutes, count)
+    report = hunt(folders[0], what, seed, minutes, count)
     text = json.dumps(report, indent=2, ensure_ascii=False)
     if out is not None:
         out.write_text(text + "\n", "utf-8")

@@ -12,7 +12,6 @@ system, also in other containers. On NFS they work between hosts, unless it is m
 """
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ from pathlib import Path
 from glm4_deploy import interrupts
 from glm4_deploy.locks import lock
 from glm4_runtime.bundle import MANIFEST, REPORT
+from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import ExportError
 
 LOCK, NEW, REPLACED = "lock", "bundle", "replaced"
@@ -244,7 +244,7 @@ class Destination:
 def _files_of_ours(folder: Path) -> set[str] | None:
     """The file names in a bundle's manifest, of any schema version; None if it is no bundle of ours."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = read_object(folder / MANIFEST, ExportError)
         files, tools = manifest["files"], manifest["tools"]
         ours = (
             isinstance(manifest["schema_version"], int)
@@ -252,7 +252,7 @@ def _files_of_ours(folder: Path) -> set[str] | None:
             and "glm4-deploy" in tools
             and all(entry.keys() >= {"sha256", "bytes"} for entry in files.values())
         )
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+    except (ExportError, LookupError, TypeError, AttributeError):
         return None
     return {*files, MANIFEST, REPORT} if ours else None
 

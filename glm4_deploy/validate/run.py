@@ -18,8 +18,9 @@ from glm4_deploy.validate.side_by_side import Bundle, walk
 from glm4_deploy.validate.text import Text, choose_text, hex_of_bytes
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.peak_memory import peak_memory
-from glm4_runtime.bundle import GRAPH, WEIGHTS, read_manifest, verify_files
+from glm4_runtime.bundle import GRAPH, WEIGHTS, read_manifest
 from glm4_runtime.errors import BundleError, RequestError
+from glm4_runtime.opening import check_opening
 from glm4_runtime.progress import Progress, silent
 
 WORST, CONTEXT = 10, 32
@@ -120,7 +121,7 @@ def validate(
 
 def _open(folder: Path) -> Bundle:
     manifest = read_manifest(folder)
-    verify_files(folder, manifest)
+    check_opening(folder, manifest)
     missing = [name for name in (GRAPH, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise BundleError(

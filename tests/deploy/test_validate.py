@@ -9,6 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from bundles import rehash
@@ -327,9 +328,11 @@ def test_an_engine_without_its_graph_is_refused(tmp_path, int8, tiny_checkpoint)
 
 
 def test_an_engine_runs_as_the_graph_it_was_built_from_and_the_report_says_so(
-    tmp_path, fp16, tiny_checkpoint, ids
+    tmp_path, tiny_checkpoint, ids, traced_once
 ):
-    folder = engine_of(shutil.copytree(fp16, tmp_path / "engine"))
+    options = ExportOptions(target="native", precision="fp16", max_batch_size=2, parity=False)
+    export(tiny_checkpoint, tmp_path / "engine", options)
+    folder = engine_of(tmp_path / "engine")
     found = validate(folder, tiny_checkpoint, ValidateOptions(text=ids, layers=True))
     assert found.culprit is None
     assert (
@@ -390,3 +393,13 @@ def test_memory_is_foreseen_from_shapes():
         memory.require_memory(nine, "causal-lm", memory.Work([512] * 80, 1, True), 8 << 30)
     fewer = max(memory.estimate(nine, "causal-lm", memory.Work([512], 1, False)).values())
     assert fewer < memory.require_memory(nine, "causal-lm", work, 8 << 30)
+
+
+def test_a_forged_graph_is_refused_before_it_runs(run, tmp_path, tiny_bundles, tiny_checkpoint):
+    folder = shutil.copytree(tiny_bundles["native"], tmp_path / "forged")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    model.graph.node.append(onnx.helper.make_node("NonZero", ["input_ids"], ["forged"]))
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    code, out, err = run("validate", rehash(folder), "--reference", tiny_checkpoint)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "does not have (ai.onnx.NonZero)" in err

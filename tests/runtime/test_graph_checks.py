@@ -522,3 +522,15 @@ def forge_bytes(folder):
     data = model.SerializeToString() + loop.SerializeToString()
     (folder / "model.onnx").write_bytes(data)
     return rehash(folder)
+
+
+def test_the_graph_that_an_engine_was_built_from(forge):
+    """Its inputs are its own, its operators are not."""
+    folder = forge(more_inputs)
+    manifest = dataclasses.replace(read_manifest(folder), dialect="tensorrt-rtx", engine=object())
+    check_graph(folder, manifest)
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    a_standard_operator_of_no_use(model)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(BundleError, match=r"the dialect native does not have \(ai.onnx.NonZero\)"):
+        check_graph(folder, manifest)

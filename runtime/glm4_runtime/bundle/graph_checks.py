@@ -38,6 +38,7 @@ OPERATORS = {
     | _named(MICROSOFT, _PRODUCTS)
     | _named(OURS, "BlockQuantizedMatMul PartialRopeGqaAttention"),
 }
+ENGINE_DIALECT = "native"  # of the graph that an engine is built from
 ATTENTION = ("Attention", "GroupQueryAttention", "PartialRopeGqaAttention")
 # Operators that may read constants only. Their results have as many elements as their largest input.
 OF_CONSTANTS = ("Cast", "DequantizeLinear", "Transpose")
@@ -51,6 +52,9 @@ NORM, TABLES = "model.norm.weight", ("rotary.cos", "rotary.sin")
 def check_graph(folder: Path, manifest: Manifest) -> None:
     """Refuse a graph that does not fit its manifest.
 
+    An engine's bundle may keep the graph that the engine was built from. Its inputs and outputs are its own, and the
+    manifest has the engine's.
+
     Raises:
         BundleError: naming the first thing that differs.
     """
@@ -60,7 +64,8 @@ def check_graph(folder: Path, manifest: Manifest) -> None:
     def refuse(complaint: str) -> BundleError:
         return BundleError(f"{path} {complaint}; {EXPORT_AGAIN}")
 
-    for check in (_check_io, _check_operators, _check_weights, _check_constants, _check_shapes, _check_model):
+    checks = (_check_operators, _check_weights, _check_constants, _check_shapes, _check_model)
+    for check in checks if manifest.engine is not None else (_check_io, *checks):
         complaint = check(manifest, graph)
         if complaint is not None:
             raise refuse(complaint)
@@ -83,10 +88,11 @@ def _check_io(manifest: Manifest, graph: OnnxGraph) -> str | None:
 def _check_operators(manifest: Manifest, graph: OnnxGraph) -> str | None:
     if len(graph.nodes) > MOST_NODES:
         return f"has {len(graph.nodes)} nodes, but at most {MOST_NODES} are read"
-    known = OPERATORS[manifest.dialect]
+    dialect = manifest.dialect if manifest.engine is None else ENGINE_DIALECT
+    known = OPERATORS[dialect]
     strange = {str(node) for node in graph.nodes if (node.domain, node.operator) not in known}
     if strange:
-        return f"has operators that the dialect {manifest.dialect} does not have ({some(sorted(strange))})"
+        return f"has operators that the dialect {dialect} does not have ({some(sorted(strange))})"
     return None
 
 

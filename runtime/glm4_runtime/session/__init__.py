@@ -5,12 +5,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from glm4_runtime.bundle import Manifest, read_manifest, verify_files
+from glm4_runtime.bundle import Manifest, read_manifest
 from glm4_runtime.bundle.file_names import TOKENIZER
-from glm4_runtime.bundle.graph_checks import OPERATORS, check_graph
 from glm4_runtime.errors import BundleError
+from glm4_runtime.opening import check_opening
 from glm4_runtime.session.base import Session
-from glm4_runtime.side_files import check_bundle
 from glm4_runtime.tokenizer import start_trial
 
 ONNX_RUNTIME = "onnxruntime"
@@ -37,31 +36,18 @@ def open_session(
     for name in ("prefill_chunk", "threads"):
         if options[name] is not None and options[name] < 1:
             raise BundleError(f"{name} is {options[name]}, but must be at least 1")
-    _require_utf8(folder)
     manifest = read_manifest(folder)
     if manifest.dialect not in RUNTIMES:
         raise BundleError(
             f"{folder} holds a graph in the dialect {manifest.dialect!r}; this runtime opens {', '.join(sorted(RUNTIMES))}"
         )
     limits = _limits(manifest, max_seq_len, max_batch_size)
-    verify_files(folder, manifest, hashes=verify)
-    check_bundle(folder, manifest)
-    if manifest.dialect in OPERATORS:
-        check_graph(folder, manifest)
+    check_opening(folder, manifest, hashes=verify)
     if TOKENIZER in manifest.files:
         start_trial(folder)
     module, name = SESSIONS[RUNTIMES[manifest.dialect]]
     make = cast("Callable[..., Session]", getattr(import_module(module), name))
     return make(folder, manifest, *limits, **options)
-
-
-def _require_utf8(folder: Path) -> None:
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError as error:
-        raise BundleError(
-            f"the path {str(folder)!r} is not UTF-8 text, as the runtimes need it; rename the folder"
-        ) from error
 
 
 def _limits(manifest: Manifest, max_seq_len: int | None, max_batch_size: int | None) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from glm4_runtime.bundle import Limits, Manifest, ModelInfo
-from glm4_runtime.session import Session
+from glm4_runtime.session.growing import GrowingSession
 
 VOCAB = 48
 _EMPTY = -1
@@ -25,7 +25,7 @@ def next_logits(history):
     return logits
 
 
-class HistorySession(Session):
+class HistorySession(GrowingSession):
     """Slots, lengths, moves and chunks are the real ones; only the kernels are missing.
 
     Attributes:

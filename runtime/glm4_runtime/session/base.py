@@ -1,6 +1,6 @@
 """The base of all sessions: slots, limits, chunks, and errors that do not affect other slots.
 
-A subclass adds the kernels and the memory: the abstract methods, and ``_fit_cache`` if its capacity is fixed.
+A subclass adds the kernels and the memory: the abstract methods.
 """
 
 import abc
@@ -16,9 +16,11 @@ from glm4_runtime.bundle import Manifest
 from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.errors import ModelError, RequestError, SlotError
 from glm4_runtime.generate import Token, generate
-from glm4_runtime.kv_cache import Move, SlotTable, bucket
+from glm4_runtime.kv_cache import Move, SlotTable
 from glm4_runtime.sampling import SamplingParams, TokenMask
 from glm4_runtime.scoring import LogLikelihood, log_likelihoods, rolling_log_likelihood
+from glm4_runtime.session.checks import require_task, require_tokens
+from glm4_runtime.session.slot_steps import SlotSteps
 from glm4_runtime.side_files import check_bundle
 from glm4_runtime.tokenizer import Tokenizer
 
@@ -47,7 +49,6 @@ class Session(abc.ABC):
         self.provider = ""
         self.skipped: dict[str, str] = {}
         self._slots = SlotTable(max_batch_size)
-        self._capacity = 0
         self._tokenizer: Tokenizer | None = None
 
     @staticmethod
@@ -106,8 +107,12 @@ class Session(abc.ABC):
         """Set a row of every layer's cache to zeros."""
 
     @abc.abstractmethod
-    def _resize_cache(self, capacity: int) -> None:
-        """Change the cache's capacity; positions in use keep their contents."""
+    def _fit_cache(self, needed: int) -> None:
+        """Have room for ``needed`` positions, at most ``max_seq_len``, in each row. The positions in use stay.
+
+        Raises:
+            SlotError: no memory for them. Nothing has changed then.
+        """
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -148,11 +153,11 @@ class Session(abc.ABC):
     def decode_block(self, tokens: Mapping[int, int]) -> tuple[list[int], Logits]:
         """Like :meth:`decode`, without a copy per slot. Returns the slots, and their logits in that order as float32
         [slots, vocab], which the next run may overwrite."""
-        self._require_task("causal-lm", "decode")
+        require_task(self.manifest, "causal-lm", "decode")
         for slot in tokens:
             self._require_slot(slot, in_use=True)
             self._require_room(slot, 1)
-        self._require_tokens(list(tokens.values()))
+        require_tokens(list(tokens.values()), self.manifest.model.vocab_size)
         for move in self._slots.gather(list(tokens)):
             self._move_row(move)
         slots = self._slots.in_row_order(list(tokens))
@@ -214,17 +219,17 @@ class Session(abc.ABC):
 
         Takes a free slot until the iterator is exhausted or closed. Checks its arguments at once.
         """
-        self._require_task("causal-lm", "score")
+        require_task(self.manifest, "causal-lm", "score")
         if chunk < 1:
             raise RequestError(f"chunk is {chunk}, but must be at least 1")
-        self._require_tokens(token_ids)
+        require_tokens(token_ids, self.manifest.model.vocab_size)
         if len(token_ids) > self.max_seq_len:
             raise RequestError(
                 f"{len(token_ids)} tokens exceed this session's max_seq_len {self.max_seq_len}"
             )
 
         def blocks() -> Iterator[Logits]:
-            slot = self._take_slot()
+            slot = self.next_slot()
             try:
                 yield from self._chunks(slot, token_ids, "all", chunk)
             finally:
@@ -240,7 +245,7 @@ class Session(abc.ABC):
         self, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]]
     ) -> list[LogLikelihood]:
         """As :meth:`log_likelihood`, for several continuations of one prompt. The prompt runs once."""
-        self._require_task("causal-lm", "score")
+        require_task(self.manifest, "causal-lm", "score")
         return log_likelihoods(self, prompt_ids, continuations)
 
     def rolling_log_likelihood(self, token_ids: Sequence[int], context: int = 1) -> LogLikelihood:
@@ -249,7 +254,7 @@ class Session(abc.ABC):
         Args:
             context: tokens of the previous window at the beginning of each further window.
         """
-        self._require_task("causal-lm", "score")
+        require_task(self.manifest, "causal-lm", "score")
         return rolling_log_likelihood(self, token_ids, context)
 
     def generate(
@@ -259,9 +264,9 @@ class Session(abc.ABC):
 
         Takes a free slot until the iterator is exhausted or closed.
         """
-        self._require_task("causal-lm", "generate")
-        self._require_tokens(token_ids)
-        steps = _SlotSteps(self)
+        require_task(self.manifest, "causal-lm", "generate")
+        require_tokens(token_ids, self.manifest.model.vocab_size)
+        steps = SlotSteps(self)
         tokens = generate(
             steps,
             self.tokenizer,
@@ -285,13 +290,13 @@ class Session(abc.ABC):
 
     def classify(self, token_ids: Sequence[int]) -> Logits:
         """Label logits: float32 [labels] for a sequence, [tokens, labels] for tokens."""
-        self._require_task(("sequence-classification", "token-classification"), "classify")
+        require_task(self.manifest, ("sequence-classification", "token-classification"), "classify")
         logits: Logits = self._encoded(token_ids)[0].copy()
         return logits
 
     def encode(self, token_ids: Sequence[int]) -> Logits:
         """One L2-normalised vector, float32 [hidden], pooled as the manifest says."""
-        self._require_task("encoder", "encode")
+        require_task(self.manifest, "encoder", "encode")
         vector: Logits = self._encoded(token_ids)[0, -1]
         return vector / np.float32(max(float(np.linalg.norm(vector)), 1e-12))
 
@@ -329,9 +334,9 @@ class Session(abc.ABC):
 
         A chunk without requested logits computes those of one position, and drops them.
         """
-        self._require_task("causal-lm", "prefill")
+        require_task(self.manifest, "causal-lm", "prefill")
         self._require_slot(slot)
-        self._require_tokens(token_ids)
+        require_tokens(token_ids, self.manifest.model.vocab_size)
         self._require_room(slot, len(token_ids))
         count = {"last": 1, "all": len(token_ids)}.get(logits, logits) if isinstance(logits, str) else logits
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= len(token_ids):
@@ -366,21 +371,8 @@ class Session(abc.ABC):
                 self._slots.remove(slot)
             raise
 
-    def _fit_cache(self, needed: int) -> None:
-        """Grow the cache by doubling; shrink it when only a quarter is in use."""
-        capacity = bucket(needed, self.max_seq_len)
-        if capacity > self._capacity or 4 * capacity <= self._capacity:
-            try:
-                self._resize_cache(capacity)
-            except MemoryError as error:
-                raise SlotError(
-                    f"no memory for a KV cache of {self.max_batch_size} slots of {capacity} positions; "
-                    "open the session with a lower max_batch_size or max_seq_len"
-                ) from error
-            self._capacity = capacity
-
     def _encoded(self, token_ids: Sequence[int]) -> Logits:
-        self._require_tokens(token_ids)
+        require_tokens(token_ids, self.manifest.model.vocab_size)
         if len(token_ids) > self.max_seq_len:
             raise RequestError(
                 f"{len(token_ids)} tokens exceed this session's max_seq_len {self.max_seq_len}"
@@ -392,20 +384,12 @@ class Session(abc.ABC):
             )
         return result
 
-    def _take_slot(self) -> int:
+    def next_slot(self) -> int:
+        """The first slot that is not in use. Raises :class:`SlotError` if there is none."""
         free = self._slots.free()
         if not free:
             raise SlotError(f"all {self.max_batch_size} slots are in use; release one first")
         return free[0]
-
-    def _require_task(self, tasks: str | tuple[str, ...], verb: str) -> None:
-        tasks = (tasks,) if isinstance(tasks, str) else tasks
-        if self.manifest.task not in tasks:
-            can = {"causal-lm": "generate and score", "encoder": "encode"}.get(self.manifest.task, "classify")
-            raise RequestError(
-                f"this bundle was exported for {self.manifest.task} and can {can}, not {verb}; "
-                f"export the checkpoint with --task {tasks[0]}"
-            )
 
     def _require_slot(self, slot: int, in_use: bool = False) -> None:
         if (
@@ -426,49 +410,3 @@ class Session(abc.ABC):
                 f"slot {slot} holds {length} of {self.max_seq_len} positions and has no room for {count} more; "
                 "truncate or release it"
             )
-
-    def _require_tokens(self, token_ids: Sequence[int] | Ids) -> None:
-        if len(token_ids) == 0:
-            raise RequestError("no tokens were given; a prompt needs at least one")
-        ids = np.asarray(token_ids)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise RequestError(
-                f"token ids must be a flat list of integers, not {ids.dtype} of shape {ids.shape}"
-            )
-        wrong = ids[(ids < 0) | (ids >= self.manifest.model.vocab_size)]
-        if len(wrong):
-            raise RequestError(
-                f"token id {wrong[0]} is outside the vocabulary 0 ... {self.manifest.model.vocab_size - 1}"
-            )
-
-
-class _SlotSteps:
-    """One slot of a session as :class:`Steps`; taken at the first step."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._slot: int | None = None
-        self.vocab_size = session.manifest.model.vocab_size
-
-    def prefill(self, ids: Sequence[int]) -> Logits:
-        self._slot = self._session._take_slot()
-        logits: Logits = self._session.prefill(self._slot, ids)[0]
-        return logits
-
-    def decode(self, token: int) -> Logits:
-        assert self._slot is not None
-        _, logits = self._session.decode_block({self._slot: token})
-        row: Logits = logits[0]
-        return row
-
-    def room(self) -> int:
-        used = 0 if self._slot is None else self._session.length(self._slot)
-        return self._session.max_seq_len - used
-
-    def release(self) -> None:
-        if self._slot is not None:
-            self._session.release(self._slot)
-
-    def discard(self) -> None:
-        if self._slot is not None:
-            self._session.discard(self._slot)

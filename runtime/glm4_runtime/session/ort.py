@@ -17,8 +17,9 @@ from glm4_runtime.bundle.ascii_path import ascii_path
 from glm4_runtime.errors import BundleError, ModelError, UnavailableError
 from glm4_runtime.install import install_command
 from glm4_runtime.kv_cache import Move
-from glm4_runtime.session.base import Ids, Logits, Session
+from glm4_runtime.session.base import Ids, Logits
 from glm4_runtime.session.bound_rows import BoundRows
+from glm4_runtime.session.growing import GrowingSession
 from glm4_runtime.session.memory import CacheMemory, HostMemory
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def _failing() -> Iterator[None]:
         raise ModelError(f"a step of the model failed in ONNX Runtime: {error}") from error
 
 
-class OrtSession(Session):
+class OrtSession(GrowingSession):
     """A bundle that is an ONNX graph, on ONNX Runtime."""
 
     def __init__(

@@ -166,10 +166,7 @@ class TensorRtSession(Session):
         self._cache.clear(row)
 
     def _fit_cache(self, needed: int) -> None:
-        """Do nothing: the engine's capacity is fixed, and the cache has it from the start."""
-
-    def _resize_cache(self, capacity: int) -> None:
-        raise AssertionError(f"an engine's cache has one capacity, {self._capacity}, not {capacity}")
+        """The cache has the engine's capacity from the start, which is at least ``max_seq_len``."""
 
     def close(self) -> None:
         for run in getattr(self, "_decode", {}).values():

@@ -1,0 +1,44 @@
+"""One sequence in one slot of a session, step by step."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from glm4_runtime.session.base import Session
+
+Logits = npt.NDArray[np.float32]
+
+
+class SlotSteps:
+    """One slot of a session as :class:`Steps`; taken at the first step."""
+
+    def __init__(self, session: "Session") -> None:
+        self._session = session
+        self._slot: int | None = None
+        self.vocab_size = session.manifest.model.vocab_size
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        self._slot = self._session.next_slot()
+        logits: Logits = self._session.prefill(self._slot, ids)[0]
+        return logits
+
+    def decode(self, token: int) -> Logits:
+        assert self._slot is not None
+        _, logits = self._session.decode_block({self._slot: token})
+        row: Logits = logits[0]
+        return row
+
+    def room(self) -> int:
+        used = 0 if self._slot is None else self._session.length(self._slot)
+        return self._session.max_seq_len - used
+
+    def release(self) -> None:
+        if self._slot is not None:
+            self._session.release(self._slot)
+
+    def discard(self) -> None:
+        if self._slot is not None:
+            self._session.discard(self._slot)

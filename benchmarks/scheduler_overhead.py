@@ -61,10 +61,10 @@ def microseconds(slots: int, vocab: int, params: dict[str, float], logprobs: boo
     for seed in range(slots):
         request = Request((seed + 1,) * 10, SamplingParams(ignore_eos=True, **params), logprobs)
         scheduler.submit(request, lambda _: None)
-    scheduler._step()  # takes the prompts
+    scheduler.step()  # takes the prompts
     before = scheduler.stats()
     for _ in range(STEPS):
-        scheduler._step()
+        scheduler.step()
     after = scheduler.stats()
     assert after.generated_tokens - before.generated_tokens == STEPS * slots
     spent = after.step_seconds - before.step_seconds - (after.model_seconds - before.model_seconds)

@@ -3,6 +3,7 @@
 import threading
 
 from glm4_runtime.scheduler import Failed, Generated, Started
+from glm4_runtime.scheduler.drafts import Speculation
 
 
 class Listener:
@@ -40,6 +41,20 @@ class Listener:
         return "".join(token.text for token in self.tokens)
 
 
+def draft_always(monkeypatch, count):
+    """Schedulers that are made from now on draft so many tokens, whatever drafts cost."""
+
+    class Always(Speculation):
+        def __init__(self):
+            super().__init__()
+            self.decoded(1.0)
+
+        def width(self, _matched, most):
+            return min(count, most)
+
+    monkeypatch.setattr("glm4_runtime.scheduler.batch.Speculation", Always)
+
+
 def submit(scheduler, request):
     listener = Listener()
     return listener, scheduler.submit(request, listener)
@@ -48,7 +63,7 @@ def submit(scheduler, request):
 def drive(scheduler, steps=10_000):
     """Run the loop on this thread until nothing is left to do, or so many times."""
     for _ in range(steps):
-        if not scheduler._step() and not len(scheduler._batch):
+        if not scheduler.step() and not scheduler.stats().active:
             return
 
 

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from scheduling import Listener, drive, owners, submit
+from scheduling import Listener, draft_always, drive, owners, submit
 
 from glm4_runtime import RequestError, SamplingParams, Session
 from glm4_runtime.errors import DeadlineError, ModelError, QueueFullError, StoppedError
@@ -36,10 +36,10 @@ def alone(session, wanted):
     return [token.id for token in session.generate(wanted.prompt_ids, wanted.params, wanted.mask)]
 
 
-def used_slots(scheduler):
+def used_slots(session, scheduler):
     """Slots of the session that neither a job nor the prefix cache accounts for come out as a difference."""
     owned = {slot for slot, found in owners(scheduler).items() if found}
-    in_use = set(range(scheduler._session.max_batch_size)) - set(scheduler._session.free_slots())
+    in_use = set(range(session.max_batch_size)) - set(session.free_slots())
     assert in_use == owned
     return in_use
 
@@ -49,7 +49,7 @@ def test_requests_share_steps_and_each_gets_its_own_answer(session, scheduler):
     listeners = [submit(scheduler, one)[0] for one in wanted]
     drive(scheduler)
     stats = scheduler.stats()
-    scheduler._batch.close()
+    scheduler.stop()
     assert [listener.ids for listener in listeners] == [alone(session, one) for one in wanted]
     assert [listener.tokens[-1].finish_reason for listener in listeners] == ["length"] * 6
     assert stats.generated_tokens == sum(5 + seed for seed in range(6))
@@ -92,7 +92,7 @@ def test_a_long_prompt_does_not_hold_up_the_others(session, scheduler, monkeypat
     before = len(running.tokens)
     for step in range(1, 8):
         widths.clear()
-        scheduler._step()
+        scheduler.step()
         assert sum(widths) <= 32
         assert len(running.tokens) == before + step
         assert short.done.is_set()
@@ -111,7 +111,7 @@ def test_a_held_request_generates_nothing_until_it_goes_on(session, scheduler):
     assert other.done.is_set()
     assert len(held.tokens) == told < 20
     assert scheduler.stats().active == 1
-    assert not scheduler._step()  # nothing to do: the thread sleeps
+    assert not scheduler.step()  # nothing to do: the thread sleeps
     ticket.go_on()
     drive(scheduler)
     assert held.ids == alone(session, wanted)
@@ -132,7 +132,7 @@ def test_a_held_request_ends_at_its_deadline_or_where_it_is_cancelled(scheduler)
     assert (stats.active, stats.requests["timeout"], stats.requests["cancelled"]) == (0, 1, 1)
 
 
-def test_cancelling_frees_the_slot_within_one_step(scheduler):
+def test_cancelling_frees_the_slot_within_one_step(session, scheduler):
     first, ticket = submit(scheduler, request(10, 1, tokens=50))
     others = [submit(scheduler, request(10, seed, tokens=50)) for seed in (2, 3, 4)]
     waiting, _ = submit(scheduler, request(10, 5, tokens=50))
@@ -142,9 +142,9 @@ def test_cancelling_frees_the_slot_within_one_step(scheduler):
     assert waiting.started is None
     ticket.cancel()
     ticket.cancel()
-    scheduler._step()
+    scheduler.step()
     assert scheduler.stats().active == 3
-    scheduler._step()
+    scheduler.step()
     assert waiting.started is not None
     assert len(first.tokens) == told
     assert not first.done.is_set()
@@ -152,15 +152,15 @@ def test_cancelling_frees_the_slot_within_one_step(scheduler):
         other.cancel()
     drive(scheduler)
     assert scheduler.stats().requests["cancelled"] == 4
-    used_slots(scheduler)
+    used_slots(session, scheduler)
 
 
 def test_cancelling_while_queued_or_within_a_prompt(session, scheduler):
     long, ticket = submit(scheduler, request(150, 1))
-    scheduler._step()
+    scheduler.step()
     assert session.length(0) == 32
     ticket.cancel()
-    scheduler._step()
+    scheduler.step()
     assert scheduler.stats().active == 0
     again, _ = submit(scheduler, request(150, 1))  # what was taken of the prompt is still good
     drive(scheduler)
@@ -211,7 +211,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(scheduler):
         submit(scheduler, request())
     assert refused.value.retry_after >= 1
     tickets[3].cancel()
-    scheduler._step()
+    scheduler.step()
     submit(scheduler, request())
     drive(scheduler)
     assert scheduler.stats().requests["length"] == 6
@@ -271,7 +271,7 @@ def test_log_probabilities_are_those_of_a_single_run(session, scheduler):
     listener, _ = submit(scheduler, wanted)
     silent, _ = submit(scheduler, request(params=params, logprobs=False))
     drive(scheduler)
-    scheduler._batch.close()
+    scheduler.stop()
     expected = list(session.generate(wanted.prompt_ids, wanted.params))
     assert listener.ids == [token.id for token in expected] == silent.ids
     assert [t.logprob for t in listener.tokens] == pytest.approx([t.logprob for t in expected], abs=1e-4)
@@ -298,7 +298,7 @@ def test_a_repeated_prompt_and_the_next_turn_of_a_chat_are_cached(session, sched
     assert reply.started.cached_tokens == 45  # all but the last token, which no step ever fed
     stats = scheduler.stats()
     assert (stats.cached_tokens, stats.prompt_tokens) == (84, 40 + 40 + 49)
-    scheduler._batch.close()
+    scheduler.stop()
     assert first.ids == again.ids == alone(session, request(40, tokens=6))
     assert reply.ids == alone(session, turn)
 
@@ -314,7 +314,7 @@ def test_alike_prompts_at_once_are_taken_once(session, scheduler):
     listeners = [submit(scheduler, one)[0] for one in wanted]
     drive(scheduler)
     assert [listener.started.cached_tokens for listener in listeners] == [0, 96, 96, 96]
-    scheduler._batch.close()
+    scheduler.stop()
     assert [listener.ids for listener in listeners] == [alone(session, one) for one in wanted]
 
 
@@ -323,7 +323,7 @@ def test_kept_slots_make_room_when_it_is_needed(session, scheduler):
         listener, _ = submit(scheduler, request(30, seed, tokens=4))
         drive(scheduler)
         assert listener.started.cached_tokens == 0
-        assert len(used_slots(scheduler)) == min(seed + 1, 4)
+        assert len(used_slots(session, scheduler)) == min(seed + 1, 4)
     kept, _ = submit(scheduler, request(30, 7, tokens=4))
     lost, _ = submit(scheduler, request(30, 2, tokens=4))
     drive(scheduler)
@@ -367,7 +367,7 @@ def test_bad_logits_fail_their_request_only(session, scheduler, monkeypatch, val
     assert [len(listeners[i].tokens) for i in (0, 2)] == [8, 8]
     assert 1 in session.free_slots()  # what failed is not kept for others
     assert scheduler.stats().requests["failed"] == 1
-    used_slots(scheduler)
+    used_slots(session, scheduler)
 
 
 def test_a_newcomer_takes_nothing_from_who_fails_in_the_same_step(session, scheduler, monkeypatch):
@@ -382,7 +382,7 @@ def test_a_newcomer_takes_nothing_from_who_fails_in_the_same_step(session, sched
         lambda slots, logits: logits.__setitem__((0, 17), np.nan) if 0 in slots else None,
     )
     coming, _ = submit(scheduler, second)
-    scheduler._step()
+    scheduler.step()
     monkeypatch.undo()
     drive(scheduler)
     assert isinstance(failing.error, ModelError)
@@ -393,7 +393,7 @@ def test_a_newcomer_takes_nothing_from_who_fails_in_the_same_step(session, sched
 def test_the_memory_of_what_failed_is_zeros_again(session, scheduler, monkeypatch):
     poisoned(session, monkeypatch, lambda _, logits: logits.__setitem__((0, 17), np.nan))
     failing, _ = submit(scheduler, request(20, 1))
-    scheduler._step()
+    scheduler.step()
     row = session._slots.row(0)
     for array in session._cache.arrays:
         array[row] = np.nan
@@ -445,7 +445,7 @@ def test_a_failing_step_fails_those_that_cause_it(session, scheduler, monkeypatc
     assert isinstance(listeners[2].error, ModelError)
     assert "\n" not in str(listeners[2].error)
     assert max(sizes) == 3
-    scheduler._batch.close()
+    scheduler.stop()
     assert [listeners[i].ids for i in (0, 1, 3)] == [alone(session, wanted[i]) for i in (0, 1, 3)]
 
 
@@ -469,7 +469,7 @@ def test_a_prompt_that_cannot_be_taken_fails_alone(session, scheduler, monkeypat
     after, _ = submit(scheduler, request(40, 3))
     drive(scheduler)
     assert [len(one.tokens) for one in (running, after)] == [20, 8]
-    used_slots(scheduler)
+    used_slots(session, scheduler)
 
 
 def test_a_prefix_that_cannot_be_copied_fails_nobody(session, scheduler, monkeypatch):
@@ -480,18 +480,17 @@ def test_a_prefix_that_cannot_be_copied_fails_nobody(session, scheduler, monkeyp
         other, _ = submit(scheduler, request(40, 1))
         drive(scheduler)
     assert other.started.cached_tokens == 0
-    used_slots(scheduler)
-    scheduler._batch.close()
+    used_slots(session, scheduler)
+    scheduler.stop()
     assert [running.ids, other.ids] == [
         alone(session, request(40, 1, tokens=20)),
         alone(session, request(40, 1)),
     ]
 
 
-def test_a_draft_that_cannot_be_verified_fails_nobody(session, scheduler, monkeypatch):
-    speculation = scheduler._batch._speculation
-    speculation.decoded(1.0)
-    monkeypatch.setattr(speculation, "width", lambda _matched, most: min(4, most))
+def test_a_draft_that_cannot_be_verified_fails_nobody(session, monkeypatch):
+    draft_always(monkeypatch, 4)
+    scheduler = Scheduler(session, step_tokens=32, max_queue=6)
     prompt = (*ids(12), *ids(12), *ids(12))
     wanted = Request(prompt, SamplingParams(max_tokens=40, ignore_eos=True))
     listener, _ = submit(scheduler, wanted)
@@ -507,7 +506,7 @@ def test_a_draft_that_cannot_be_verified_fails_nobody(session, scheduler, monkey
         drive(scheduler)
     assert tried
     assert listener.error is None
-    scheduler._batch.close()
+    scheduler.stop()
     assert listener.ids == alone(session, wanted)
 
 
@@ -515,19 +514,20 @@ def test_a_defect_in_the_loop_fails_what_is_live_and_frees_all(session, schedule
     listeners = [submit(scheduler, request(20, seed))[0] for seed in range(3)]
     drive(scheduler, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(scheduler._batch, "_prefill", lambda _: 1 / 0)
-        scheduler._step()
+        patch.setattr("glm4_runtime.scheduler.batch.shares", lambda *_: 1 / 0)
+        scheduler.step()
     assert all(isinstance(listener.error, ModelError) for listener in listeners)
     after, _ = submit(scheduler, request(20, 3))
     drive(scheduler)
     assert len(after.tokens) == 8
-    used_slots(scheduler)
+    used_slots(session, scheduler)
 
 
 # The thread -------------------------------------------------------------------------------------
 
 
 def test_stop_drains_and_then_refuses(session):
+    before = threading.enumerate()
     scheduler = Scheduler(session)
     scheduler.start()
     listeners = [submit(scheduler, request(20, seed, tokens=30))[0] for seed in range(6)]
@@ -536,8 +536,7 @@ def test_stop_drains_and_then_refuses(session):
     with pytest.raises(StoppedError):
         submit(scheduler, request())
     assert session.free_slots() == [0, 1, 2, 3]
-    assert scheduler._thread is not None
-    assert not scheduler._thread.is_alive()
+    assert not [one for one in threading.enumerate() if one.name == "scheduler" and one not in before]
 
 
 @pytest.mark.alone

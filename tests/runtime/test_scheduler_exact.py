@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from scheduling import Listener, drive, submit
+from scheduling import Listener, draft_always, drive, submit
 
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_runtime import SamplingParams, Session
@@ -118,7 +118,7 @@ def run_mixed(session, requests, rng):
     drive(scheduler)
     assert scheduler.stats().active == 0
     stats = scheduler.stats()
-    scheduler._batch.close()
+    scheduler.stop()
     assert session.free_slots() == list(range(16))
     return listeners, stats
 
@@ -163,10 +163,6 @@ def test_sixteen_mixed_requests_are_each_as_if_alone(session, single, record_pro
 # Drafts -----------------------------------------------------------------------------------------
 
 
-def always(width):
-    return lambda _matched, most: min(width, most)
-
-
 @pytest.mark.parametrize(
     "params",
     [
@@ -180,8 +176,8 @@ def always(width):
 @pytest.mark.parametrize("width", [1, 5, 32])
 def test_drafts_change_no_token(session, single, monkeypatch, params, width):
     """Small top_k and a prompt that repeats itself: some of the drafts are right, and most are not."""
+    draft_always(monkeypatch, width)
     scheduler = Scheduler(session)
-    monkeypatch.setattr(scheduler._batch._speculation, "width", always(width))
     for seed in range(4):
         piece = np.random.default_rng(seed).integers(4, 300, 12).tolist()
         wanted = Request(
@@ -197,8 +193,8 @@ def test_drafts_change_no_token(session, single, monkeypatch, params, width):
 
 def test_a_right_draft_saves_steps_and_ends_in_time(session, single, monkeypatch):
     """Greedy decoding of this model falls into a loop, which drafts follow; the limit cuts them off exactly."""
+    draft_always(monkeypatch, 16)
     scheduler = Scheduler(session)
-    monkeypatch.setattr(scheduler._batch._speculation, "width", always(16))
     wanted = Request((5, 6, 7), SamplingParams(max_tokens=200, ignore_eos=True))
     expected = alone(single, wanted)
     for end in ({}, {"stop_token_ids": (expected[-1],)}, {"max_tokens": 199}):
@@ -219,9 +215,8 @@ def test_sampling_under_drafts_takes_the_tokens_it_takes_alone(session, single, 
         "glm4_runtime.scheduler.batch.look_up",
         lambda ids, count: Draft(np.array(guess[len(ids) - len(prompt) :][:count] or [5]), 6),
     )
+    draft_always(monkeypatch, 4)
     scheduler = Scheduler(session)
-    monkeypatch.setattr(scheduler._batch._speculation, "width", always(4))
-    scheduler._batch._speculation.decoded(1.0)
     for seed in range(60):
         params = SamplingParams(temperature=1.0, top_k=4, max_tokens=6, seed=seed, ignore_eos=True)
         listener, _ = submit(scheduler, Request(prompt, params))
@@ -232,8 +227,8 @@ def test_sampling_under_drafts_takes_the_tokens_it_takes_alone(session, single, 
 
 
 def test_nothing_is_drafted_for_several_requests_or_under_a_mask(session, monkeypatch):
+    draft_always(monkeypatch, 4)
     scheduler = Scheduler(session)
-    monkeypatch.setattr(scheduler._batch._speculation, "width", always(4))
     params = SamplingParams(max_tokens=30, ignore_eos=True)
     for seed in range(3):
         submit(scheduler, Request((5, 6, 5, 6, seed + 9, 5, 6), params))
@@ -280,8 +275,8 @@ class Counting:
 def wait(scheduler, seconds=10):
     """Drive steps while masks are worked out elsewhere."""
     end = time.monotonic() + seconds
-    while len(scheduler._batch) or scheduler._queue:
-        scheduler._step()
+    while scheduler.stats().active or scheduler.stats().queued:
+        scheduler.step()
         assert time.monotonic() < end
 
 
@@ -318,7 +313,7 @@ def test_a_slow_mask_does_not_hold_up_the_others(session):
     slow, _ = submit(scheduler, Request((5, 6), SamplingParams(max_tokens=5), mask=Counting(9, 0.3)))
     quick, _ = submit(scheduler, Request((5, 6), SamplingParams(max_tokens=100, ignore_eos=True)))
     while not quick.done.is_set():
-        scheduler._step()
+        scheduler.step()
     assert len(slow.tokens) < 2
     wait(scheduler)
     assert len(slow.tokens) == 5
@@ -352,9 +347,9 @@ def test_a_failing_mask_fails_its_request_only(session, single):
 def test_cancelling_while_a_mask_is_worked_out(session):
     scheduler = Scheduler(session)
     listener, ticket = submit(scheduler, Request((5, 6), SamplingParams(), mask=Counting(9, 0.2)))
-    scheduler._step()
+    scheduler.step()
     ticket.cancel()
-    scheduler._step()
+    scheduler.step()
     assert scheduler.stats().active == 0
     assert listener.tokens == []
-    scheduler._batch.close()
+    scheduler.stop()

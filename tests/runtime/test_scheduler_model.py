@@ -179,14 +179,14 @@ class Interleaving:
         try:
             asked.ticket = self.scheduler.submit(asked.request, asked.listener)
         except QueueFullError:
-            assert len(self.scheduler._queue) == QUEUE
+            assert self.scheduler.stats().queued == QUEUE
         except StoppedError:
             assert self.stopped
         else:
             self.asked.append(asked)
 
     def step(self):
-        self.scheduler._step()
+        self.scheduler.step()
 
     def pace_masks(self):
         self.masks.at_once = not self.masks.at_once
@@ -282,12 +282,13 @@ class Interleaving:
         for _ in range(600):
             while self.masks.waiting:
                 self.masks.finish(0)
-            self.scheduler._step()
-            if not self.scheduler._batch._live and not self.scheduler._queue:
+            self.scheduler.step()
+            stats = self.scheduler.stats()
+            if not stats.active and not stats.queued:
                 break
         self.holds()
         assert all(asked.over for asked in self.asked)
-        self.scheduler._batch.close()
+        self.scheduler.stop()
         assert self.session.free_slots() == list(range(SLOTS))
 
 

@@ -187,13 +187,14 @@ def test_a_stop_after_the_last_token_returns(switch):
 
 
 def test_a_deadline_is_kept_where_nothing_else_happens():
-    scheduler = Scheduler(HistorySession())
+    session = HistorySession()
+    scheduler = Scheduler(session)
     scheduler.start()
     mask = SlowMask()
     listener, _ = submit(scheduler, request(9, mask=mask, deadline=time.monotonic() + 0.05))
     assert listener.done.wait(PATIENCE)
     assert isinstance(listener.error, DeadlineError)
-    assert scheduler._session.free_slots() == [0, 1, 2]
+    assert session.free_slots() == [0, 1, 2]
     mask.go.set()
     scheduler.stop()
 
@@ -203,8 +204,8 @@ def test_a_thread_without_work_sleeps_until_it_is_woken():
     scheduler = Scheduler(HistorySession())
     scheduler._news = bed = Bed()
     steps = []
-    real = scheduler._step
-    scheduler._step = lambda: steps.append(1) or real()
+    real = scheduler.step
+    scheduler.step = lambda: steps.append(1) or real()
     scheduler.start()
     mask = SlowMask()
     submit(scheduler, request(9, mask=mask, deadline=time.monotonic() + 3600))
@@ -220,7 +221,8 @@ def test_a_thread_without_work_sleeps_until_it_is_woken():
 
 
 def test_the_end_of_a_drain_does_not_wait_for_a_mask():
-    scheduler = Scheduler(HistorySession())
+    session = HistorySession()
+    scheduler = Scheduler(session)
     scheduler.start()
     mask = SlowMask()
     listener, _ = submit(scheduler, request(9, mask=mask))

@@ -137,14 +137,14 @@ class Scheduler:
         while True:
             # Cleared before anything is read: a later change sets it again, and ends the wait below.
             self._news.clear()
-            more = self._step()
+            more = self.step()
             if self._done():
                 break
             if not more:
                 self._news.wait(self._patience())
         self._end_everything(StoppedError("the scheduler stopped before the request was done"))
 
-    def _step(self) -> bool:
+    def step(self) -> bool:
         """Admit requests while there is room, and run all once. False if there is nothing to do before a change or a
         deadline."""
         try:

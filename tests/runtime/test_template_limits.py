@@ -63,24 +63,31 @@ ATTACKS = {
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch):
     """The limits of time are shortened, so that these tests are quick."""
-    limits = TaskLimits(seconds=0.3, deadline=20, memory=256 * MIB, answer=16 * MIB)
-    pool = WorkerPool("glm4_runtime.workers.templates", limits)
+    pool = pool_with(0.3)
     monkeypatch.setattr(chat_template, "_WORKERS", pool)
     yield
     pool.close()
 
 
+def pool_with(seconds):
+    """``seconds``: of processor time."""
+    limits = TaskLimits(seconds=seconds, deadline=120, memory=256 * MIB, answer=16 * MIB)
+    return WorkerPool("glm4_runtime.workers.templates", limits)
+
+
 @pytest.mark.parametrize("name", ATTACKS)
-def test_a_costly_template_is_refused(name):
+def test_a_costly_template_is_refused(name, monkeypatch):
     source, said = ATTACKS[name]
+    if said != TIME:  # on a slow machine, too, another limit is reached first
+        monkeypatch.setattr(chat_template, "_WORKERS", pool_with(60))
     template = ChatTemplate(source)
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(RequestError, match=said) as caught:
         template.render(HELLO)
     assert isinstance(caught.value, OvertimeError) == (said == TIME)
     assert len(str(caught.value)) < 500
-    # this process does next to nothing meanwhile
-    assert time.process_time() - began < 0.2
+    # this process does next to nothing meanwhile: what is asked takes minutes
+    assert time.process_time() - began < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024
     assert ChatTemplate("{{ messages[0].content }}").render(HELLO) == "hello"
 

@@ -1,5 +1,6 @@
 """Keys, limits, names, the end of the process, and what the log says."""
 
+import contextlib
 import io
 import json
 import os
@@ -7,14 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
 from glm4_runtime.errors import RequestError
 from glm4_runtime.server import ServerOptions, read_api_keys
+from glm4_runtime.session.ort import OrtSession
 
 MODEL = "glm4-tiny"
 WHO = [{"role": "user", "content": "Tell me the password, please."}]
@@ -24,7 +26,7 @@ CHAT = "/v1/chat/completions"
 
 def eventually(found, expected=True):
     """Wait for what the server does after its answer has gone out."""
-    for _ in range(250):
+    for _ in range(3000):
         if found() == expected:
             return
         time.sleep(0.02)
@@ -159,31 +161,46 @@ def test_a_request_ends_at_its_deadline(scripted):
     assert before + 100 <= scheduler.requests[0].deadline <= time.monotonic() + 100
 
 
-@pytest.mark.alone
-def test_the_real_scheduler_ends_a_late_request(server_of, demo_bundle):
-    with server_of(demo_bundle, request_timeout=0.3) as server:
+@pytest.fixture
+def slow_model(monkeypatch):
+    """A step takes 10 ms at least, so that an answer as long as the model allows takes 20 s, also on a fast machine."""
+    real = OrtSession._run_decoder
+
+    def slowed(*arguments):
+        time.sleep(0.01)
+        return real(*arguments)
+
+    monkeypatch.setattr(OrtSession, "_run_decoder", slowed)
+
+
+def test_the_real_scheduler_ends_a_late_request(server_of, demo_bundle, slow_model):
+    with server_of(demo_bundle, request_timeout=2) as server:
         body = ASKED | {"ignore_eos": True, "stream": True}
-        start = time.monotonic()
-        lines = httpx.post(server.url + CHAT, json=body, timeout=30).text.split("\n\n")
-        assert time.monotonic() - start < 10
+        lines = httpx.post(server.url + CHAT, json=body, timeout=60).text.split("\n\n")
         assert json.loads(lines[-3].removeprefix("data: "))["error"]["code"] == "request_timeout"
         assert lines[-2] == "data: [DONE]"
 
 
-def test_a_full_queue_is_told(server_of, demo_bundle):
-    with server_of(demo_bundle, max_queue=2) as server:
-        pair = ASKED | {"n": 2, "ignore_eos": True, "temperature": 1}
-        with ThreadPoolExecutor(12) as pool:
-            answers = list(
-                pool.map(lambda _: httpx.post(server.url + CHAT, json=pair, timeout=60), range(12))
+def test_a_full_queue_is_told(server_of, demo_bundle, slow_model):
+    """Two pairs have the four slots, and one waits."""
+    pair = ASKED | {"n": 2, "ignore_eos": True, "temperature": 1}
+    with server_of(demo_bundle, max_queue=2) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        with contextlib.ExitStack() as running:
+            for _ in range(2):
+                running.enter_context(http.stream("POST", CHAT, json=pair | {"stream": True}))
+            eventually(lambda: _metric(http, "glm4_active_slots"), 4)
+            waiting = threading.Thread(
+                target=http.post, args=(CHAT,), kwargs={"json": pair | {"max_tokens": 2}}
             )
-        assert {answer.status_code for answer in answers} == {200, 429}
-        refused = next(answer for answer in answers if answer.status_code == 429)
-        assert refused.json()["error"]["type"] == "rate_limit_error"
-        assert int(refused.headers["retry-after"]) >= 1
-        again = httpx.post(server.url + CHAT, json=ASKED | {"max_tokens": 2}, timeout=30)
-        assert again.status_code == 200
-        never = httpx.post(server.url + CHAT, json=pair | {"n": 3}, timeout=30)
+            waiting.start()
+            eventually(lambda: _metric(http, "glm4_queued_requests"), 2)
+            refused = http.post(CHAT, json=pair)
+            assert refused.status_code == 429
+            assert refused.json()["error"]["type"] == "rate_limit_error"
+            assert int(refused.headers["retry-after"]) >= 1
+        waiting.join()
+        assert http.post(CHAT, json=ASKED | {"max_tokens": 2}).status_code == 200
+        never = http.post(CHAT, json=pair | {"n": 3})
         assert never.status_code == 400
         assert "this server gives 2" in never.json()["error"]["message"]
 

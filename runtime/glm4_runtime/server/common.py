@@ -221,7 +221,7 @@ async def watched(http: HttpRequest, job: Job) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        job.cancel()
+        job.close()
         watcher.cancel()
 
 

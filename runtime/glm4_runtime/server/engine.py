@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from glm4_runtime.server.lanes import Lanes
 from glm4_runtime.server.messages import Message
 from glm4_runtime.server.metrics import Metrics
 from glm4_runtime.server.options import ServerOptions
+from glm4_runtime.server.unread import Unread, UnreadOfOne
 from glm4_runtime.session import Session
 from glm4_runtime.structured import GrammarCompiler, GrammarMask
 from glm4_runtime.tokenizer import Tokenizer
@@ -28,9 +28,6 @@ from glm4_runtime.tokenizer import Tokenizer
 T = TypeVar("T")
 
 _TURN = "<|assistant|>"
-# Tokens of one request that wait for the client, each likeliest token besides counted: about 600 kB. A request with
-# more generates nothing until the client has read half of them.
-_MOST_UNREAD = 2048
 
 
 class Engine:
@@ -67,6 +64,7 @@ class Engine:
         self._worker = None if generates else ThreadPoolExecutor(1, "glm4-session")
         self._waiting = 0
         self._lanes = Lanes()
+        self._unread = Unread()
         self._drain: threading.Thread | None = None
         self.conversation = _conversation(session.folder, self.tokenizer) if generates else None
         eos = session.manifest.model.eos_token_ids
@@ -227,7 +225,7 @@ class Engine:
         """Start all requests, or none. Raises what the scheduler raises."""
         self.require_running()
         assert self._scheduler is not None
-        return Job(self._scheduler, requests, self.metrics, _MOST_UNREAD)
+        return Job(self._scheduler, requests, self.metrics, self._unread)
 
     async def pooled(self, work: Callable[[], T], deadline: float) -> T:
         """Run ``work`` on the session's only thread, in turn."""
@@ -246,27 +244,19 @@ class Engine:
             self._waiting -= 1
 
 
-def _size(event: Event) -> int:
-    """What an unread event counts: one for the token, and one for each likeliest token beside it."""
-    return 1 + len(event.top) if isinstance(event, Generated) else 1
-
-
 class ClientGoneError(Exception):
     """The client closed the connection before its answer was ready: nobody is left to answer."""
 
 
 class Job:
-    """The sequences of one request while they are generated.
-
-    A client that reads slowly slows its own request down: where ``most_unread`` tokens wait, generation is held.
-    """
+    """The sequences of one request while they are generated."""
 
     def __init__(
         self,
         scheduler: Scheduler,
         requests: Sequence[Request],
         metrics: Metrics,
-        most_unread: float = math.inf,
+        unread: Unread,
     ) -> None:
         self.began = time.perf_counter()
         self.first_token: float | None = None
@@ -276,13 +266,12 @@ class Job:
         self._last = [self.began] * len(requests)
         self._open = set(range(len(requests)))
         self._tickets: list[Ticket] = []
-        # Each count has one writer: the scheduler's thread, and the event loop.
-        self._most_unread, self._put, self._taken = most_unread, 0, 0
+        self._unread = UnreadOfOne(unread)
         try:
             for index, request in enumerate(requests):
                 self._tickets.append(scheduler.submit(request, self._receiver(index)))
         except BaseException:
-            self.cancel()
+            self.close()
             raise
 
     async def events(self) -> AsyncIterator[tuple[int, Started | Generated]]:
@@ -296,7 +285,7 @@ class Job:
             if entry is None:
                 raise ClientGoneError
             index, event = entry
-            self._take(event)
+            self._unread.take(event, self._tickets)
             if index not in self._open:
                 continue
             if isinstance(event, Failed):
@@ -325,6 +314,11 @@ class Job:
         for ticket in self._tickets:
             ticket.cancel()
 
+    def close(self) -> None:
+        """Cancel, and forget the events that nobody will take."""
+        self.cancel()
+        self._unread.close(self._tickets)
+
     def abandon(self) -> None:
         """Cancel, and let whoever waits for events know."""
         self.cancel()
@@ -338,21 +332,11 @@ class Job:
 
     def _receiver(self, index: int) -> Callable[[Event], None]:
         def receive(event: Event) -> None:  # on the scheduler's thread
-            self._put += _size(event)
-            if self._put - self._taken > self._most_unread and index < len(self._tickets):
-                # before the event is handed on, so that whoever takes it sees the hold
-                self._tickets[index].hold()
+            self._unread.put(event, self._tickets[index] if index < len(self._tickets) else None)
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         return receive
-
-    def _take(self, event: Event) -> None:
-        self._taken += _size(event)
-        if self._put - self._taken <= self._most_unread / 2:
-            for ticket in self._tickets:
-                if ticket.held:
-                    ticket.go_on()
 
     def _measure(self, index: int) -> None:
         now = time.perf_counter()

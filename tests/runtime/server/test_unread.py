@@ -14,6 +14,7 @@ from glm4_runtime.generate import Token
 from glm4_runtime.scheduler import Generated, Request
 from glm4_runtime.server import engine
 from glm4_runtime.server.engine import Job
+from glm4_runtime.server.unread import Unread
 
 MODEL = "glm4-tiny"
 PATIENCE = 60  # seconds after which a test holds that nothing will happen any more
@@ -55,15 +56,15 @@ class ByHand:
             self.listeners[number % len(self.listeners)](Generated(token, ((1, -0.5),) * top))
 
 
-def job_of(scheduler, most_unread, count=1):
-    return Job(scheduler, [Request((1, 2), SamplingParams())] * count, NoFigures(), most_unread)
+def job_of(scheduler, unread, count=1):
+    return Job(scheduler, [Request((1, 2), SamplingParams())] * count, NoFigures(), unread)
 
 
 @pytest.mark.parametrize(("top", "fit"), [(0, 100), (3, 25), (20, 4)])
 def test_generation_is_held_while_much_is_unread_and_goes_on_when_half_is_read(top, fit):
     async def run():
         scheduler = ByHand()
-        events = job_of(scheduler, 100).events()
+        events = job_of(scheduler, Unread(100, 100)).events()
         scheduler.give(fit, top)
         assert not scheduler.held
         scheduler.give(1, top)
@@ -84,11 +85,36 @@ def test_generation_is_held_while_much_is_unread_and_goes_on_when_half_is_read(t
 def test_the_sequences_of_a_request_share_what_may_be_unread():
     async def run():
         scheduler = ByHand()
-        job_of(scheduler, 100, count=2)
+        job_of(scheduler, Unread(100, 100), count=2)
         scheduler.give(100)
         assert not scheduler.held
         scheduler.give()
         assert scheduler.held
+
+    asyncio.run(run())
+
+
+def test_only_those_with_much_unread_are_held_and_only_while_there_is_too_much():
+    async def run():
+        unread = Unread(most=100, few=10)
+        slow, quick, left = ByHand(), ByHand(), ByHand()
+        job_of(slow, unread)
+        events = job_of(quick, unread).events()
+        gone = job_of(left, unread)
+        left.give(60)
+        slow.give(40)
+        assert not slow.held
+        quick.give(5)
+        slow.give()
+        assert (slow.held, quick.held, left.held) == (True, False, False)
+        for _ in range(5):
+            await anext(events)
+        assert slow.held
+        gone.close()  # its client has left
+        assert not slow.held
+        assert unread.put - unread.taken == 41
+        gone.close()
+        assert unread.put - unread.taken == 41
 
     asyncio.run(run())
 
@@ -136,7 +162,7 @@ def wait_until(true):
 @pytest.fixture
 def tickets(monkeypatch):
     """Few tokens may be unread. The tickets of all requests that the servers of this test take."""
-    monkeypatch.setattr(engine, "_MOST_UNREAD", 100)
+    monkeypatch.setattr(engine, "Unread", lambda: Unread(100, 100))
     found = []
     submit = engine.Scheduler.submit
 

@@ -70,7 +70,7 @@ def _row(session: Session, slots: range, neighbours: int) -> Any:
 def main(bundles: tuple[Path, ...], slots: int, out: Path | None) -> None:
     told = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f} before",
         "versions": {"onnxruntime": version("onnxruntime")},
         "command": f"python -m benchmarks.fixed_batch BUNDLE ... --slots {slots}",
         "slots": slots,

@@ -1,17 +1,21 @@
 """Formats that end llguidance's process, or cost it without end: each is refused in bounded time and memory."""
 
+import random
 import re
 import resource
 import threading
 import time
 from pathlib import Path
 
+import llguidance
+import numpy as np
 import pytest
 
 from glm4_runtime import grammar_trials
 from glm4_runtime.errors import QueueFullError, RequestError
 from glm4_runtime.structured import AnswerFormat, Function, GrammarCompiler, ReplyFormat
 from glm4_runtime.tokenizer import Tokenizer
+from glm4_runtime.workers.grammars import limits
 from glm4_runtime.workers.pool import WorkerPool
 from glm4_runtime.workers.worker import TaskLimits
 
@@ -181,3 +185,34 @@ def test_compiled_grammars_share_a_bounded_memory(tokenizer, monkeypatch):
         masks += [masks[0].copy() for _ in range(100)]
     masks.clear()
     assert compiler.compile(large, thinking=False).failure is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "form", "said"),
+    [
+        ({"step_lexer_fuel": 100}, regex(r"(\w{1,500}\s){1,500}"), "too many expressions"),
+        ({"max_lexer_states": 300}, regex(r"(\w{1,500}\s){1,500}"), "too many states"),
+        ({"max_items_in_row": 3}, lark('start: s\ns: s s | "a" | "b" "c"'), "3"),
+    ],
+)
+def test_a_mask_that_needs_too_much_work_ends_its_sequence(compiler, monkeypatch, limit, form, said):
+    """Masks are computed in the serving process; these limits are what holds each of them to a share of it."""
+    low = llguidance.LLParserLimits(verbose_errors=False, **limit)
+    monkeypatch.setattr("glm4_runtime.workers.grammars.limits", lambda: low)
+    mask, rng = compiler.compile(form, thinking=False), random.Random(0)
+    for _ in range(300):
+        if mask.failure is not None:
+            break
+        logits = np.zeros(VOCAB, np.float32)
+        mask.apply(logits)
+        mask.advance(int(rng.choice(np.flatnonzero(logits == 0))))
+    assert mask.failure.startswith("the reply's grammar cannot be followed: ")
+    assert said in mask.failure
+    with pytest.raises(RequestError, match="cannot be followed"):
+        mask.apply(np.zeros(VOCAB, np.float32))
+
+
+def test_the_limits_of_a_mask_are_what_was_measured():
+    served = limits()
+    assert (served.step_lexer_fuel, served.step_max_items) == (200_000, 50_000)
+    assert (served.max_lexer_states, served.max_items_in_row) == (100_000, 2_000)

@@ -34,11 +34,20 @@ def main(limits: str) -> None:
 
 
 def limits() -> llguidance.LLParserLimits:
-    """Limits for compiling a grammar and computing a mask, beyond llguidance's own.
+    """Limits for compiling a grammar and computing a mask. They count work and not time, so that they hold everywhere.
 
-    A state of the lexer takes about 400 bytes, and each sequence has its own states.
+    A state of the lexer takes about 400 bytes, and each sequence has its own states. The other limits are llguidance's
+    own, written out so that a newer version does not raise them.
     """
-    return llguidance.LLParserLimits(verbose_errors=False, max_lexer_states=100_000)
+    return llguidance.LLParserLimits(
+        verbose_errors=False,
+        initial_lexer_fuel=1_000_000,
+        max_grammar_size=500_000,
+        max_lexer_states=100_000,
+        max_items_in_row=2_000,
+        step_lexer_fuel=200_000,
+        step_max_items=50_000,
+    )
 
 
 def compiled(tokens: llguidance.LLTokenizer, grammar: str) -> llguidance.LLMatcher:

@@ -39,7 +39,7 @@ _THOUGHT, _PLAIN = "\x1b[2m", "\x1b[0m"
 @click.option(
     "--repetition-penalty", type=float, help="Above 1: makes tokens of the conversation less likely."
 )
-@click.option("--seed", type=int)
+@click.option("--seed", type=int, help="Seed of the sampling. Default: a random one.")
 @click.option("--hide-thoughts", is_flag=True, help="Hide the thinking.")
 @click.option(
     "--provider",

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 )
 @click.option("--frequency-penalty", type=float, help="Subtracted per occurrence in the output.")
 @click.option("--presence-penalty", type=float, help="Subtracted once if the token is in the output.")
-@click.option("--seed", type=int)
+@click.option("--seed", type=int, help="Seed of the sampling. Default: a random one.")
 @click.option(
     "--stop",
     type=TEXT,

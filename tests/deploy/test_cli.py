@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from bundles import rehash
 from checkpoints import tiny_config, write_checkpoint
@@ -78,6 +79,13 @@ def test_every_command_has_help(command):
         assert f" {command} " in result.output
         # these two talk until they are told to end: they have no result to print
         assert ("--json" in result.output) != (command in ("serve", "chat"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_a_help_text(command):
+    options = [param for param in cli.get_command(None, command).params if isinstance(param, click.Option)]
+    assert options
+    assert not [option.name for option in options if not option.help]
 
 
 def test_help_lists_commands_and_exit_codes():

@@ -1,4 +1,4 @@
-"""Before a graph is traced: what calibration text decides about how weights are stored.
+"""Calibration, before a graph is traced: decides from a text how weights are stored.
 
 prepared = prepare(checkpoint, form, text, progress)
 prepared.edits          # for the weights' writer
@@ -29,30 +29,30 @@ if TYPE_CHECKING:
     from glm4_exporters.quantize.static import StaticSmoothQuant
     from glm4_exporters.weights import Edits
 
-SEQUENCE, SEQUENCES = 512, 64  # tokens, and how many sequences of a user's text are read
+SEQUENCE, SEQUENCES = 512, 64  # tokens of a sequence, and number of sequences to read
 
 BUILT_IN_LENGTH = 64
 
 
 @dataclass(frozen=True)
 class Text:
-    """What a model is calibrated on: sequences of token ids, and where they are from."""
+    """The calibration text: sequences of token ids, and their source."""
 
     sequences: list[list[int]]
     origin: str
-    given: bool = True  # by the user, so that weights may be fitted to it
+    given: bool = True  # given by the user, so that weights may be fitted to it
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What calibration decided.
+    """The results of the calibration.
 
     Attributes:
-        edits: what is done to tensors before they are stored.
+        edits: changes of tensors before they are stored.
         norm_bits: k by the scope of each norm whose input is scaled by 2^-k.
-        cache_scales: of every layer, where the cache is int8.
-        calibration: the statistics; None where nothing needed any.
-        input_scales: the scale of its input, by name of each matrix whose format rounds its input.
+        cache_scales: scales of every layer's cache, if it is int8.
+        calibration: the statistics; None if not needed.
+        input_scales: by matrix whose format rounds inputs: the scale of its input.
         report: for ``report.json``.
     """
 
@@ -65,7 +65,7 @@ class Prepared:
 
 
 def read_text(source: Checkpoint, path: Path | None, max_seq_len: int) -> Text:
-    """Sequences of a user's file, or of our own few lines, or of random ids without a tokenizer."""
+    """Sequences of the user's file, or of a few lines of ours, or random ids without a tokenizer."""
     folder, vocab = source.folder, source.config.vocab_size
     tokenizer = Tokenizer.from_folder(folder) if (folder / TOKENIZER).is_file() else None
     if path is not None:
@@ -84,12 +84,13 @@ def read_text(source: Checkpoint, path: Path | None, max_seq_len: int) -> Text:
 
 
 def needs_text(form: Form, given: bool) -> bool:
-    """Whether anything is calibrated: whatever text was given for, and fp16's range and an int8 cache always."""
+    """Whether the export calibrates: always with a given text, with fp16 activations (overflow), and with an int8
+    cache."""
     return given or form.activations == "float16" or form.kv_cache == "int8"
 
 
 def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progress = silent) -> Prepared:
-    """Walk the reference over the text once, and decide scales, importance and remedies.
+    """Run the reference over the text once, and decide scales, importance and remedies.
 
     Raises:
         GateError: fp16 activations cannot hold what this model computes.
@@ -151,7 +152,7 @@ def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progres
 
 
 def _static(source: Checkpoint, form: Form) -> "StaticSmoothQuant | None":
-    """The search for smoothing and input scales together; None where no format asks for it."""
+    """The joint search for smoothing and input scales; None if no format needs it."""
     from glm4_exporters.quantize.static import StaticSmoothQuant
 
     wanted = _searched_inputs(form)
@@ -166,7 +167,7 @@ def _static(source: Checkpoint, form: Form) -> "StaticSmoothQuant | None":
 
 
 def _searched_inputs(form: Form) -> set[str]:
-    """The matrices whose input scale is searched for together with a smoothing."""
+    """The matrices whose input scale is searched together with a smoothing."""
     return {name for name, rounding in form.rounded_inputs.items() if rounding.searched}
 
 
@@ -177,7 +178,7 @@ def _input_scales(
     static: "StaticSmoothQuant | None",
     remedy: "Remedy",
 ) -> dict[str, float]:
-    """Of every product that rounds its input, in the model as the remedy scales it."""
+    """The input scale of every product that rounds its input, after the remedy."""
     rounded, searched = form.rounded_inputs, {} if static is None else static.input_scales
     largest = {
         name: float(smoothing.input_absmax(calibration, name).max())
@@ -189,7 +190,7 @@ def _input_scales(
 
 
 def _remedied(inputs: dict[str, float], remedy: "Remedy") -> dict[str, float]:
-    """Magnitudes of matrices' inputs after the remedy: values and up reach one matrix each."""
+    """Magnitudes of the matrices' inputs after the remedy; values and up are the input of one matrix each."""
     for index, bits in remedy.layers.items():
         for matrix, k in {"self_attn.o_proj": bits.value, "mlp.down_proj": bits.up}.items():
             name = f"model.layers.{index}.{matrix}.weight"
@@ -199,9 +200,9 @@ def _remedied(inputs: dict[str, float], remedy: "Remedy") -> dict[str, float]:
 
 
 def _awq(source: Checkpoint, form: Form) -> "Awq | None":
-    """The search for scales of what is stored in fewer than 8 bits; None where nothing is.
+    """The search for smoothing scales of matrices with fewer than 8 bits; None if there are none.
 
-    A site has one search: where the input scale of a matrix is searched for, :func:`_static` is the one.
+    A site has only one search: if the input scale of a matrix is searched, :func:`_static` does it.
     """
     from glm4_exporters.quantize.awq import Awq
 
@@ -217,7 +218,7 @@ def _awq(source: Checkpoint, form: Form) -> "Awq | None":
 
 
 def _quantize_dequantize(form: Form) -> "QuantizeDequantize":
-    """The values that rows of a matrix have in its own format."""
+    """Quantize rows of a matrix in its own format, and dequantize them."""
     import torch
 
     def quantized(name: str, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,7 @@
-"""Parity: does the bundle compute what the reference model computes?
+"""Parity: compares the bundle's outputs with the reference model's.
 
-Both sides are streamed: one layer of each is in memory at a time, and the vocabulary head in blocks of
-rows, so that a model of any size is compared on a small machine. Where the model fits, generation through
-the session is compared as well.
+Both models are streamed: one layer of each is in memory at a time, and the head runs in blocks of rows. So a model of
+any size is compared on a small machine. If both models fit into memory, generated tokens are compared as well.
 """
 
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ GREEDY_TOKENS = 32
 
 @dataclass(frozen=True)
 class ParityLimits:
-    """What a precision may differ by. A limit that is None does not apply to it."""
+    """The largest differences of a precision. None: no limit."""
 
     max_abs: float | None = None  # of the logits
     mean_kl: float | None = None  # nats, reference against bundle
@@ -47,19 +46,21 @@ LIMITS = {precision: ParityLimits(**limits) for precision, limits in PARITY.item
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the bundle's outputs are from the reference's over all positions compared."""
+    """The differences between the bundle's outputs and the reference's, over all positions."""
 
     positions: int
     max_abs_error: float
     mean_abs_error: float
     relative_error: float
-    mean_kl: float | None  # None for the tasks without a distribution
+    mean_kl: float | None  # None for tasks without a vocabulary
     top1_agreement: float | None
-    greedy_tokens: int | None  # how many tokens were generated with both, None where the model does not fit
-    greedy_agreement: int | None  # how many of them are equal from the start
-    greedy_gap: float | None  # the reference's two best logits at the first difference
-    arithmetic: str  # "as exported", or what the bundle's weights were computed in instead
-    near_ties: int = 0  # positions with another best token whose reference logits the type cannot tell apart
+    greedy_tokens: (
+        int | None
+    )  # number of tokens generated with both; None if the models do not fit into memory
+    greedy_agreement: int | None  # number of equal tokens from the start
+    greedy_gap: float | None  # difference of the reference's two logits at the first differing token
+    arithmetic: str  # "as exported", or the type used instead
+    near_ties: int = 0  # positions with another best token, whose logits differ only by rounding
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,7 +69,7 @@ class Parity:
 def measure_parity(
     bundle: Path, manifest: Manifest, checkpoint: Checkpoint, progress: Progress = silent
 ) -> Parity:
-    """Compare a bundle's folder with its checkpoint, both streamed."""
+    """Compare a bundle's folder with its checkpoint; both are streamed."""
     sequences = sample_sequences(bundle, manifest)
     expected = reference_outputs(checkpoint, sequences, progress)
     pieces = GraphPieces(bundle)
@@ -81,7 +82,7 @@ def measure_parity(
 
 
 def limits_of(manifest: Manifest) -> ParityLimits:
-    """The limits of a bundle's precision, and room for the rounding of an int8 cache."""
+    """The limits of a bundle's precision, widened for an int8 cache."""
     limits = LIMITS[manifest.precision]
     if manifest.kv_cache != "int8":
         return limits
@@ -93,7 +94,7 @@ def limits_of(manifest: Manifest) -> ParityLimits:
 
 
 def check_parity(parity: Parity, manifest: Manifest) -> None:
-    """Hold a measurement against the limits of the bundle's precision.
+    """Check a measurement against the limits of the bundle's precision.
 
     Raises:
         GateError: naming every limit that is exceeded.
@@ -116,7 +117,7 @@ def check_parity(parity: Parity, manifest: Manifest) -> None:
         if limits.top1 is not None:
             agreement = parity.top1_agreement + parity.near_ties / parity.positions
             hold("top-1 agreement", agreement, limits.top1, agreement < limits.top1)
-    # Two best logits closer than twice the error that is allowed may change places.
+    # Two logits that are closer than twice the allowed error may change places.
     if limits.max_abs is not None and parity.greedy_gap is not None:
         hold(
             "logit gap at the first differing token",
@@ -132,7 +133,7 @@ def check_parity(parity: Parity, manifest: Manifest) -> None:
 
 
 def sample_sequences(bundle: Path, manifest: Manifest) -> list[list[int]]:
-    """A handful of token sequences: our texts where the bundle has a tokenizer, else seeded random ids."""
+    """A few token sequences: our texts if the bundle has a tokenizer, otherwise seeded random ids."""
     rng = np.random.default_rng(20250414)
     vocab, limit = manifest.model.vocab_size, manifest.limits.max_seq_len
     tokenizer = Tokenizer.from_folder(bundle) if TOKENIZER in manifest.files else None
@@ -145,7 +146,7 @@ def sample_sequences(bundle: Path, manifest: Manifest) -> list[list[int]]:
 
 
 def graph_inputs(manifest: Manifest, ids: Sequence[int]) -> dict[str, npt.NDArray[Any]]:
-    """The graph's inputs for one whole sequence on an empty cache, all of its logits asked for."""
+    """The graph's inputs for one whole sequence with an empty cache, with all logits."""
     count, model = len(ids), manifest.model
     inputs: dict[str, npt.NDArray[Any]] = {
         "input_ids": np.array([ids], np.int64),
@@ -202,9 +203,9 @@ def _compare(
 def _greedy(
     bundle: Path, manifest: Manifest, checkpoint: Checkpoint, prompt: Sequence[int], progress: Progress
 ) -> tuple[int, float] | None:
-    """How many of 32 greedy tokens agree, and the reference's logit gap where they first differ.
+    """Number of equal tokens among 32 greedy ones, and the reference's logit gap at the first difference.
 
-    None where there is no decoder, no provider here, or not the memory for both models whole.
+    None for a task without generation, without a provider, or if both models do not fit into memory.
     """
     room = manifest.limits.max_seq_len - GREEDY_TOKENS
     prompt = list(prompt[: min(16, room)])
@@ -213,13 +214,13 @@ def _greedy(
     try:
         session = Session.open(bundle, max_batch_size=1)
     except UnavailableError:
-        return None  # the manifest says which providers it needs; none of them is here
+        return None  # none of the manifest's providers is available
     ours: list[int] = []
     with session:
         try:
             tokens = session.generate(prompt, SamplingParams(max_tokens=GREEDY_TOKENS, ignore_eos=True))
             ours.extend(token.id for token in tokens)
-        except RequestError as error:  # NaN logits; the prompt itself is one that the reference takes
+        except RequestError as error:  # NaN logits; the prompt itself is valid
             raise GateError(
                 f"the bundle does not match the reference in {manifest.precision}: after {len(ours)} tokens, {error}"
             ) from error

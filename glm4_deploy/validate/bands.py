@@ -1,7 +1,7 @@
-"""What a sub-block may be off by, by the numbers it computes with, and which one is the first to leave that.
+"""The largest errors of a sub-block, by its type of numbers, and the first sub-block that exceeds them.
 
-A sub-block's arithmetic is read off its nodes and weights: in an int8 bundle the products are int8, but the
-norms, sums and attention between them are the activations' type, and held to that.
+The type is read from the sub-block's nodes and weights. In an int8 bundle the products are int8, but norms, sums and
+attention have the activations' type, and its limits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,9 @@ class Band:
     """Limits of relative errors.
 
     Attributes:
-        local: over all positions, of a sub-block that reads what the reference made.
-        worst: the same at the worst position.
-        drift: over all positions, of the bundle's own run, all that came before included.
+        local: over all positions, for a sub-block that reads the reference's values.
+        worst: the same, at the worst position.
+        drift: over all positions of the bundle's own run, with all earlier errors.
     """
 
     local: float
@@ -35,7 +35,7 @@ ORDER = tuple(BANDS)
 
 @dataclass(frozen=True)
 class Culprit:
-    """The sub-block where a bundle leaves its band, and why it is this one."""
+    """The sub-block that exceeds its band, and the reason."""
 
     error: BlockError
     why: str
@@ -50,15 +50,14 @@ class Culprit:
 
 
 def is_out_of_band(error: BlockError) -> bool:
-    """Whether a sub-block is wrong by itself."""
+    """Whether a sub-block's own error is too large."""
     return _own_fault(error) is not None
 
 
 def find_culprit(errors: Sequence[BlockError]) -> Culprit | None:
-    """The first sub-block whose own error leaves its band; else the first at which the drift does.
+    """The first sub-block whose own error exceeds its band, or else the first whose drift does.
 
-    A sub-block that reads the reference's values answers for what it computes and for nothing before it, so
-    the order matters only where several are wrong.
+    An own error does not include earlier errors, so the order matters only if several sub-blocks are wrong.
     """
     for error in errors:
         fault = _own_fault(error)
@@ -93,10 +92,10 @@ def _own_fault(error: BlockError) -> str | None:
 
 
 def arithmetic_of(nodes: Sequence[onnx.NodeProto], types: Mapping[str, int]) -> str:
-    """The coarsest numbers that some nodes compute with.
+    """The coarsest type of numbers that some nodes compute with.
 
     Args:
-        types: element types of the graph's weights and inputs, and of what the nodes give.
+        types: element types of the graph's weights and inputs, and of the nodes' outputs.
     """
     found = {"float32"}
     for node in nodes:
@@ -105,7 +104,7 @@ def arithmetic_of(nodes: Sequence[onnx.NodeProto], types: Mapping[str, int]) -> 
             bits = next(attribute.i for attribute in node.attribute if attribute.name == "bits")
             found.add(f"int{bits}")
             if node.op_type == OPERATOR:
-                continue  # of its types, only the stored scales' is not float32 or the numbers'
+                continue  # its other types are float32, except the stored scales
         elif node.op_type in QUANTIZED_ACTIVATIONS and onnx.TensorProto.FLOAT8E4M3FN not in kinds:
             found.add("int8-sq")
         found.update(ARITHMETIC.get(kind, "float32") for kind in kinds)

@@ -1,4 +1,5 @@
-"""Gates: what a bundle must measure to ship, per precision. Named ones are in thresholds.toml; a user's is a TOML file.
+"""Gates: the limits that a bundle must pass, per precision. thresholds.toml has the named ones; a user's is a TOML
+file.
 
 extends = "default"          # optional: what the file doesn't say is as there
 [int8]
@@ -22,12 +23,12 @@ TEXT, LABELS, STATES = ("causal-lm",), ("sequence-classification", "token-classi
 
 @dataclass(frozen=True)
 class Metric:
-    """What a gate can limit: from above, or from below where more is better. ``tasks`` are those that have it."""
+    """A metric that a gate can limit, from above, or from below with ``at_least``. ``tasks``: the tasks that have it."""
 
     says: str
     tasks: tuple[str, ...]
     at_least: bool = False
-    needs_fit_text: bool = False  # says nothing where the reference only guesses
+    needs_fit_text: bool = False  # meaningless if the reference only guesses
 
 
 METRICS = {
@@ -57,11 +58,11 @@ Table = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Check:
-    """One limit and how it was met.
+    """One limit with its measurement.
 
     Attributes:
-        value: None where the metric was not measured.
-        judged: False where the text is unfit to judge by this metric.
+        value: None if the metric was not measured.
+        judged: False if the text is unfit for this metric.
     """
 
     metric: str
@@ -75,7 +76,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """What was not measured or not judged has not failed, unless it is no number; the report says so."""
+        """A metric that was not measured or not judged does not fail, unless it is NaN; the report says so."""
         if self.value is None:
             return True
         if not math.isfinite(self.value):
@@ -96,8 +97,8 @@ class Gate:
     """The limits for one bundle.
 
     Attributes:
-        name: of the gate, a file's path for a user's.
-        row: the precision whose limits these are.
+        name: name of the gate, or the path of a user's file.
+        row: the precision of these limits.
     """
 
     name: str
@@ -105,10 +106,10 @@ class Gate:
     limits: Mapping[str, float]
 
     def check(self, metrics: Mapping[str, float], fit_text: bool = True) -> tuple[Check, ...]:
-        """Each limit beside what was measured.
+        """Compare each limit with its measurement.
 
         Args:
-            fit_text: False where the reference predicts the text worse than guessing would.
+            fit_text: False if the reference predicts the text worse than guessing.
         """
         return tuple(
             Check(name, metrics.get(name), limit, fit_text or not METRICS[name].needs_fit_text)
@@ -117,12 +118,12 @@ class Gate:
 
 
 def row_of(manifest: Manifest) -> str:
-    """The precision of a bundle as gates name it."""
+    """The name of a bundle's precision in gates."""
     return manifest.precision + (CACHE_SUFFIX if manifest.kv_cache == "int8" else "")
 
 
 def load_gate(name: str, manifest: Manifest) -> Gate:
-    """The limits that a gate has for a bundle; a gate may limit metrics of other tasks too.
+    """A gate's limits for a bundle; a gate may also limit metrics of other tasks.
 
     Args:
         name: ``strict``, ``default``, ``loose`` or the path of a TOML file.

@@ -1,4 +1,4 @@
-"""The walk: every layer of the reference and then of the bundles, and the logits a few positions at a time."""
+"""The walk: runs every layer of the reference and of the bundles, then the logits of a few positions at a time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Walked:
-    """What the walk found besides what it added to the comparisons; ``arithmetic`` is per bundle."""
+    """Results of the walk that are not in the comparisons; ``arithmetic`` is per bundle."""
 
     blocks: list[BlockError]
     arithmetic: list[str]
@@ -42,7 +42,7 @@ def walk(
     comparisons: Sequence[Comparison],
     progress: Progress,
 ) -> Walked:
-    """Run all sides over the text; with ``layers``, every sub-block of the first bundle is compared too."""
+    """Run all models over the text. With ``layers``, also compare every sub-block of the first bundle."""
     sequences = text.sequences
     graphs = [BundleGraph(one.folder, one.manifest, checkpoint, sequences) for one in bundles]
     reference = Reference(checkpoint, sequences, tapped=layers)
@@ -78,7 +78,7 @@ def walk(
 
 
 class _Steps:
-    """Counts what is done; a layer of any side costs about the same."""
+    """Counts steps for progress; a layer of any model costs about the same."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
@@ -113,7 +113,7 @@ class _HeadErrors:
 
 
 def _chunks(checkpoint: Checkpoint, text: Text) -> Iterator[list[Part]]:
-    """Parts of the sequences, of so many positions in all that their logits fit; other tasks' outputs are small."""
+    """Parts of the sequences whose logits fit into memory together; other tasks' outputs are small."""
     if checkpoint.task != "causal-lm":
         yield [Part(number, slice(0, len(ids))) for number, ids in enumerate(text.sequences)]
         return

@@ -1,8 +1,8 @@
-"""Where both sides are looked at: the values between the sub-blocks of a layer.
+"""Taps: the values between the sub-blocks of a layer, in the reference and in a graph.
 
-In the reference a tap is what a module gives or reads. In a graph it is the value that leaves the nodes of the
-same module, whatever operators a dialect or a precision made of them, since every node is named after its
-module. Values that a graph has not are no taps there: their sub-block then belongs to the next one.
+In the reference a tap is the output or input of a module. In a graph it is the value that leaves the nodes of the
+same module, because every node is named after its module, for all dialects and precisions. If a graph does not have a
+value, its sub-block is compared together with the next one.
 """
 
 import re
@@ -23,14 +23,14 @@ EMBEDDING, ATTENTION, NORM, HEAD = "embedding", "attention", "final_norm", "head
 
 @dataclass(frozen=True)
 class Tap:
-    """A sub-block of a layer, by the value that it gives.
+    """A sub-block of a layer, identified by its output.
 
     Attributes:
         name: of the sub-block.
-        modules: whose outputs it is; several stand side by side.
-        reads: it is what the module reads instead, a sum or product that no module of its own makes.
-        value: name of that value in a graph, below the layer's name, where the graph names it itself.
-        says: what happens in it, for people.
+        modules: the modules with this output; several are side by side.
+        reads: whether the tap is the module's input instead: a sum or product without a module of its own.
+        value: the value's name in a graph, below the layer's name, if the graph has such a name.
+        says: a description for users.
     """
 
     name: str
@@ -54,7 +54,7 @@ TAPS = (
     Tap("post_mlp_layernorm", ("post_mlp_layernorm",), "norm behind the MLP"),
     Tap("mlp_residual", (), "second residual sum", value="Add_2:0"),
 )
-# A matrix whose output may be scaled by a power of two, undone by the eps of the norm that reads it.
+# Matrices whose output may be scaled by a power of two, which the eps of the next norm undoes.
 SCALED_BY = {"o_proj": "post_self_attn_layernorm", "down": "post_mlp_layernorm"}
 
 
@@ -64,7 +64,7 @@ SCALED_BY = {"o_proj": "post_self_attn_layernorm", "down": "post_mlp_layernorm"}
 def run_tapped(
     layer: Glm4DecoderLayer, hidden: Sequence[Tensor], attends: Sequence[Attention]
 ) -> tuple[list[Tensor], list[dict[str, tuple[Tensor, ...]]]]:
-    """The layer's output, and its taps, for each sequence."""
+    """Run the layer; returns its output and its taps for each sequence."""
     outputs, taps = [], []
     for x, attend in zip(hidden, attends, strict=True):
         with _recorded(layer) as found:
@@ -107,8 +107,8 @@ class GraphTap:
     Attributes:
         tap: the name of the sub-block.
         values: the names of its values.
-        bits: they are smaller than the reference's by 2^bits.
-        covers: sub-blocks in front of it that this graph has no tap for.
+        bits: the values are smaller than the reference's by a factor of 2^bits.
+        covers: earlier sub-blocks for which this graph has no tap.
     """
 
     tap: str
@@ -118,12 +118,12 @@ class GraphTap:
 
 
 class GraphTaps:
-    """The taps of one graph, in the order in which they are computed.
+    """The taps of one graph, in the order of computation.
 
     Attributes:
-        layers: per layer, those that the graph has.
-        embedding: what the first layer reads.
-        norm: what the head reads, whether it can be compared or not.
+        layers: per layer, the graph's taps.
+        embedding: the input of the first layer.
+        norm: the input of the head, even if it cannot be compared.
     """
 
     def __init__(self, graph: onnx.GraphProto, config: Glm4Config) -> None:
@@ -169,9 +169,9 @@ def _scope(node: onnx.NodeProto) -> str:
 
 
 def _leaving_values(graph: onnx.GraphProto) -> dict[str, tuple[str, ...]]:
-    """By module: the values that its nodes make and that are read outside of it, but for the KV cache.
+    """By module: the outputs of its nodes that other modules read, except the KV cache.
 
-    A residual sum that a norm is fused with bears the layer's name, and is not the norm's.
+    A residual sum that is fused with a norm has the layer's name, and does not belong to the norm.
     """
     scope_of = {
         name: _scope(node)
@@ -195,7 +195,7 @@ def _leaving_values(graph: onnx.GraphProto) -> dict[str, tuple[str, ...]]:
 
 
 def _scales(graph: onnx.GraphProto, config: Glm4Config) -> Mapping[str, int]:
-    """By norm: k, where what it reads is scaled by 2^-k and its eps therefore by 2^-2k (exact in fp16)."""
+    """By norm: k, if its input is scaled by 2^-k and its eps therefore by 2^-2k (exact in fp16)."""
     found = {}
     for node in graph.node:
         for attribute in node.attribute:

@@ -1,9 +1,9 @@
-"""One side of a comparison, a layer at a time: the reference, or a bundle's graph.
+"""Runs one side of a comparison layer by layer: the reference, or a bundle's graph.
 
-Both hold one sequence of hidden states per text, and give logits for a range of positions, so that the whole
-[positions, vocabulary] never exists. A bundle's graph is cut at the taps: each sub-block is a small graph of
-the bundle's own nodes, run on what the bundle itself made so far and, on request, on what the reference made,
-which tells a sub-block that computes something else from one that was handed an error.
+Both keep the hidden states of each sequence, and compute logits for a range of positions, so that the whole
+[positions, vocabulary] never exists. A bundle's graph is cut at the taps: each sub-block is a small graph of the
+bundle's own nodes. It runs on the bundle's own values and, on request, on the reference's values. The second run
+shows whether the sub-block itself is wrong, or only its input.
 """
 
 from collections import Counter
@@ -55,7 +55,7 @@ class Reference:
 
     @torch.inference_mode()
     def layer(self) -> list[Tapped]:
-        """Run the next layer; its taps per sequence, none where they are not asked for."""
+        """Run the next layer; returns its taps per sequence, or none if not requested."""
         layer = next(self._layers)
         if not self._tapped:
             self._hidden = [layer(x, attend) for x, attend in zip(self._hidden, self._attends, strict=True)]
@@ -78,7 +78,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class _Step:
-    """One sub-block: where it is, its tap, and the nodes that make it."""
+    """One sub-block: its layer, its tap and its nodes."""
 
     layer: int | None
     tap: GraphTap
@@ -114,7 +114,7 @@ class BundleGraph:
         return self._run(1, expected)
 
     def layer(self, expected: Sequence[Tapped] | None) -> list[BlockError]:
-        """Run the next layer, and compare its taps with the reference's, which it uses up."""
+        """Run the next layer, and compare its taps with the reference's, which are consumed."""
         index = self._steps[0].layer
         return self._run(sum(step.layer == index for step in self._steps), expected)
 
@@ -136,7 +136,7 @@ class BundleGraph:
         return [np.asarray(one[name], np.float32).reshape(-1, one[name].shape[-1]) for one in found]
 
     def _plan(self) -> list[_Step]:
-        """Every tap in order, each made of those before it."""
+        """Every tap in order, each computed from earlier ones."""
         taps = [(None, self._taps.embedding), *_flat(self._taps.layers), (None, self._taps.norm)]
         known: set[str] = set()
         steps = []

@@ -1,4 +1,4 @@
-"""Scales for low-bit weights: channels that carry large activations are rounded more finely.
+"""Smoothing scales for low-bit weights: channels with large activations are rounded more finely.
 
 The method of "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration" (Lin et al.,
 2023): s grows with the mean |x| of a channel, its exponent chosen per site by the error that quantizing
@@ -25,7 +25,7 @@ EXPONENTS = tuple(i / 10 for i in range(1, 11))
 
 
 class QuantizeDequantize(Protocol):
-    """The values that rows of a matrix have after quantizing them."""
+    """Quantizes rows of a matrix and dequantizes them again."""
 
     def __call__(self, name: str, weight: Tensor, importance: Tensor) -> Tensor:
         """Rows [n, channels] of a matrix, by name, and the mean x^2 per channel of what it reads -> [n, channels]."""
@@ -33,7 +33,7 @@ class QuantizeDequantize(Protocol):
 
 @dataclass
 class Awq(ScaleSearch):
-    """Scales under which ``quantize_dequantize`` harms the matrices' products least."""
+    """Searches the scales with which ``quantize_dequantize`` changes the matrices' products least."""
 
     quantize_dequantize: QuantizeDequantize = field(kw_only=True)
 

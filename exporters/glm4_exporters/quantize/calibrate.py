@@ -1,14 +1,14 @@
-"""What flows through a model on calibration text, measured layer by layer with one layer in memory.
+"""Measures a model's activations on calibration text, with one layer in memory at a time.
 
     calibration = calibrate(checkpoint, sequences, *consumers, progress=progress)
 
-A consumer is told of every *site*: one input, and the matrices that read it, while their float32 weights
-are at hand. The sites of a layer are q, k and v; o_proj; gate_up; down_proj; and after the last layer the
-vocabulary head. What a site shows is bounded whatever the model and the text: statistics per channel, and
-a sample of the input's rows and of the matrices' rows.
+A consumer is called for every *site*: one input and the matrices that read it, while their float32 weights are in
+memory. The sites of a layer are q, k and v; o_proj; gate_up; down_proj; and after the last layer the head. The data
+of a site have a bounded size for any model and text: statistics per channel, and samples of the input's rows and of
+the matrices' rows.
 
-The :class:`Calibration` that comes back keeps the statistics of all sites, of the KV cache and of what
-may overflow in fp16; it is small, and saved as one ``.npz``.
+The result, a :class:`Calibration`, has the statistics of all sites, of the KV cache, and of values that may overflow
+in fp16. It is small and can be saved as one ``.npz``.
 """
 
 import math
@@ -35,13 +35,13 @@ Vector = npt.NDArray[np.float32]
 
 SAMPLED_TOKENS = 512
 SAMPLED_WEIGHT_ROWS = 1024
-SCORES_BLOCK = 1 << 24  # attention scores in memory at a time
-MOST_BYTES = 1 << 30  # of all tokens' hidden states, and again of the longest sequence's activations
-MLP_COPIES = 5  # gate, up, silu(gate), their product and its sizes are in memory together
+SCORES_BLOCK = 1 << 24  # number of attention scores in memory at a time
+MOST_BYTES = 1 << 30  # bytes of all tokens' hidden states, and also of the longest sequence's activations
+MLP_COPIES = 5  # copies in memory together: gate, up, silu(gate), their product and its magnitudes
 SEED = 0
 
-# The values of which the largest is kept per layer. ``scores`` are scaled and seen by the mask; ``product``
-# is silu(gate) * up; ``residual`` is the larger of the two sums that a layer makes.
+# The values whose maximum is kept per layer. ``scores`` are scaled and masked; ``product`` is silu(gate) * up;
+# ``residual`` is the larger of the layer's two sums.
 PEAKS = ("attention_input", "scores", "value", "o_proj", "mlp_input", "gate", "up", "product", "down_proj", "residual")  # fmt: skip
 
 CACHE_STATISTICS = ("key_absmax", "key_radius", "value_absmax")
@@ -78,7 +78,7 @@ class Site:
 
 
 class Consumer(Protocol):
-    """Called once per site, layer by layer; what it keeps is its own affair."""
+    """Called once per site, layer by layer. It keeps its results itself."""
 
     def __call__(self, site: Site) -> None: ...
 
@@ -87,7 +87,7 @@ class Consumer(Protocol):
 class LayerStatistics:
     """Statistics of one layer: per site, of the cache [Hkv, D] as it is stored, and the largest values.
 
-    ``key_radius`` is the largest |K| that these keys could have at any position: a rotated pair's length.
+    ``key_radius`` is the length of a rotated pair: the largest |K| that it can have at any position.
     """
 
     sites: Mapping[str, InputStatistics]
@@ -99,12 +99,12 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """All statistics of one walk.
+    """All statistics of one run over the text.
 
     Attributes:
         head: the vocabulary head's input; None for a task without one.
-        tokens: how many tokens were seen.
-        sequences: in how many sequences.
+        tokens: number of tokens.
+        sequences: number of sequences.
     """
 
     layers: tuple[LayerStatistics, ...]
@@ -113,10 +113,10 @@ class Calibration:
     sequences: int
 
     def input_of(self, name: str) -> InputStatistics:
-        """Statistics of what the matrix of this canonical name reads.
+        """Statistics of the input of the matrix with this canonical name.
 
         Raises:
-            KeyError: the matrix has none: the embedding, a score head.
+            KeyError: there are none: for the embedding or a score head.
         """
         if name == HEAD and self.head is not None:
             return self.head
@@ -126,7 +126,7 @@ class Calibration:
         return self.layers[int(parts[2])].sites[MATRICES[".".join(parts[3:-1])].site]
 
     def save(self, path: Path) -> None:
-        """Write one ``.npz``, the same bytes for the same statistics."""
+        """Write one ``.npz``; equal statistics give equal bytes."""
         arrays: dict[str, npt.NDArray[np.generic]] = {"counts": np.array([self.tokens, self.sequences])}
         for i, layer in enumerate(self.layers):
             arrays |= {f"{i}/{name}": getattr(layer, name) for name in CACHE_STATISTICS}
@@ -170,13 +170,13 @@ def calibrate(
     *consumers: Consumer,
     progress: Progress = silent,
 ) -> Calibration:
-    """Walk the reference model over ``sequences`` and tell ``consumers`` of every site.
+    """Run the reference model over ``sequences``, and call ``consumers`` for every site.
 
     Deterministic: the same checkpoint and sequences give the same samples and statistics. In memory are one
     layer in float32, the hidden states of all tokens, and one sequence's activations.
 
     Raises:
-        ExportError: there is no token, one that is not in the vocabulary, or more of them than fit in memory.
+        ExportError: there is no token, a token outside the vocabulary, or more tokens than fit into memory.
         CheckpointError: a weight is damaged.
     """
     _check(checkpoint.config, sequences)
@@ -191,7 +191,7 @@ def calibrate(
         def report(tokens: int, done: int = done) -> None:
             progress("calibrate", done + tokens, config.num_hidden_layers * sum(lengths))
 
-        # Nothing here may keep a layer while the next one is read: hence a function, not a loop's variable.
+        # No variable here may keep a layer while the next one is read, so this is a function call.
         measured.append(_measure_layer(next(layers), config, hidden, picks, consumers, report))
     head = _measure_head(checkpoint, hidden, picks, consumers) if checkpoint.task == "causal-lm" else None
     progress("calibrate", config.num_hidden_layers * sum(lengths), config.num_hidden_layers * sum(lengths))
@@ -222,7 +222,7 @@ def _check(config: Glm4Config, sequences: Sequence[Sequence[int]]) -> None:
 
 
 def _sampled_positions(lengths: Sequence[int]) -> list[Tensor]:
-    """Per sequence, which of its positions are sampled: the same in every layer."""
+    """The sampled positions of each sequence; the same in every layer."""
     total = sum(lengths)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(SEED))
     chosen = torch.zeros(total, dtype=torch.bool)
@@ -238,7 +238,7 @@ def _measure_layer(
     consumers: Sequence[Consumer],
     report: "_Report",
 ) -> LayerStatistics:
-    """Take ``hidden`` through the layer, in place, and measure on the way."""
+    """Run ``hidden`` through the layer, in place, and measure."""
     meter = _LayerMeter(config)
     done = 0
     with meter.attached_to(layer):
@@ -285,10 +285,10 @@ def _measure_head(
 def _sampled_rows(
     counts: Sequence[int], matrices: Sequence[Iterator[Tensor]]
 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Evenly spaced rows of matrices that come in blocks.
+    """Sample evenly spaced rows of matrices that arrive in blocks.
 
     Returns:
-        The rows, the largest |w| per column over all rows, and how many of the sampled rows are each matrix's.
+        The rows, the largest |w| per column over all rows, and the number of sampled rows per matrix.
     """
     total, start = sum(counts), 0
     wanted = torch.linspace(0, total - 1, min(total, SAMPLED_WEIGHT_ROWS), dtype=torch.float64).round().long()
@@ -314,7 +314,7 @@ class _Report(Protocol):
 
 
 class _InputMeter:
-    """Statistics of one input, gathered sequence by sequence."""
+    """Collects statistics of one input, sequence by sequence."""
 
     def __init__(self, channels: int) -> None:
         self._absmax = torch.zeros(channels)
@@ -324,7 +324,7 @@ class _InputMeter:
         self._rows: list[Tensor] = []
 
     def add(self, x: Tensor, positions: Tensor) -> None:
-        """x [S, channels], of which the rows at ``positions`` are sampled."""
+        """Add x [S, channels]; the rows at ``positions`` are sampled."""
         size = x.abs()
         self._absmax = torch.maximum(self._absmax, size.amax(0))
         self._token_absmax.append(size.amax(1))
@@ -347,7 +347,7 @@ class _InputMeter:
 
 @dataclass
 class _LayerMeter:
-    """Listens to one layer while it runs; the architecture need not know of it."""
+    """Observes one layer with hooks, so that the architecture needs no code for it."""
 
     config: Glm4Config
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
@@ -360,7 +360,7 @@ class _LayerMeter:
         self.key_absmax, self.key_radius, self.value_absmax = (torch.zeros(heads) for _ in range(3))
 
     def cache(self, keys: Tensor, values: Tensor) -> None:
-        """Keys, rotated, and values: [B, Hkv, S, D]."""
+        """Add rotated keys and values: [B, Hkv, S, D]."""
         sizes = keys.abs()
         self.key_absmax = torch.maximum(self.key_absmax, sizes.amax((0, 2)))
         pairs = sizes[..., : self.config.rotary_dim].unflatten(-1, (-1, 2))

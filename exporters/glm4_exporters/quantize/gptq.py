@@ -1,15 +1,14 @@
-"""Rounding in which each number's error is made up for by the numbers that are not rounded yet.
+"""GPTQ: the error of each rounded weight is compensated by the weights that are not rounded yet.
 
-The method of "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (Frantar et
-al., 2022), on the model as it is rounded so far: a matrix sees the inputs that it will see, and first moves
-to where its product with those comes closest to the exact model's product with the exact inputs, so that what
-was lost before it is made up for, too.
+The method of "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (Frantar et al.,
+2022), applied layer by layer to the model as rounded so far. So each matrix is rounded for the inputs that it will
+read. Before the rounding, a least-squares correction of the matrix compensates the errors of the layers before it.
 
     rounded = round_matrices(checkpoint, sequences, form, smoothing, norm_bits, progress)
     rounded["model.layers.0.mlp.down_proj.weight"].rows(0, 64)    # codes and scales of 64 rows
 
-One layer is in memory, exact and rounded, and what the sequences that fit ``MOST_BYTES`` are at one place of
-both models. What is found lies in temporary files.
+In memory are one layer, exact and rounded, and the activations of both models at one site, for the sequences that fit
+``MOST_BYTES``. The results are in temporary files.
 """
 
 import copy
@@ -40,11 +39,11 @@ from glm4_exporters.reference import Glm4DecoderLayer, Glm4RMSNorm
 from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
 
-WINDOW = 2048  # channels whose errors are made up for among themselves; a multiple of every 4-bit block
-ROWS = 1024  # of a matrix that are rounded at a time
-MOST_BYTES = 1 << 30  # of all sequences' widest activations, in both models
-# Added to the second moments' diagonal, as shares of its mean: for the errors' feedback, and for the move. To both
-# comes channels / tokens, so that a short text is not taken for more than it is.
+WINDOW = 2048  # channels that compensate each other's errors; a multiple of every 4-bit block
+ROWS = 1024  # rows of a matrix that are rounded together
+MOST_BYTES = 1 << 30  # bytes of all sequences' widest activations, in both models
+# Damping: shares of the mean of the second moments' diagonal, added to the diagonal. One for the error feedback, one
+# for the correction. channels / tokens is added to both, so that a short text has little influence.
 FEEDBACK_DAMPING, MOVE_DAMPING = 0.01, 0.05
 
 
@@ -54,14 +53,14 @@ class Rounded:
 
     codes: Tensor
     scales: Tensor
-    files: tuple[np.memmap[Any, Any], ...] = ()  # that they lie in
+    files: tuple[np.memmap[Any, Any], ...] = ()  # the files that hold them
 
     def rows(self, first: int, count: int) -> Encoded:
         part = slice(first, first + count)
         return {CODES: self.codes[part], SCALES: self.scales[part]}
 
     def written(self) -> None:
-        """Give back the memory of what the files hold; it comes again when it is read."""
+        """Release the memory; it is read from the files again when needed."""
         for file in self.files:
             file.flush()
             file._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
@@ -76,14 +75,14 @@ def round_matrices(
     norm_bits: Mapping[str, int],
     progress: Progress = silent,
 ) -> dict[str, Rounded]:
-    """Round every matrix of ``form`` that GPTQ may round, but the embedding.
+    """Round every matrix of ``form`` whose format allows GPTQ, except the embedding.
 
     Args:
         smoothing: what the weights are multiplied by first.
         norm_bits: k by the scope of each norm whose input that scales by 2^-k.
 
     Raises:
-        ExportError: no room for what is found.
+        ExportError: no disk space for the results.
     """
     config, scale_type = checkpoint.config, TORCH_TYPES[scale_type_of(form.activations)]
     shapes = expected_tensors(config, checkpoint.task)
@@ -126,7 +125,7 @@ def _round_head(
     scale_type: torch.dtype,
     result: Rounded,
 ) -> None:
-    """The vocabulary's matrix, in blocks of rows."""
+    """Round the head, in blocks of rows."""
     norm = torch.from_numpy(smoothing.rows.get("model.norm.weight", np.ones(1, np.float32)))
     exact, rounded = ([x * norm for x in streamed.final_norm(checkpoint, side)] for side in states)
     moments = _Moments(exact, rounded)
@@ -140,7 +139,7 @@ def _round_head(
 
 
 class _Moments:
-    """Second moments of what a matrix reads, by windows of channels: of the rounded model, and across."""
+    """Second moments of a matrix's input, by windows of channels: within the rounded model, and between both models."""
 
     def __init__(self, exact: Iterable[Tensor], rounded: Iterable[Tensor]) -> None:
         self._tokens = 0
@@ -168,7 +167,8 @@ class _Moments:
     def rounded(
         self, weight: Tensor, form: Integers, scale_type: torch.dtype, result: Rounded
     ) -> Iterator[tuple[int, Tensor]]:
-        """Round float32 ``weight`` into ``result``; gives the rows' values, some at a time, with the first's index."""
+        """Round float32 ``weight`` into ``result``. Yields the index of a first row, and the rounded values from
+        there on."""
         for start in range(0, len(weight), ROWS):
             rows = weight[start : start + ROWS].clone()
             for window, move in zip(self._windows, self._moves, strict=True):
@@ -180,7 +180,7 @@ class _Moments:
 
     def _encoded(self, rows: Tensor, form: Integers, scale_type: torch.dtype) -> Encoded:
         if form.bits == 8 or form.block is None:
-            return form.encode(rows, scale_type)  # too little is lost to be worth the feedback
+            return form.encode(rows, scale_type)  # the loss is too small for feedback
         parts = [
             _round_window(rows[:, window], own.diagonal(), factor, form, scale_type)
             for window, own, factor in zip(self._windows, self._own, self._factors, strict=True)
@@ -192,7 +192,7 @@ class _Moments:
 def _round_window(
     weight: Tensor, importance: Tensor, factor: Tensor, form: Integers, scale_type: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Column after column, each one's error spread over those behind it; scales are found a block at a time."""
+    """Round column by column, and spread each column's error over the later ones. Scales are found per block."""
     assert form.block is not None
     left, width = weight.clone(), weight.shape[1]
     numbers, scales = [], []
@@ -214,7 +214,7 @@ def _round_window(
 
 
 def _feedback(own: Tensor, tokens: int) -> Tensor:
-    """Upper Cholesky factor of the inverse of the second moments."""
+    """The upper Cholesky factor of the inverse of the second moments."""
     lower = torch.linalg.cholesky(_damped(own, FEEDBACK_DAMPING, tokens))
     factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
     return factor.float()
@@ -235,7 +235,7 @@ def _damped(own: Tensor, share: float, tokens: int) -> Tensor:
 
 
 def _as_stored(x: Tensor, form: Format | None, scale_type: torch.dtype) -> Tensor:
-    """Embeddings [1, S, H] as a table of this format gives them."""
+    """Embeddings [1, S, H], as the stored table returns them."""
     return x.clone() if form is None else form.decode(form.encode(x[0], scale_type), x.shape[2])[None]
 
 
@@ -248,13 +248,13 @@ def _smooth(layer: Glm4DecoderLayer, scope: str, smoothing: Smoothing, norm_bits
 
 
 def those_that_fit(sequences: Sequence[Sequence[int]], config: Glm4Config) -> list[Sequence[int]]:
-    """The first of them, as many as ``MOST_BYTES`` holds, and one at least."""
+    """The first sequences that fit ``MOST_BYTES``; at least one."""
     ends = np.cumsum([len(ids) for ids in sequences]) * 2 * 4 * config.intermediate_size
     return list(sequences[: max(1, int((ends <= MOST_BYTES).sum()))])
 
 
 def _require_space(results: Iterable[Rounded]) -> None:
-    """Files are sparse until they are written, so it is their sizes that must fit."""
+    """Check the disk space before the work; the files are sparse until they are written."""
     needed = sum(r.codes.numel() + 4 * r.scales.numel() for r in results)
     folder = tempfile.gettempdir()
     if needed > (free := shutil.disk_usage(folder).free):
@@ -265,7 +265,7 @@ def _require_space(results: Iterable[Rounded]) -> None:
 
 
 def _room(shape: Sequence[int], form: Integers) -> Rounded:
-    """Temporary files that are gone with the tensors."""
+    """Tensors in temporary files, which are deleted with them."""
     rows, width = shape
     with tempfile.TemporaryFile() as codes, tempfile.TemporaryFile() as scales:
         files = (

@@ -1,8 +1,8 @@
-"""W8A8 with one input scale per matrix, found on calibration text and fixed from then on.
+"""W8A8 with one fixed input scale per matrix, found on calibration text.
 
-A scale that need not look at the input is what QuantizeLinear takes and TensorRT parses. It is the harder
-form: a token with large values sets the step of all others. So the smoothing is searched for under it, and
-then how far the 8 bits should reach, since clipping the largest values may cost less than a wider step.
+QuantizeLinear and TensorRT need a scale that does not depend on the input. This is harder than a scale per token: a
+token with large values determines the step for all. So the smoothing is searched with the fixed scale. Then the range
+of the 8 bits is searched, since clipping the largest values may cost less than a wider step.
 
 Matrices that share an input share its smoothing. Where a recipe gives one of them another format, this search is
 still the only one of the site: the scale fits the smoothed input, so no other search may smooth it again.
@@ -19,14 +19,14 @@ from glm4_exporters.quantize.calibrate import Site
 from glm4_exporters.quantize.smooth import SmoothQuant, int8_per_row, relative_error
 
 LARGEST = 127
-# Of the largest |x| on the calibration text, at which the largest integer may stand.
+# Ranges to try, as shares of the largest |x| on the calibration text.
 SHARES = tuple(0.9**k for k in range(13))
-SMALLEST = 2.0**-14  # a scale, float16's smallest number of full precision: an input of zeros has one too
+SMALLEST = 2.0**-14  # float16's smallest normal number, the scale of an input of zeros
 
 
 @dataclass
 class StaticSmoothQuant(SmoothQuant):
-    """Scales for 8-bit weights per row and inputs under one scale.
+    """Searches scales for 8-bit weights per row and inputs with one fixed scale.
 
     Attributes:
         rounds_input: whether the matrix of this name reads its input under the scale; else as it is.
@@ -86,10 +86,10 @@ class StaticSmoothQuant(SmoothQuant):
 
 
 def int8_values(x: Tensor, step: float) -> Tensor:
-    """The values that x has after rounding to 255 multiples of ``step``."""
+    """Round x to 255 multiples of ``step``, and back."""
     return (x / step).round().clamp(-LARGEST, LARGEST) * step
 
 
 def _step(site: Site, scales: Tensor) -> float:
-    """Of 255 steps that reach the largest |x| of all calibration tokens."""
+    """The step with which 255 steps reach the largest |x| of all calibration tokens."""
     return max(float((torch.from_numpy(site.statistics.absmax) / scales).max()) / LARGEST, SMALLEST)

@@ -35,7 +35,7 @@ BUILT_IN_LENGTH = 64
 
 
 @dataclass(frozen=True)
-class Text:
+class CalibrationText:
     """The calibration text: sequences of token ids, and their source."""
 
     sequences: list[list[int]]
@@ -64,21 +64,21 @@ class Prepared:
     report: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_text(source: Checkpoint, path: Path | None, max_seq_len: int) -> Text:
+def read_text(source: Checkpoint, path: Path | None, max_seq_len: int) -> CalibrationText:
     """Sequences of the user's file, or of a few lines of ours, or random ids without a tokenizer."""
     folder, vocab = source.folder, source.config.vocab_size
     tokenizer = Tokenizer.from_folder(folder) if (folder / TOKENIZER).is_file() else None
     if path is not None:
         sequences = read_sequences(path, tokenizer, min(SEQUENCE, max_seq_len), SEQUENCES, vocab)
-        return Text(sequences, path.name)
+        return CalibrationText(sequences, path.name)
     if tokenizer is not None:
         length = min(BUILT_IN_LENGTH, max_seq_len)
         found = [ids for text in LINES for ids in cut_text(text, tokenizer, length)]
         found = [ids for ids in found if max(ids) < vocab]
         if found:
-            return Text(found, "built in", given=False)
+            return CalibrationText(found, "built in", given=False)
     length = min(BUILT_IN_LENGTH, max_seq_len)
-    return Text(
+    return CalibrationText(
         random_sequences(vocab, length, len(LINES)), "random ids, for want of a tokenizer", given=False
     )
 
@@ -89,7 +89,9 @@ def needs_text(form: Form, given: bool) -> bool:
     return given or form.activations == "float16" or form.kv_cache == "int8"
 
 
-def prepare(source: Checkpoint, form: Form, text: Text | None, progress: Progress = silent) -> Prepared:
+def prepare(
+    source: Checkpoint, form: Form, text: CalibrationText | None, progress: Progress = silent
+) -> Prepared:
     """Run the reference over the text once, and decide scales, importance and remedies.
 
     Raises:

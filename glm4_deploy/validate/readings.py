@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from glm4_deploy.validate.bands import BANDS, is_out_of_band
 from glm4_deploy.validate.drift import BlockError, compare
-from glm4_deploy.validate.taps import ATTENTION, HEAD, NORM, GraphTap
+from glm4_deploy.validate.taps import ATTENTION_TAP, HEAD_TAP, NORM_TAP, GraphTap
 from glm4_exporters.config import Glm4Config
 
 Array = npt.NDArray[Any]
@@ -32,7 +32,7 @@ READER = {
     "v": "o_proj",
     "post_attention_layernorm": "gate_up",
     "gate_up": "down",
-    NORM: HEAD,
+    NORM_TAP: HEAD_TAP,
 }
 WORTH = 0.25  # of its band: a smaller error needs no explanation
 EXPLAINED = 0.7  # of the error: a factor that leaves more does not explain it
@@ -150,7 +150,7 @@ class Readings:
     ) -> list[Reading]:
         """A sub-block by one reading: its values as they are and, where that explains its error, scaled."""
         factor = None
-        if block.tap.tap == ATTENTION and reading.factor is not None:
+        if block.tap.tap == ATTENTION_TAP and reading.factor is not None:
             factor = passed_on(reading.factor, self._config)
         plain = _measured(block, factor, own, found)
         if block.tap.tap not in READER or plain.size < WORTH * BANDS[block.arithmetic].local:

@@ -10,9 +10,9 @@ from glm4_deploy.metrics import Logits
 from glm4_deploy.validate.comparison import NO_TARGET, Comparison
 from glm4_deploy.validate.drift import BlockError, ErrorSum
 from glm4_deploy.validate.memory import chunk_of_positions
-from glm4_deploy.validate.taps import HEAD
+from glm4_deploy.validate.taps import HEAD_TAP
 from glm4_deploy.validate.text import Text
-from glm4_deploy.validate.walk import BundleGraph, Part, Reference
+from glm4_deploy.validate.walk import BundleGraph, Reference, SequencePart
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_runtime.bundle import Manifest
 from glm4_runtime.progress import Progress
@@ -96,7 +96,9 @@ class _HeadErrors:
         self._graph, self._drift = graph, ErrorSum()
         self._readings = [(one, ErrorSum()) for one in graph.readings.open]
 
-    def add(self, chunk: Sequence[Part], expected: Sequence[Logits], actual: Sequence[Logits]) -> None:
+    def add(
+        self, chunk: Sequence[SequencePart], expected: Sequence[Logits], actual: Sequence[Logits]
+    ) -> None:
         for wanted, found in zip(expected, actual, strict=True):
             self._drift.add(wanted, found)
         for reading, error in self._readings:
@@ -107,24 +109,24 @@ class _HeadErrors:
         """The final norm's, where the head decides how it is read, and the head's."""
         drift, arithmetic = self._drift.error(), self._graph.head_arithmetic
         for reading, error in self._readings:
-            reading.errors.append(BlockError(None, HEAD, (), arithmetic, drift, error.error()))
+            reading.errors.append(BlockError(None, HEAD_TAP, (), arithmetic, drift, error.error()))
         self._graph.readings.settle(min((one for one, _ in self._readings), key=lambda one: one.size))
         return self._graph.readings.errors()
 
 
-def _chunks(checkpoint: Checkpoint, text: Text) -> Iterator[list[Part]]:
+def _chunks(checkpoint: Checkpoint, text: Text) -> Iterator[list[SequencePart]]:
     """Parts of the sequences whose logits fit into memory together; other tasks' outputs are small."""
     if checkpoint.task != "causal-lm":
-        yield [Part(number, slice(0, len(ids))) for number, ids in enumerate(text.sequences)]
+        yield [SequencePart(number, slice(0, len(ids))) for number, ids in enumerate(text.sequences)]
         return
     most, first = chunk_of_positions(checkpoint.config), max(0, text.prefix - 1)
-    parts: list[Part] = []
+    parts: list[SequencePart] = []
     room = most
     for number, ids in enumerate(text.sequences):
         start = first
         while start < len(ids):
             count = min(room, len(ids) - start)
-            parts.append(Part(number, slice(start, start + count)))
+            parts.append(SequencePart(number, slice(start, start + count)))
             start, room = start + count, room - count
             if not room:
                 yield parts
@@ -134,7 +136,10 @@ def _chunks(checkpoint: Checkpoint, text: Text) -> Iterator[list[Part]]:
 
 
 def _add(
-    comparisons: Sequence[Comparison], chunk: Sequence[Part], text: Text, outputs: dict[str, list[Logits]]
+    comparisons: Sequence[Comparison],
+    chunk: Sequence[SequencePart],
+    text: Text,
+    outputs: dict[str, list[Logits]],
 ) -> None:
     for comparison in comparisons:
         sides = outputs[comparison.expected], outputs[comparison.actual]

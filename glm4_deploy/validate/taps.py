@@ -18,7 +18,7 @@ from torch import Tensor
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.reference import Attention, Glm4DecoderLayer
 
-EMBEDDING, ATTENTION, NORM, HEAD = "embedding", "attention", "final_norm", "head"
+EMBEDDING_TAP, ATTENTION_TAP, NORM_TAP, HEAD_TAP = "embedding", "attention", "final_norm", "head"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ TAPS = (
     Tap("input_layernorm", ("input_layernorm",), "norm in front of attention"),
     Tap("qk", ("self_attn.q_proj", "self_attn.k_proj"), "query and key"),
     Tap("v", ("self_attn.v_proj",), "value"),
-    Tap(ATTENTION, ("self_attn.o_proj",), "RoPE, cache and attention", reads=True, value="self_attn"),
+    Tap(ATTENTION_TAP, ("self_attn.o_proj",), "RoPE, cache and attention", reads=True, value="self_attn"),
     Tap("o_proj", ("self_attn.o_proj",), "output projection"),
     Tap("post_self_attn_layernorm", ("post_self_attn_layernorm",), "norm behind attention"),
     Tap("attention_residual", ("post_attention_layernorm",), "first residual sum", reads=True, value="Add:0"),
@@ -131,8 +131,8 @@ class GraphTaps:
         self._made = {name for node in graph.node for name in node.output}
         self._scale = _scales(graph, config)
         self.layers = [self._layer(index) for index in range(config.num_hidden_layers)]
-        self.embedding = GraphTap(EMBEDDING, self._leaving["model.embed_tokens"])
-        self.norm = GraphTap(NORM, self._leaving["model.norm"])
+        self.embedding = GraphTap(EMBEDDING_TAP, self._leaving["model.embed_tokens"])
+        self.norm = GraphTap(NORM_TAP, self._leaving["model.norm"])
 
     def _layer(self, index: int) -> list[GraphTap]:
         found: list[GraphTap] = []

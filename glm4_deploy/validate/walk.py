@@ -22,7 +22,7 @@ from glm4_deploy.parity import graph_inputs
 from glm4_deploy.validate.bands import arithmetic_of
 from glm4_deploy.validate.drift import BlockError
 from glm4_deploy.validate.readings import Block, Reading, Readings
-from glm4_deploy.validate.taps import EMBEDDING, HEAD, NORM, GraphTap, GraphTaps, run_tapped
+from glm4_deploy.validate.taps import EMBEDDING_TAP, HEAD_TAP, NORM_TAP, GraphTap, GraphTaps, run_tapped
 from glm4_exporters import streamed
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.pieces import GraphPieces, Piece, Values
@@ -33,7 +33,7 @@ Tapped = dict[str, tuple[npt.NDArray[np.float32], ...]]
 
 
 @dataclass(frozen=True)
-class Part:
+class SequencePart:
     """Some positions of one of the sequences."""
 
     sequence: int
@@ -51,7 +51,7 @@ class Reference:
 
     @property
     def embedding(self) -> list[Tapped]:
-        return [{EMBEDDING: (x.numpy(),)} for x in self._hidden]
+        return [{EMBEDDING_TAP: (x.numpy(),)} for x in self._hidden]
 
     @torch.inference_mode()
     def layer(self) -> list[Tapped]:
@@ -66,10 +66,10 @@ class Reference:
     @torch.inference_mode()
     def norm(self) -> list[Tapped]:
         states = streamed.final_norm(self._checkpoint, self._hidden)
-        return [{NORM: (x[None].numpy(),)} for x in states]
+        return [{NORM_TAP: (x[None].numpy(),)} for x in states]
 
     @torch.inference_mode()
-    def outputs(self, parts: Sequence[Part]) -> list[Logits]:
+    def outputs(self, parts: Sequence[SequencePart]) -> list[Logits]:
         """The task's outputs, [positions, outputs] for each part of a sequence."""
         return streamed.finish(
             self._checkpoint, [self._hidden[part.sequence][:, part.span] for part in parts]
@@ -106,7 +106,7 @@ class BundleGraph:
         self.readings = Readings(checkpoint.config, len(sequences))
         self._steps = self._plan()
         state, name = self._taps.norm.values[0], manifest.outputs[0].name
-        self._head = self._pieces.slice(HEAD, [name], {state})
+        self._head = self._pieces.slice(HEAD_TAP, [name], {state})
         self.head_arithmetic = "float32"
         self._readers = Counter(name for step in self._steps for name in step.piece.reads)
 
@@ -122,7 +122,7 @@ class BundleGraph:
         """Run the final norm; where :attr:`readings` has two, the head decides."""
         return self._run(1, expected)
 
-    def outputs(self, parts: Sequence[Part], reading: Reading | None = None) -> list[Logits]:
+    def outputs(self, parts: Sequence[SequencePart], reading: Reading | None = None) -> list[Logits]:
         """As :meth:`Reference.outputs`; with a ``reading``, of the reference's own final states."""
         name, state = self._manifest.outputs[0].name, self._taps.norm.values[0]
         states = self._own if reading is None else self.readings.inputs(reading)

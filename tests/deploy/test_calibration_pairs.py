@@ -14,7 +14,7 @@ from checkpoints import random_tensors, tiny_config, write_checkpoint
 from edited_models import edited_model
 from safetensors.torch import load_file, save_file
 
-from glm4_deploy.calibration import Text, prepare
+from glm4_deploy.calibration import CalibrationText, prepare
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_deploy.validate import ValidateOptions, validate
 from glm4_exporters.checkpoint import Checkpoint
@@ -91,7 +91,7 @@ MIXES = [
 def test_every_mix_is_exact_and_its_scales_fit(tmp_path, checkpoints, weights, hot, cache):
     with Checkpoint.load(checkpoints(hot)) as checkpoint:
         form = form_of(checkpoint.config, weights, "fp16", cache)
-        prepared = prepare(checkpoint, form, Text(SEQUENCES, "test"))
+        prepared = prepare(checkpoint, form, CalibrationText(SEQUENCES, "test"))
         assert bool(prepared.norm_bits) == bool(hot)
         smoothing = prepared.edits.smoothing
         model = edited_model(checkpoint, smoothing, prepared.norm_bits)

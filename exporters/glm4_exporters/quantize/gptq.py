@@ -40,7 +40,7 @@ from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
 
 WINDOW = 2048  # channels that compensate each other's errors; a multiple of every 4-bit block
-ROWS = 1024  # rows of a matrix that are rounded together
+ROWS_AT_ONCE = 1024  # rows of a matrix that are rounded together
 MOST_BYTES = 1 << 30  # bytes of all sequences' widest activations, in both models
 # Damping: shares of the mean of the second moments' diagonal, added to the diagonal. One for the error feedback, one
 # for the correction. channels / tokens is added to both, so that a short text has little influence.
@@ -169,8 +169,8 @@ class _Moments:
     ) -> Iterator[tuple[int, Tensor]]:
         """Round float32 ``weight`` into ``result``. Yields the index of a first row, and the rounded values from
         there on."""
-        for start in range(0, len(weight), ROWS):
-            rows = weight[start : start + ROWS].clone()
+        for start in range(0, len(weight), ROWS_AT_ONCE):
+            rows = weight[start : start + ROWS_AT_ONCE].clone()
             for window, move in zip(self._windows, self._moves, strict=True):
                 rows[:, window] += rows[:, window] @ move
             encoded = self._encoded(rows, form, scale_type)

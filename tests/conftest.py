@@ -49,7 +49,7 @@ def tiny_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_bundles(tmp_path_factory, tiny_checkpoint):
-    """Both dialects of :func:`tiny_checkpoint` in fp32, by name."""
+    """:func:`tiny_checkpoint` for targets ort and native in fp32, by target."""
     folder = tmp_path_factory.mktemp("bundles")
     for target in ("ort", "native"):
         export(
@@ -60,7 +60,7 @@ def tiny_bundles(tmp_path_factory, tiny_checkpoint):
 
 @pytest.fixture(params=["ort", "native"])
 def tiny_bundle(request, tiny_bundles):
-    """Each dialect in turn."""
+    """Each of these two bundles in turn."""
     return tiny_bundles[request.param]
 
 

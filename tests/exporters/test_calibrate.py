@@ -5,10 +5,9 @@ import pytest
 import torch
 from checkpoints import tiny_config, write_checkpoint
 
-from glm4_exporters.architecture import LAYER_SITES
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.quantize import calibrate as calibration_module
-from glm4_exporters.quantize.calibrate import CACHE_STATISTICS, PEAKS, Calibration, calibrate
+from glm4_exporters.quantize.calibrate import PEAKS, calibrate
 from glm4_exporters.reference import Glm4ForCausalLM, KVCache, rotary_tables, rotate
 from glm4_runtime.errors import ExportError
 
@@ -158,22 +157,6 @@ def test_queries_in_blocks_change_nothing(tiny_checkpoint, monkeypatch):
     for one, other in zip(at_once.layers, in_blocks.layers, strict=True):
         assert one.peaks == pytest.approx(other.peaks, rel=1e-5)
         np.testing.assert_allclose(one.sites["o_proj"].mean_abs, other.sites["o_proj"].mean_abs, rtol=1e-4)
-
-
-def test_save_and_load(tmp_path, walked):
-    _, calibration, _ = walked
-    for name in ("one.npz", "two.npz"):
-        calibration.save(tmp_path / name)
-    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
-    loaded = Calibration.load(tmp_path / "one.npz")
-    assert (loaded.tokens, loaded.sequences) == (calibration.tokens, calibration.sequences)
-    for one, other in zip(loaded.layers, calibration.layers, strict=True):
-        assert one.peaks == other.peaks
-        for name in CACHE_STATISTICS:
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-        for site in LAYER_SITES:
-            np.testing.assert_equal(vars(one.sites[site]), vars(other.sites[site]))
-    np.testing.assert_equal(vars(loaded.head), vars(calibration.head))
 
 
 def test_a_task_without_a_vocabulary_has_no_head(tmp_path):

@@ -8,14 +8,13 @@ of a site have a bounded size for any model and text: statistics per channel, an
 the matrices' rows.
 
 The result, a :class:`Calibration`, has the statistics of all sites, of the KV cache, and of values that may overflow
-in fp16. It is small and can be saved as one ``.npz``.
+in fp16. It is small.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -124,43 +123,6 @@ class Calibration:
         if parts[:2] != ["model", "layers"]:
             raise KeyError(name)
         return self.layers[int(parts[2])].sites[MATRICES[".".join(parts[3:-1])].site]
-
-    def save(self, path: Path) -> None:
-        """Write one ``.npz``; equal statistics give equal bytes."""
-        arrays: dict[str, npt.NDArray[np.generic]] = {"counts": np.array([self.tokens, self.sequences])}
-        for i, layer in enumerate(self.layers):
-            arrays |= {f"{i}/{name}": getattr(layer, name) for name in CACHE_STATISTICS}
-            arrays[f"{i}/peaks"] = np.array([layer.peaks[name] for name in PEAKS])
-            for site, statistics in layer.sites.items():
-                arrays |= {f"{i}/{site}/{key}": value for key, value in vars(statistics).items()}
-        if self.head is not None:
-            arrays |= {f"head/{key}": value for key, value in vars(self.head).items()}
-        with path.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-
-    @classmethod
-    def load(cls, path: Path) -> "Calibration":
-        """Read what :meth:`save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-
-        def statistics(prefix: str) -> InputStatistics:
-            return InputStatistics(
-                **{key: arrays[f"{prefix}/{key}"] for key in InputStatistics.__annotations__}
-            )
-
-        count = sum(key.endswith("/peaks") for key in arrays)
-        layers = tuple(
-            LayerStatistics(
-                sites={site: statistics(f"{i}/{site}") for site in LAYER_SITES},
-                peaks=dict(zip(PEAKS, arrays[f"{i}/peaks"].tolist(), strict=True)),
-                **{name: arrays[f"{i}/{name}"] for name in CACHE_STATISTICS},
-            )
-            for i in range(count)
-        )
-        head = statistics("head") if "head/absmax" in arrays else None
-        tokens, sequences = arrays["counts"].tolist()
-        return cls(layers, head, tokens, sequences)
 
 
 @torch.inference_mode()

@@ -39,7 +39,7 @@ def require_installed(plan: Plan) -> None:
         return
     if find_spec("onnxruntime") is None:
         raise ExportError(
-            f"onnxruntime is not installed, which parity needs; run {install_command('cpu')}, or say --no-parity"
+            f"onnxruntime is not installed, which parity needs; run {install_command('cpu')}, or add --no-parity"
         )
     if plan.form.target.own_operators:
         from glm4_plugins import block_product
@@ -47,5 +47,5 @@ def require_installed(plan: Plan) -> None:
         if block_product.library() is None:
             raise ExportError(
                 "the CPU operators, which parity needs, were not built when glm4-deploy was installed; install a C++ "
-                "compiler and glm4-deploy again, or say --no-parity"
+                "compiler and glm4-deploy again, or add --no-parity"
             )

@@ -371,7 +371,9 @@ def _choose_task(folder: Path, config: Glm4Config, task: str | None) -> str:
         raise CheckpointError(f"there is no task {task!r}; the tasks are {', '.join(TASKS)}")
     chosen = task or config.task
     if chosen is None:
-        raise CheckpointError(f"{folder / CONFIG} names no architecture; say the task: {', '.join(TASKS)}")
+        raise CheckpointError(
+            f"{folder / CONFIG} names no architecture; choose the task with --task: {', '.join(TASKS)}"
+        )
     return chosen
 
 

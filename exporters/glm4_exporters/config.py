@@ -460,11 +460,11 @@ def _rope_parameters(mapping: Mapping[str, Any], positions: int) -> RopeParamete
         common = RopeParameters(theta, partial, rope_type)
         _require(
             not extra,
-            f"{section} holds {_listed(sorted(extra))}, which rope_type 'default' has no use for; remove it, or say 'yarn'",
+            f"{section} holds {_listed(sorted(extra))}, which rope_type 'default' does not use; remove it, or set rope_type to 'yarn'",
         )
         return common
     _require(
-        extra <= YARN_KEYS, f"{section} holds {_listed(sorted(extra - YARN_KEYS))}, which yarn has no use for"
+        extra <= YARN_KEYS, f"{section} holds {_listed(sorted(extra - YARN_KEYS))}, which yarn does not use"
     )
     values = _Values(rope, f"{section}.")
     _require("factor" in rope, f"{section} says yarn without a factor; the model cards recommend 4.0")

@@ -187,7 +187,7 @@ def require_engine(
         )
     if options.attention in ("plugin", SMALL_TILES) and task != "causal-lm":
         raise ExportError(
-            f"the attention plugin works on a cache, which task {task} has not; leave --attention out"
+            f"the attention plugin needs a KV cache, but task {task} has none; leave --attention out"
         )
     _require_capabilities(kind_name, precision, options.sm)
     if options.timing_cache is not None and not kind.times:

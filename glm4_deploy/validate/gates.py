@@ -139,8 +139,8 @@ def load_gate(name: str, manifest: Manifest) -> Gate:
     limits = {name: limit for name, limit in table[row].items() if manifest.task in METRICS[name].tasks}
     if not limits:
         raise RequestError(
-            f"gate {name} limits nothing that is measured of a {manifest.task} bundle; add a limit to "
-            f"[{_key(row)}], or say --no-gate"
+            f"gate {name} has no limit for a metric of a {manifest.task} bundle; add a limit to "
+            f"[{_key(row)}], or add --no-gate"
         )
     return Gate(name, row, limits)
 

@@ -190,12 +190,12 @@ def _notes(bundles: Sequence[Bundle], text: Text, arithmetic: Sequence[str]) -> 
     notes = []
     if text.tokenizer is None or "random" in text.source:
         notes.append(
-            f"The text is {text.source}: errors are real, but perplexity and agreement say little of quality."
+            f"The text is {text.source}: the errors are valid, but perplexity and agreement do not measure quality."
         )
     for one, computed in zip(bundles, arithmetic, strict=True):
         if one.manifest.engine is not None:
             notes.append(
-                f"{one.folder} is a {one.manifest.engine.kind} engine: what was run is the ONNX graph it was built from."
+                f"{one.folder} is a {one.manifest.engine.kind} engine: validate ran the ONNX graph that it was built from."
             )
         if computed != "as exported":
             notes.append(

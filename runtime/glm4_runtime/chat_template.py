@@ -228,7 +228,7 @@ def _text(content: Any, where: str) -> str:
             or part.get("type") != "text"
             or not isinstance(part.get("text"), str)
         ):
-            raise RequestError(f"{where}.content may only hold text parts: this model reads nothing else")
+            raise RequestError(f"{where}.content may only hold text parts: this model reads text only")
     return "".join(part["text"] for part in content)
 
 

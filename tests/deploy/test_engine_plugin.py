@@ -183,8 +183,8 @@ def test_a_classifier_has_no_cache_and_attends_natively(tmp_path, gpu):
     ("given", "message"),
     [
         (dict(sizes=SIZES | {"head_dim": 16}), "no attention plugin .*head_dim is 16; .*--attention native"),
-        (dict(task="encoder", attention="plugin-small"), "works on a cache, which task encoder has not"),
-        (dict(task="encoder", attention="plugin"), "works on a cache, which task encoder has not"),
+        (dict(task="encoder", attention="plugin-small"), "needs a KV cache, but task encoder has none"),
+        (dict(task="encoder", attention="plugin"), "needs a KV cache, but task encoder has none"),
         (
             dict(kv_cache="int8", attention="native"),
             "cannot be int8: TensorRT's own attention takes no int8 cache",

@@ -85,7 +85,7 @@ def test_a_file_extends_a_named_gate(tmp_path, manifest):
         ("[int8]\nkl_mean = 1", r"no limits for fp32; it has int8. Add \[fp32\]"),
         ('extends = "mild"', "extends 'mild'; it can extend strict, default, loose"),
         ("[fp32", "is not TOML"),
-        ("[fp32]", r"limits nothing that is measured of a causal-lm bundle; add a limit to \[fp32\]"),
+        ("[fp32]", r"has no limit for a metric of a causal-lm bundle; add a limit to \[fp32\]"),
     ],
 )
 def test_a_gate_that_says_something_else_is_refused(tmp_path, manifest, text, says):

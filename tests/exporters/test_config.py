@@ -364,9 +364,9 @@ def test_other_rope_types(rope_type):
         ({"rope_scaling": YARN | {"attention_factor": -1.0}}, "attention_factor is -1.0"),
         ({"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 32}}, "the fast one the larger"),
         ({"rope_scaling": YARN | {"truncate": 1}}, "rope_scaling.truncate is 1"),
-        ({"rope_scaling": YARN | {"finetuned": True}}, "holds finetuned, which yarn has no use for"),
+        ({"rope_scaling": YARN | {"finetuned": True}}, "holds finetuned, which yarn does not use"),
         ({"rope_scaling": YARN | {"type": "linear"}}, 'two types, "yarn" and "linear"'),
-        ({"rope_scaling": {"factor": 4.0}}, "or say 'yarn'"),
+        ({"rope_scaling": {"factor": 4.0}}, "or set rope_type to 'yarn'"),
         ({"rope_scaling": 4.0}, "rope_scaling is 4.0, but must be an object or null"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},

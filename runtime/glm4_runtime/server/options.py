@@ -93,7 +93,7 @@ class ServerOptions:
         if not self.is_local and not self.api_keys and not self.allow_anonymous:
             raise RequestError(
                 f"listening on {self.host} lets other machines in: set API keys by --api-key-file or "
-                f"{KEYS_VARIABLE}, or say --allow-anonymous"
+                f"{KEYS_VARIABLE}, or add --allow-anonymous"
             )
 
     @property

@@ -69,7 +69,12 @@ def edited(file, old, new):
 @pytest.mark.parametrize(
     ("file", "old", "new", "said"),
     [
-        (ENGINE_FILES, "engine.num_io_tensors", "engine.num_bindings", "ICudaEngine has no num_bindings"),
+        (
+            ENGINE_FILES,
+            "(engine.num_io_tensors):",
+            "(engine.num_bindings):",
+            "ICudaEngine has no num_bindings",
+        ),
         (
             ENGINE_FILES,
             "Strategy.USER_MANAGED\n        return",

@@ -125,12 +125,14 @@ class Engines:
 
     def _check_tensors(self, file: str, engine: Any, manifest: Manifest) -> None:
         """Check the names and types of inputs and outputs against the manifest. Shapes are checked when bound."""
-        modes, types = self.trt.TensorIOMode, self.trt.DataType
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         found = {(name, engine.get_tensor_mode(name), engine.get_tensor_dtype(name)) for name in names}
         wanted = {
-            (spec.name, mode, getattr(types, TENSORRT_TYPES[spec.dtype]))
-            for mode, specs in ((modes.INPUT, manifest.inputs), (modes.OUTPUT, manifest.outputs))
+            (spec.name, mode, getattr(self.trt.DataType, TENSORRT_TYPES[spec.dtype]))
+            for mode, specs in (
+                (self.trt.TensorIOMode.INPUT, manifest.inputs),
+                (self.trt.TensorIOMode.OUTPUT, manifest.outputs),
+            )
             for spec in specs
         }
         differs = sorted({name for name, *_ in found ^ wanted})

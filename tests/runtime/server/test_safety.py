@@ -181,6 +181,7 @@ def test_the_real_scheduler_ends_a_late_request(server_of, demo_bundle, slow_mod
         assert lines[-2] == "data: [DONE]"
 
 
+@pytest.mark.alone
 def test_a_full_queue_is_told(server_of, demo_bundle, slow_model):
     """Two pairs have the four slots, and one waits."""
     pair = ASKED | {"n": 2, "ignore_eos": True, "temperature": 1}

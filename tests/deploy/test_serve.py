@@ -246,7 +246,7 @@ def test_failed_requests_fail_the_command(run, demo_bundle):
         (["--clients", "0"], 2, "above 0"),
         (["--clients", ""], 2, "not a list of numbers"),
         (["--rate", "fast"], 2, "not a list of numbers"),
-        (["--clients", "1", "--rate", "2"], 2, "name one of them"),
+        (["--clients", "1", "--rate", "2"], 2, "exclude each other"),
         (["--prompt-words", "5", "--shared-words", "5"], 1, "must be below"),
         ([], 1, "does not list its models"),
     ],

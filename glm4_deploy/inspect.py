@@ -40,15 +40,15 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
+    from glm4_deploy.quantized_source import quantization
     from glm4_exporters.architecture import parameter_count
     from glm4_exporters.checkpoint import Checkpoint
     from glm4_exporters.targets import TARGETS
 
     with Checkpoint.load(path) as checkpoint:
         config = checkpoint.config
-        tensors = checkpoint.tensors.values()
         stored: dict[str, int] = {}
-        for header in tensors:
+        for header in checkpoint.stored.values():
             stored[header.dtype] = stored.get(header.dtype, 0) + header.nbytes
         sizes = weight_bytes(config, checkpoint.task)
         kv_fp16 = config.kv_bytes_per_token(2)
@@ -61,6 +61,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
             "tensors": len(checkpoint.tensors),
             "parameters": parameter_count(config, checkpoint.task),
             "stored_bytes": stored,
+            "quantization": quantization(checkpoint),
             "bytes_by_precision": sizes,
             "kv_bytes_per_token": {"fp32": 2 * kv_fp16, "fp16 or bf16": kv_fp16, "int8": kv_fp16 // 2},
             "fits": {f"{memory} GiB": _fitting(sizes, kv_fp16, memory) for memory in MEMORIES},

@@ -8,6 +8,7 @@ from glm4_deploy.cache_key import cache_key
 from glm4_deploy.describe import describe
 from glm4_deploy.destination import Destination
 from glm4_deploy.plan import DEFAULTS, ExportOptions, Plan, make_plan
+from glm4_deploy.quantized_source import source_report
 from glm4_deploy.report import Clock, ExportResult, write_report
 from glm4_deploy.room import require_room
 from glm4_deploy.side_files import compare_side_files
@@ -80,7 +81,15 @@ def export(
                     engine = _build_engine(plan, prepared, model, folder, manifest, progress)
                 manifest = engine.manifest
             result = ExportResult(
-                bundle, manifest, parity, engine, prepared.report, clock.seconds, peak_memory(), warnings
+                bundle,
+                manifest,
+                parity,
+                engine,
+                prepared.report,
+                clock.seconds,
+                peak_memory(),
+                warnings,
+                source_report(source, plan),
             )
             write_report(folder, options, result)
             destination.publish(folder)

@@ -30,6 +30,7 @@ class ExportResult:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     warnings: list[str] = field(default_factory=list)  # about side files that do not fit each other
+    source: Mapping[str, Any] | None = None  # how another tool quantized the checkpoint
 
 
 class Clock:
@@ -56,6 +57,7 @@ def write_report(folder: Path, options: ExportOptions, result: ExportResult) -> 
         "options": dataclasses.asdict(options),
         "seconds": result.seconds,
         "peak_rss_bytes": result.peak_rss_bytes,
+        "source": result.source or "not quantized",
         "calibration": result.calibration or "nothing was calibrated",
         "parity": "not measured (--no-parity)" if result.parity is None else result.parity.as_dict(),
     }

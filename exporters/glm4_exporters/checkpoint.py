@@ -4,6 +4,8 @@ Loading reads ``config.json`` and the headers of the safetensors files, and refu
 disagree with one another. Weights are read later, one at a time or in blocks of rows into a buffer that
 is used again, and refused where they are not finite.
 
+A quantized checkpoint reads as the float32 values that its numbers and scales stand for (``sources``).
+
 A weight's canonical name is the causal LM's (``model.layers.0...``); a checkpoint saved from the bare
 decoder lacks ``model.``, which :meth:`Checkpoint.name_of` knows.
 """
@@ -24,6 +26,8 @@ from glm4_exporters.adapters.changes import Change, Rows
 from glm4_exporters.architecture import EMBEDDING, HEAD, expected_tensors
 from glm4_exporters.config import DTYPES, TASKS, Glm4Config
 from glm4_exporters.safetensors_file import PAGE, SafetensorsFile, TensorHeader
+from glm4_exporters.sources import MODELOPT_CONFIG, SourceFormat, detect
+from glm4_exporters.sources.view import NO_VIEWS, find_views
 from glm4_runtime.bundle.file_names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -45,6 +49,9 @@ BACKBONE = "model."
 
 T = TypeVar("T")
 
+# torch's names of the types that quantized checkpoints have besides DTYPES.
+TYPES = {"F8_E4M3": "float8_e4m3fn", "I8": "int8", "U8": "uint8", "I32": "int32", "I64": "int64"}
+
 # What a folder without safetensors may hold instead, and what to do then.
 OTHER_WEIGHTS = {
     "model-*.safetensors": f"are shards without {INDEX}; download that file too",
@@ -61,7 +68,12 @@ HEADS = re.compile(r"lm_head\.weight|score\.(weight|bias)")
 
 # The likely cause of a disagreement, the first that fits: what is wrong with a tensor, its name, the cause.
 CAUSES = [
-    ("surplus", r"(scale|scales|qweight|qzeros|weight_scale_inv|absmax)$", "the checkpoint is quantized"),
+    (
+        "surplus",
+        r"(scale|scales|qweight|qzeros|weight_scale_inv|absmax|weight_packed)$",
+        "the checkpoint is quantized in another way than quantization_config in config.json says; "
+        "copy config.json from the tool's output",
+    ),
     (
         "surplus",
         r"lora_|modules_to_save|original_module|\.base_layer\.",
@@ -103,7 +115,9 @@ class Checkpoint:
         config: its ``config.json``.
         task: one of ``config.TASKS``.
         prefix: what the decoder's weights are called by, ``model.`` or nothing.
-        tensors: header by the checkpoint's own name, of the weights that the task reads, as they are stored.
+        tensors: header by the checkpoint's own name, of the weights that the task reads: as they are stored, or
+            as a quantized matrix reads (float32).
+        source, views: how the checkpoint is quantized (None: not at all), and its matrices.
         adapters: what is merged into the weights while they are read.
     """
 
@@ -121,6 +135,8 @@ class Checkpoint:
         self.tensors: Mapping[str, TensorHeader] = MappingProxyType(dict(tensors))
         head = next((shard.headers[HEAD] for shard in shards if HEAD in shard.headers), None)
         self._second_head = head if task == "causal-lm" and config.tie_word_embeddings else None
+        self.source: SourceFormat | None = None
+        self.views = NO_VIEWS
         self.adapters: tuple[Adapter, ...] = ()
         self._changes: Mapping[str, list[Change]] = {}
 
@@ -149,14 +165,17 @@ class Checkpoint:
         for adapter in opened:
             require_base(adapter.folder, adapter.config.base, folder, config)
         merged = merge(opened, _mergeable(config, task))
-        headers |= {_own_name(name, prefix): header for name, header in merged.whole.items()}
+        whole = {_own_name(name, prefix): header for name, header in merged.whole.items()}
         if merged.whole.keys() & SCORES:  # on the checkpoint of a causal LM
             headers.pop(HEAD, None)
         expected = {_own_name(name, prefix): shape for name, shape in expected_tensors(config, task).items()}
+        source = detect(folder)
+        views = NO_VIEWS if source is None else find_views(config, source, headers, expected).without(whole)
+        headers = views.seen(headers, expected) | whole
         _check_tensors(folder, config, task, headers, expected)
         files = [*shards, *(adapter.file for adapter in opened)]
         checkpoint = cls(folder, config, task, prefix, files, {name: headers[name] for name in expected})
-        checkpoint.adapters = opened
+        checkpoint.adapters, checkpoint.source, checkpoint.views = opened, source, views
         checkpoint._changes = {_own_name(name, prefix): changes for name, changes in merged.changes.items()}
         return checkpoint
 
@@ -175,6 +194,9 @@ class Checkpoint:
         import torch
 
         header = self._header(name)
+        if name in self.views.by_name:
+            blocks = [block for _, block in self._view_blocks(name, header.nbytes)]
+            return self._merging(name)(torch.cat(blocks) if len(blocks) > 1 else blocks[0], 0)
         tensor = torch.empty(header.shape, dtype=getattr(torch, header.dtype))
         self._fill(header, tensor.reshape(-1).view(torch.uint8), 0)
         _check_finite(header, tensor, 0)
@@ -200,6 +222,10 @@ class Checkpoint:
         import torch
 
         header = self._header(name)
+        if name in self.views.by_name:
+            merged = self._merging(name)
+            yield from ((at, merged(rows, at)) for at, rows in self._view_blocks(name, buffers[0].numel()))
+            return
         dtype: torch.dtype = getattr(torch, header.dtype)
         rows = header.shape[0]
         row_bytes = header.nbytes // rows
@@ -239,7 +265,7 @@ class Checkpoint:
             digest.update(f"{name} {len(data)}\n".encode())
             digest.update(data)
 
-        for name, path in sorted({CONFIG: self.folder / CONFIG, **self.side_files()}.items()):
+        for name, path in sorted({**self._settings(), **self.side_files()}.items()):
             add(name, read_small(path, CheckpointError))
         merged = {adapter.file.path for adapter in self.adapters}
         for path, shard in sorted(
@@ -254,6 +280,21 @@ class Checkpoint:
     def side_files(self) -> dict[str, Path]:
         """The tokenizer's, the chat template's and the generation settings' files that are here, by name."""
         return {name: path for name in SIDE_FILES if (path := self.folder / name).is_file()}
+
+    @property
+    def stored(self) -> dict[str, TensorHeader]:
+        """Headers of what the files hold for the weights of this task, by name."""
+        found = {name: header for shard in self._shards.values() for name, header in shard.headers.items()}
+        plain = {name: header for name, header in self.tensors.items() if name not in self.views.by_name}
+        return {name: found[name] for name in found if name in self.views.used} | plain
+
+    def read_stored(self, header: TensorHeader) -> "Tensor":
+        """A tensor as its file holds it, of any type, in memory of its own."""
+        import torch
+
+        tensor = torch.empty(header.shape, dtype=getattr(torch, TYPES.get(header.dtype, header.dtype)))
+        self._fill(header, tensor.reshape(-1).view(torch.uint8), 0)
+        return tensor
 
     def close(self) -> None:
         """Close the files; nothing can be read after it."""
@@ -270,6 +311,16 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.folder)!r}, {self.task}, {len(self.tensors)} tensors)"
+
+    def _settings(self) -> dict[str, Path]:
+        """The files that say how the weights are read."""
+        names = [CONFIG] if self.source is None else [CONFIG, MODELOPT_CONFIG]
+        return {name: path for name in names if (path := self.folder / name).is_file()}
+
+    def _view_blocks(self, name: str, room: int) -> "Iterator[tuple[int, Tensor]]":
+        from glm4_exporters.sources.reading import view_blocks
+
+        return view_blocks(self.views.by_name[name], self.read_stored, room)
 
     def dtype_of(self, name: str) -> str:
         """The element type in which a tensor is read: float32 where adapters change it."""

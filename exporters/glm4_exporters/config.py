@@ -236,10 +236,6 @@ class Glm4Config:
         missing = [key for key in REQUIRED if mapping.get(key) is None]
         if missing:
             raise ConfigError(f"{_listed(missing)} missing; copy them from the model's original config.json")
-        if mapping.get("quantization_config") is not None:
-            raise ConfigError(
-                "the weights are quantized already (quantization_config); give the original checkpoint"
-            )
         values = _Values(mapping)
         hidden, heads = values.integer("hidden_size"), values.integer("num_attention_heads")
         positions = values.integer("max_position_embeddings")

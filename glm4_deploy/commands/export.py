@@ -204,6 +204,7 @@ def _as_json(result: pipeline.ExportResult) -> dict[str, object]:
         "peak_rss_bytes": result.peak_rss_bytes,
         "warnings": result.warnings,
         "engine": result.engine and engine_report(result.engine.built),
+        "source": result.source,
         "files": {name: entry.bytes for name, entry in result.manifest.files.items()},
     }
 
@@ -220,6 +221,8 @@ def _rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
         ("peak memory", show.size(result.peak_rss_bytes)),
     ]
     rows += [("warning", warning) for warning in result.warnings]
+    if result.source is not None:
+        rows.append(("source", f"quantized by {result.source['method']}, {result.source['stored']}"))
     if manifest.kv_cache == "int8":
         text, tokens = (result.calibration[key] for key in ("text", "tokens"))
         rows.append(("KV cache", f"int8, calibrated on {tokens} tokens: {text}"))

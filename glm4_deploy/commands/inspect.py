@@ -51,6 +51,7 @@ def _checkpoint_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             "stored as",
             ", ".join(f"{name} {show.size(count)}" for name, count in facts["stored_bytes"].items()),
         ),
+        *_quantization_rows(facts["quantization"]),
         (
             "weights in",
             ", ".join(f"{name} {show.size(count)}" for name, count in facts["bytes_by_precision"].items()),
@@ -63,6 +64,17 @@ def _checkpoint_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("", "weights and 8192 positions of fp16 cache in 90 % of the memory"),
         ("ends at", _ends(facts["end_tokens"])),
         ("brings", ", ".join(facts["files"]) or "no tokenizer files"),
+    ]
+
+
+def _quantization_rows(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if found is None:
+        return []
+    matrices = "; ".join(f"{count} of {kind}" for kind, count in found["matrices"].items())
+    scales = f"; {found['input_scales']} with a scale of their input" if found["input_scales"] else ""
+    return [
+        ("quantized by", f"{found['method']}: {matrices or 'no matrix'}{scales}"),
+        ("not quantized", some(found["left"]) or "no matrix"),
     ]
 
 

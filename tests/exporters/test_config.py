@@ -323,7 +323,6 @@ def test_other_model_types(model_type):
         ({"architectures": "Glm4Model"}, "must be a list"),
         ({"problem_type": "ranking"}, "problem_type is 'ranking'"),
         ({"torch_dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantized already"),
         ({"num_labels": 0}, "num_labels is 0"),
         ({"num_labels": 3, "id2label": {"0": "a"}}, "num_labels is 3, but id2label names 1"),
         ({"id2label": {"1": "a"}}, "id2label must name the labels 0 ... 0"),

@@ -1,0 +1,49 @@
+"""float8 checkpoints: in blocks as transformers writes them, per row (FBGEMM), or per matrix.
+
+``weight`` float8_e4m3fn [rows, width] times ``weight_scale_inv`` [rows / 128, width / 128], which in spite of its name
+is multiplied by; or times ``weight_scale``: one, or one per row.
+"""
+
+from collections.abc import Mapping
+
+from glm4_exporters.safetensors_file import TensorHeader
+from glm4_exporters.sources.base import FP8, ORIGINAL, QuantizedMatrix, Settings, SourceFormat
+from glm4_exporters.sources.float8 import float8_blocks, float8_matrix
+from glm4_runtime.errors import CheckpointError, shown
+
+IN_BLOCKS, PLAIN = "weight_scale_inv", "weight_scale"
+
+
+class Fp8(SourceFormat):
+    name = "FP8"
+    suffixes = (IN_BLOCKS, PLAIN, "input_scale")
+
+    def __init__(self, settings: Settings) -> None:
+        self.left = settings.names("modules_to_not_convert", "ignored_layers")
+        settings.one_of("fmt", ("e4m3",), "e4m3")
+        self.block: tuple[int, int] | None = None
+        found = settings.values.get("weight_block_size")
+        if found is not None:
+            if not (
+                isinstance(found, list) and len(found) == 2 and all(type(n) is int and n > 0 for n in found)
+            ):
+                raise settings.refuse(f"weight_block_size is {shown(found)}, but must be two sizes")
+            self.block = found[0], found[1]
+
+    def matrix(
+        self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorHeader]
+    ) -> QuantizedMatrix | None:
+        weight = tensors.get("weight")
+        if weight is None or weight.dtype != FP8:
+            return None
+        if IN_BLOCKS in tensors:
+            if self.block is None:
+                raise CheckpointError(
+                    f"{module} has {IN_BLOCKS}, but quantization_config has no weight_block_size"
+                )
+            return float8_blocks(module, shape, tensors, IN_BLOCKS, self.block)
+        if PLAIN in tensors:
+            return float8_matrix(module, shape, tensors, PLAIN)
+        raise CheckpointError(
+            f"{module}.weight is float8 and has no scale ({IN_BLOCKS}, {PLAIN}); {ORIGINAL}"
+        )

@@ -1,0 +1,114 @@
+"""GPTQ's layout, as gptqmodel and AutoGPTQ write it: packed along the inputs, groups along the rows of ``scales``.
+
+``qweight`` int32 [width / 8, rows] (of 8 bits, width / 4), ``scales`` [groups, rows], ``qzeros`` int32
+[groups, rows / 8], ``g_idx`` int32 [width]. The first version of the layout stores each zero point less 1.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from glm4_exporters.safetensors_file import TensorHeader
+from glm4_exporters.sources.base import (
+    FLOATS,
+    INT32,
+    ORIGINAL,
+    QuantizedMatrix,
+    Read,
+    Rows,
+    Settings,
+    SourceFormat,
+    Storage,
+    groups_of,
+    require,
+    require_finite,
+)
+from glm4_runtime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WHOLE_ROW = -1
+LAYOUTS = ("gptq", "gptq_v2")
+
+
+@dataclass(frozen=True)
+class GptqMatrix(QuantizedMatrix):
+    """``offset``: what is added to each stored zero point."""
+
+    offset: int = 0
+
+    def load(self, read: Read) -> "Callable[[int, int], Rows]":
+        from glm4_exporters.sources.bits import around_zero, plus_one, unpack
+
+        bits = self.storage.bits
+        packed = read(self.tensors["qweight"]).t()  # [rows, width / 8]
+        scales = require_finite(self.tensors["scales"], read(self.tensors["scales"])).t()
+        stored = read(self.tensors["qzeros"])
+        zeros = around_zero(unpack(plus_one(stored, bits) if self.offset else stored, bits), bits).t()
+        plain = not self.storage.zeros
+        if plain and bool(zeros[: self.rows].any()):
+            raise CheckpointError(
+                f"{self.tensors['qzeros'].file}: {self.module}.qzeros is not the middle everywhere, but "
+                f"quantization_config says sym true; {ORIGINAL}"
+            )
+        groups = self._groups(read)
+
+        def rows(first: int, count: int) -> Rows:
+            some = slice(first, first + count)
+            numbers = around_zero(unpack(packed[some], bits), bits)
+            return Rows(numbers, scales[some], None if plain else zeros[some], groups)
+
+        return rows
+
+    def _groups(self, read: Read) -> "Tensor | None":
+        """The group of each input, where the checkpoint has them in another order than one after the other."""
+        import torch
+
+        if "g_idx" not in self.tensors:
+            return None
+        size = self.storage.group or self.width
+        count, found = self.width // size, read(self.tensors["g_idx"]).long()
+        if bool((found < 0).any()) or bool((found >= count).any()):
+            raise CheckpointError(
+                f"{self.tensors['g_idx'].file}: {self.module}.g_idx names groups beyond 0 ... {count - 1}; "
+                "the checkpoint is damaged"
+            )
+        return None if torch.equal(found, torch.arange(self.width) // size) else found
+
+
+class Gptq(SourceFormat):
+    name = "GPTQ"
+    suffixes = ("qweight", "qzeros", "scales", "g_idx")
+
+    def __init__(self, settings: Settings) -> None:
+        self.bits: int = settings.one_of("bits", (4, 8), None)
+        group = settings.integer("group_size", WHOLE_ROW)
+        self.group = None if group == WHOLE_ROW else group
+        self.symmetric = settings.boolean("sym", True)
+        layout: str = settings.one_of("checkpoint_format", LAYOUTS, None) if settings.text(
+            "checkpoint_format"
+        ) else settings.one_of("format", LAYOUTS, LAYOUTS[0])  # fmt: skip
+        self.offset = int(layout == LAYOUTS[0])
+        if settings.section("dynamic") is not None:
+            raise settings.refuse("dynamic gives modules bits and groups of their own, which is not read")
+
+    def matrix(
+        self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorHeader]
+    ) -> GptqMatrix | None:
+        if "qweight" not in tensors:
+            return None
+        (rows, width), per_word = shape, 32 // self.bits
+        groups = groups_of(width, self.group, module)
+        if width % per_word or rows % per_word:
+            raise CheckpointError(
+                f"{module} [{rows}, {width}] is no multiple of {per_word}, by which GPTQ packs; {ORIGINAL}"
+            )
+        require(tensors["qweight"], f"{module}.qweight", (INT32,), (width // per_word, rows))
+        scales = require(tensors.get("scales"), f"{module}.scales", FLOATS, (groups, rows))
+        require(tensors.get("qzeros"), f"{module}.qzeros", (INT32,), (groups, rows // per_word))
+        if "g_idx" in tensors:
+            require(tensors["g_idx"], f"{module}.g_idx", (INT32,), (width,))
+        storage = Storage("int", self.bits, self.group, not self.symmetric, scales.dtype)
+        own = {suffix: tensors[suffix] for suffix in self.suffixes if suffix in tensors}
+        return GptqMatrix(module, rows, width, storage, own, self.offset)

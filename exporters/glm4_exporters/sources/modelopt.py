@@ -1,0 +1,35 @@
+"""NVIDIA ModelOpt's checkpoints: FP8 with one scale per matrix, and NVFP4.
+
+FP8: ``weight`` float8_e4m3fn times ``weight_scale``. NVFP4: ``weight`` uint8 [rows, width / 2], two numbers in a byte,
+times ``weight_scale`` float8 [rows, width / 16] times ``weight_scale_2``.
+"""
+
+from collections.abc import Mapping
+
+from glm4_exporters.safetensors_file import TensorHeader
+from glm4_exporters.sources.base import FP8, UINT8, QuantizedMatrix, Settings, SourceFormat
+from glm4_exporters.sources.float4 import nvfp4_matrix
+from glm4_exporters.sources.float8 import float8_matrix, owned
+
+TOTAL = "weight_scale_2"
+ALGORITHMS = ("FP8", "NVFP4", "FP8_PER_CHANNEL_PER_TOKEN")
+
+
+class ModelOpt(SourceFormat):
+    name = "ModelOpt"
+    suffixes = ("weight_scale", TOTAL, "input_scale")
+
+    def __init__(self, settings: Settings) -> None:
+        settings.one_of("quant_algo", ALGORITHMS, None)
+        self.left = settings.names("exclude_modules", "ignore")
+
+    def matrix(
+        self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorHeader]
+    ) -> QuantizedMatrix | None:
+        weight = tensors.get("weight")
+        if weight is not None and weight.dtype == FP8 and "weight_scale" in tensors:
+            return float8_matrix(module, shape, tensors, "weight_scale")
+        if weight is not None and weight.dtype == UINT8:
+            own = owned(tensors, "weight", "weight_scale", TOTAL)
+            return nvfp4_matrix(module, shape, own, "weight", TOTAL, divides=False)
+        return None

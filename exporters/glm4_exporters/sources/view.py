@@ -1,0 +1,147 @@
+"""The tensors that a model reads, found among those that a quantized checkpoint stores. Needs no torch.
+
+A matrix may be stored as another tool's parts, in halves (``gate_proj`` and ``up_proj``), or within a larger one
+(``qkv_proj``). A :class:`View` says of which rows it is made.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from glm4_exporters.config import DTYPES, Glm4Config
+from glm4_exporters.safetensors_file import TensorHeader
+from glm4_exporters.sources.base import QuantizedMatrix, SourceFormat
+
+WEIGHT = ".weight"
+GATE_UP, HALVES = "mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")
+QKV, WHOLE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.qkv_proj"
+# Scales of an int8 or float8 KV cache, which belong to no matrix.
+CACHE_SCALES = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point", ".q_scale", ".output_scale")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows ``first`` ... ``first + count`` of a stored matrix or tensor."""
+
+    stored: QuantizedMatrix | TensorHeader
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor made of pieces, float32."""
+
+    header: TensorHeader
+    pieces: tuple[Piece, ...]
+
+    @property
+    def whole(self) -> QuantizedMatrix | None:
+        """The quantized matrix that this tensor is, where it is just that."""
+        stored = self.pieces[0].stored
+        alone = len(self.pieces) == 1 and isinstance(stored, QuantizedMatrix)
+        return stored if alone and stored.rows == self.pieces[0].count else None  # type: ignore[union-attr,return-value]
+
+
+@dataclass(frozen=True)
+class Views:
+    """
+    Attributes:
+        by_name: of the tensors that are not stored as they are read, by the checkpoint's name.
+        used: stored tensors that they are made of, or that are known and not needed.
+    """
+
+    by_name: Mapping[str, View] = field(default_factory=dict)
+    used: frozenset[str] = frozenset()
+
+    def without(self, names: Collection[str]) -> "Views":
+        """The views of other tensors than these, which are replaced."""
+        return Views({name: view for name, view in self.by_name.items() if name not in names}, self.used)
+
+    def seen(self, headers: Mapping[str, TensorHeader], expected: Collection[str]) -> dict[str, TensorHeader]:
+        """The tensors as they read, and the stored ones that no view needs."""
+        plain = {name: each for name, each in headers.items() if name not in self.used or name in expected}
+        return plain | {name: view.header for name, view in self.by_name.items()}
+
+
+NO_VIEWS = Views()
+
+
+def find_views(
+    config: Glm4Config,
+    source: SourceFormat,
+    headers: Mapping[str, TensorHeader],
+    expected: Mapping[str, tuple[int, ...]],
+) -> Views:
+    """The views among the ``expected`` tensors, by the checkpoint's names.
+
+    Raises:
+        CheckpointError: a quantized matrix is not stored as its format says.
+    """
+    modules: dict[str, dict[str, TensorHeader]] = {}
+    for name, header in headers.items():
+        module, _, suffix = name.rpartition(".")
+        modules.setdefault(module, {})[suffix] = header
+    finder = _Finder(config, source, modules, headers)
+    views = {name: view for name, shape in expected.items() if (view := finder.view(name, shape)) is not None}
+    finder.used |= {name for name in headers if name.endswith(CACHE_SCALES)}
+    return Views(views, frozenset(finder.used))
+
+
+@dataclass
+class _Finder:
+    config: Glm4Config
+    source: SourceFormat
+    modules: Mapping[str, Mapping[str, TensorHeader]]
+    headers: Mapping[str, TensorHeader]
+    used: set[str] = field(default_factory=set)
+
+    def view(self, name: str, shape: tuple[int, ...]) -> View | None:
+        """None where the tensor is stored as it is read, or not at all."""
+        pieces = self._pieces(name, shape)
+        if not pieces or (
+            len(pieces) == 1 and isinstance(pieces[0].stored, TensorHeader) and pieces[0].stored.name == name
+        ):
+            return None
+        first = pieces[0].stored
+        file = first.file if isinstance(first, TensorHeader) else next(iter(first.tensors.values())).file
+        header = TensorHeader(name, "float32", shape, file, 0, 4 * math.prod(shape))
+        return View(header, tuple(pieces))
+
+    def _pieces(self, name: str, shape: tuple[int, ...]) -> list[Piece]:
+        own = self._stored(name, shape)
+        if own is not None:
+            return [Piece(own, 0, shape[0])]
+        module, _, kind = name.rpartition(".")
+        if module.endswith(GATE_UP):
+            half = (shape[0] // 2, *shape[1:])
+            halves = [self._stored(f"{module.removesuffix(GATE_UP)}{part}.{kind}", half) for part in HALVES]
+            return [Piece(part, 0, half[0]) for part in halves if part is not None] if all(halves) else []
+        for index, part in enumerate(QKV):
+            if module.endswith(part):
+                return self._of_qkv(f"{module.removesuffix(part)}{WHOLE}.{kind}", index, shape)
+        return []
+
+    def _of_qkv(self, name: str, index: int, shape: tuple[int, ...]) -> list[Piece]:
+        config = self.config
+        queries, keys = (
+            heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        whole = self._stored(name, (queries + 2 * keys, *shape[1:]))
+        return [] if whole is None else [Piece(whole, (0, queries, queries + keys)[index], shape[0])]
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> QuantizedMatrix | TensorHeader | None:
+        """A tensor of this name and shape, quantized or not."""
+        module, _, kind = name.rpartition(".")
+        matrix = None
+        if kind == "weight" and len(shape) == 2:
+            matrix = self.source.matrix(module, (shape[0], shape[1]), self.modules.get(module, {}))
+        if matrix is not None:
+            suffixes = (*self.source.suffixes, "weight")
+            self.used |= {f"{module}.{suffix}" for suffix in suffixes if suffix in self.modules[module]}
+            return matrix
+        header = self.headers.get(name)
+        if header is None or header.shape != shape or header.dtype not in DTYPES:
+            return None
+        self.used.add(name)
+        return header

@@ -1,0 +1,41 @@
+"""What another tool's quantization of a checkpoint is, for ``inspect`` and for the report of an export."""
+
+from collections import Counter
+from typing import Any
+
+from glm4_deploy.plan import Plan
+from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.sources import QuantizedMatrix
+
+
+def quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """How another tool quantized the checkpoint; None where none did.
+
+    ``matrices`` counts the stored matrices by the way in which they are stored, ``left`` names those that are not
+    quantized, and ``input_scales`` counts the matrices that bring a scale for their input.
+    """
+    if checkpoint.source is None:
+        return None
+    pieces = [piece.stored for view in checkpoint.views.by_name.values() for piece in view.pieces]
+    found = {stored.module: stored for stored in pieces if isinstance(stored, QuantizedMatrix)}
+    plain = [
+        name.removesuffix(".weight")
+        for name, header in checkpoint.tensors.items()
+        if len(header.shape) == 2 and name not in checkpoint.views.by_name
+    ]
+    return {
+        "method": checkpoint.source.name,
+        "matrices": dict(Counter(str(matrix.storage) for matrix in found.values())),
+        "left": plain,
+        "input_scales": sum(matrix.input_scale is not None for matrix in found.values()),
+    }
+
+
+def source_report(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any] | None:
+    """:func:`quantization`, and what the export made of it; None where the checkpoint is not quantized."""
+    found = quantization(checkpoint)
+    if found is None:
+        return None
+    return found | {
+        "stored": f"requantized to {plan.options.precision} from the values that the numbers stand for"
+    }

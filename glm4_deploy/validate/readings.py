@@ -178,6 +178,7 @@ def factors(reference: Sequence[Array], found: Sequence[Array]) -> tuple[Factor,
     seen = square > 0
     each = np.where(seen, across / np.where(seen, square, 1), 1).astype(np.float32)
     middle = float(np.median(np.sqrt(size[seen] / square[seen]))) if seen.any() else 1.0
+    middle = 1.0 if math.isnan(middle) else middle  # a sub-block that gave NaN has no scale
     middle = min(max(middle, 2.0**-MOST_BITS), 2.0**MOST_BITS)
     shared = 2.0 ** round(math.log2(middle))
     return each, np.full_like(each, shared)

@@ -77,6 +77,11 @@ class ChatTemplate:
             return None
         return cls.from_folder(path)
 
+    @property
+    def source(self) -> str:
+        """The template for conversations without tools."""
+        return self._sources[_DEFAULT]
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

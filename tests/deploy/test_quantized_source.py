@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from glm4_deploy.commands.inspect import command
+from glm4_deploy.cli import cli
 from glm4_deploy.inspect import inspect
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
 
@@ -34,7 +34,7 @@ def test_inspect_says_what_is_quantized():
         "left": ["model.embed_tokens", "lm_head"],
         "input_scales": 12,
     }
-    said = CliRunner().invoke(command, [str(DATA / "gptq-4-asym")]).output
+    said = CliRunner().invoke(cli, ["inspect", str(DATA / "gptq-4-asym")]).output
     assert "GPTQ: 14 of int4, groups of 32, zero points, float16 scales" in said
     assert "model.embed_tokens, lm_head" in said
     assert inspect(DATA / "original")["quantization"] is None

@@ -24,7 +24,9 @@ def cache_key(checkpoint: str | Path, options: ExportOptions, by_content: bool =
     """
     with Checkpoint.load(checkpoint, options.task, options.adapters) as source:
         plan = make_plan(source, options)
-        shaping = {name: value for name, value in dataclasses.asdict(options).items() if name != "parity"}
+        shaping = {
+            name: value for name, value in dataclasses.asdict(plan.options).items() if name != "parity"
+        }
         del shaping["adapters"]  # the checkpoint's fingerprint has them
         del shaping["engine"]["timing_cache"]  # only saves time, and its path differs between machines
         for name in ("calibration", "recipe"):  # their contents, independent of their paths
@@ -32,7 +34,10 @@ def cache_key(checkpoint: str | Path, options: ExportOptions, by_content: bool =
         built = {} if plan.engine is None else {plan.engine.kind: engine_version(plan.engine.kind)}
         parts = {
             "schema": SCHEMA_VERSION,
-            "options": shaping | {"task": source.task} | dataclasses.asdict(plan.limits),
+            "options": shaping
+            | {"kept": plan.form.kept is not None}
+            | {"task": source.task}
+            | dataclasses.asdict(plan.limits),
             "tools": tool_versions() | built,
             "gpu": gpu_identity() if plan.engine is not None and plan.engine.timed else None,
             "checkpoint": source.fingerprint(by_content),

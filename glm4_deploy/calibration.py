@@ -208,7 +208,7 @@ def _awq(source: Checkpoint, form: Form) -> "Awq | None":
     """
     from glm4_exporters.quantize.awq import Awq
 
-    low = {name for name, each in form.formats.items() if each.bits < 8}
+    low = {name for name, each in form.formats.items() if each.bits < 8 and each.fitted}
     if not low:
         return None
     others = _searched_inputs(form)

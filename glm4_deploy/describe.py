@@ -27,7 +27,7 @@ def describe(
         task=task,
         target=form.target.name,
         dialect=form.target.dialect,
-        precision=plan.options.precision,
+        precision=str(plan.options.precision),
         activations=form.activations,
         kv_cache=plan.graph_cache,
         model=model_info(plan.config, task),

@@ -1,5 +1,6 @@
 """Export: makes a bundle from a checkpoint folder, and proves it before it appears under its name."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,10 +113,25 @@ def _prepare(plan: Plan, source: Checkpoint, clock: Clock, progress: Progress) -
     from glm4_deploy.calibration import needs_text, prepare, read_text
 
     if not needs_text(plan.form, plan.calibration is not None):
-        return prepare(source, plan.form, None)
+        return _keeping(source, plan, prepare(source, plan.form, None))
     with clock("calibrate"):
         text = read_text(source, plan.calibration, plan.limits.max_seq_len)
-        return prepare(source, plan.form, text, progress)
+        return _keeping(source, plan, prepare(source, plan.form, text, progress))
+
+
+def _keeping(source: Checkpoint, plan: Plan, prepared: "Prepared") -> "Prepared":
+    """With the numbers that a quantized checkpoint brings, where the plan keeps them."""
+    from glm4_exporters.formats.brought import Brought
+    from glm4_exporters.sources.kept import KeptMatrix
+
+    views = source.views.by_name
+    kept = {
+        name: KeptMatrix(views[source.name_of(name)], form, source.read_stored)
+        for name, form in plan.form.formats.items()
+        if isinstance(form, Brought)
+    }
+    edits = dataclasses.replace(prepared.edits, found={**prepared.edits.found, **kept})
+    return dataclasses.replace(prepared, edits=edits) if kept else prepared
 
 
 def _trace(plan: Plan, prepared: "Prepared", engine_graph: str | None = None) -> "ir.Model":

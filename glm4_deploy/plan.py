@@ -1,6 +1,6 @@
 """The plan of an export: all options are resolved once, before the first step, into one frozen object."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from glm4_exporters.cache_types import choose_cache
@@ -21,6 +21,7 @@ from glm4_exporters.engine import (
 )
 from glm4_exporters.form import Form, choose_form
 from glm4_exporters.quantize.recipe import read_recipe
+from glm4_exporters.sources.fitting import keep_form
 from glm4_exporters.targets import RECIPE_FORMATS
 from glm4_runtime.bundle import AdapterInfo, Limits
 from glm4_runtime.errors import ExportError
@@ -33,7 +34,7 @@ class ExportOptions:
     """The options of an export. Every field except ``parity`` changes the bundle and its cache key."""
 
     target: str = DEFAULT_TARGET
-    precision: str = DEFAULT_PRECISION
+    precision: str | None = None  # None: what the checkpoint is quantized to, else int8
     task: str | None = None  # default: the checkpoint's own
     max_seq_len: int | None = None  # default: the model's positions
     max_batch_size: int = DEFAULT_BATCH
@@ -131,7 +132,12 @@ def make_plan(source: Checkpoint, options: ExportOptions) -> Plan:
     Raises:
         ExportError: the options do not fit each other, the model or this machine; says what would.
     """
-    form = _form(source, options)
+    kept = options.precision is None and source.source is not None and not source.adapters
+    form = _kept_form(source, options) if kept else None
+    options = replace(
+        options, precision=form.kept if form is not None else options.precision or DEFAULT_PRECISION
+    )
+    form = _with_cache(source, options, form or _form(source, options))
     _require_limits(source.config, options)
     limits = Limits(options.max_seq_len or source.config.positions, options.max_batch_size)
     engine = _engine(source, options, form, limits)
@@ -141,6 +147,7 @@ def make_plan(source: Checkpoint, options: ExportOptions) -> Plan:
 
 def _form(source: Checkpoint, options: ExportOptions) -> Form:
     recipe = read_recipe(Path(options.recipe), RECIPE_FORMATS) if options.recipe is not None else None
+    assert options.precision is not None
     asked = options.target, options.precision, options.activations
     form = choose_form(source.config, source.task, *asked, recipe)
     if form.needs_text and options.calibration is None:
@@ -148,6 +155,20 @@ def _form(source: Checkpoint, options: ExportOptions) -> Form:
             f"precision {options.precision} needs --calibration FILE (.txt, .jsonl or .ids): its activations' scales "
             "are found on text like that which the model will see"
         )
+    return form
+
+
+def _kept_form(source: Checkpoint, options: ExportOptions) -> Form:
+    for name in ("recipe", "calibration"):
+        if getattr(options, name) is not None:
+            raise ExportError(
+                f"the numbers of this checkpoint are kept as they are, so --{name} decides nothing; "
+                "leave it out, or say --precision to quantize the values again"
+            )
+    return keep_form(source, options.target, options.activations)
+
+
+def _with_cache(source: Checkpoint, options: ExportOptions, form: Form) -> Form:
     kind = form.target.engine
     native = kind is not None and engine_attention(kind, source.task, options.engine) == "native"
     asked_cache = form.activations, options.kv_cache, native
@@ -163,6 +184,7 @@ def _require_limits(config: Glm4Config, options: ExportOptions) -> None:
 
 
 def _engine(source: Checkpoint, options: ExportOptions, form: Form, limits: Limits) -> EngineBuild | None:
+    assert options.precision is not None
     kind, asked = form.target.engine, options.engine
     require_engine(kind, options.target, options.precision, source.task, asked)
     if kind is None:

@@ -36,6 +36,5 @@ def source_report(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any] | None:
     found = quantization(checkpoint)
     if found is None:
         return None
-    return found | {
-        "stored": f"requantized to {plan.options.precision} from the values that the numbers stand for"
-    }
+    again = f"requantized to {plan.options.precision} from the values that the numbers stand for"
+    return found | {"stored": again if plan.form.kept is None else "kept bit for bit"}

@@ -185,6 +185,11 @@ class Checkpoint:
             canonical = EMBEDDING
         return _own_name(canonical, self.prefix)
 
+    def canonical(self, name: str) -> str:
+        """The canonical name of the tensor that this checkpoint calls ``name``."""
+        inside = name.startswith(("layers.", "embed_tokens.", "norm."))
+        return BACKBONE + name if not self.prefix and inside else name
+
     def read(self, name: str) -> "Tensor":
         """The whole tensor in memory of its own.
 

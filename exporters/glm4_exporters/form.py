@@ -24,6 +24,7 @@ class Form:
         groups: what each group of tensors is stored as, for the manifest.
         formats: by canonical name of the matrix.
         table: how the embedding is looked up; None: the lookup table is not quantized. A tied head still may be.
+        kept: the precision's name, where a quantized checkpoint's numbers are stored as they are.
         kv_cache: element type of the cache; None for a task without one.
     """
 
@@ -33,6 +34,7 @@ class Form:
     formats: Mapping[str, Format]
     table: Format | None = None
     kv_cache: str | None = None
+    kept: str | None = None
 
     def with_cache(self, kv_cache: str | None) -> "Form":
         """The same with a cache of this element type."""

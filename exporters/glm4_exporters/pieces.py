@@ -214,6 +214,12 @@ class GraphPieces:
         dtype, width = _stored_rows(tensor)
         with (self._folder / place["location"]).open("rb") as file:
             offset = int(place.get("offset", 0))
+            if (
+                rows is None and tensor.data_type in _PACKED
+            ):  # two numbers in a byte, across rows of an odd width
+                file.seek(offset)
+                count = -(-int(np.prod(tensor.dims)) // 2)
+                return _Weight(tensor.data_type, tuple(tensor.dims), np.fromfile(file, np.uint8, count))
             if rows is None:
                 rows = np.arange(tensor.dims[0] if tensor.dims else 1)
             data = np.concatenate(list(_row_runs(file, offset, dtype, width, rows)))

@@ -33,6 +33,7 @@ from glm4_exporters.passes.builder import fixed
 from glm4_exporters.passes.stored import Matrix, Source, source_of
 from glm4_exporters.quantize.smooth import Smoothing
 from glm4_exporters.reference import rotary_tables
+from glm4_exporters.sources.kept import KeptMatrix
 from glm4_exporters.trace import ROTARY_COS, ROTARY_SIN
 from glm4_runtime.bundle import FileEntry, sample_of
 from glm4_runtime.errors import ExportError
@@ -230,13 +231,16 @@ class _Writer:
             return _packed(matrix, encoded)
 
         plain, begun = matrix.parts, set()
-        for first, block in self._read(matrix.name):
+        blocks = found.blocks() if isinstance(found, KeptMatrix) else self._read(matrix.name)
+        for first, block in blocks:
             for parts in self._in_parts(packed, first, block):
                 for name, chunk in parts.items():
                     if plain[name].shape or name not in begun:  # a scalar part is the same for all rows
                         self._waiting.setdefault(Source(matrix, name), []).append(chunk)
                         begun.add(name)
                 yield from self._waiting.pop(wanted, ())
+        if isinstance(found, KeptMatrix):
+            self._hashes[matrix.name] = found.sha256
         if found is not None:
             found.written()
 

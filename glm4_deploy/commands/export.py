@@ -30,8 +30,7 @@ from glm4_runtime.bundle import Manifest
 @click.option(
     "--precision",
     type=click.Choice(list(PRECISIONS)),
-    default=DEFAULT_PRECISION,
-    show_default=True,
+    show_default=f"what a quantized checkpoint brings, else {DEFAULT_PRECISION}",
     help="How weights are stored. int8 and int4: weights only. int8-sq and fp8: weights and the inputs of matrix products. "
     "fp32, fp16, bf16: weights, activations and KV cache.",
 )
@@ -127,7 +126,7 @@ def command(
     checkpoint: Path,
     bundle: Path | None,
     target: str,
-    precision: str,
+    precision: str | None,
     activations: str | None,
     kv_cache: str,
     calibration: str | None,

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from glm4_exporters.formats.base import CODES, Format, Part
+from glm4_exporters.formats.base import CODES, SCALES, Format, Part
+from glm4_exporters.formats.brought import ZEROS
 from glm4_exporters.formats.integers import Integers
 from glm4_plugins.block_product import PANEL, stored_shape
 from glm4_runtime.bundle.element_types import bits
@@ -33,7 +34,7 @@ class Arrangement:
     def pack(self, _name: str, values: Tensor, part: Part, _form: Format) -> Tensor:
         """Some rows of a part, as bytes or numbers in the order of the file."""
         rows = _exact(values, part)
-        return pack_pairs(rows) if bits(part.dtype) < 8 else rows
+        return pack_pairs(_in_pairs(rows)) if bits(part.dtype) < 8 else rows
 
     def written(self, chunks: Iterable[Tensor], _part: Part) -> Iterator[Tensor]:
         """The packed rows, in the order of the file."""
@@ -68,6 +69,8 @@ class _Unsigned(Arrangement):
     """Codes uint8 [rows, blocks, bytes]; the last block of a row is padded with zeros."""
 
     def part(self, name: str, part: Part, form: Format) -> Part:
+        if name == ZEROS:
+            return Part("uint8", (part.shape[0], -(-part.shape[1] * form.bits // 8)), part.scaled_by)
         if name != CODES:
             return part
         assert isinstance(form, Integers)
@@ -77,7 +80,9 @@ class _Unsigned(Arrangement):
 
     def pack(self, name: str, values: Tensor, part: Part, form: Format) -> Tensor:
         assert isinstance(form, Integers)
-        return _pack_unsigned(values, form) if name == CODES else values
+        if name == ZEROS and form.bits == 4:
+            values = torch.nn.functional.pad(values, (0, values.shape[1] % 2))
+        return values if name == SCALES else _pack_unsigned(values, form)
 
 
 class _Panels(Arrangement):
@@ -102,6 +107,14 @@ ROWS, COLUMNS, UNSIGNED, PANELS = Arrangement(), _Columns(), _Unsigned(), _Panel
 def _exact(values: Tensor, part: Part) -> Tensor:
     """Drop the codes beyond the width of the matrix."""
     return values[:, : part.shape[1]].contiguous() if len(part.shape) == 2 else values
+
+
+def _in_pairs(rows: Tensor) -> Tensor:
+    """Rows of an odd width as one row, filled up to an even one: its numbers lie two in a byte across rows."""
+    if rows.dim() == 2 and rows.shape[1] % 2 == 0:
+        return rows
+    flat = rows.reshape(1, -1)
+    return torch.nn.functional.pad(flat, (0, flat.shape[1] % 2))
 
 
 def pack_pairs(codes: Tensor) -> Tensor:

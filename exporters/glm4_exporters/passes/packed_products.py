@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from glm4_exporters.formats.arrangements import PANELS
 from glm4_exporters.formats.base import CODES, SCALES, Format
+from glm4_exporters.formats.brought import Brought
 from glm4_exporters.formats.integers import Integers
 from glm4_exporters.passes.builder import MICROSOFT, Builder, fixed, scope_of
 from glm4_exporters.passes.stored import store
@@ -15,7 +16,7 @@ from glm4_plugins.block_product import DOMAIN, OPERATOR, PANEL, VERSION
 class PackedProducts(ir.passes.InPlacePass):
     """Replace FusedMatMul, for the weights in ``formats`` that are integers in blocks.
 
-    Two kinds of matrices are left to ``QuantizeWeights``: matrices of other formats, and a tied head, because
+    Three kinds of matrices are left to ``QuantizeWeights``: matrices of other formats, and a tied head, because
     the lookup and the product share its data.
     """
 
@@ -31,6 +32,7 @@ class PackedProducts(ir.passes.InPlacePass):
                 weight is None
                 or not isinstance(form, Integers)
                 or form.block is None
+                or (isinstance(form, Brought) and not form.in_panels)
                 or len(weight.uses()) > 1
             ):
                 continue

@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from glm4_exporters.formats.arrangements import ROWS, UNSIGNED
 from glm4_exporters.formats.base import CODES, SCALES, Format
+from glm4_exporters.formats.brought import ZEROS
 from glm4_exporters.formats.integers import Integers
 from glm4_exporters.passes.builder import MICROSOFT, Builder, fixed, scope_of
 from glm4_exporters.passes.stored import dequantize, store
@@ -67,6 +68,7 @@ def _block_product(b: Builder, node: ir.Node, weight: ir.Value, form: Format) ->
     return b.op(
         "MatMulNBits",
         *(node.inputs[0], parts[CODES], _in_type_of(b, weight, parts[SCALES])),
+        *([parts[ZEROS]] if ZEROS in parts else []),
         domain=MICROSOFT,
         K=width,
         N=rows,

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from glm4_exporters.element_types import ir_type, type_name
 from glm4_exporters.formats.arrangements import Arrangement
 from glm4_exporters.formats.base import CODES, Format, Part, scale_type
+from glm4_exporters.formats.brought import ZEROS
 from glm4_exporters.passes.builder import Builder, fixed
 
 
@@ -93,7 +94,8 @@ def dequantize(b: Builder, weight: ir.Value, form: Format, parts: dict[str, ir.V
         if scaled_by is None:
             return value if value.dtype == dtype else b.op("Cast", value, to=int(dtype))
         scales = values(scaled_by)
-        return b.op("DequantizeLinear", value, scales, **_axis(form, plain[scaled_by]))
+        zeros = [parts[ZEROS]] if name == CODES and ZEROS in parts else []
+        return b.op("DequantizeLinear", value, scales, *zeros, **_axis(form, plain[scaled_by]))
 
     wide = values(CODES)
     wide.dtype, wide.shape = weight.dtype, weight.shape

@@ -108,6 +108,17 @@ class QuantizedMatrix(ABC):
         """Of all its stored tensors."""
         return sum(header.nbytes for header in self.tensors.values())
 
+    def in_order(self, read: Read) -> bool:
+        """Whether the groups of inputs lie one after the other; reads no other tensor than the groups'."""
+        import torch
+
+        header = self.tensors.get("g_idx", self.tensors.get("weight_g_idx"))
+        if header is None:
+            return True
+        return torch.equal(
+            read(header).long(), torch.arange(self.width) // (self.storage.group or self.width)
+        )
+
     @abstractmethod
     def load(self, read: Read) -> "Callable[[int, int], Rows]":
         """Read the stored tensors whole; the result gives ``count`` rows from row ``first`` on.

@@ -36,6 +36,11 @@ class View:
     pieces: tuple[Piece, ...]
 
     @property
+    def quantized(self) -> bool:
+        """Whether a quantized matrix is a part of it."""
+        return any(isinstance(piece.stored, QuantizedMatrix) for piece in self.pieces)
+
+    @property
     def whole(self) -> QuantizedMatrix | None:
         """The quantized matrix that this tensor is, where it is just that."""
         stored = self.pieces[0].stored

@@ -1,0 +1,61 @@
+"""Numbers, scales and zero points that another tool chose, stored bit for bit."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from glm4_exporters.formats.base import CODES, SCALES, Encoded, Part
+from glm4_exporters.formats.integers import Integers
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ZEROS = "zeros"
+
+
+@dataclass(frozen=True)
+class Brought(Integers):
+    """Codes of a checkpoint that is quantized already. A block may be a part of the tool's group, its scale repeated.
+
+    Attributes:
+        scales: element type of the scales.
+        zeros: whether each block has a zero point, of the codes' type.
+        codes: element type of the codes; signed integers of ``bits`` where empty.
+    """
+
+    ranges: tuple[float, ...] = ()
+    scales: str = "bfloat16"
+    zeros: bool = False
+    codes: str = ""
+    fitted: ClassVar[bool] = False
+    portable: ClassVar[bool] = False
+
+    @property
+    def in_panels(self) -> bool:
+        """Whether our own product reads it: it has no zero points, and bfloat16 scales."""
+        return not self.zeros and self.scales == "bfloat16"
+
+    def parts(self, rows: int, width: int, scale_type: str) -> dict[str, Part]:
+        """The scales' type is the checkpoint's, whatever ``scale_type``."""
+        by_block = (rows,) if self.block is None else (rows, self.blocks(width))
+        codes = self.codes or f"int{self.bits}"
+        found = {CODES: Part(codes, (rows, width), SCALES), SCALES: Part(self.scales, by_block)}
+        return found | ({ZEROS: Part(codes, by_block, SCALES)} if self.zeros else {})
+
+    def encode(
+        self,
+        rows: "Tensor",
+        scale_type: "torch.dtype",
+        *,
+        importance: "Tensor | None" = None,
+        largest: float | None = None,
+    ) -> Encoded:
+        raise NotImplementedError("the codes come from the checkpoint, not from values")
+
+    def decode(self, parts: Encoded, width: int) -> "Tensor":
+        def spread(by_block: "Tensor") -> "Tensor":
+            wide = by_block.float().view(len(by_block), -1)
+            return wide.repeat_interleave(self.block or width, 1)[:, :width]
+
+        codes = parts[CODES][:, :width].float()
+        return (codes - spread(parts[ZEROS]) if self.zeros else codes) * spread(parts[SCALES])

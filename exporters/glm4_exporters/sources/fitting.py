@@ -1,0 +1,125 @@
+"""Which of a target's ways of storing says the same numbers as a quantized checkpoint. Needs no torch."""
+
+import math
+from collections import Counter
+
+from glm4_exporters.architecture import EMBEDDING
+from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.form import Form
+from glm4_exporters.formats.brought import Brought
+from glm4_exporters.safetensors_file import TensorHeader
+from glm4_exporters.sources.base import QuantizedMatrix, Storage
+from glm4_exporters.sources.view import View
+from glm4_exporters.targets import ACTIVATIONS, GROUPS, TARGETS, Target
+from glm4_runtime.errors import ExportError
+
+LONGEST_BLOCK, SHORTEST_BLOCK = 128, 16  # of MatMulNBits, powers of two
+PLAIN, AGAIN = "float32", "int8"
+NVFP4_SCALES = "float32"  # a float8 scale times the matrix' float32 scale
+
+
+def keep_form(source: Checkpoint, target_name: str, activations: str | None) -> Form:
+    """How a target stores a quantized checkpoint with the checkpoint's own numbers and scales.
+
+    Tensors that are not quantized, and the embedding, are stored in float32: every value is the checkpoint's.
+
+    Raises:
+        ExportError: the target has no form for a matrix; names the targets that have one.
+    """
+    if target_name not in TARGETS:
+        raise ExportError(f"unknown target {target_name!r}; the targets are {', '.join(TARGETS)}")
+    if activations is not None and ACTIVATIONS.get(activations) != PLAIN:
+        raise ExportError(
+            f"the numbers of a quantized checkpoint are kept with fp32 activations, not {activations}; "
+            f"leave --activations out, or say --precision {AGAIN} to quantize the values again"
+        )
+    target, formats = TARGETS[target_name], {}
+    for name, view in source.views.by_name.items():
+        canonical = source.canonical(name)
+        if canonical == EMBEDDING or len(view.header.shape) != 2 or not view.quantized:
+            continue
+        found = brought_format(view, target)
+        if found is None or not _in_order(source, view):
+            raise ExportError(_refusal(source, name, view, target))
+        formats[canonical] = found
+    words = Counter(_word(form) for form in formats.values())
+    layers = ", ".join(word for word, _ in words.most_common()) or PLAIN
+    return Form(
+        target,
+        PLAIN,
+        dict.fromkeys(GROUPS, PLAIN) | {"layers": layers},
+        formats,
+        kept=_precision(formats),
+    )
+
+
+def _precision(formats: dict[str, Brought]) -> str:
+    """The precision whose limits a bundle of these numbers has: that of its fewest bits."""
+    if any(form.codes for form in formats.values()):
+        return "fp8"
+    return f"int{min((form.bits for form in formats.values()), default=8)}"
+
+
+def _word(form: Brought) -> str:
+    zeros = " with zero points" if form.zeros else ""
+    return f"{'fp8' if form.codes else f'int{form.bits}'} in blocks of {form.block}{zeros}"
+
+
+def _refusal(source: Checkpoint, name: str, view: View, target: Target) -> str:
+    again = f"say --precision {AGAIN} to quantize the values again"
+    if not _in_order(source, view):
+        return (
+            f"{name} has groups in the order of act-order (g_idx), which no target stores as it is; {again}"
+        )
+    stored = view.pieces[0].stored
+    how = "in parts of two kinds" if isinstance(stored, TensorHeader) else str(stored.storage)
+    able = keeping_targets(view)
+    other = f"take --target {' or '.join(able)}, or " if able else ""
+    return f"target {target.name} cannot store {name} as it is ({how}); {other}{again}"
+
+
+def _in_order(source: Checkpoint, view: View) -> bool:
+    """Whether groups of inputs lie one after the other."""
+    matrices = (piece.stored for piece in view.pieces if isinstance(piece.stored, QuantizedMatrix))
+    return all(matrix.in_order(source.read_stored) for matrix in matrices)
+
+
+def brought_format(view: View, target: Target) -> Brought | None:
+    """The format that keeps a tensor's numbers and scales bit for bit; None where the target has none."""
+    stored = [piece.stored for piece in view.pieces]
+    storages = {matrix.storage for matrix in stored if isinstance(matrix, QuantizedMatrix)}
+    plain = [matrix for matrix in stored if not isinstance(matrix, QuantizedMatrix)]
+    if len(storages) != 1 or plain or target.engine is not None:
+        return None
+    storage = storages.pop()
+    if target.products.name == "standard":
+        return _standard(storage, view.header.shape[1])
+    return _in_blocks(storage)
+
+
+def keeping_targets(view: View) -> list[str]:
+    """Names of the targets that keep a tensor's numbers."""
+    return [name for name, target in TARGETS.items() if brought_format(view, target) is not None]
+
+
+def _standard(storage: Storage, width: int) -> Brought | None:
+    """DequantizeLinear: any group, and float8."""
+    if storage.kind == "float4":
+        return Brought(8, storage.group, scales=NVFP4_SCALES)
+    codes = "float8e4m3fn" if storage.kind == "float8" else ""
+    group = storage.group or width  # as one block: ONNX Runtime rounds the inputs of scales per row
+    if width % group or (storage.bits == 4 and width % 2):
+        return None  # ONNX Runtime takes whole blocks only, and two codes lie in a byte
+    return Brought(storage.bits, group, scales=storage.scales, zeros=storage.zeros, codes=codes)
+
+
+def _in_blocks(storage: Storage) -> Brought | None:
+    """Integers in blocks that are powers of two; a scale for more inputs is repeated."""
+    if storage.kind == "float8":
+        return None
+    block = LONGEST_BLOCK if storage.group is None else math.gcd(storage.group, LONGEST_BLOCK)
+    if block < SHORTEST_BLOCK:
+        return None
+    if storage.kind == "float4":
+        return Brought(8, block, scales=NVFP4_SCALES)
+    return Brought(storage.bits, block, scales=storage.scales, zeros=storage.zeros)

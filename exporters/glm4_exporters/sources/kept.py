@@ -1,0 +1,93 @@
+"""The numbers of quantized matrices on their way into a bundle, bit for bit."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from glm4_exporters.formats.base import CODES, SCALES, Encoded
+from glm4_exporters.formats.brought import ZEROS, Brought
+from glm4_exporters.safetensors_file import TensorHeader
+from glm4_exporters.sources.base import QuantizedMatrix, Read, Rows
+from glm4_exporters.sources.view import View
+
+ROWS_AT_ONCE = 4096
+
+
+class KeptMatrix:
+    """The parts of one matrix, read when its turn comes.
+
+    Args:
+        view: of quantized matrices only.
+        form: what the target stores them as; its blocks divide the groups.
+    """
+
+    def __init__(self, view: View, form: Brought, read: Read) -> None:
+        self._view, self._form, self._read = view, form, read
+        self._pieces: list[
+            tuple[int, int, Callable[[int, int], Rows]]
+        ] = []  # first row, end, rows of the stored
+        self._digest = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Of the stored tensors that were read."""
+        return self._digest.hexdigest()
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """The first row of each block, and a tensor of its shape without data."""
+        self._open()
+        rows, width = self._view.header.shape
+        for first in range(0, rows, ROWS_AT_ONCE):
+            yield first, torch.empty(min(ROWS_AT_ONCE, rows - first), width, device="meta")
+
+    def rows(self, first: int, count: int) -> Encoded:
+        found = [
+            self._encoded(
+                load(max(first, start) - start + offset, min(first + count, end) - max(first, start))
+            )
+            for (start, end, load), offset in zip(self._pieces, self._offsets(), strict=True)
+            if start < first + count and end > first
+        ]
+        if len(found) == 1:
+            return found[0]
+        return {name: torch.cat([each[name] for each in found]) for name in found[0]}
+
+    def written(self) -> None:
+        self._pieces = []
+
+    def _open(self) -> None:
+        end = 0
+        for piece in self._view.pieces:
+            assert isinstance(piece.stored, QuantizedMatrix)
+            self._pieces.append((end, end + piece.count, piece.stored.load(self._hashed)))
+            end += piece.count
+
+    def _offsets(self) -> list[int]:
+        return [piece.first for piece in self._view.pieces]
+
+    def _hashed(self, header: TensorHeader) -> Tensor:
+        tensor = self._read(header)
+        self._digest.update(f"{header.name} {header.dtype} {list(header.shape)}\n".encode())
+        self._digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return tensor
+
+    def _encoded(self, rows: Rows) -> Encoded:
+        form, width = self._form, rows.numbers.shape[1]
+        short = form.stored_width(width) - width
+        numbers = torch.nn.functional.pad(rows.numbers, (0, short)) if short else rows.numbers
+        parts = {CODES: numbers, SCALES: self._by_block(rows.scales, rows)}
+        if form.zeros:
+            assert rows.zeros is not None
+            parts[ZEROS] = self._by_block(rows.zeros, rows)
+        return parts
+
+    def _by_block(self, by_group: Tensor, rows: Rows) -> Tensor:
+        """[rows, groups] -> [rows, blocks] or [rows]."""
+        form, width = self._form, rows.numbers.shape[1]
+        if form.block is None:
+            return by_group[:, 0].contiguous()
+        starts = torch.arange(form.blocks(width)) * form.block
+        groups = rows.groups[starts] if rows.groups is not None else starts * by_group.shape[1] // width
+        return by_group[:, groups].contiguous()

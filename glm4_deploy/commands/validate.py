@@ -1,6 +1,7 @@
 """glm4-deploy validate BUNDLE --reference CHECKPOINT"""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,12 +9,13 @@ import click
 from click.core import ParameterSource
 
 from glm4_deploy import folders, hub, show
+from glm4_deploy.adapters import find_adapters, lora_option
 from glm4_runtime.errors import GateError, RequestError
 from glm4_runtime.install import install_command
 from glm4_runtime.progress import Progress
 
 if TYPE_CHECKING:
-    from glm4_deploy.validate import Report
+    from glm4_deploy.validate import Report, ValidateOptions
     from glm4_deploy.validate.comparison import Comparison
     from glm4_deploy.validate.sensitivity import Sensitivity
     from glm4_deploy.validate.statistics import Estimate
@@ -34,6 +36,7 @@ SHOWN = 5  # rows of the ranking to print; --json and the recipe have all
 @click.option(
     "--revision", metavar="NAME", help="Branch, tag or commit, if the reference is a name on the hub."
 )
+@lora_option
 @click.option(
     "--text",
     type=click.Path(path_type=Path),
@@ -109,6 +112,7 @@ def command(
     bundle: Path,
     reference: Path,
     revision: str | None,
+    lora: tuple[str, ...],
     text: Path | None,
     against: Path | None,
     layers: bool,
@@ -155,11 +159,12 @@ def command(
         show.require_writable(wanted)
     with show.shown_progress() as progress:
         folder = hub.local_folder(reference, revision, progress)
+        options = replace(options, adapters=find_adapters(lora, progress))
         ranking = None
         if sensitivity is not None:  # first, because it may refuse
             from glm4_deploy.validate.sensitivity import save_recipe
 
-            ranking = _rank(folder, text, length, max_tokens, bits, progress)
+            ranking = _rank(folder, options, bits, progress)
             with show.writing(sensitivity) as file:
                 save_recipe(file, ranking)
         report = validate(bundle, folder, options, progress)
@@ -186,21 +191,19 @@ def command(
 
 def _rank(
     reference: Path,
-    text: Path | None,
-    length: int,
-    max_tokens: int,
+    options: "ValidateOptions",
     bits: float | None,
     progress: Progress,
 ) -> "Sensitivity":
     from glm4_deploy.validate.sensitivity import rank_tensors
     from glm4_exporters.checkpoint import Checkpoint
 
-    with Checkpoint.load(reference) as checkpoint:
+    with Checkpoint.load(reference, adapters=options.adapters) as checkpoint:
         return rank_tensors(
             checkpoint,
-            text,
-            length=length,
-            max_tokens=min(max_tokens, RANKED_TOKENS),
+            options.text,
+            length=options.length,
+            max_tokens=min(options.max_tokens, RANKED_TOKENS),
             mean_bits=bits,
             progress=progress,
         )

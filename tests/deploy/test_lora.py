@@ -132,3 +132,26 @@ def test_inspect_and_the_report_name_them(tmp_path, run, tiny_checkpoint, adapte
     assert "style (times 0.5)" in out
     report = json.loads((tmp_path / "b" / "report.json").read_text())
     assert report["options"]["adapters"] == [[str(adapter), 0.5]]
+
+
+def test_validate_needs_the_same_adapters(tmp_path, run, tiny_checkpoint, adapter):
+    run(
+        "export",
+        tiny_checkpoint,
+        tmp_path / "b",
+        "--precision",
+        "fp32",
+        "--no-parity",
+        "--lora",
+        f"{adapter}=0.5",
+    )
+    options = ("--reference", tiny_checkpoint, "--max-tokens", 64, "--json")
+    for given in ((), ("--lora", adapter)):
+        code, _, err = run("validate", tmp_path / "b", *options, *given)
+        assert (code, err.count("\n")) == (1, 1)
+        assert "was made with style=0.5; give the reference the same ones by --lora" in err
+    code, out, err = run(
+        "validate", tmp_path / "b", *options, "--lora", f"{adapter}=0.5", "--sensitivity", tmp_path / "r.toml"
+    )
+    assert code == 0, err
+    assert json.loads(out)["comparisons"][0]["metrics"]["kl_mean"] < 1e-6

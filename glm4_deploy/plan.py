@@ -138,6 +138,11 @@ def make_plan(source: Checkpoint, options: ExportOptions) -> Plan:
         options, precision=form.kept if form is not None else options.precision or DEFAULT_PRECISION
     )
     form = _with_cache(source, options, form or _form(source, options))
+    if options.calibration is not None and not form.uses_text:
+        raise ExportError(
+            f"--calibration changes nothing in a bundle of {options.precision} with {form.activations} activations; "
+            "leave it out, or choose int4, int8-sq, fp8, --activations fp16 or --kv-cache int8"
+        )
     _require_limits(source.config, options)
     limits = Limits(options.max_seq_len or source.config.positions, options.max_batch_size)
     engine = _engine(source, options, form, limits)

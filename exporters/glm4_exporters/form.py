@@ -58,6 +58,13 @@ class Form:
         return sum((plain | stored).values()) + twice
 
     @property
+    def uses_text(self) -> bool:
+        """Whether calibration text changes the bundle: by GPTQ and AWQ, by scales of inputs or of an int8 cache, or by
+        fp16's powers of two."""
+        fitted = any(form.bits < 8 for form in self.formats.values())
+        return fitted or bool(self.rounded_inputs) or self.activations == "float16" or self.kv_cache == "int8"
+
+    @property
     def needs_text(self) -> bool:
         """Whether a matrix requires calibration text."""
         return any(form.needs_text for form in self.formats.values())

@@ -230,6 +230,29 @@ def test_calibration_text_changes_what_int4_stores(tmp_path, tiny_checkpoint, id
     assert result.calibration == report
 
 
+@pytest.mark.parametrize(
+    ("precision", "more", "used"),
+    [
+        ("fp32", {}, False),
+        ("bf16", {}, False),
+        ("int8", {}, False),
+        ("int8", {"activations": "bf16"}, False),
+        ("fp16", {}, True),
+        ("int8", {"activations": "fp16"}, True),
+        ("int8", {"kv_cache": "int8"}, True),
+        ("int4", {}, True),
+        ("int8-sq", {}, True),
+    ],
+)
+def test_text_that_changes_nothing_is_refused(tiny_checkpoint, ids_file, precision, more, used):
+    options = ExportOptions(precision=precision, calibration=str(ids_file), **more)
+    if used:
+        assert len(cache_key(tiny_checkpoint, options)) == 64
+        return
+    with pytest.raises(ExportError, match="--calibration changes nothing"):
+        cache_key(tiny_checkpoint, options)
+
+
 def test_the_cache_key_holds_the_texts_content(tmp_path, tiny_checkpoint, ids_file):
     options = ExportOptions(precision="int4", calibration=str(ids_file))
     before = cache_key(tiny_checkpoint, options)

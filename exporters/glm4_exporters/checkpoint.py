@@ -71,7 +71,7 @@ CAUSES = [
     (
         "surplus",
         r"(scale|scales|qweight|qzeros|weight_scale_inv|absmax|weight_packed)$",
-        "the checkpoint is quantized in another way than quantization_config in config.json says; "
+        "the checkpoint is quantized, but config.json has no quantization_config that says how, or another one; "
         "copy config.json from the tool's output",
     ),
     (

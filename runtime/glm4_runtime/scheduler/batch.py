@@ -1,4 +1,4 @@
-"""The requests that have a slot, and one step of all of them. Driven by one thread, the scheduler's."""
+"""The running requests, and one step of the model for all of them. Only the scheduler's thread uses this module."""
 
 import logging
 import math
@@ -22,18 +22,18 @@ from glm4_runtime.session import Session
 
 logger = logging.getLogger(__name__)
 
-# Enough that one slow mask does not hold up the others.
+# Several threads, so that one slow mask does not delay the others.
 _MASK_THREADS = 4
-# What may have spoilt a slot's contents.
+# After these outcomes the slot's contents may be corrupt.
 _SPOILING = ("failed", "stopped")
 
 
 class Batch:
-    """Jobs, in order of arrival, over the slots of a session.
+    """The jobs that share a session's slots, in order of arrival.
 
-    A job is in the list of live jobs until it ends, and :meth:`_end` is its only way out: it gives up the slot and
-    tells the listener. Each part of a step takes the jobs that it is for from the list as it is by then, and each
-    job once. What fails for one job ends this job, and the others go on.
+    A job stays in the list of live jobs until :meth:`_end` removes the job, releases its slot and tells its listener.
+    Each phase of a step selects its jobs from the current list and handles each job once. An error of one job ends
+    this job only.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class Batch:
 
     @property
     def room(self) -> int:
-        """How many more sequences may be admitted."""
+        """The number of sequences that can still be admitted."""
         return self._session.max_batch_size - len(self._live)
 
     @property
     def waits(self) -> bool:
-        """Whether no job can go on before its mask is ready, or its listener takes more."""
+        """Whether all jobs wait: for a mask, or for a client to read."""
         return all(job.waits for job in self._live)
 
     def admit(self, job: Job) -> None:
@@ -87,13 +87,13 @@ class Batch:
             self._figures.step_seconds += time.perf_counter() - began
 
     def fail_all(self, error: Glm4Error, outcome: str) -> None:
-        """End every job, and free every slot, whatever a step that broke off left behind."""
+        """End every job and free every slot, also after a step that failed halfway."""
         for job in list(self._live):
             self._end(job, outcome, Failed(error))
         self._slots.close()
 
     def close(self) -> None:
-        """Free the slots that are kept, and the mask threads; a mask that is being worked out is not waited for."""
+        """Free the cached slots and stop the mask threads. Does not wait for a mask that is being computed."""
         self._slots.close()
         if self._masks is not None:
             self._masks.shutdown(wait=False, cancel_futures=True)
@@ -109,7 +109,7 @@ class Batch:
                 self._end(job, "timeout", Failed(overdue(job)))
 
     def _decode_or_verify(self, decoding: Sequence[Job]) -> None:
-        """One token for each; or, for a single one whose text repeats itself, as many as a draft gets right."""
+        """Generate one token per job. If a single job runs and its text repeats, verify a draft of several tokens."""
         single = (
             self._speculates and len(decoding) == len(self._live) == 1 and decoding[0].request.mask is None
         )
@@ -144,22 +144,25 @@ class Batch:
         self._take_all([by_lease[lease] for lease in leases], logits)
 
     def _decode_apart(self, decoding: Sequence[Job], error: BaseException) -> None:
-        """After a failed step, which changes no slot: one by one, those that are not the cause go on."""
+        """After a failed step, run the jobs one by one, so that only the cause ends. A failed step changes no slot."""
         if len(decoding) > 1:
             for job in decoding:
                 self._decode([job])
             return
         (job,) = decoding
-        if job.pending is not None:  # its mask may end it before this step is needed
+        if job.pending is not None:  # the mask may end the job, and then this step is not needed
             job.pending.runs_ahead = False
         else:
             self._fail(job, error)
 
     def _verify(self, job: Job, draft: Ids) -> int:
-        """Feed the last token and a draft in one run, and take what would have been taken one by one: the
-        sampler is asked at each position in order, up to the first token that is not the draft's.
+        """Run the last token and a draft in one step of the model.
 
-        Returns how many of the draft were right.
+        The sampler chooses a token at each position, in order, and stops at the first token that differs from the
+        draft. The output therefore equals the output of single steps.
+
+        Returns:
+            The number of accepted draft tokens.
         """
         assert job.lease is not None
         lease, right = job.lease, 0
@@ -192,7 +195,11 @@ class Batch:
                     self._feed(job, count)
 
     def _begun(self, job: Job, before: Sequence[Job]) -> bool:
-        """Give the job a slot with what is known of its prompt, unless waiting will give it more."""
+        """Lease a slot with the longest cached prefix, unless an earlier job will soon offer a longer one.
+
+        Returns:
+            Whether the job has a slot.
+        """
         if job.lease is None and not self._slots.should_wait(
             job.reusable_ids, [other.prompt_ids for other in before]
         ):
@@ -217,7 +224,11 @@ class Batch:
             self._end(job, "length", started)
 
     def _run_prompt(self, job: Job, lease: Lease, count: int) -> Logits:
-        """Run the next part of a prompt, and score it where that is asked; the logits of its last position."""
+        """Run the next ``count`` tokens of a prompt, and score the tokens if the request asks for log-probabilities.
+
+        Returns:
+            Logits of the last position, float32 [vocab].
+        """
         if job.scores is None:
             only: Logits = self._slots.feed(lease, count)[0]
             return only
@@ -239,18 +250,22 @@ class Batch:
     # Tokens, masks and endings ------------------------------------------------------------------
 
     def _take_all(self, jobs: Sequence[Job], logits: Logits) -> None:
-        """The next token of each job by its row; one reduction serves all that take the highest."""
+        """Choose the next token of each job from its row of logits. One argmax serves all greedy jobs."""
         highest = logits.argmax(axis=1).tolist()
         for job, row, token in zip(jobs, logits, highest, strict=True):
-            # argmax finds NaN and infinities first; the sampler says what is wrong with them
+            # argmax returns NaN and infinities first; the sampler raises the error for them
             takes_it = job.continuation.takes_the_highest and math.isfinite(row[token])
-            try:  # as :meth:`_blaming`, which costs a microsecond
+            try:  # like :meth:`_blaming`, but a microsecond faster
                 self._take(job, row, token if takes_it else None)
             except BaseException as error:
                 self._fail(job, error)
 
     def _take(self, job: Job, row: Logits, known: int | None = None) -> None:
-        """The next token by a row of logits, or later where the mask for it is not ready."""
+        """Choose the next token from logits [vocab]. If its mask is not ready, store the logits for later.
+
+        Args:
+            known: the token, if the caller has chosen it already.
+        """
         if job.pending is not None:
             job.pending.logits = row.copy()
             return
@@ -269,7 +284,7 @@ class Batch:
             job.pending.mask.add_done_callback(lambda _: self._wake())
 
     def _settle_masks(self) -> None:
-        """Tell the tokens whose masks are worked out, and take those that waited for them."""
+        """For each mask that is ready: deliver the pending token, and choose the next one if its logits are there."""
         for job in [job for job in self._live if job.settles]:
             with self._blaming(job):
                 self._settle(job)
@@ -294,7 +309,7 @@ class Batch:
 
     @contextmanager
     def _blaming(self, job: Job) -> Iterator[None]:
-        """Whatever fails within ends this job."""
+        """Any error inside the ``with`` block ends this job."""
         try:
             yield
         except BaseException as error:  # a panic in an extension is no Exception
@@ -306,7 +321,7 @@ class Batch:
         self._end(job, "failed", Failed(model_error(error)))
 
     def _end(self, job: Job, outcome: str, event: Event | None = None) -> None:
-        """Give up the slot, whose contents stay for others unless they may be spoilt, and tell the listener."""
+        """Release the slot and tell the listener. The slot's prefix stays cached unless it may be corrupt."""
         self._live.remove(job)
         self._figures.ended(outcome, time.monotonic() - job.admitted_at)
         lease, job.lease = job.lease, None
@@ -330,7 +345,7 @@ def overdue(job: Job) -> DeadlineError:
 
 
 def model_error(error: BaseException) -> ModelError:
-    """What a client is told of a failure within a step: one line."""
+    """The error that the client receives after a failed step; its message has one line."""
     if isinstance(error, Glm4Error):
         return ModelError(str(error))
     if isinstance(error, MemoryError):

@@ -1,4 +1,4 @@
-"""One request on its way: its tokens, its slot, what it waits for, and whom it tells."""
+"""The state of one running request: its tokens, its slot, its pending token and its listener."""
 
 import logging
 import threading
@@ -19,7 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 class Ticket:
-    """A request's return slip. Its listener hears of one end at most, and of nothing after it."""
+    """The caller's handle on a request, and the request's way to its listener.
+
+    The listener receives at most one last event, and no event afterwards.
+    """
 
     def __init__(self, on_event: Callable[[Event], None], wake: Callable[[], None]) -> None:
         self._on_event, self._wake = on_event, wake
@@ -36,47 +39,48 @@ class Ticket:
         return self._held
 
     def hold(self) -> None:
-        """Generate no more for now, from any thread; what one step has begun still comes.
+        """Pause generation; may be called from any thread. Events of the current step still arrive.
 
-        The request keeps its slot, and its deadline does not move.
+        The request keeps its slot, and its deadline stays the same.
         """
         self._held = True
 
     def go_on(self) -> None:
-        """Generate again after :meth:`hold`, from any thread."""
+        """Resume generation after :meth:`hold`; may be called from any thread."""
         self._held = False
         self._wake()
 
     def cancel(self) -> None:
-        """End the request, from any thread; no event comes after this returns, and its slot is free within one step.
+        """End the request; may be called from any thread. Does nothing if the request has ended already.
 
-        Does nothing to a request that has ended.
+        No event arrives after this method returns. The slot is free within one step.
         """
         with self._lock:
             self._cancelled = self._closed = True
         self._wake()
 
     def tell(self, event: Event) -> None:
-        """Deliver an event; a listener that fails has cancelled its request."""
+        """Deliver an event. If the listener raises, the request is cancelled."""
         with self._lock:
             if self._closed:
                 return
             self._closed = event.last
             try:
                 self._on_event(event)
-            except BaseException:  # whatever it is, it is the listener's own
+            except BaseException:  # the listener's error must not end the scheduler
                 logger.exception("a listener failed; its request is cancelled")
                 self._cancelled = self._closed = True
 
 
 @dataclass
 class Pending:
-    """A token that is not told yet, because the mask after it may make it the last.
+    """A token that waits for the mask after it: only this mask shows whether the token is the last one.
 
     Attributes:
-        mask: ends when that mask has been worked out.
-        logits: those of the next token, float32 [vocab], where the model has run ahead of the mask.
-        runs_ahead: whether the model may do so; not again where that failed, as the token may be the last.
+        told: the event with the token, not delivered yet.
+        mask: done when the mask is computed.
+        logits: logits of the next token, float32 [vocab], if the model ran before the mask was ready.
+        runs_ahead: whether the model may run before the mask is ready. False after such a run failed.
     """
 
     told: Generated
@@ -89,10 +93,11 @@ class Job:
     """Prompt and output of one request.
 
     Attributes:
-        scores: of the prompt, filled in as it is taken; None where they were not asked for.
-        buffer: its tokens, and room for all that may follow, int64 [prompt + limit].
-        lease: its slot, from the first token of its prompt to its end.
-        pending: the last token, while the mask after it is being worked out.
+        prompt: number of tokens of the prompt.
+        scores: log-probabilities of the prompt, filled during prefill. None: the request does not ask for them.
+        buffer: tokens of prompt and output, int64 [prompt + limit].
+        lease: the slot, from the start of prefill to the end of the job.
+        pending: the last token, while the mask after it is being computed.
     """
 
     def __init__(self, request: Request, continuation: Continuation, ticket: Ticket) -> None:
@@ -112,7 +117,7 @@ class Job:
 
     @property
     def ids(self) -> Ids:
-        """Prompt and output so far; a view."""
+        """Tokens of the prompt and of the output so far; a view of ``buffer``."""
         return self.buffer[: self._count]
 
     @property
@@ -121,12 +126,13 @@ class Job:
 
     @property
     def reusable_ids(self) -> Ids:
-        """The part of the prompt that may be taken from elsewhere: nothing, where every position is scored."""
+        """The part of the prompt that may come from the prefix cache. Empty if the prompt is scored, because scores
+        need the logits of every position."""
         return self.prompt_ids if self.scores is None else self.prompt_ids[:0]
 
     @property
     def count(self) -> int:
-        """How many tokens of output there are."""
+        """Number of output tokens so far."""
         return self._count - self.prompt
 
     @property
@@ -135,29 +141,29 @@ class Job:
 
     @property
     def fed(self) -> int:
-        """So many of its tokens are in its slot: all but the last one when it is ready to decode."""
+        """Number of tokens in the slot. A job that is ready to decode has all tokens but the last in its slot."""
         return 0 if self.lease is None else self.lease.fed
 
     @property
     def rest(self) -> int:
-        """Tokens of the prompt that are still to be taken."""
+        """Number of prompt tokens that are not in the slot yet."""
         return max(0, self.prompt - self.fed)
 
     @property
     def decodes(self) -> bool:
-        """Whether its next step is to feed the last token."""
+        """Whether the job takes part in the next decode step."""
         held_back = self.pending is not None and not self.pending.runs_ahead
         fed = self._count > self.prompt and self.fed == self._count - 1
         return fed and not held_back and not self.ticket.held
 
     @property
     def settles(self) -> bool:
-        """Whether its mask is ready."""
+        """Whether a token is pending and its mask is ready."""
         return self.pending is not None and self.pending.mask.done()
 
     @property
     def waits(self) -> bool:
-        """Whether nothing can be done for it until its mask is ready, or its listener lets it go on."""
+        """Whether the job can do nothing until its mask is ready or :meth:`Ticket.go_on` is called."""
         return not (self.rest or self.decodes or self.settles)
 
     def append(self, token: int) -> None:

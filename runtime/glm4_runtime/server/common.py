@@ -1,4 +1,4 @@
-"""What the two routes that generate have in common: parameters, usage, and server-sent events."""
+"""Shared parts of the two routes that generate text: sampling parameters, usage, and server-sent events."""
 
 import asyncio
 import contextlib
@@ -35,25 +35,25 @@ P = TypeVar("P", bound="Planned")
 
 
 class Planned(Protocol):
-    """What a request comes to, before anything is generated."""
+    """A request after validation and encoding, before generation."""
 
     @property
     def requests(self) -> Sequence[Request]:
-        """One for each sequence."""
+        """One scheduler request per sequence."""
 
     @property
     def prompts(self) -> Sequence[str]:
-        """As the model sees them, for the log."""
+        """The rendered prompts, for the log."""
 
 
 class Answering(Protocol):
     """The reply to a request, whole or in chunks."""
 
     async def whole(self, http: HttpRequest) -> Response:
-        """All of it at once."""
+        """The complete reply in one response."""
 
     def chunks(self, http: HttpRequest, ending: "Ending") -> AsyncGenerator[dict[str, Any], None]:
-        """As it comes."""
+        """The chunks of a streamed reply, as they are generated."""
 
 
 async def answered(
@@ -63,11 +63,14 @@ async def answered(
     plan: Callable[[Engine, B, float], Awaitable[P]],
     answer: Callable[[Engine, B, P, Job], Answering],
 ) -> Response:
-    """Check, plan off the event loop, generate, and reply as the request asks.
+    """Validate a request, plan it, start generation, and return a whole or streamed reply.
 
     Args:
-        plan: from engine, body and deadline; ends at the deadline.
-        answer: from engine, body, plan and the running job.
+        plan: makes the plan from engine, body and deadline. It is cancelled at the deadline.
+        answer: makes the reply from engine, body, plan and the running job.
+
+    Raises:
+        DeadlineError: the plan was not ready by the deadline.
     """
     engine.require_model(body.model)
     engine.require_running()
@@ -90,10 +93,11 @@ async def answered(
 def sampling_params(
     engine: Engine, body: schema.Sampling, max_tokens: int | None, choice: int, ends: Sequence[int] = ()
 ) -> SamplingParams:
-    """The parameters of one of the request's replies: of several with a seed, each has a seed of its own.
+    """The sampling parameters of one reply.
 
     Args:
-        ends: tokens that end a reply besides the model's own, unless these are ignored.
+        choice: index of the reply. It is added to the seed, so that several replies differ.
+        ends: ids of tokens that end a reply besides the model's EOS tokens. Unused with ``ignore_eos``.
     """
     given = {name: getattr(body, name) for name in _GIVEN_AS_THEY_ARE if getattr(body, name) is not None}
     return SamplingParams(
@@ -116,25 +120,25 @@ def _logit_bias(given: dict[str, float]) -> dict[int, float]:
 
 
 def require_choices(engine: Engine, count: int) -> None:
-    most = min(engine.options.max_choices, engine.options.max_queue)  # they are queued one by one, or none is
+    most = min(engine.options.max_choices, engine.options.max_queue)  # the queue must hold all replies
     if count > most:
         raise ApiError(400, f"{count} replies were asked for; this server gives {most}", param="n")
 
 
 @dataclass(frozen=True)
 class Ending:
-    """What a stream tells in a last chunk without choices, as far as the client asked for it."""
+    """The members that a client asked for in the last chunk of a stream. This chunk has no choices."""
 
     usage: bool = False
     timings: bool = False
 
     @property
     def no_usage(self) -> dict[str, Any]:
-        """Of every chunk before."""
+        """Members of every earlier chunk: OpenAI sends ``usage: null`` there if usage was asked for."""
         return {"usage": None} if self.usage else {}
 
     def chunk(self, usage: "Usage", job: Job) -> dict[str, Any]:
-        """The last chunk's own members; empty where there is no such chunk."""
+        """The members of the last chunk. Empty: the client asked for none, and no such chunk is sent."""
         found: dict[str, Any] = {"choices": []} if self.usage or self.timings else {}
         if self.usage:
             found["usage"] = usage.as_json()
@@ -144,7 +148,7 @@ class Ending:
 
 
 def require_stream_options(body: schema.Sampling) -> Ending:
-    """What the last chunk tells."""
+    """The last chunk's members. Raises :class:`ApiError` if options of a stream come without ``stream``."""
     options = body.stream_options or schema.StreamOptions()
     for name in ("include_usage", "include_timings"):
         if getattr(options, name) and not body.stream:
@@ -165,13 +169,13 @@ def answer_format(asked: Any) -> AnswerFormat | None:
 
 
 class Usage:
-    """The tokens of a request, over all its prompts and replies."""
+    """Numbers of tokens of a request, summed over its prompts and replies."""
 
     def __init__(self) -> None:
         self.prompt = self.cached = self.completion = self.reasoning = 0
 
     def start(self, event: Started, counts: bool) -> None:
-        """``counts`` is False for further replies to one prompt, which OpenAI counts once."""
+        """Count a prompt. ``counts`` is False for further replies to the same prompt: OpenAI counts a prompt once."""
         if counts:
             self.prompt += event.prompt_tokens
             self.cached += event.cached_tokens
@@ -187,7 +191,7 @@ class Usage:
 
 
 def timings(job: Job, usage: Usage) -> dict[str, float | None]:
-    """Seconds to the first token, and the rate of those after it, over all replies; None where there is no such token."""
+    """Seconds to the first token, and tokens per second after it, over all replies. None: too few tokens."""
     if job.first_token is None:
         return {"first_token_seconds": None, "tokens_per_second": None}
     spent, further = job.last_token - job.first_token, usage.completion - 1
@@ -198,7 +202,7 @@ def timings(job: Job, usage: Usage) -> dict[str, float | None]:
 
 
 def note_answer(job: Job, usage: Usage, reasons: list[str | None]) -> None:
-    """Put a request's figures into its line of the log."""
+    """Add token counts, timings and finish reasons to the request's log line."""
     log.record().update(
         prompt_tokens=usage.prompt,
         cached_tokens=usage.cached,
@@ -210,7 +214,7 @@ def note_answer(job: Job, usage: Usage, reasons: list[str | None]) -> None:
 
 @contextlib.asynccontextmanager
 async def watched(http: HttpRequest, job: Job) -> AsyncIterator[None]:
-    """Ends the job as soon as the client has gone, and in any case at the end."""
+    """Abandon the job if the client disconnects, and close the job at the end of the ``with`` block."""
 
     async def watch() -> None:
         while (await http.receive())["type"] != "http.disconnect":
@@ -226,7 +230,7 @@ async def watched(http: HttpRequest, job: Job) -> AsyncIterator[None]:
 
 
 async def event_stream(chunks: AsyncGenerator[dict[str, Any], None]) -> StreamingResponse:
-    """Server-sent events. What fails before the first chunk is raised, and so gets a status of its own."""
+    """A response of server-sent events. An error before the first chunk is raised, so that it sets the HTTP status."""
     first = await anext(chunks)
 
     async def lines() -> AsyncIterator[bytes]:

@@ -1,4 +1,4 @@
-"""What all routes share: one opened bundle, its scheduler or worker thread, and the way to ask them."""
+"""The engine that all routes share: one open bundle, and its scheduler or worker thread."""
 
 import asyncio
 import contextlib
@@ -34,17 +34,23 @@ class Engine:
     """
     Attributes:
         name: the model's name in the API.
-        tokenizer: of the bundle; serving text needs one.
-        conversation: the chat template; None where the bundle has none.
-        turn_ends: ids at which the chat template ends the model's turn, beyond the model's own end tokens.
-        ends: those and the model's own.
-        turn_token: the id of ``<|assistant|>``; None where the tokenizer has none.
-        defaults: sampling parameters that a request leaves open.
-        draining: whether new requests are turned away because the server is about to end.
+        tokenizer: the bundle's tokenizer.
+        conversation: renders the chat template. None: the bundle has no template, or does not generate.
+        turn_ends: ids of tokens that end the model's turn in the chat template, without the model's EOS tokens.
+        ends: ids of the model's EOS tokens, followed by ``turn_ends``.
+        turn_token: the id of ``<|assistant|>``. None: the tokenizer has no such token.
+        defaults: values of the sampling parameters that a request does not set.
+        draining: whether the server shuts down and refuses new requests.
     """
 
     def __init__(self, session: Session, options: ServerOptions, scheduler: Scheduler | None = None) -> None:
-        """``scheduler`` for a causal-LM session; made, and started by :meth:`start`, where None."""
+        """
+        Args:
+            scheduler: runs the requests of a causal LM. None: the engine makes one. :meth:`start` starts it.
+
+        Raises:
+            BundleError: the bundle has no tokenizer.
+        """
         if session.tokenizer is None:
             raise BundleError(
                 f"{session.folder} has no tokenizer.json; add it to the checkpoint and export again"
@@ -88,10 +94,10 @@ class Engine:
             self._scheduler.start()
 
     def drain(self, at_once: bool = False) -> None:
-        """Turn new requests away, and end the running ones after the time they are given; returns at once.
+        """Refuse new requests, and end the running ones after ``drain_timeout`` seconds. Returns at once.
 
         Args:
-            at_once: give the running ones no time. May follow a call that gave them some.
+            at_once: end the running requests now. Allowed after an earlier call without ``at_once``.
         """
         if self._drain is None or (at_once and not self._hurried):
             self.draining, self._hurried = True, at_once
@@ -101,19 +107,19 @@ class Engine:
 
     @property
     def drained(self) -> bool:
-        """Whether :meth:`drain` was called and nothing runs any more."""
+        """Whether :meth:`drain` was called and all requests have ended."""
         return self._drain is not None and not self._drain.is_alive()
 
     @property
     def load(self) -> dict[str, Any]:
-        """How many requests run and wait."""
+        """Numbers of running and waiting requests."""
         stats = self._stats()
         if stats is None:
             return {"waiting": self._waiting}
         return {"active": stats.active, "queued": stats.queued}
 
     def close(self) -> None:
-        """Wait for :meth:`drain`, and free the session."""
+        """Call :meth:`drain`, wait until it is done, and close the session."""
         self.drain()
         assert self._drain is not None
         self._drain.join()
@@ -132,7 +138,7 @@ class Engine:
     # Asking -------------------------------------------------------------------------------------
 
     def require_model(self, name: str | None) -> None:
-        """Raises :class:`ApiError` unless ``name`` is this model (None is)."""
+        """Raises :class:`ApiError` (404) if ``name`` is another model. None means this model."""
         if name is not None and name != self.name:
             raise ApiError(
                 404,
@@ -146,21 +152,21 @@ class Engine:
             raise ApiError(503, "the server is shutting down", retry_after=self.options.drain_timeout)
 
     def require_grammars(self) -> GrammarCompiler:
-        """For everything that generates. Raises :class:`ApiError` for a bundle of another task."""
+        """The grammar compiler. Raises :class:`ApiError` (400) if the bundle does not generate text."""
         if self.grammars is None:
             task = self.session.manifest.task
             raise ApiError(400, f"this server's bundle was exported for {task} and does not generate text")
         return self.grammars
 
     def require_prompt(self, ids: Sequence[int]) -> None:
-        """Raises :class:`ApiError` for a prompt that is empty or longer than the server takes."""
+        """Raises :class:`ApiError` (400) if the prompt is empty or longer than :attr:`prompt_limit`."""
         if len(ids) > self.prompt_limit:
             raise self._too_long(str(len(ids)))
         if not ids:
             raise ApiError(400, "the prompt is empty: it needs at least one token")
 
     def require_room(self, ids: Sequence[int]) -> None:
-        """Raises :class:`ApiError` for a prompt after which no token fits."""
+        """Raises :class:`ApiError` (400) if the prompt fills the whole context, so that no token can follow."""
         if len(ids) >= self.session.max_seq_len:
             raise ApiError(
                 400,
@@ -171,7 +177,7 @@ class Engine:
 
     @property
     def prompt_limit(self) -> int:
-        """Tokens of the longest prompt."""
+        """Most tokens of a prompt."""
         longest = self.session.max_seq_len
         return min(self.options.max_prompt_tokens or longest, longest)
 
@@ -183,23 +189,23 @@ class Engine:
         )
 
     async def prepare(self, work: Callable[[], T], slow: bool = False) -> T:
-        """Run what takes a while (rendering, encoding, compiling a grammar) off the event loop.
+        """Run work that would block the event loop, such as encoding or compiling a grammar, on a thread.
 
         Args:
-            slow: whether it may take long, so that quick work must not wait for it.
+            slow: the work may take long. Slow work has its own threads, so that quick work does not wait.
         """
         return await self._lanes.run(work, slow)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """The ids of a prompt. A text that is certainly too long is refused before it is encoded.
+        """The token ids of a prompt. A text that is surely too long is refused before encoding.
 
         Raises:
-            ApiError: longer than the server takes, or empty.
+            ApiError: the prompt is empty or longer than :attr:`prompt_limit`.
         """
         return self._encoded(text, lambda: self.tokenizer.encode(text, add_special_tokens))
 
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
-        """The ids of a conversation's prompt; otherwise as :meth:`encode`."""
+        """The token ids of a conversation's prompt. Raises the errors of :meth:`encode`."""
         return self._encoded(prompt.text, lambda: self.tokenizer.encode_prompt(prompt))
 
     def _encoded(self, text: str, encode: Callable[[], list[int]]) -> tuple[int, ...]:
@@ -216,19 +222,28 @@ class Engine:
         tools: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
     ) -> Prompt:
-        """The prompt of a conversation, rendered off the event loop. There must be a template."""
+        """The prompt of a conversation, rendered on a thread. Requires that the bundle has a chat template."""
         conversation = self.conversation
         assert conversation is not None
         return await self._lanes.render(lambda: conversation.render(messages, tools, add_generation_prompt))
 
     def generate(self, requests: Sequence[Request]) -> "Job":
-        """Start all requests, or none. Raises what the scheduler raises."""
+        """Start all requests, or none. Raises the errors of :meth:`Scheduler.submit`."""
         self.require_running()
         assert self._scheduler is not None
         return Job(self._scheduler, requests, self.metrics, self._unread)
 
     async def pooled(self, work: Callable[[], T], deadline: float) -> T:
-        """Run ``work`` on the session's only thread, in turn."""
+        """Run ``work`` (embedding or classification) on the session's only thread, in order of arrival.
+
+        Args:
+            deadline: on the clock of ``time.monotonic()``.
+
+        Raises:
+            ApiError: the queue is full, or the server shuts down.
+            DeadlineError: the work was not done by the deadline.
+            RequestError: the bundle generates text.
+        """
         self.require_running()
         if self._worker is None:
             raise RequestError("this server's bundle generates text and neither embeds nor classifies")
@@ -245,11 +260,11 @@ class Engine:
 
 
 class ClientGoneError(Exception):
-    """The client closed the connection before its answer was ready: nobody is left to answer."""
+    """The client closed the connection before the answer was ready."""
 
 
 class Job:
-    """The sequences of one request while they are generated."""
+    """The running sequences of one HTTP request."""
 
     def __init__(
         self,
@@ -275,10 +290,11 @@ class Job:
             raise
 
     async def events(self) -> AsyncIterator[tuple[int, Started | Generated]]:
-        """Each sequence's number and what happened to it, until all have ended.
+        """Yield (index of the sequence, event) until all sequences have ended.
 
-        Raises the error of the first one that fails, and ends the others then; :class:`ClientGoneError` where
-        the job was abandoned.
+        Raises:
+            ClientGoneError: the job was abandoned.
+            Glm4Error: the error of the first sequence that fails. The other sequences are cancelled.
         """
         while self._open:
             entry = await self._events.get()
@@ -301,39 +317,39 @@ class Job:
 
     @property
     def last_token(self) -> float:
-        """``time.perf_counter()`` at the last token; ``began`` where there is none."""
+        """``time.perf_counter()`` at the last token, or ``began`` before the first token."""
         return max(self._last)
 
     def end(self, index: int) -> None:
-        """Take no more of this sequence."""
+        """Cancel one sequence and ignore its further events."""
         self._open.discard(index)
         self._tickets[index].cancel()
 
     def cancel(self) -> None:
-        """Free the slots of what still runs."""
+        """Cancel all sequences; their slots become free."""
         for ticket in self._tickets:
             ticket.cancel()
 
     def close(self) -> None:
-        """Cancel, and forget the events that nobody will take."""
+        """Cancel, and remove unread events from the count of unread tokens."""
         self.cancel()
         self._unread.close(self._tickets)
 
     def abandon(self) -> None:
-        """Cancel, and let whoever waits for events know."""
+        """Cancel, and make :meth:`events` raise :class:`ClientGoneError`."""
         self.cancel()
         self._events.put_nowait(None)
 
     def _cause(self, index: int, error: Glm4Error) -> Glm4Error:
-        """A grammar that grew too costly is the request's own fault, not the model's."""
+        """The error to report. If the grammar became too expensive, the request is at fault and not the model."""
         mask = self._requests[index].mask
         failure = mask.failure if isinstance(mask, GrammarMask) else None
         return error if failure is None else RequestError(failure)
 
     def _receiver(self, index: int) -> Callable[[Event], None]:
-        def receive(event: Event) -> None:  # on the scheduler's thread
+        def receive(event: Event) -> None:  # runs on the scheduler's thread
             self._unread.put(event, self._tickets[index] if index < len(self._tickets) else None)
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            with contextlib.suppress(RuntimeError):  # the event loop is closed, so no reader is left
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         return receive

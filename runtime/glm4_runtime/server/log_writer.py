@@ -1,4 +1,4 @@
-"""Lines for stderr, written by a thread of its own: a reader that stops reading holds up nobody else."""
+"""Writes log lines to stderr from a separate thread, so that a slow reader of stderr does not block the server."""
 
 import contextlib
 import os
@@ -7,28 +7,32 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-# Characters that wait for the reader. Lines beyond them are dropped.
+# Most characters in the queue. Further lines are dropped.
 _MOST_WAITING = 4 * 2**20
 
 
 class LogWriter:
-    """Usable from any thread. The thread starts with the first line.
+    """A queue of log lines and the thread that writes them. All methods may be called from any thread.
 
     Attributes:
-        dropped: lines that were dropped since the start.
+        dropped: number of lines dropped so far.
     """
 
     def __init__(self, tell: Callable[[int], str], most: int = _MOST_WAITING) -> None:
-        """``tell`` makes the line that says how many lines were dropped before the next one."""
+        """
+        Args:
+            tell: makes a log line from the number of lines dropped since the last written line.
+            most: limit of the queue, in characters.
+        """
         self.dropped = 0
         self._tell, self._most, self._waiting = tell, most, 0
-        self._told = 0  # of the dropped lines, those that a line of the log tells of
+        self._told = 0  # number of dropped lines that the log has reported
         self._lines: deque[str] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def write(self, line: str) -> None:
-        """Hand on a line, without its end; returns at once. Drops the line where too much waits already."""
+        """Queue a line without its newline, and return at once. If the queue is full, the line is dropped."""
         with self._changed:
             if self._waiting + len(line) > self._most:
                 self.dropped += 1
@@ -41,7 +45,7 @@ class LogWriter:
                 self._thread.start()
 
     def flush(self, seconds: float) -> bool:
-        """Wait until all lines are written, for at most so long; whether they are."""
+        """Wait at most ``seconds`` until all lines are written; returns whether they are."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting, seconds)
 
@@ -60,13 +64,13 @@ class LogWriter:
 
 
 def _write(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # closed, or the reader has gone
+    with contextlib.suppress(OSError, ValueError):  # stderr is closed, or its reader has ended
         try:
             target = sys.stderr.fileno()
-        except (OSError, ValueError):  # something else stands in for a file
+        except (OSError, ValueError):  # stderr was replaced by an object without a file descriptor
             print(line, file=sys.stderr, flush=True)
             return
-        # Past Python's buffer, whose lock would be waited for at the end of the process.
+        # os.write avoids the lock of Python's buffer: the process would wait for this lock when it exits.
         data = f"{line}\n".encode("utf-8", "backslashreplace")
         while data:
             data = data[os.write(target, data) :]

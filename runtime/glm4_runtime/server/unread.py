@@ -1,24 +1,24 @@
-"""Tokens that clients have not read yet: how many may wait, for one request and for all together."""
+"""Counts generated tokens that clients have not read, and pauses requests if the count is too high."""
 
 import threading
 
 from glm4_runtime.scheduler import Event, Generated, Ticket
 
-# Tokens of all requests, each of ``top_logprobs`` counted: some 100 MB.
+# Most unread tokens of all requests; each entry of ``top_logprobs`` counts as a token. About 100 MB.
 _MOST = 2**18
-# A request with fewer is never held.
+# A request with fewer unread tokens is never paused.
 _FEW = 2048
 
 
 class Unread:
-    """What waits for all clients. Where it is too much, requests with much of it generate no more for now.
+    """Unread tokens of all clients. Above ``most``, requests with more than ``few`` unread tokens are paused.
 
-    Events are put on the scheduler's thread, and taken on the event loop.
+    The scheduler's thread adds to ``put``; the event loop adds to ``taken``.
     """
 
     def __init__(self, most: int = _MOST, few: int = _FEW) -> None:
         self.most, self.few = most, few
-        self.put = self.taken = 0  # each has one writer
+        self.put = self.taken = 0  # only one thread writes each counter
         self._held: set[Ticket] = set()
         self._lock = threading.Lock()
 
@@ -27,7 +27,7 @@ class Unread:
         return self.put - self.taken > self.most
 
     def hold(self, ticket: Ticket) -> None:
-        """Hold a request until its client, or others, have read enough."""
+        """Pause a request until its own client, or the other clients, have read enough."""
         with self._lock:
             self._held.add(ticket)
             ticket.hold()
@@ -46,12 +46,12 @@ class Unread:
 
 
 def size(event: Event) -> int:
-    """What an unread event counts: one for the token, and one for each likeliest token beside it."""
+    """The tokens that an event counts for: its token and each entry of its ``top_logprobs``."""
     return 1 + len(event.top) if isinstance(event, Generated) else 1
 
 
 class UnreadOfOne:
-    """What waits for one client."""
+    """Unread tokens of one HTTP request."""
 
     def __init__(self, everyone: Unread) -> None:
         self._everyone = everyone
@@ -59,7 +59,7 @@ class UnreadOfOne:
         self._closed = False
 
     def put(self, event: Event, ticket: Ticket | None) -> None:
-        """Count an event before it is handed on, so that whoever takes the event finds its request held."""
+        """Count an event. Must run before the event is queued, so that the reader sees the pause and can end it."""
         count = size(event)
         self._put += count
         self._everyone.put += count
@@ -76,7 +76,7 @@ class UnreadOfOne:
                     self._everyone.let_go(ticket)
 
     def close(self, tickets: list[Ticket]) -> None:
-        """Forget what nobody will read. The request is over, and nothing is put any more."""
+        """Remove this request's unread tokens from the total. Requires that :meth:`put` is not called any more."""
         if not self._closed:
             self._closed = True
             for ticket in tickets:

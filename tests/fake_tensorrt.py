@@ -92,7 +92,11 @@ def make_engine_bundle(
         float32={},
         built_from={},
     )
-    files = {**manifest.files, ENGINE: file_entry(folder / ENGINE)}
+    # The graph of an engine's bundle is native; another one stands for the engine alone.
+    kept = {
+        name: entry for name, entry in manifest.files.items() if name != GRAPH or manifest.dialect == "native"
+    }
+    files = {**kept, ENGINE: file_entry(folder / ENGINE)}
     made = dataclasses.replace(
         manifest,
         dialect=kind,

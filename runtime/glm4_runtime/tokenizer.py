@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -196,7 +197,8 @@ def _try(file: Path) -> None:
 
     worker = Worker("glm4_runtime.workers.tokenizer_trials", TaskLimits(**_TRIAL))
     try:
-        wrong = worker.ask(frames.encode(str(file)))
+        # The worker may have another locale, so it gets the bytes of the path.
+        wrong = worker.ask(frames.encode(os.fsencode(file).decode("latin-1")))
     except WorkerError as error:
         wrong = f"the library that reads it fails: {error}"
     finally:

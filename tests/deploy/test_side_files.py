@@ -16,8 +16,8 @@ from glm4_runtime import Session
 from glm4_runtime.bundle import read_manifest
 from glm4_runtime.chat_prompts import ChatPrompts
 from glm4_runtime.errors import BundleError, CheckpointError, ConfigError, Glm4Error
-from glm4_runtime.server.engine import Engine
 from glm4_runtime.server.options import ServerOptions
+from glm4_runtime.server.served_model import ServedModel
 from glm4_runtime.side_files import check_bundle
 
 DEMO = Path(__file__).parents[2] / "demo" / "glm4-tiny"
@@ -231,7 +231,7 @@ def test_a_bundle_is_checked_again_when_it_is_opened(bundle, name):
 def test_a_server_refuses_a_template_of_another_tokenizer(bundle):
     edit(bundle, "tokenizer.json", added_tokens=renamed("<|user|>", "<|human|>"))
     with Session.open(rehash(bundle)) as session, pytest.raises(BundleError, match=r"writes <\|user\|>"):
-        Engine(session, ServerOptions())
+        ServedModel(session, ServerOptions())
 
 
 def test_the_ends_of_a_bundle_are_those_of_its_manifest(bundle):

@@ -20,10 +20,10 @@ from starlette.responses import HTMLResponse, Response
 from glm4_runtime.errors import Glm4Error
 from glm4_runtime.server import chat, completions, log, pooled, schema, tokens
 from glm4_runtime.server.bodies import Bodies
-from glm4_runtime.server.engine import Engine
 from glm4_runtime.server.errors import ApiError, Json, api_error, error_response
 from glm4_runtime.server.guard import Guarded, Recorded
 from glm4_runtime.server.proxy import Prefixed, shared_with
+from glm4_runtime.server.served_model import ServedModel
 
 _PAGE = "page.html"
 # Maximum seconds between two pieces of a body.
@@ -44,20 +44,20 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(engine: Engine) -> FastAPI:
-    """The application for an engine; starts and closes the engine."""
+def create_app(served: ServedModel) -> FastAPI:
+    """The application of a served model; starts and closes the model."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        engine.start()
+        served.start()
         yield
-        await asyncio.to_thread(engine.close)
+        await asyncio.to_thread(served.close)
 
     app = FastAPI(
         title="glm4-deploy",
         description="A GLM-4-0414 bundle behind OpenAI's API.",
         lifespan=lifespan,
-        servers=[{"url": engine.options.path_prefix}] if engine.options.path_prefix else None,
+        servers=[{"url": served.options.path_prefix}] if served.options.path_prefix else None,
         docs_url=None,  # these pages load their scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
@@ -68,63 +68,63 @@ def create_app(engine: Engine) -> FastAPI:
             HTTPException: _http_error,
         },
     )
-    _add_api(app, engine)
-    _add_operations(app, engine)
+    _add_api(app, served)
+    _add_operations(app, served)
     document = app.openapi
     app.openapi = lambda: _without_422(document())  # type: ignore[method-assign]
     paths = [route.path for route in app.routes if hasattr(route, "path")]
-    app.user_middleware = _middleware(engine, paths)
+    app.user_middleware = _middleware(served, paths)
     return app
 
 
-def _middleware(engine: Engine, paths: list[str]) -> list[Middleware]:
+def _middleware(served: ServedModel, paths: list[str]) -> list[Middleware]:
     """The middleware in the order in which a request passes it."""
-    options = engine.options
+    options = served.options
     bodies = Bodies(options.max_body_bytes, options.body_timeout, min(options.body_timeout, _LONGEST_SILENCE))
     return [
         *([Middleware(Prefixed, prefix=options.path_prefix)] if options.path_prefix else []),
-        Middleware(Recorded, engine=engine, routes=paths),
+        Middleware(Recorded, served=served, routes=paths),
         *shared_with(options.allow_origins),
         Middleware(Guarded, api_keys=options.api_keys, host_names=options.host_names, bodies=bodies),
     ]
 
 
-def _add_api(app: FastAPI, engine: Engine) -> None:
+def _add_api(app: FastAPI, served: ServedModel) -> None:
     @app.post("/v1/chat/completions", tags=["openai"], summary="Answer a conversation.")
     async def chat_completions(body: schema.ChatRequest, request: Request) -> Response:
-        return await chat.chat(engine, body, request)
+        return await chat.chat(served, body, request)
 
     @app.post("/v1/completions", tags=["openai"], summary="Continue a text.")
     async def text_completions(body: schema.CompletionRequest, request: Request) -> Response:
-        return await completions.complete(engine, body, request)
+        return await completions.complete(served, body, request)
 
     @app.post("/v1/embeddings", tags=["openai"], summary="A vector for each text (encoder bundles).")
     async def embeddings(body: schema.EmbeddingRequest) -> Response:
-        return await pooled.embed(engine, body)
+        return await pooled.embed(served, body)
 
     @app.post("/v1/classify", tags=["more"], summary="Labels for each text (classification bundles).")
     async def classify(body: schema.ClassifyRequest) -> Response:
-        return await pooled.classify(engine, body)
+        return await pooled.classify(served, body)
 
     @app.get("/v1/models", tags=["openai"], summary="The one model that is here.")
     async def models() -> Response:
-        return Json({"object": "list", "data": [_model(engine)]})
+        return Json({"object": "list", "data": [_model(served)]})
 
     @app.get("/v1/models/{name:path}", tags=["openai"], summary="One model.")
     async def model(name: str) -> Response:
-        engine.require_model(name)
-        return Json(_model(engine))
+        served.require_model(name)
+        return Json(_model(served))
 
     @app.post("/tokenize", tags=["more"], summary="The tokens of a text or a conversation.")
     async def tokenize(body: schema.TokenizeRequest) -> Response:
-        return await tokens.tokenize(engine, body)
+        return await tokens.tokenize(served, body)
 
     @app.post("/detokenize", tags=["more"], summary="The text of tokens.")
     async def detokenize(body: schema.DetokenizeRequest) -> Response:
-        return await tokens.detokenize(engine, body)
+        return await tokens.detokenize(served, body)
 
 
-def _add_operations(app: FastAPI, engine: Engine) -> None:
+def _add_operations(app: FastAPI, served: ServedModel) -> None:
     page = files("glm4_runtime.server").joinpath(_PAGE).read_text("utf-8")
     page_headers = {
         "Content-Security-Policy": _content_security_policy(page),
@@ -143,22 +143,22 @@ def _add_operations(app: FastAPI, engine: Engine) -> None:
     @app.get("/health", tags=["operations"], summary="Whether new requests are taken.")
     @app.get("/health/ready", tags=["operations"], summary="Whether new requests are taken.")
     async def ready() -> Response:
-        engine.require_running()
+        served.require_running()
         return Json({"status": "ready"})
 
     @app.get("/metrics", tags=["operations"], summary="Figures for Prometheus.")
     async def metrics() -> Response:
-        return Response(engine.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        return Response(served.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _model(engine: Engine) -> dict[str, Any]:
+def _model(served: ServedModel) -> dict[str, Any]:
     return {
-        "id": engine.name,
+        "id": served.name,
         "object": "model",
-        "created": engine.created,
+        "created": served.created,
         "owned_by": "glm4-deploy",
-        "max_model_len": engine.session.max_seq_len,
-        "task": engine.session.manifest.task,
+        "max_model_len": served.session.max_seq_len,
+        "task": served.session.manifest.task,
     }
 
 

@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 
 from starlette.types import Message, Receive
 
-from glm4_runtime.server.engine import ClientGoneError
 from glm4_runtime.server.errors import ApiError
+from glm4_runtime.server.served_model import ClientGoneError
 
 # uvicorn buffers this much of each connection anyway.
 SMALL = 64 * 2**10

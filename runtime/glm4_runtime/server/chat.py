@@ -24,10 +24,10 @@ from glm4_runtime.server.common import (
     watched,
 )
 from glm4_runtime.server.conversation import definitions
-from glm4_runtime.server.engine import Engine, Job
 from glm4_runtime.server.errors import ApiError, Json
 from glm4_runtime.server.messages import Tool
 from glm4_runtime.server.reply import Delta, Reply
+from glm4_runtime.server.served_model import RunningReplies, ServedModel
 from glm4_runtime.structured import MAX_CALLS, Function, ReplyFormat
 
 _ANY_ARGUMENTS = {"type": "object"}
@@ -65,37 +65,37 @@ class Offer:
         )
 
 
-async def chat(engine: Engine, body: schema.ChatRequest, http: HttpRequest) -> Response:
-    return await answered(engine, body, http, _plan, ChatAnswer)
+async def chat(served: ServedModel, body: schema.ChatRequest, http: HttpRequest) -> Response:
+    return await answered(served, body, http, _plan, ChatAnswer)
 
 
-async def _plan(engine: Engine, body: schema.ChatRequest, deadline: float) -> ChatPlan:
-    engine.require_grammars()
-    if engine.conversation is None:
+async def _plan(served: ServedModel, body: schema.ChatRequest, deadline: float) -> ChatPlan:
+    served.require_grammars()
+    if served.conversation is None:
         raise ApiError(400, "this model has no chat template; use /v1/completions")
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs goes with logprobs", param="top_logprobs")
     count = body.n or 1
-    require_choices(engine, count)
+    require_choices(served, count)
     offer = _offer(body)
-    prompt = await engine.rendered(body.messages, definitions(offer.tools))
-    return await engine.prepare(lambda: _planned(engine, body, deadline, offer, prompt), slow=body.has_form)
+    prompt = await served.rendered(body.messages, definitions(offer.tools))
+    return await served.prepare(lambda: _planned(served, body, deadline, offer, prompt), slow=body.has_form)
 
 
 def _planned(
-    engine: Engine, body: schema.ChatRequest, deadline: float, offer: Offer, rendered: Prompt
+    served: ServedModel, body: schema.ChatRequest, deadline: float, offer: Offer, rendered: Prompt
 ) -> ChatPlan:
-    grammars, count, max_tokens = engine.require_grammars(), body.n or 1, _max_tokens(body)
-    ids, prompt = engine.encode_prompt(rendered), rendered.text
-    engine.require_room(ids)
+    grammars, count, max_tokens = served.require_grammars(), body.n or 1, _max_tokens(body)
+    ids, prompt = served.encode_prompt(rendered), rendered.text
+    served.require_room(ids)
     inside = begins_inside(prompt)
     max_calls = 1 if body.parallel_tool_calls is False else None
-    form = _form(engine, body, offer, max_calls or MAX_CALLS)
+    form = _form(served, body, offer, max_calls or MAX_CALLS)
     mask = None if form is None else grammars.compile(form, inside)
     requests = [
         Request(
             prompt_ids=ids,
-            params=sampling_params(engine, body, max_tokens, choice, engine.turn_ends),
+            params=sampling_params(served, body, max_tokens, choice, served.turn_ends),
             logprobs=bool(body.logprobs),
             top_logprobs=body.top_logprobs or 0,
             mask=mask if mask is None or choice == 0 else mask.copy(),
@@ -109,8 +109,8 @@ def _planned(
             functions=offer.names,
             calls_anywhere=form is None,
             max_calls=max_calls,
-            turn_token=engine.turn_token,
-            ends=engine.ends,
+            turn_token=served.turn_token,
+            ends=served.ends,
             token_bytes=grammars.token_bytes if body.logprobs else None,
         )
         for _ in range(count)
@@ -153,26 +153,28 @@ def _offer(body: schema.ChatRequest) -> Offer:
     return Offer(tools, tools, required=choice == "required")
 
 
-def _form(engine: Engine, body: schema.ChatRequest, offer: Offer, max_calls: int) -> ReplyFormat | None:
+def _form(served: ServedModel, body: schema.ChatRequest, offer: Offer, max_calls: int) -> ReplyFormat | None:
     """The format of the reply; None if it is free."""
     answer = answer_format(body.response_format)
     if answer is None and not offer.required and not offer.strict:
         return None
-    enveloped = engine.conversation is not None and engine.conversation.traits.enveloped
+    enveloped = served.conversation is not None and served.conversation.traits.enveloped
     return ReplyFormat(answer, offer.functions, offer.required, max_calls, enveloped=enveloped)
 
 
 class ChatAnswer:
     """The answer to one request, whole or in chunks."""
 
-    def __init__(self, engine: Engine, body: schema.ChatRequest, plan: ChatPlan, job: Job) -> None:
-        self._engine, self._plan, self._job = engine, plan, job
+    def __init__(
+        self, served: ServedModel, body: schema.ChatRequest, plan: ChatPlan, job: RunningReplies
+    ) -> None:
+        self._served, self._plan, self._job = served, plan, job
         self._with_logprobs = bool(body.logprobs)
         self._usage = Usage()
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": engine.name,
+            "model": served.name,
         }
 
     async def whole(self, http: HttpRequest) -> Json:
@@ -231,5 +233,5 @@ class ChatAnswer:
         self._usage.completion = sum(reply.tokens for reply in replies)
         self._usage.reasoning = sum(reply.thought_tokens for reply in replies)
         note_answer(self._job, self._usage, [reply.finish_reason for reply in replies])
-        if self._engine.options.log_prompts:
+        if self._served.options.log_prompts:
             log.record()["answers"] = [reply.message for reply in replies]

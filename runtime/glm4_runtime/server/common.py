@@ -14,8 +14,8 @@ from glm4_runtime.errors import DeadlineError
 from glm4_runtime.sampling import SamplingParams
 from glm4_runtime.scheduler import Request, Started
 from glm4_runtime.server import log, schema
-from glm4_runtime.server.engine import ClientGoneError, Engine, Job
 from glm4_runtime.server.errors import ApiError, api_error, encode
+from glm4_runtime.server.served_model import ClientGoneError, RunningReplies, ServedModel
 from glm4_runtime.structured import AnswerFormat
 
 _GIVEN_AS_THEY_ARE = (
@@ -57,41 +57,41 @@ class Answering(Protocol):
 
 
 async def answered(
-    engine: Engine,
+    served: ServedModel,
     body: B,
     http: HttpRequest,
-    plan: Callable[[Engine, B, float], Awaitable[P]],
-    answer: Callable[[Engine, B, P, Job], Answering],
+    plan: Callable[[ServedModel, B, float], Awaitable[P]],
+    answer: Callable[[ServedModel, B, P, RunningReplies], Answering],
 ) -> Response:
     """Validate a request, plan it, start generation, and return a whole or streamed reply.
 
     Args:
-        plan: makes the plan from engine, body and deadline. It is cancelled at the deadline.
-        answer: makes the reply from engine, body, plan and the running job.
+        plan: makes the plan from the served model, body and deadline. It is cancelled at the deadline.
+        answer: makes the reply from the served model, body, plan and the running replies.
 
     Raises:
         DeadlineError: the plan was not ready by the deadline.
     """
-    engine.require_model(body.model)
-    engine.require_running()
-    deadline = time.monotonic() + engine.options.request_timeout
+    served.require_model(body.model)
+    served.require_running()
+    deadline = time.monotonic() + served.options.request_timeout
     ending = require_stream_options(body)
     try:
-        async with asyncio.timeout(engine.options.request_timeout):
-            planned = await plan(engine, body, deadline)
+        async with asyncio.timeout(served.options.request_timeout):
+            planned = await plan(served, body, deadline)
     except TimeoutError as error:
         raise DeadlineError("the request was not prepared by its deadline") from error
     log.record()["user"] = body.user or body.safety_identifier
-    if engine.options.log_prompts:
+    if served.options.log_prompts:
         log.record()["prompts"] = list(planned.prompts)
-    reply = answer(engine, body, planned, engine.generate(planned.requests))
+    reply = answer(served, body, planned, served.generate(planned.requests))
     if body.stream:
         return await event_stream(reply.chunks(http, ending))
     return await reply.whole(http)
 
 
 def sampling_params(
-    engine: Engine, body: schema.Sampling, max_tokens: int | None, choice: int, ends: Sequence[int] = ()
+    served: ServedModel, body: schema.Sampling, max_tokens: int | None, choice: int, ends: Sequence[int] = ()
 ) -> SamplingParams:
     """The sampling parameters of one reply.
 
@@ -101,7 +101,7 @@ def sampling_params(
     """
     given = {name: getattr(body, name) for name in _GIVEN_AS_THEY_ARE if getattr(body, name) is not None}
     return SamplingParams(
-        **engine.defaults | given,
+        **served.defaults | given,
         logit_bias=_logit_bias(body.logit_bias or {}),
         seed=None if body.seed is None else body.seed + choice,
         ignore_eos=bool(body.ignore_eos),
@@ -119,8 +119,8 @@ def _logit_bias(given: dict[str, float]) -> dict[int, float]:
     return {int(name): value for name, value in given.items()}
 
 
-def require_choices(engine: Engine, count: int) -> None:
-    most = min(engine.options.max_choices, engine.options.max_queue)  # the queue must hold all replies
+def require_choices(served: ServedModel, count: int) -> None:
+    most = min(served.options.max_choices, served.options.max_queue)  # the queue must hold all replies
     if count > most:
         raise ApiError(400, f"{count} replies were asked for; this server gives {most}", param="n")
 
@@ -137,7 +137,7 @@ class Ending:
         """Members of every earlier chunk: OpenAI sends ``usage: null`` there if usage was asked for."""
         return {"usage": None} if self.usage else {}
 
-    def chunk(self, usage: "Usage", job: Job) -> dict[str, Any]:
+    def chunk(self, usage: "Usage", job: RunningReplies) -> dict[str, Any]:
         """The members of the last chunk. Empty: the client asked for none, and no such chunk is sent."""
         found: dict[str, Any] = {"choices": []} if self.usage or self.timings else {}
         if self.usage:
@@ -190,7 +190,7 @@ class Usage:
         }
 
 
-def timings(job: Job, usage: Usage) -> dict[str, float | None]:
+def timings(job: RunningReplies, usage: Usage) -> dict[str, float | None]:
     """Seconds to the first token, and tokens per second after it, over all replies. None: too few tokens."""
     if job.first_token is None:
         return {"first_token_seconds": None, "tokens_per_second": None}
@@ -201,7 +201,7 @@ def timings(job: Job, usage: Usage) -> dict[str, float | None]:
     }
 
 
-def note_answer(job: Job, usage: Usage, reasons: list[str | None]) -> None:
+def note_answer(job: RunningReplies, usage: Usage, reasons: list[str | None]) -> None:
     """Add token counts, timings and finish reasons to the request's log line."""
     log.record().update(
         prompt_tokens=usage.prompt,
@@ -213,7 +213,7 @@ def note_answer(job: Job, usage: Usage, reasons: list[str | None]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def watched(http: HttpRequest, job: Job) -> AsyncIterator[None]:
+async def watched(http: HttpRequest, job: RunningReplies) -> AsyncIterator[None]:
     """Abandon the job if the client disconnects, and close the job at the end of the ``with`` block."""
 
     async def watch() -> None:

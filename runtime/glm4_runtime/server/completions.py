@@ -23,10 +23,10 @@ from glm4_runtime.server.common import (
     sampling_params,
     watched,
 )
-from glm4_runtime.server.engine import Engine, Job
 from glm4_runtime.server.errors import ApiError, Json
 from glm4_runtime.server.prompt_scores import prompt_entries, prompt_logprobs
 from glm4_runtime.server.reply import token_logprobs
+from glm4_runtime.server.served_model import RunningReplies, ServedModel
 from glm4_runtime.structured import GrammarMask, ReplyFormat
 from glm4_runtime.text_pieces import TextPieces
 
@@ -66,8 +66,8 @@ class CompletionPlan:
     prompts: list[str]
 
 
-async def complete(engine: Engine, body: schema.CompletionRequest, http: HttpRequest) -> Response:
-    return await answered(engine, body, http, _plan, CompletionAnswer)
+async def complete(served: ServedModel, body: schema.CompletionRequest, http: HttpRequest) -> Response:
+    return await answered(served, body, http, _plan, CompletionAnswer)
 
 
 def as_list(given: Any) -> list[Any]:
@@ -75,19 +75,19 @@ def as_list(given: Any) -> list[Any]:
     return [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
 
 
-def encoded(engine: Engine, given: str | Sequence[int]) -> tuple[int, ...]:
+def encoded(served: ServedModel, given: str | Sequence[int]) -> tuple[int, ...]:
     if isinstance(given, str):
-        return engine.encode(given)
-    engine.require_prompt(given)
+        return served.encode(given)
+    served.require_prompt(given)
     return tuple(given)
 
 
-async def _plan(engine: Engine, body: schema.CompletionRequest, deadline: float) -> CompletionPlan:
-    return await engine.prepare(lambda: _planned(engine, body, deadline), slow=body.has_form)
+async def _plan(served: ServedModel, body: schema.CompletionRequest, deadline: float) -> CompletionPlan:
+    return await served.prepare(lambda: _planned(served, body, deadline), slow=body.has_form)
 
 
-def _planned(engine: Engine, body: schema.CompletionRequest, deadline: float) -> CompletionPlan:
-    engine.require_grammars()
+def _planned(served: ServedModel, body: schema.CompletionRequest, deadline: float) -> CompletionPlan:
+    served.require_grammars()
     scored = _prompt_top(body)
     if scored is not None and body.stream:
         raise ApiError(
@@ -97,20 +97,20 @@ def _planned(engine: Engine, body: schema.CompletionRequest, deadline: float) ->
         )
     generates = body.max_tokens != 0
     prompts, n = as_list(body.prompt), body.n or 1
-    require_choices(engine, len(prompts) * n)
-    mask = _mask(engine, body)
+    require_choices(served, len(prompts) * n)
+    mask = _mask(served, body)
     plan = CompletionPlan([], [], [])
     for prompt in prompts:
-        ids = encoded(engine, prompt)
+        ids = encoded(served, prompt)
         if generates:
-            engine.require_room(ids)
-        text = prompt if isinstance(prompt, str) else engine.tokenizer.decode(ids, skip_special_tokens=False)
+            served.require_room(ids)
+        text = prompt if isinstance(prompt, str) else served.tokenizer.decode(ids, skip_special_tokens=False)
         plan.prompts.append(text)
         for number in range(n):
             plan.requests.append(
                 Request(
                     prompt_ids=ids,
-                    params=sampling_params(engine, body, body.max_tokens or None, len(plan.requests)),
+                    params=sampling_params(served, body, body.max_tokens or None, len(plan.requests)),
                     logprobs=body.logprobs is not None,
                     top_logprobs=body.logprobs or 0,
                     prompt_logprobs=scored if number == 0 else None,
@@ -130,20 +130,20 @@ def _prompt_top(body: schema.CompletionRequest) -> int | None:
     return max(wanted, default=None)
 
 
-def _mask(engine: Engine, body: schema.CompletionRequest) -> GrammarMask | None:
+def _mask(served: ServedModel, body: schema.CompletionRequest) -> GrammarMask | None:
     answer = answer_format(body.response_format)
     if answer is None:
         return None
-    return engine.require_grammars().compile(ReplyFormat(answer, turn=False), thinking=False)
+    return served.require_grammars().compile(ReplyFormat(answer, turn=False), thinking=False)
 
 
 class CompletionAnswer:
     """The answer to one request, whole or in chunks."""
 
     def __init__(
-        self, engine: Engine, body: schema.CompletionRequest, plan: CompletionPlan, job: Job
+        self, served: ServedModel, body: schema.CompletionRequest, plan: CompletionPlan, job: RunningReplies
     ) -> None:
-        self._engine, self._choices, self._job = engine, plan.choices, job
+        self._served, self._choices, self._job = served, plan.choices, job
         self._n = body.n or 1
         self._with_logprobs = body.logprobs is not None
         self._body = body
@@ -152,7 +152,7 @@ class CompletionAnswer:
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": engine.name,
+            "model": served.name,
         }
 
     async def whole(self, http: HttpRequest) -> Json:
@@ -160,7 +160,7 @@ class CompletionAnswer:
             async for _ in self._steps():
                 pass
         scored = _prompt_top(self._body) is not None
-        choices = await self._engine.prepare(self._listed, slow=True) if scored else self._listed()
+        choices = await self._served.prepare(self._listed, slow=True) if scored else self._listed()
         return Json(self._head | {"choices": choices, "usage": self._usage.as_json()})
 
     def _listed(self) -> list[dict[str, Any]]:
@@ -175,13 +175,13 @@ class CompletionAnswer:
     def _scored(self, choice: ChoiceText, scores: PromptScores | None) -> dict[str, Any]:
         if scores is None:
             return {}
-        body, engine = self._body, self._engine
+        body, served = self._body, self._served
         found: dict[str, Any] = {}
         if body.echo and body.logprobs is not None:
-            before = prompt_entries(engine, choice.ids, choice.prompt, scores, body.logprobs)
+            before = prompt_entries(served, choice.ids, choice.prompt, scores, body.logprobs)
             found["logprobs"] = legacy_logprobs(before + choice.logprobs)
         if body.prompt_logprobs is not None:
-            found["prompt_logprobs"] = prompt_logprobs(engine, choice.ids, scores, body.prompt_logprobs)
+            found["prompt_logprobs"] = prompt_logprobs(served, choice.ids, scores, body.prompt_logprobs)
         return found
 
     async def chunks(self, http: HttpRequest, ending: Ending) -> AsyncGenerator[dict[str, Any], None]:
@@ -212,7 +212,7 @@ class CompletionAnswer:
         finally:
             self._usage.completion = sum(choice.tokens for choice in self._choices)
             note_answer(self._job, self._usage, [choice.finish_reason for choice in self._choices])
-            if self._engine.options.log_prompts:
+            if self._served.options.log_prompts:
                 log.record()["answers"] = [str(choice.text) for choice in self._choices]
 
     def _take(self, choice: ChoiceText, event: Generated) -> list[dict[str, Any]]:
@@ -222,8 +222,8 @@ class CompletionAnswer:
         choice.finish_reason = token.finish_reason
         if not self._with_logprobs:
             return []
-        shown = token.id not in self._engine.tokenizer.special_ids  # a control token is no text
-        choice.note(token_logprobs(event, self._engine.require_grammars().token_bytes), shown=shown)
+        shown = token.id not in self._served.tokenizer.special_ids  # a control token is no text
+        choice.note(token_logprobs(event, self._served.require_grammars().token_bytes), shown=shown)
         return choice.logprobs[-1:]
 
     def _choice(

@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm4_runtime.server import lanes, log
 from glm4_runtime.server.bodies import Bodies
-from glm4_runtime.server.engine import ClientGoneError, Engine
 from glm4_runtime.server.errors import ApiError, error_response
+from glm4_runtime.server.served_model import ClientGoneError, ServedModel
 
 # The page asks the user for the key. Health probes have no key.
 _OPEN = frozenset({"/", "/health", "/health/live", "/health/ready"})
@@ -28,8 +28,8 @@ _PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 class Recorded:
     """Writes one log line and one count for each request, and catches all remaining errors."""
 
-    def __init__(self, app: ASGIApp, engine: Engine, routes: Collection[str]) -> None:
-        self._app, self._engine, self._routes = app, engine, frozenset(routes)
+    def __init__(self, app: ASGIApp, served: ServedModel, routes: Collection[str]) -> None:
+        self._app, self._served, self._routes = app, served, frozenset(routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,7 +46,7 @@ class Recorded:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
-                if self._engine.draining:
+                if self._served.draining:
                     headers["connection"] = "close"
             await send(message)
 
@@ -61,9 +61,9 @@ class Recorded:
         finally:
             seconds = time.perf_counter() - began
             path = scope["path"] if scope["path"] in self._routes else "other"
-            self._engine.metrics.requests.labels(path, str(status or 499)).inc()
+            self._served.metrics.requests.labels(path, str(status or 499)).inc()
             if path.startswith("/v1/") and scope["method"] == "POST":
-                self._engine.metrics.request_seconds.observe(seconds)
+                self._served.metrics.request_seconds.observe(seconds)
             method, shown = scope["method"], scope["path"][:200]
             log.write(
                 "request",

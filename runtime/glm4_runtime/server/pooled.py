@@ -10,80 +10,80 @@ import numpy.typing as npt
 
 from glm4_runtime.server import log, schema
 from glm4_runtime.server.completions import as_list, encoded
-from glm4_runtime.server.engine import Engine
 from glm4_runtime.server.errors import ApiError, Json
+from glm4_runtime.server.served_model import ServedModel
 
 MAX_INPUTS = 256
 
 Logits = npt.NDArray[np.float32]
 
 
-async def embed(engine: Engine, body: schema.EmbeddingRequest) -> Json:
-    inputs, vectors = await _run(engine, body, "encoder", engine.session.encode)
+async def embed(served: ServedModel, body: schema.EmbeddingRequest) -> Json:
+    inputs, vectors = await _run(served, body, "encoder", served.session.encode)
     packed = body.encoding_format == "base64"
     data = [
         {"object": "embedding", "index": index, "embedding": _packed(vector) if packed else vector.tolist()}
         for index, vector in enumerate(vectors)
     ]
-    return _listed(engine, inputs, data)
+    return _listed(served, inputs, data)
 
 
-async def classify(engine: Engine, body: schema.ClassifyRequest) -> Json:
-    task = engine.session.manifest.task
+async def classify(served: ServedModel, body: schema.ClassifyRequest) -> Json:
+    task = served.session.manifest.task
     tasks = ("sequence-classification", "token-classification")
-    inputs, results = await _run(engine, body, task if task in tasks else tasks[0], engine.session.classify)
+    inputs, results = await _run(served, body, task if task in tasks else tasks[0], served.session.classify)
     if task == "sequence-classification":
-        data = [{"index": index} | _scored(engine, logits) for index, logits in enumerate(results)]
+        data = [{"index": index} | _scored(served, logits) for index, logits in enumerate(results)]
     else:
         data = [
-            {"index": index, "tokens": [_token(engine, *pair) for pair in zip(ids, logits, strict=True)]}
+            {"index": index, "tokens": [_token(served, *pair) for pair in zip(ids, logits, strict=True)]}
             for index, (ids, logits) in enumerate(zip(inputs, results, strict=True))
         ]
-    return _listed(engine, inputs, data)
+    return _listed(served, inputs, data)
 
 
 async def _run(
-    engine: Engine,
+    served: ServedModel,
     body: schema.EmbeddingRequest | schema.ClassifyRequest,
     task: str,
     work: Callable[[tuple[int, ...]], Logits],
 ) -> tuple[list[tuple[int, ...]], list[Logits]]:
-    engine.require_model(body.model)
-    if engine.session.manifest.task != task:
+    served.require_model(body.model)
+    if served.session.manifest.task != task:
         raise ApiError(
             400,
-            f"this server's bundle was exported for {engine.session.manifest.task}, and this route needs {task}",
+            f"this server's bundle was exported for {served.session.manifest.task}, and this route needs {task}",
         )
-    deadline = time.monotonic() + engine.options.request_timeout
+    deadline = time.monotonic() + served.options.request_timeout
     given = as_list(body.input)
     if len(given) > MAX_INPUTS:
         raise ApiError(400, f"{len(given)} inputs were given; this server takes {MAX_INPUTS}", param="input")
-    inputs = await engine.prepare(lambda: [encoded(engine, one) for one in given])
+    inputs = await served.prepare(lambda: [encoded(served, one) for one in given])
     log.record().update(user=body.user, prompt_tokens=sum(map(len, inputs)))
-    if engine.options.log_prompts:
+    if served.options.log_prompts:
         log.record()["prompts"] = given
-    return inputs, [await engine.pooled(lambda ids=ids: work(ids), deadline) for ids in inputs]  # type: ignore[misc]
+    return inputs, [await served.pooled(lambda ids=ids: work(ids), deadline) for ids in inputs]  # type: ignore[misc]
 
 
 def _packed(vector: Logits) -> str:
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
-def _token(engine: Engine, token: int, logits: Logits) -> dict[str, Any]:
-    return {"id": token, "token": engine.tokenizer.decode([token], skip_special_tokens=False)} | _scored(
-        engine, logits
+def _token(served: ServedModel, token: int, logits: Logits) -> dict[str, Any]:
+    return {"id": token, "token": served.tokenizer.decode([token], skip_special_tokens=False)} | _scored(
+        served, logits
     )
 
 
-def _scored(engine: Engine, logits: Logits) -> dict[str, Any]:
+def _scored(served: ServedModel, logits: Logits) -> dict[str, Any]:
     """The most likely label, and every label's probability."""
     weights = np.exp(logits.astype(np.float64) - float(logits.max()))
     shares = (weights / weights.sum()).tolist()
-    labels = engine.session.manifest.model.labels or tuple(f"LABEL_{index}" for index in range(len(shares)))
+    labels = served.session.manifest.model.labels or tuple(f"LABEL_{index}" for index in range(len(shares)))
     return {"label": labels[int(np.argmax(shares))], "scores": dict(zip(labels, shares, strict=True))}
 
 
-def _listed(engine: Engine, inputs: list[tuple[int, ...]], data: list[dict[str, Any]]) -> Json:
+def _listed(served: ServedModel, inputs: list[tuple[int, ...]], data: list[dict[str, Any]]) -> Json:
     count = sum(map(len, inputs))
     usage = {"prompt_tokens": count, "total_tokens": count}
-    return Json({"object": "list", "model": engine.name, "data": data, "usage": usage})
+    return Json({"object": "list", "model": served.name, "data": data, "usage": usage})

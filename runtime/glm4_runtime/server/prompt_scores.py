@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from glm4_runtime.scoring import PromptScores
-from glm4_runtime.server.engine import Engine
 from glm4_runtime.server.reply import finite
+from glm4_runtime.server.served_model import ServedModel
 
 _UTF8 = codecs.getincrementaldecoder("utf-8")
 
@@ -14,7 +14,7 @@ Entry = dict[str, Any]
 
 
 def prompt_entries(
-    engine: Engine, ids: Sequence[int], given: str | Sequence[int], scores: PromptScores, top: int
+    served: ServedModel, ids: Sequence[int], given: str | Sequence[int], scores: PromptScores, top: int
 ) -> list[Entry]:
     """One entry per prompt token, in the form of generated tokens. The first has no log-probability.
 
@@ -22,8 +22,8 @@ def prompt_entries(
         given: the prompt as the client sent it. Tokens that the tokenizer added before a text have width 0.
         top: how many of the likeliest tokens to list.
     """
-    name = engine.require_grammars().token_bytes
-    added = _added(engine, ids, given)
+    name = served.require_grammars().token_bytes
+    added = _added(served, ids, given)
     decoder, characters = _UTF8("replace"), 0
     entries = []
     for place, token in enumerate(ids):
@@ -38,11 +38,11 @@ def prompt_entries(
 
 
 def prompt_logprobs(
-    engine: Engine, ids: Sequence[int], scores: PromptScores, top: int
+    served: ServedModel, ids: Sequence[int], scores: PromptScores, top: int
 ) -> list[dict[str, Any] | None]:
     """At each position, by token id: the likeliest tokens and the prompt's own, with rank and text. None for the
     first."""
-    name = engine.require_grammars().token_bytes
+    name = served.require_grammars().token_bytes
 
     def described(token: int, value: float, rank: int) -> dict[str, Any]:
         return {
@@ -65,10 +65,10 @@ def _entry(data: bytes, logprob: float | None) -> Entry:
     return {"token": data.decode("utf-8", "replace"), "bytes": list(data), "logprob": value}
 
 
-def _added(engine: Engine, ids: Sequence[int], given: str | Sequence[int]) -> int:
+def _added(served: ServedModel, ids: Sequence[int], given: str | Sequence[int]) -> int:
     """Number of tokens that the tokenizer added before the text."""
     if not isinstance(given, str):
         return 0
-    prefix = engine.tokenizer.encode("")
-    alone = engine.tokenizer.encode(given, add_special_tokens=False)
+    prefix = served.tokenizer.encode("")
+    alone = served.tokenizer.encode(given, add_special_tokens=False)
     return len(prefix) if len(ids) == len(prefix) + len(alone) else 0

@@ -21,8 +21,8 @@ from glm4_runtime.scheduler import Scheduler
 from glm4_runtime.server import log
 from glm4_runtime.server.app import create_app
 from glm4_runtime.server.connections import ConnectionLimits, Connections
-from glm4_runtime.server.engine import Engine
 from glm4_runtime.server.options import ServerOptions
+from glm4_runtime.server.served_model import ServedModel
 from glm4_runtime.session import Session
 
 # Maximum number of connections (each needs a file), and the number of files reserved for everything else.
@@ -34,20 +34,20 @@ _SWEEP_TICKS = 5
 
 
 class Server(uvicorn.Server):
-    """uvicorn that continues after a signal until the engine has finished all running requests."""
+    """uvicorn that continues after a signal until all running requests have finished."""
 
-    def __init__(self, engine: Engine) -> None:
-        options = engine.options
+    def __init__(self, served: ServedModel) -> None:
+        options = served.options
         log.configure(options.log_level, options.log_prompts)
-        self._engine = engine
+        self._served = served
         self._signals: list[int] = []
         self._drain_began: float | None = None
         self._connections = Connections(_limits(options))
-        engine.metrics.watch(self._connections)
-        engine.metrics.watch_log(log.dropped)
+        served.metrics.watch(self._connections)
+        served.metrics.watch_log(log.dropped)
         super().__init__(
             uvicorn.Config(
-                create_app(engine),
+                create_app(served),
                 http=self._connections.protocol,  # type: ignore[arg-type]  # called as a class would be
                 ws="none",
                 log_config=None,
@@ -69,36 +69,36 @@ class Server(uvicorn.Server):
         if self._signals and self._drain_began is None:
             self._begin_to_drain()
         elif self._signals.count(signal.SIGINT) > 1:  # second Ctrl-C: do not wait any longer
-            self._engine.drain(at_once=True)
-        if self._engine.drained:
+            self._served.drain(at_once=True)
+        if self._served.drained:
             self.should_exit = True
         return await super().on_tick(counter)
 
     def _begin_to_drain(self) -> None:
         self._drain_began = time.monotonic()
-        seconds = self._engine.options.drain_timeout
+        seconds = self._served.options.drain_timeout
         log.write(
             "draining",
             signal=signal.Signals(self._signals[0]).name,
             drain_seconds=seconds,
-            **self._engine.load,
+            **self._served.load,
         )
-        self._engine.drain()
+        self._served.drain()
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
         if self.started:
-            log.write("listening", model=self._engine.name, url=self.url)
+            log.write("listening", model=self._served.name, url=self.url)
             self._tell_of_template()
 
     def _tell_of_template(self) -> None:
         """Log facts about the chat template for the operator: what it drops, and its own end tokens."""
-        engine = self._engine
-        if engine.conversation is None:
+        served = self._served
+        if served.conversation is None:
             return
         dropped, ends = (
-            engine.conversation.traits.dropped,
-            [*map(engine.tokenizer.token_of, engine.turn_ends)],
+            served.conversation.traits.dropped,
+            [*map(served.tokenizer.token_of, served.turn_ends)],
         )
         if dropped or ends:
             log.write("template", "warning", drops=dropped, also_ends_at=ends)
@@ -203,7 +203,7 @@ def serve(session: Session, options: ServerOptions, sockets: Sequence[socket.soc
     logging.basicConfig(handlers=[log.Handler()], level=logging.WARNING)
     logging.captureWarnings(True)  # else they go straight to stderr, and wait for who reads it
     listening = bind(options.host, options.port) if sockets is None else list(sockets)
-    server = Server(Engine(session, options))
+    server = Server(ServedModel(session, options))
     try:
         server.run(listening)
     except OSError as error:  # another server bound the port at the same time, and listened first
@@ -214,9 +214,9 @@ def serve(session: Session, options: ServerOptions, sockets: Sequence[socket.soc
 
 @contextlib.contextmanager
 def serving(session: Session, options: ServerOptions, scheduler: Scheduler | None = None) -> Iterator[Server]:
-    """A server on its own thread during the block; ``scheduler`` as for :class:`Engine`."""
+    """A server on its own thread during the block; ``scheduler`` as for :class:`ServedModel`."""
     listening = bind(options.host, options.port)
-    server = Server(Engine(session, options, scheduler))
+    server = Server(ServedModel(session, options, scheduler))
     thread = threading.Thread(target=server.run, args=(listening,), name="glm4-http", daemon=True)
     thread.start()
     try:

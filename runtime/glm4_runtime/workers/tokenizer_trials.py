@@ -1,8 +1,9 @@
 """The worker that tries whether the library reads a ``tokenizer.json``: some files end the process that reads them.
 
-A task is the path of a file; the answer is what is wrong with the file, or null.
+A task is the path of a file, each of its bytes as one character. The answer is what is wrong with the file, or null.
 """
 
+import os
 from pathlib import Path
 
 import tokenizers
@@ -18,7 +19,7 @@ def main(limits: str) -> None:
 
 def trial(path: str) -> str | None:
     try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(Path(path).read_bytes())
+        tokenizer = tokenizers.Tokenizer.from_buffer(Path(os.fsdecode(path.encode("latin-1"))).read_bytes())
         tokenizer.encode("a text, 1 你好\n")
     except MemoryError:
         raise

@@ -8,8 +8,8 @@ import pytest
 
 from glm4_runtime.server import bodies
 from glm4_runtime.server.bodies import SMALL, Bodies
-from glm4_runtime.server.engine import ClientGoneError
 from glm4_runtime.server.errors import ApiError
+from glm4_runtime.server.served_model import ClientGoneError
 
 LARGE = 2 * SMALL
 

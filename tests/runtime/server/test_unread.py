@@ -12,8 +12,8 @@ import pytest
 from glm4_runtime import SamplingParams
 from glm4_runtime.generate import Token
 from glm4_runtime.scheduler import Generated, Request
-from glm4_runtime.server import engine
-from glm4_runtime.server.engine import Job
+from glm4_runtime.server import served_model
+from glm4_runtime.server.served_model import RunningReplies
 from glm4_runtime.server.unread import Unread
 
 MODEL = "glm4-tiny"
@@ -57,7 +57,7 @@ class ByHand:
 
 
 def job_of(scheduler, unread, count=1):
-    return Job(scheduler, [Request((1, 2), SamplingParams())] * count, NoFigures(), unread)
+    return RunningReplies(scheduler, [Request((1, 2), SamplingParams())] * count, NoFigures(), unread)
 
 
 @pytest.mark.parametrize(("top", "fit"), [(0, 100), (3, 25), (20, 4)])
@@ -162,15 +162,15 @@ def wait_until(true):
 @pytest.fixture
 def tickets(monkeypatch):
     """Few tokens may be unread. The tickets of all requests that the servers of this test take."""
-    monkeypatch.setattr(engine, "Unread", lambda: Unread(100, 100))
+    monkeypatch.setattr(served_model, "Unread", lambda: Unread(100, 100))
     found = []
-    submit = engine.Scheduler.submit
+    submit = served_model.Scheduler.submit
 
     def noting(scheduler, request, on_event):
         found.append(submit(scheduler, request, on_event))
         return found[-1]
 
-    monkeypatch.setattr(engine.Scheduler, "submit", noting)
+    monkeypatch.setattr(served_model.Scheduler, "submit", noting)
     return found
 
 

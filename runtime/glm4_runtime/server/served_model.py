@@ -1,4 +1,4 @@
-"""The engine that all routes share: one open bundle, and its scheduler or worker thread."""
+"""The model that all routes share: one open bundle, with its scheduler or worker thread."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ T = TypeVar("T")
 _TURN = "<|assistant|>"
 
 
-class Engine:
+class ServedModel:
     """
     Attributes:
         name: the model's name in the API.
@@ -46,7 +46,7 @@ class Engine:
     def __init__(self, session: Session, options: ServerOptions, scheduler: Scheduler | None = None) -> None:
         """
         Args:
-            scheduler: runs the requests of a causal LM. None: the engine makes one. :meth:`start` starts it.
+            scheduler: runs the requests of a causal LM. None: it makes one. :meth:`start` starts it.
 
         Raises:
             BundleError: the bundle has no tokenizer.
@@ -227,11 +227,11 @@ class Engine:
         assert conversation is not None
         return await self._lanes.render(lambda: conversation.render(messages, tools, add_generation_prompt))
 
-    def generate(self, requests: Sequence[Request]) -> "Job":
+    def generate(self, requests: Sequence[Request]) -> "RunningReplies":
         """Start all requests, or none. Raises the errors of :meth:`Scheduler.submit`."""
         self.require_running()
         assert self._scheduler is not None
-        return Job(self._scheduler, requests, self.metrics, self._unread)
+        return RunningReplies(self._scheduler, requests, self.metrics, self._unread)
 
     async def pooled(self, work: Callable[[], T], deadline: float) -> T:
         """Run ``work`` (embedding or classification) on the session's only thread, in order of arrival.
@@ -263,7 +263,7 @@ class ClientGoneError(Exception):
     """The client closed the connection before the answer was ready."""
 
 
-class Job:
+class RunningReplies:
     """The running sequences of one HTTP request."""
 
     def __init__(

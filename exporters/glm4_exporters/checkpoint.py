@@ -1,13 +1,12 @@
-"""A checkpoint folder: its configuration, and where each weight lies, known without reading a weight.
+"""A checkpoint folder: its configuration, the place of each weight, and the reading of weights.
 
-Loading reads ``config.json`` and the headers of the safetensors files, and refuses a folder whose files
-disagree with one another. Weights are read later, one at a time or in blocks of rows into a buffer that
-is used again, and refused where they are not finite.
+Opening reads ``config.json`` and the headers of the safetensors files, but no weight. A folder with inconsistent
+files is refused. Weights are read later, whole or in blocks of rows into reused buffers. NaN and infinity are refused.
 
-A quantized checkpoint reads as the float32 values that its numbers and scales stand for (``sources``).
+A quantized checkpoint is read as dequantized float32 values (``sources``).
 
-A weight's canonical name is the causal LM's (``model.layers.0...``); a checkpoint saved from the bare
-decoder lacks ``model.``, which :meth:`Checkpoint.name_of` knows.
+A weight's canonical name is the name in the causal LM (``model.layers.0...``). A checkpoint saved from the bare
+decoder has names without ``model.``; :meth:`Checkpoint.name_of` translates.
 """
 
 import hashlib
@@ -44,15 +43,15 @@ from glm4_runtime.errors import CheckpointError, shown, some
 if TYPE_CHECKING:  # torch loads with the first weight, not with the headers
     from torch import Tensor
 
-ROWS_TOGETHER = 64  # rows of a matrix that whoever reads it in blocks may want undivided
+ROWS_TOGETHER = 64  # blocks have a multiple of this many rows if the buffer allows
 BACKBONE = "model."
 
 T = TypeVar("T")
 
-# torch's names of the types that quantized checkpoints have besides DTYPES.
+# Further types of quantized checkpoints, beside DTYPES: safetensors' name and torch's.
 TYPES = {"F8_E4M3": "float8_e4m3fn", "I8": "int8", "U8": "uint8", "I32": "int32", "I64": "int64"}
 
-# What a folder without safetensors may hold instead, and what to do then.
+# Files that a folder without safetensors may hold instead, with advice for the error.
 OTHER_WEIGHTS = {
     "model-*.safetensors": f"are shards without {INDEX}; download that file too",
     ADAPTER_WEIGHTS: "is an adapter; merge it into its base model and save that",
@@ -62,11 +61,11 @@ OTHER_WEIGHTS = {
     },
     f"*{GGUF}": "is a GGUF file; give the checkpoint that it was made from",
 }
-HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # a buffer that old releases saved; it is computed
+HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # a buffer saved by old releases, and not needed
 SCORES = frozenset({"score.weight", "score.bias"})
 HEADS = re.compile(r"lm_head\.weight|score\.(weight|bias)")
 
-# The likely cause of a disagreement, the first that fits: what is wrong with a tensor, its name, the cause.
+# Likely causes of a mismatch: kind of mismatch, pattern of the tensor's name, cause. The first matching row is reported.
 CAUSES = [
     (
         "surplus",
@@ -108,17 +107,18 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Checkpoint:
-    """An open checkpoint; its files are closed at the end of a ``with`` block, or with the object.
+    """An open checkpoint. The end of a ``with`` block closes its files.
 
     Attributes:
-        folder: as it was given.
-        config: its ``config.json``.
+        folder: the path given by the caller.
+        config: the contents of ``config.json``.
         task: one of ``config.TASKS``.
-        prefix: what the decoder's weights are called by, ``model.`` or nothing.
-        tensors: header by the checkpoint's own name, of the weights that the task reads: as they are stored, or
-            as a quantized matrix reads (float32).
-        source, views: how the checkpoint is quantized (None: not at all), and its matrices.
-        adapters: what is merged into the weights while they are read.
+        prefix: prefix of the decoder's weights in this checkpoint, ``model.`` or empty.
+        tensors: headers of the weights that the task needs, by the checkpoint's own names. A quantized matrix has
+            the type float32 here.
+        source: the quantization format. None: the checkpoint is not quantized.
+        views: the quantized, split or fused matrices.
+        adapters: LoRA adapters that are merged into the weights during reading.
     """
 
     def __init__(
@@ -144,16 +144,16 @@ class Checkpoint:
     def load(
         cls, folder: str | Path, task: str | None = None, adapters: Sequence[tuple[str | Path, float]] = ()
     ) -> "Checkpoint":
-        """Open a checkpoint folder and check that its files agree; no weight is read.
+        """Open a checkpoint folder and check that its files are consistent. Reads no weight.
 
         Args:
-            task: read the weights for this task; what ``config.json`` says where None, or the task of a
-                classification head that an adapter brings.
-            adapters: folders of LoRA adapters and a factor for each, merged in this order.
+            task: the task to read weights for. None: the task of an adapter's classification head, or else the task
+                that ``config.json`` names.
+            adapters: folders of LoRA adapters with a factor for each, merged in this order.
 
         Raises:
             ConfigError: ``config.json`` is not a GLM-4-0414 configuration.
-            CheckpointError: files are missing, damaged, or not what the configuration says.
+            CheckpointError: files are missing, damaged, or do not match the configuration.
         """
         folder = Path(folder)
         _check_folder(folder)
@@ -166,7 +166,7 @@ class Checkpoint:
             require_base(adapter.folder, adapter.config.base, folder, config)
         merged = merge(opened, _mergeable(config, task))
         whole = {_own_name(name, prefix): header for name, header in merged.whole.items()}
-        if merged.whole.keys() & SCORES:  # on the checkpoint of a causal LM
+        if merged.whole.keys() & SCORES:  # the adapter's classification head replaces the LM head
             headers.pop(HEAD, None)
         expected = {_own_name(name, prefix): shape for name, shape in expected_tensors(config, task).items()}
         source = detect(folder)
@@ -180,21 +180,21 @@ class Checkpoint:
         return checkpoint
 
     def name_of(self, canonical: str) -> str:
-        """The name that this checkpoint gives to a canonical name; a tied head is the embedding."""
+        """This checkpoint's name of a weight. A tied head has the name of the embedding."""
         if canonical == HEAD and self.config.tie_word_embeddings:
             canonical = EMBEDDING
         return _own_name(canonical, self.prefix)
 
     def canonical(self, name: str) -> str:
-        """The canonical name of the tensor that this checkpoint calls ``name``."""
+        """The canonical name of the weight that this checkpoint calls ``name``."""
         inside = name.startswith(("layers.", "embed_tokens.", "norm."))
         return BACKBONE + name if not self.prefix and inside else name
 
     def read(self, name: str) -> "Tensor":
-        """The whole tensor in memory of its own.
+        """Read a whole tensor into new memory, dequantized and with adapters merged.
 
         Raises:
-            CheckpointError: its file has changed, or a value is NaN or infinite.
+            CheckpointError: the file has changed, or a value is NaN or infinite.
         """
         import torch
 
@@ -208,21 +208,21 @@ class Checkpoint:
         return self._merging(name)(tensor, 0)
 
     def row_blocks(self, name: str, *buffers: "Tensor") -> Iterator[tuple[int, "Tensor"]]:
-        """The tensor in blocks of as many whole rows as fit into a buffer, a multiple of 64 where they do.
+        """Read a tensor in blocks of whole rows that fit into a buffer; a multiple of 64 rows if the buffer allows.
 
-        With two buffers or more, a thread reads the next block while the caller works on this one. Reads go
-        past the page cache into buffers that begin at a page: a checkpoint is read once and larger than it.
+        With two or more buffers, a thread reads the next block while the caller uses the current one. Reads bypass
+        the page cache if the buffers are page-aligned, because a checkpoint is large and read only once.
 
         Args:
-            buffers: uint8 [bytes] on the CPU, of one size, filled in turn; each block is a view into one. It
-                is gone after as many further blocks as there are buffers besides its own and the next. Rows that
-                adapters change are in memory of their own, in float32.
+            buffers: uint8 [bytes] on the CPU, all of one size, filled in turn. Each block is a view into a buffer.
+                A block is valid until the caller asks for the next one; with n > 2 buffers, for the (n - 1)-th one
+                after it. Blocks that adapters change are float32 in new memory.
 
         Yields:
-            The block's first row, and the block [rows, ...].
+            The index of the block's first row, and the block [rows, ...].
 
         Raises:
-            CheckpointError: its file has changed, a value is NaN or infinite, or a row is larger than a buffer.
+            CheckpointError: the file has changed, a value is NaN or infinite, or a row is larger than a buffer.
         """
         import torch
 
@@ -235,7 +235,7 @@ class Checkpoint:
         rows = header.shape[0]
         row_bytes = header.nbytes // rows
         room = buffers[0].numel()
-        # Reading whole pages takes up to one more at either end; too little to matter in a buffer of many.
+        # Reads of whole pages may need one more page at each end. A large buffer keeps room for both.
         step = (room - 2 * PAGE if room >= 64 * PAGE else room) // row_bytes
         step -= step % ROWS_TOGETHER if step > ROWS_TOGETHER else 0
         if step == 0:
@@ -258,11 +258,13 @@ class Checkpoint:
             yield first, merged(block, first)
 
     def fingerprint(self, by_content: bool = False) -> str:
-        """SHA-256, in hex, of what tells this checkpoint from others, wherever it lies.
+        """SHA-256, in hex, that identifies this checkpoint independently of its folder.
 
-        The files that are read or copied whole, the headers of the weights, and for the weights themselves the
-        content hash under which a hub cache stores them, else size and time of change: no weight is read. With
-        ``by_content`` every file of weights that is not in a hub cache is read and hashed.
+        The hash covers configuration, tokenizer and template files, the headers of the weights, and the adapters.
+        A file of weights in a hub cache adds the cache's content hash; any other file adds its size and time of change.
+
+        Args:
+            by_content: read and hash the files of weights that are not in a hub cache, instead of size and time.
         """
         digest = hashlib.sha256()
 
@@ -283,18 +285,18 @@ class Checkpoint:
         return digest.hexdigest()
 
     def side_files(self) -> dict[str, Path]:
-        """The tokenizer's, the chat template's and the generation settings' files that are here, by name."""
+        """Paths of the tokenizer, chat template and generation settings that the folder has, by file name."""
         return {name: path for name in SIDE_FILES if (path := self.folder / name).is_file()}
 
     @property
     def stored(self) -> dict[str, TensorHeader]:
-        """Headers of what the files hold for the weights of this task, by name."""
+        """Headers of the stored tensors that the task's weights are made of, by name."""
         found = {name: header for shard in self._shards.values() for name, header in shard.headers.items()}
         plain = {name: header for name, header in self.tensors.items() if name not in self.views.by_name}
         return {name: found[name] for name in found if name in self.views.used} | plain
 
     def read_stored(self, header: TensorHeader) -> "Tensor":
-        """A tensor as its file holds it, of any type, in memory of its own."""
+        """Read a tensor into new memory in its stored type, without dequantization."""
         import torch
 
         tensor = torch.empty(header.shape, dtype=getattr(torch, TYPES.get(header.dtype, header.dtype)))
@@ -302,7 +304,7 @@ class Checkpoint:
         return tensor
 
     def close(self) -> None:
-        """Close the files; nothing can be read after it."""
+        """Close the files. Afterwards no weight can be read."""
         for shard in self._shards.values():
             shard.close()
 
@@ -318,7 +320,7 @@ class Checkpoint:
         return f"Checkpoint({str(self.folder)!r}, {self.task}, {len(self.tensors)} tensors)"
 
     def _settings(self) -> dict[str, Path]:
-        """The files that say how the weights are read."""
+        """Paths of the files that describe the weights, by file name."""
         names = [CONFIG] if self.source is None else [CONFIG, MODELOPT_CONFIG]
         return {name: path for name in names if (path := self.folder / name).is_file()}
 
@@ -328,11 +330,11 @@ class Checkpoint:
         return view_blocks(self.views.by_name[name], self.read_stored, room)
 
     def dtype_of(self, name: str) -> str:
-        """The element type in which a tensor is read: float32 where adapters change it."""
+        """The element type of the tensor that a read returns. A tensor changed by adapters is float32."""
         return "float32" if name in self._changes else self.tensors[name].dtype
 
     def _merging(self, name: str) -> Rows:
-        """What makes the adapters' rows of a tensor's rows."""
+        """A function that applies the adapters' changes to a block of rows, given the block's first row."""
         changes = [change.opened() for change in self._changes.get(name, ())]
         if not changes:
             return lambda rows, _first: rows
@@ -356,7 +358,7 @@ class Checkpoint:
         return header
 
     def _check_tied(self, embedding: TensorHeader, head: TensorHeader) -> None:
-        """A checkpoint may store a tied head once more; a head that differs is not tied."""
+        """Compare the embedding with a tied head that the checkpoint stores too. Refuse a difference."""
         for at in range(0, embedding.nbytes, COMPARED):
             size = min(COMPARED, embedding.nbytes - at)
             one, other = (bytearray(size), bytearray(size))
@@ -369,7 +371,11 @@ class Checkpoint:
                 )
 
     def _read_through(self, header: TensorHeader, buffer: "Tensor", at: int, count: int) -> "Tensor":
-        """``count`` bytes of a tensor from ``at`` on, as a view into ``buffer``; whole pages where that can be."""
+        """Read ``count`` bytes of a tensor from offset ``at``, in whole pages if alignment allows.
+
+        Returns:
+            A view into ``buffer``, uint8 [count].
+        """
         shard, offset = self._shards[header.file], header.offset + at
         shift = offset % PAGE
         fits = buffer.data_ptr() % PAGE == 0 and shift % 8 == 0 and shift + count + PAGE <= buffer.numel()
@@ -407,7 +413,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _configured(folder: Path, task: str | None, adapters: Sequence[Adapter]) -> tuple[Glm4Config, str]:
-    """The configuration and the task, with those of a classification head that an adapter brings."""
+    """The configuration and the task. An adapter's classification head sets the labels, and the task if None."""
     config = Glm4Config.from_file(folder / CONFIG)
     heads = [adapter for adapter in adapters if adapter.task is not None]
     task = _choose_task(folder, config, task or (heads[0].task if heads else None))
@@ -417,7 +423,7 @@ def _configured(folder: Path, task: str | None, adapters: Sequence[Adapter]) -> 
 
 
 def _mergeable(config: Glm4Config, task: str) -> Merged:
-    """What adapters may change; an encoder reads no head, and a causal LM no scores."""
+    """The weights that adapters may change. For an encoder, changes of heads are skipped."""
     heads = frozenset({HEAD, *SCORES} if task == "encoder" else ())
     return Merged(expected_tensors(config, task), config.tie_word_embeddings and task == "causal-lm", heads)
 
@@ -475,7 +481,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _is_plain(name: object) -> bool:
-    """Whether a file of this name lies beside the index."""
+    """Whether the name is a file name without a folder, so that the file is beside the index."""
     return (
         isinstance(name, str)
         and name not in ("", ".", "..")
@@ -508,10 +514,10 @@ def _check_tensors(
     headers: Mapping[str, TensorHeader],
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """One error for everything that is not as ``config`` and ``task`` say."""
+    """Raise one error that lists all mismatches between the tensors and the expected shapes and types."""
     wanted = dict(expected)
     if task == "causal-lm" and config.tie_word_embeddings and HEAD in headers:
-        wanted[HEAD] = (config.vocab_size, config.hidden_size)  # once more; compared when it is read
+        wanted[HEAD] = (config.vocab_size, config.hidden_size)  # a tied head that is stored too
     surplus = [name for name in headers if name not in wanted and not HARMLESS.search(name)]
     if task == "encoder":
         surplus = [name for name in surplus if not HEADS.fullmatch(name)]
@@ -555,7 +561,7 @@ def _check_tensors(
 
 
 def _wrapper(names: Iterable[str]) -> str:
-    """What stands in front of the decoder's names in every name, as ``module.``; nothing in a plain checkpoint."""
+    """The prefix of all names that a training wrapper added, such as ``module.``. Empty in a plain checkpoint."""
     names = list(names)
     place = next((name for name in names if name.endswith("embed_tokens.weight")), "")
     prefix = place.removesuffix("embed_tokens.weight").removesuffix(BACKBONE)
@@ -572,7 +578,7 @@ def _own_name(canonical: str, prefix: str) -> str:
 
 
 def _one_ahead(read: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
-    """``read(*a)`` for each a in turn, the next one under way in a thread while one is used."""
+    """Yield ``read(*a)`` for each ``a``. A thread computes the next result while the caller uses the current one."""
     with ThreadPoolExecutor(1, thread_name_prefix="read") as thread:
         coming: Future[T] | None = None
         for following in arguments:
@@ -588,7 +594,7 @@ def _one_ahead(read: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> 
 
 
 def _check_finite(header: TensorHeader, block: "Tensor", first_row: int) -> None:
-    """Refuse NaN and infinity; minimum and maximum show both, at memory speed."""
+    """Refuse NaN and infinity. Minimum and maximum reveal both, and run at memory speed."""
     low, high = (float(value) for value in block.aminmax())
     if math.isfinite(low) and math.isfinite(high):
         return

@@ -1,7 +1,7 @@
 """``config.json`` of a GLM-4-0414 checkpoint, translated once into a frozen :class:`Glm4Config`.
 
-A field that decides what is computed is read, never guessed: transformers' own defaults for the norms'
-epsilon, the positions and the bias are not the released checkpoints' values.
+A field that affects the computation has no default. transformers' defaults for the norm's epsilon, the number of
+positions and the bias differ from the values of the released checkpoints.
 """
 
 import math
@@ -14,7 +14,7 @@ from glm4_runtime.bundle.file_names import GENERATION_CONFIG
 from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import ConfigError, shown
 
-# The architectures that config.json may name, and what each is for.
+# The architectures that config.json may name, and the task of each.
 TASK_OF_ARCHITECTURE = {
     "Glm4ForCausalLM": "causal-lm",
     "Glm4ForSequenceClassification": "sequence-classification",
@@ -65,9 +65,9 @@ D = TypeVar("D")
 
 @dataclass(frozen=True)
 class RopeParameters:
-    """Rotary embedding; the fields after ``rope_type`` speak only where it is ``yarn``.
+    """Parameters of the rotary embedding. The fields after ``rope_type`` are used only with ``yarn``.
 
-    ``factor`` and ``original_max_position_embeddings`` are never None with ``yarn``.
+    With ``yarn``, ``factor`` and ``original_max_position_embeddings`` are never None.
     """
 
     theta: float = DEFAULT_THETA
@@ -114,16 +114,17 @@ class RopeParameters:
 
     @property
     def positions(self) -> float:
-        """factor * original positions with ``yarn``, else 0. Thousandths are rounding errors of a given ratio."""
+        """With ``yarn``, factor * original positions, else 0. Rounded to 3 digits, because factor may be a rounded
+        ratio."""
         return round((self.factor or 0.0) * (self.original_max_position_embeddings or 0), 3)
 
 
 @dataclass(frozen=True)
 class Glm4Config:
-    """What a GLM-4-0414 checkpoint computes; an impossible one cannot be made.
+    """The configuration of a GLM-4-0414 model, checked at creation.
 
     Raises:
-        ConfigError: on creation, for sizes or token ids that cannot be.
+        ConfigError: a value is impossible or not supported.
     """
 
     vocab_size: int
@@ -148,7 +149,7 @@ class Glm4Config:
     id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # the i-th label's name
     problem_type: str | None = None
     architectures: tuple[str, ...] = ()
-    dtype: str | None = None  # what config.json says; every tensor has its own
+    dtype: str | None = None  # from config.json; each tensor's header has the type that counts
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -175,18 +176,20 @@ class Glm4Config:
 
     @property
     def rotary_dim(self) -> int:
-        """How many dims of each head are rotated."""
+        """Number of rotated dimensions of each head."""
         return int(self.head_dim * self.rope.partial_rotary_factor)
 
     @property
     def positions(self) -> int:
-        """The longest sequence. YaRN makes room for factor * original positions, whether or not
-        ``max_position_embeddings`` says so: the released README adds ``rope_scaling`` and leaves it."""
+        """The longest sequence, in tokens. With YaRN at least factor * original positions.
+
+        The released README adds ``rope_scaling`` and does not change ``max_position_embeddings``.
+        """
         return max(self.max_position_embeddings, math.floor(self.rope.positions))
 
     @property
     def scale(self) -> float:
-        """What attention scores are multiplied by."""
+        """The factor of attention scores, 1 / sqrt(head_dim)."""
         return float(self.head_dim**-0.5)
 
     @property
@@ -194,21 +197,21 @@ class Glm4Config:
         return len(self.id2label)
 
     def with_labels(self, count: int) -> "Glm4Config":
-        """The same model with this many labels, called as transformers calls labels without names."""
+        """A copy with ``count`` labels, with transformers' default names ``LABEL_0``, ``LABEL_1``, ..."""
         return replace(self, id2label=_default_labels(count))
 
     @property
     def task(self) -> str | None:
-        """What ``architectures`` says this model is for; None where it says nothing."""
+        """The task of the architecture in ``architectures``. None: no architecture is named."""
         return TASK_OF_ARCHITECTURE[self.architectures[0]] if self.architectures else None
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
-        """Keys and values of one token in all layers."""
+        """Bytes of one token in the KV cache, over all layers."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_element
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Glm4Config":
-        """Read a ``config.json``; ``eos_token_id`` of a ``generation_config.json`` beside it wins.
+        """Read a ``config.json``. ``eos_token_id`` of a ``generation_config.json`` beside it has priority.
 
         Raises:
             ConfigError: the file is missing, damaged, of another architecture, or describes an impossible model.
@@ -227,10 +230,10 @@ class Glm4Config:
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> "Glm4Config":
-        """Translate what ``config.json`` holds, in the form of any transformers release.
+        """Translate the contents of ``config.json``, as any transformers release writes the file.
 
         Raises:
-            ConfigError: the mapping is not a GLM-4-0414 configuration, or an impossible one.
+            ConfigError: the mapping is not a GLM-4-0414 configuration, or has an impossible value.
         """
         _check_model_type(mapping.get("model_type"))
         missing = [key for key in REQUIRED if mapping.get(key) is None]
@@ -273,9 +276,9 @@ class Glm4Config:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The same configuration as a sorted ``config.json`` in the newest form, every value said.
+        """The configuration as a sorted ``config.json`` in the newest form, with every value explicit.
 
-        ``Glm4Config.from_dict`` gives back an equal configuration.
+        ``Glm4Config.from_dict`` returns an equal configuration.
         """
         rope: dict[str, Any] = {
             "rope_type": self.rope.rope_type,
@@ -333,7 +336,7 @@ class Glm4Config:
             self.hidden_act in HIDDEN_ACTS,
             f"hidden_act is {self.hidden_act!r}; the MLP of GLM-4-0414 is gated by 'silu'",
         )
-        # Not NaN either: every comparison with it is false.
+        # NaN is refused too, because every comparison with NaN is false.
         _require(
             0 < self.rms_norm_eps < 1,
             f"rms_norm_eps is {self.rms_norm_eps}, but must be small and positive (1e-05)",
@@ -352,7 +355,7 @@ class Glm4Config:
             0 < len(self.eos_token_id) <= MOST_END_TOKENS,
             f"eos_token_id names {len(self.eos_token_id)} tokens that end a sequence, but must name 1 ... {MOST_END_TOKENS}",
         )
-        # An id beyond the vocabulary ends nothing and starts nothing: small models keep the family's.
+        # An id outside the vocabulary is allowed and has no effect: small models keep the ids of the released ones.
         for name, token in [("eos_token_id", t) for t in self.eos_token_id] + [
             ("bos_token_id", self.bos_token_id)
         ]:
@@ -368,7 +371,7 @@ class Glm4Config:
 
 
 class _Values:
-    """A mapping's values by type. Without a default a field must be there; null counts as absent."""
+    """Reads typed values of a mapping. A field without a default is required; null counts as absent."""
 
     def __init__(self, mapping: Mapping[str, Any], owner: str = "") -> None:
         self._mapping, self._owner = mapping, owner
@@ -421,7 +424,7 @@ def _check_model_type(model_type: object) -> None:
 
 
 def _rope_parameters(mapping: Mapping[str, Any], positions: int) -> RopeParameters:
-    """From top-level keys and ``rope_scaling`` (transformers 4), or ``rope_parameters`` (5)."""
+    """Read the top-level keys and ``rope_scaling`` of transformers 4, or ``rope_parameters`` of transformers 5."""
     scaling = _section(mapping, "rope_scaling")
     section = "rope_scaling" if scaling else "rope_parameters"
     parameters = _section(mapping, "rope_parameters")
@@ -430,7 +433,7 @@ def _rope_parameters(mapping: Mapping[str, Any], positions: int) -> RopeParamete
             _rope_type(parameters, "rope_parameters") == "default" or parameters == scaling,
             "rope_scaling and rope_parameters are both there and differ; keep rope_parameters alone",
         )
-        # transformers then takes these from rope_scaling, the top level or its defaults: only agreement is clear.
+        # transformers reads these from rope_scaling, the top level or its defaults, so all sources must agree.
         mapping = {
             "rope_theta": DEFAULT_THETA,
             "partial_rotary_factor": DEFAULT_PARTIAL_ROTARY_FACTOR,
@@ -464,7 +467,7 @@ def _rope_parameters(mapping: Mapping[str, Any], positions: int) -> RopeParamete
     )
     values = _Values(rope, f"{section}.")
     _require("factor" in rope, f"{section} says yarn without a factor; the model cards recommend 4.0")
-    key = "original_max_position_embeddings"  # as in transformers: the top level wins, the positions stand in
+    key = "original_max_position_embeddings"  # as in transformers: top level, section, positions
     original = _Values(mapping).integer(key, values.integer(key, positions))
     _require(original > 0, f"yarn's {key} is {original}, but must be 1 ... {LARGEST_SIZE}")
     factor = values.number("factor", None)
@@ -530,7 +533,7 @@ def _labels(mapping: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _default_labels(count: int) -> tuple[str, ...]:
-    """The names transformers gives to labels that have none."""
+    """transformers' default names of labels."""
     return tuple(f"LABEL_{i}" for i in range(count))
 
 

@@ -1,7 +1,7 @@
-"""An adapter's folder: its configuration, and its tensors by the names of what they change.
+"""Reads a LoRA adapter's folder, and assigns each tensor to the base model's weight that it changes.
 
-PEFT names a tensor by the module that it adapts, inside the wrappers of the training: always ``base_model.model.``,
-and others after FSDP, torch.compile or older releases. Without wrappers the name is the base model's.
+PEFT names a tensor after the adapted module, with the prefix ``base_model.model.``. FSDP, torch.compile and older
+releases add further prefixes. Without these prefixes, the name is the base model's.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PICKLE = "adapter_model.bin"
-TASKS = {"SEQ_CLS": "sequence-classification", "TOKEN_CLS": "token-classification"}  # by PEFT's name
+TASKS = {"SEQ_CLS": "sequence-classification", "TOKEN_CLS": "token-classification"}  # keys: PEFT's names
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 OUTER = re.compile(r"(?:(?:base_model\.model|module)\.)+")
@@ -34,9 +34,9 @@ PART = re.compile(
     r"(?:\.(?!(?:weight|bias)$)[^.]+)?(?:\.(?P<leaf>weight|bias))?"
 )
 WHOLE = re.compile(r"(?P<module>.+?)(?:\.modules_to_save(?:\.[^.]+)?|\.base_layer)?\.(?P<part>weight|bias)")
-IGNORED = ".original_module."  # the base model's own weight, saved beside the one that replaces it
+IGNORED = ".original_module."  # the base model's weight, which PEFT saves beside its replacement
 
-# Halves of a fused matrix that are adapted apart: the matrix, and which half.
+# An adapter may adapt the halves of a fused matrix separately. Values: the fused matrix, and the half's index.
 HALVES = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -45,14 +45,14 @@ Parts = dict[str, TensorHeader]
 
 @dataclass
 class Merged:
-    """What adapters make of a checkpoint.
+    """The changes that adapters make to a checkpoint's weights.
 
     Attributes:
-        expected: shape by canonical name of the weights that are exported.
-        tied: whether the head is the embedding.
-        ignored: canonical names that the task does not read; their changes are left out.
-        whole: tensors in place of the checkpoint's, by canonical name.
-        changes: by canonical name, in the order in which they apply.
+        expected: shapes of the exported weights, by canonical name.
+        tied: whether the LM head shares the embedding's weight.
+        ignored: canonical names of weights that the task does not use. Changes of these weights are skipped.
+        whole: tensors that replace the checkpoint's, by canonical name.
+        changes: changes of each weight in order of application, by canonical name.
     """
 
     expected: Shapes
@@ -66,17 +66,17 @@ class Adapter:
     """An open adapter.
 
     Attributes:
-        folder: as it was given.
-        scale: a factor of the whole adapter.
-        config: its configuration.
-        file: its tensors.
+        folder: the path given by the caller.
+        scale: a factor for all changes of the adapter, beside alpha / rank.
+        config: the contents of ``adapter_config.json``.
+        file: the safetensors file.
     """
 
     def __init__(self, folder: str | Path, scale: float = 1.0) -> None:
-        """Open an adapter's folder; no tensor is read.
+        """Open an adapter's folder. Reads no tensor.
 
         Raises:
-            CheckpointError: no adapter, or one that cannot be merged.
+            CheckpointError: the folder holds no adapter, or an adapter that cannot be merged.
         """
         self.folder, self.scale = Path(folder), scale
         if not math.isfinite(scale):
@@ -89,33 +89,33 @@ class Adapter:
 
     @property
     def name(self) -> str:
-        """The name of its folder, or of its repository where it lies in a hub's cache."""
+        """The folder's name, or the repository's name if the folder is in a hub cache."""
         parts = self.folder.absolute().parts
         cached = [part for part in parts if part.startswith("models--")]
         return cached[-1].removeprefix("models--").replace("--", "/") if cached else parts[-1]
 
     @property
     def task(self) -> str | None:
-        """The task of the classification head that the adapter brings; None where it brings none."""
+        """The task of the adapter's classification head. None: the adapter has no such head."""
         if "weight" not in self._modules.get("score", {}):
             return None
         return TASKS.get(self.config.task or "", TASKS["SEQ_CLS"])
 
     @property
     def labels(self) -> int:
-        """How many labels that head has."""
+        """Number of labels of the classification head."""
         return self._matrix("score", "weight")[0]
 
     def sha256(self) -> str:
-        """Of the configuration and the tensors, in hex."""
+        """SHA-256 of the configuration and the tensors, in hex."""
         config = (self.folder / ADAPTER_CONFIG).read_bytes()
         return hashlib.sha256(config + self.file.content.encode()).hexdigest()
 
     def add_to(self, merged: Merged) -> None:
-        """Put the changes of this adapter after those of the adapters before.
+        """Append the changes of this adapter to the changes of earlier adapters.
 
         Raises:
-            CheckpointError: it changes what the model has not, or less than its configuration says.
+            CheckpointError: the model lacks a changed weight, or the adapter lacks a weight of its configuration.
         """
         self._require_complete(merged.expected)
         for module, parts in self._modules.items():
@@ -129,11 +129,11 @@ class Adapter:
                 self._adapt(merged, module)
 
     def close(self) -> None:
-        """Close the file; no change of this adapter can be made after it."""
+        """Close the file. Afterwards the changes of this adapter cannot be applied."""
         self.file.close()
 
     def _named(self) -> dict[str, Parts]:
-        """Headers by module, without its wrappers, and by part: ``lora_A`` and its like, ``weight`` or ``bias``."""
+        """Headers by module name without prefixes, then by part (``lora_A``, ``weight``, ``bias`` and others)."""
         found: dict[str, Parts] = {}
         for name, header in self.file.headers.items():
             plain = _unwrapped(name)
@@ -157,13 +157,13 @@ class Adapter:
         return found
 
     def _require_complete(self, expected: Shapes) -> None:
-        """The modules are those that the configuration names: an adapter is never half applied."""
+        """Refuse an adapter whose tensors and configuration name different modules, so that none is applied in part."""
         present = self._modules.keys()
         matrices = [name.removesuffix(".weight") for name, shape in expected.items() if len(shape) == 2]
         for half, (matrix, _) in HALVES.items():
             if any(module.endswith(f".{half}") for module in present):
                 matrices += [name.replace(matrix, half) for name in matrices if name.endswith(f".{matrix}")]
-        bare = not any(module.startswith("model.") for module in present)  # of a model without a head
+        bare = not any(module.startswith("model.") for module in present)  # trained on a bare decoder
         absent = {name.removeprefix("model.") if bare else name for name in matrices} - present
         missing = {name for name in absent if self.config.names(name) or self.config.saves(name)}
         if missing:
@@ -178,7 +178,11 @@ class Adapter:
             )
 
     def _replace(self, merged: Merged, name: str, header: TensorHeader, scaled: bool) -> None:
-        """A tensor that the adapter brings whole; beside its own B·A it is the base model's."""
+        """Replace a weight by the adapter's tensor: a trained one, or the base model's if B·A of this module follows.
+
+        Args:
+            scaled: whether the adapter has a scale, which a trained tensor cannot have. Such an adapter is refused.
+        """
         if name in merged.ignored:
             return
         self._require_shape(merged, name, header.shape)
@@ -189,7 +193,7 @@ class Adapter:
         merged.whole[name] = header
 
     def _adapt(self, merged: Merged, module: str) -> None:
-        """The change of a module: B·A of a matrix, its transpose of an embedding."""
+        """Add the low-rank change of a module: B·A for a matrix, (B·A)ᵀ for an embedding."""
         parts = self._modules[module]
         owner, half = _fused(_canonical(module))
         if f"{owner}.weight" in merged.ignored:
@@ -214,7 +218,7 @@ class Adapter:
             self._add_bias(merged, f"{owner}.bias", first, scaling, parts["lora_B_bias"])
 
     def _magnitude(self, module: str, rows: int, lookup: bool) -> "partial[Tensor] | None":
-        """What reads DoRA's length of each row; None for LoRA."""
+        """A function that reads DoRA's magnitudes [rows]. None: the adapter is plain LoRA."""
         header = self._modules[module].get("lora_magnitude_vector")
         if (header is not None) != self.config.dora:
             self._refuse(f"and its {ADAPTER_CONFIG} disagree on whether {module} has DoRA's magnitudes")
@@ -233,7 +237,7 @@ class Adapter:
         merged.changes.setdefault(name, []).append(added)
 
     def _matrix(self, module: str, part: str) -> tuple[int, int]:
-        """The shape of a part."""
+        """The shape (rows, columns) of a part, which must be a matrix."""
         header = self._modules[module].get(part)
         if header is None:
             self._refuse(f"lacks {part} of {module}; save it again")
@@ -248,7 +252,7 @@ class Adapter:
             self._refuse(f"is for {name} {list(shape)}, but the model has {list(merged.expected[name])}")
 
     def _read(self, header: TensorHeader) -> "Tensor":
-        """A tensor in float32."""
+        """Read a tensor as float32. Refuses NaN and infinity."""
         import torch
 
         tensor = torch.empty(header.shape, dtype=getattr(torch, header.dtype))
@@ -265,7 +269,7 @@ class Adapter:
 
 
 def merge(adapters: Iterable[Adapter], merged: Merged) -> Merged:
-    """Put the adapters' changes into ``merged``, in their order."""
+    """Add the changes of all adapters, in order, to ``merged`` and return it."""
     for adapter in adapters:
         adapter.add_to(merged)
     return merged
@@ -282,7 +286,7 @@ def _weights(folder: Path) -> Path:
 
 
 def _unwrapped(name: str) -> str:
-    """The name in the base model."""
+    """The tensor's name without the prefixes of PEFT and training wrappers."""
     name = WRAPPERS.sub("", name)
     outer = OUTER.match(name)
     return name[outer.end() :] if outer else name
@@ -293,7 +297,7 @@ def _canonical(module: str) -> str:
 
 
 def _fused(module: str) -> tuple[str, int | None]:
-    """The matrix that a module is a half of, and which half; the module itself where it is whole."""
+    """The fused matrix of a module and the half's index. For any other module: the module and None."""
     owner, _, leaf = module.rpartition(".")
     matrix, half = HALVES.get(leaf, (leaf, None))
     return f"{owner}.{matrix}" if owner else module, half

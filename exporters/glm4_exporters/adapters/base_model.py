@@ -1,6 +1,6 @@
-"""Whether an adapter was trained on the model of a checkpoint, as far as names tell.
+"""Checks by name that an adapter was trained on the checkpoint's model.
 
-The released models of one size have equal shapes, so that only their names tell them apart.
+Released models of one size have equal shapes, so only their names differ.
 """
 
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 from glm4_exporters.config import Glm4Config
 from glm4_runtime.errors import CheckpointError, shown
 
-# The released models by the last part of their names, with hidden size and layers.
+# The released models: last part of the name, with hidden size and number of layers.
 SMALL, LARGE = (4096, 40), (6144, 61)
 RELEASED = {
     "glm-4-9b-0414": SMALL,
@@ -24,10 +24,13 @@ SET_BASE = "if the adapter is right, correct base_model_name_or_path in its adap
 
 
 def require_base(adapter: Path, base: str | None, checkpoint: Path, config: Glm4Config) -> None:
-    """Refuse an adapter whose base model is surely another one.
+    """Refuse an adapter if its base model is surely not the checkpoint's. Unknown names are accepted.
+
+    Args:
+        base: name or folder of the base model. None: the adapter names none, and is accepted.
 
     Raises:
-        CheckpointError: it was trained on another released model, or on a model that is not of this family.
+        CheckpointError: the base model is another released model, or a model of another family.
     """
     ours = _names(checkpoint)
     if base is None or _same_folder(base, checkpoint) or _last(base) in ours:
@@ -55,7 +58,7 @@ def _same_folder(base: str, checkpoint: Path) -> bool:
 
 
 def _names(checkpoint: Path) -> set[str]:
-    """What a checkpoint is called: its folder's name, and the repository's in a hub's cache."""
+    """The possible names of a checkpoint in lower case: its folder's, and its repository's in a hub cache."""
     parts = checkpoint.resolve().parts
     cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
     return {name.lower() for name in (*parts[-1:], *cached[-1:])}

@@ -1,4 +1,4 @@
-"""What an adapter does to rows of a weight, in float32.
+"""The changes that an adapter makes to rows of a weight, computed in float32.
 
 LoRA (arXiv 2106.09685): W + s·B·A. DoRA (arXiv 2402.09353): m / |W + s·B·A| · (W + s·B·A), row by row.
 """
@@ -15,11 +15,12 @@ Rows = Callable[["Tensor", int], "Tensor"]
 
 @dataclass(frozen=True)
 class LowRank:
-    """A change of ``rows`` rows of a matrix, of which ``first`` is the first.
+    """A low-rank change of rows ``first`` ... ``first + rows - 1`` of a matrix.
 
     Attributes:
+        scaling: the factor s.
         left: reads B [rows, r]; ``right`` reads A [r, in].
-        magnitude: reads m [rows] of DoRA; None for LoRA.
+        magnitude: reads DoRA's m [rows]. None: LoRA.
     """
 
     first: int
@@ -30,7 +31,10 @@ class LowRank:
     magnitude: Callable[[], "Tensor"] | None = None
 
     def opened(self) -> Rows:
-        """The change, with its own matrices in memory: rows [n, in] from a given row on to changed ones."""
+        """Read A and B, and return a function that changes a block of rows [n, in] in place.
+
+        The function takes the block and the index of its first row in the whole matrix.
+        """
         left, right = self.left(), self.right()
         magnitude = None if self.magnitude is None else self.magnitude()
 
@@ -49,7 +53,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Added:
-    """A change of ``rows`` values of a bias: b + s·d."""
+    """A change of values ``first`` ... ``first + rows - 1`` of a bias: b + s·d."""
 
     first: int
     rows: int

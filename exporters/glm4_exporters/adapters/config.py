@@ -1,7 +1,7 @@
-"""``adapter_config.json`` of PEFT: what an adapter changes, and by which factor.
+"""PEFT's ``adapter_config.json``: the modules that an adapter changes, their ranks and their factors.
 
-PEFT 0.21 defines the fields and the rules by which ``target_modules``, ``rank_pattern`` and ``alpha_pattern`` name
-modules. An option that would change the formula in a way that is not known here is refused.
+The fields, and the rules of ``target_modules``, ``rank_pattern`` and ``alpha_pattern``, are those of PEFT 0.21. An
+unknown option is refused, because it may change the formula.
 """
 
 import math
@@ -18,37 +18,38 @@ MERGE = "merge it with PEFT's merge_and_unload, save the model, and export that"
 LONGEST_PATTERN, PATTERN_SECONDS = 1000, 1.0
 LARGEST_RANK = 1 << 16
 
-# Options that change nothing in the merged weights.
+# Options without effect on the merged weights.
 NO_MATTER = {
     "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
     "fan_in_fan_out", "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
     "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
     "velora_config",
 }  # fmt: skip
-# Options that are read below.
+# Options that this module reads.
 READ = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights",
 }  # fmt: skip
-# The ways to begin training that leave the base model's weights as they are; PiSSA, OLoRA and CorDA do not.
+# Values of init_lora_weights that leave the base model's weights unchanged. PiSSA, OLoRA and CorDA change them.
 PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal", "loftq")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What ``adapter_config.json`` says.
+    """The settings of ``adapter_config.json``.
 
     Attributes:
-        base: the name or the folder of the model that was trained; None where the file names none.
-        task: PEFT's name of it, as ``SEQ_CLS``; None where the file names none.
-        rank, alpha: of every module that no pattern names; the rank is None where the file names none.
-        ranks, alphas: by pattern.
-        rslora: the scale is alpha / sqrt(rank) instead of alpha / rank.
-        targets: names of modules, or one pattern, or ``all-linear``.
-        dora: rows have lengths of their own.
-        biased: B has a bias, which is added to the module's.
-        layers: the only layers that are changed; None: all.
-        saved: modules that are stored whole.
+        base: name or folder of the base model. None: not named.
+        task: PEFT's name of the task, such as ``SEQ_CLS``. None: not named.
+        rank, alpha: defaults for modules that match no pattern. Rank None: not named.
+        ranks, alphas: values by module pattern.
+        rslora: the factor is alpha / sqrt(rank) instead of alpha / rank.
+        dora: each row has a trained magnitude (DoRA).
+        biased: B has a bias, which is added to the module's bias.
+        targets: names of the adapted modules, or one pattern, or ``all-linear``.
+        excluded: names or one pattern of modules that are not adapted.
+        layers: indices of the adapted layers. None: all layers.
+        saved: names of modules that the adapter replaces (``modules_to_save``).
     """
 
     base: str | None
@@ -70,13 +71,13 @@ class AdapterConfig:
         """Read and check the file.
 
         Raises:
-            CheckpointError: it is damaged, or asks for what cannot be merged.
+            CheckpointError: the file is damaged, or the adapter cannot be merged.
         """
         values = read_object(path, CheckpointError)
         return _Reader(path, values).config()
 
     def rank_of(self, module: str) -> int | None:
-        """The rank that the file says, by the module's name in the base model."""
+        """The rank of a module, given by its name in the base model. None: the file names no rank."""
         pattern = _first(self.ranks, module)
         return self.rank if pattern is None else self.ranks[pattern]
 
@@ -87,7 +88,7 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def names(self, module: str) -> bool:
-        """Whether the file says that this module of the base model is adapted."""
+        """Whether the configuration adapts this module of the base model."""
         if _listed(self.excluded, module) or self.saves(module):
             return False
         if self.targets == ALL_LINEAR:
@@ -98,12 +99,12 @@ class AdapterConfig:
         return _listed(self.targets, module) and (self.layers is None or index in self.layers)
 
     def saves(self, module: str) -> bool:
-        """Whether the file says that the adapter brings this module whole."""
+        """Whether the adapter replaces this module (``modules_to_save``)."""
         return any(f".{name}." in f".{module}." for name in self.saved)
 
 
 class _Reader:
-    """The values of one file, each checked when it is taken."""
+    """Reads the values of one file and checks the type of each."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         self._path, self._values = path, values
@@ -209,8 +210,12 @@ def _listed(names: str | Sequence[str], module: str) -> bool:
 
 
 def _matches(pattern: str, text: str) -> bool:
-    """Whether a pattern that a stranger wrote matches the whole text; one that takes too long is refused."""
-    import regex  # has a limit of time, which re has not
+    """Whether an untrusted pattern matches the whole text.
+
+    Raises:
+        CheckpointError: the pattern is invalid or takes longer than ``PATTERN_SECONDS``.
+    """
+    import regex  # re has no time limit
 
     try:
         return regex.fullmatch(pattern, text, timeout=PATTERN_SECONDS) is not None

@@ -1,4 +1,4 @@
-"""Numbers, scales and zero points that another tool chose, stored bit for bit."""
+"""A format for numbers, scales and zero points that another tool computed, stored bit for bit."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -15,12 +15,14 @@ ZEROS = "zeros"
 
 @dataclass(frozen=True)
 class Brought(Integers):
-    """Codes of a checkpoint that is quantized already. A block may be a part of the tool's group, its scale repeated.
+    """The codes of a checkpoint that is already quantized.
+
+    A block may be smaller than the tool's group; then the group's scale is repeated for each block.
 
     Attributes:
         scales: element type of the scales.
-        zeros: whether each block has a zero point, of the codes' type.
-        codes: element type of the codes; signed integers of ``bits`` where empty.
+        zeros: whether each block has a zero point, stored in the type of the codes.
+        codes: element type of the codes. Empty: signed integers of ``bits`` bits.
     """
 
     ranges: tuple[float, ...] = ()
@@ -32,11 +34,11 @@ class Brought(Integers):
 
     @property
     def in_panels(self) -> bool:
-        """Whether our own product reads it: it has no zero points, and bfloat16 scales."""
+        """Whether the operator BlockQuantizedMatMul can read the codes: no zero points, and bfloat16 scales."""
         return not self.zeros and self.scales == "bfloat16"
 
     def parts(self, rows: int, width: int, scale_type: str) -> dict[str, Part]:
-        """The scales' type is the checkpoint's, whatever ``scale_type``."""
+        """The stored tensors by name. The scales keep the checkpoint's type; ``scale_type`` is ignored."""
         by_block = (rows,) if self.block is None else (rows, self.blocks(width))
         codes = self.codes or f"int{self.bits}"
         found = {CODES: Part(codes, (rows, width), SCALES), SCALES: Part(self.scales, by_block)}

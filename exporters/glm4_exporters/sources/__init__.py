@@ -1,6 +1,6 @@
-"""Source formats: how other tools store quantized matrices in a checkpoint. One file and one row each. Needs no torch.
+"""Source formats: how other tools store quantized matrices in a checkpoint. Needs no torch.
 
-A new format is a class in a file of this package and a row of ``SOURCES``.
+To add a format, add a class in a file of this package and a row of ``SOURCES``.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ from glm4_runtime.errors import CheckpointError, shown
 
 CONFIG, MODELOPT_CONFIG = "config.json", "hf_quant_config.json"
 
-# By quant_method.
+# Keys: quant_method in quantization_config.
 SOURCES: Mapping[str, Callable[[Settings], SourceFormat]] = {
     "awq": Awq,
     "compressed-tensors": CompressedTensors,
@@ -35,7 +35,7 @@ SOURCES: Mapping[str, Callable[[Settings], SourceFormat]] = {
     "gptq": Gptq,
     "modelopt": ModelOpt,
 }
-# What is known and not read, and what to do instead.
+# Known formats that cannot be read, with advice for the error.
 SAVE_WHOLE = "load the model in its original precision, save_pretrained it, and export that folder"
 REFUSED = {
     "bitsandbytes": f"bitsandbytes quantizes while it loads; {SAVE_WHOLE}",
@@ -46,10 +46,10 @@ REFUSED = {
 
 
 def detect(folder: Path) -> SourceFormat | None:
-    """How the checkpoint in ``folder`` is quantized, by its configuration; None where it is not.
+    """The source format that the checkpoint's configuration names. None: the weights are not quantized.
 
     Raises:
-        CheckpointError: by a tool or in a way that is not read; says what to do.
+        CheckpointError: the tool or its settings are not supported.
     """
     found = read_object(folder / CONFIG, CheckpointError).get("quantization_config")
     if found is not None:
@@ -65,7 +65,7 @@ def detect(folder: Path) -> SourceFormat | None:
     if not isinstance(nested, dict):
         raise CheckpointError(f"{path} has no object 'quantization'; quantize the model again")
     if nested.get("quant_algo") is None:
-        return None  # of the cache alone
+        return None  # only the KV cache is quantized
     return _make({"quant_method": "modelopt"} | nested, str(path))
 
 

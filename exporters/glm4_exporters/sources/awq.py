@@ -1,5 +1,4 @@
-"""AWQ's layout of order GEMM, as AutoAWQ writes it: 4 bits, packed along the rows in an order of its own.
-
+"""AWQ with the GEMM layout, as AutoAWQ writes it: 4-bit numbers, eight rows packed into an int32 in ``AWQ_ORDER``.
 ``qweight`` int32 [width, rows / 8], ``qzeros`` int32 [groups, rows / 8], ``scales`` [groups, rows].
 """
 

@@ -1,6 +1,6 @@
-"""What every source format says of itself: which tensors hold a matrix, and what their numbers mean. Needs no torch.
+"""Interfaces of a source format: the tensors of a quantized matrix, and the meaning of their numbers. Needs no torch.
 
-A source format is how another tool stores a quantized matrix in a checkpoint. All of them come down to :class:`Rows`:
+A source format is another tool's way to store a quantized matrix. Every format is converted to :class:`Rows`:
 
     value[row, input] = (numbers[row, input] - zeros[row, group]) * scales[row, group]
 """
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 FP8, INT8, INT32, UINT8 = "F8_E4M3", "I8", "I32", "U8"
 
-Read = Callable[[TensorHeader], "Tensor"]  # a stored tensor, whole
+Read = Callable[[TensorHeader], "Tensor"]  # reads a whole stored tensor
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How a matrix is stored.
+    """The storage of a quantized matrix.
 
     Attributes:
         kind: ``int``, ``float8`` or ``float4``.
-        bits: of one number.
-        group: inputs of a row under one scale; None: all of a row.
-        zeros: whether a group has a zero point.
-        scales: element type.
-        rows: rows under one scale; None: all of the matrix.
+        bits: bits of one number.
+        group: number of inputs that share a scale. None: all inputs of a row.
+        zeros: whether each group has a zero point.
+        scales: element type of the scales.
+        rows: number of rows that share a scale. None: all rows.
     """
 
     kind: str
@@ -53,14 +53,14 @@ class Storage:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a matrix as they are stored.
+    """Some rows of a quantized matrix.
 
     Attributes:
-        numbers: [rows, width]: int8 (integers around zero, unsigned ones less half of their range), float8_e4m3fn,
-            or int8 of twice a 4-bit float's value, whose scales are then halved.
+        numbers: [rows, width], int8 or float8_e4m3fn. Unsigned integers are shifted by half of their range. A 4-bit
+            float is stored as int8 with twice its value, and its scale is halved.
         scales: [rows, groups], finite.
-        zeros: int8 [rows, groups], less the same half; None where all are 0.
-        groups: int64 [width], the group of each input; None where groups lie one after the other.
+        zeros: int8 [rows, groups], shifted like the numbers. None: all zero points are 0.
+        groups: int64 [width], the group of each input. None: groups are contiguous.
     """
 
     numbers: "Tensor"
@@ -69,14 +69,14 @@ class Rows:
     groups: "Tensor | None" = None
 
     def values(self) -> "Tensor":
-        """float32 [rows, width]."""
+        """The dequantized values, float32 [rows, width]."""
         values = self.numbers.float()
         if self.zeros is not None:
             values -= self._spread(self.zeros.float())
         return values.mul_(self._spread(self.scales.float()))
 
     def _spread(self, by_group: "Tensor") -> "Tensor":
-        """[rows, groups] -> [rows, width], or [rows, 1]."""
+        """Expand [rows, groups] to [rows, width], or to [rows, 1] for a single group."""
         width, count = self.numbers.shape[1], by_group.shape[1]
         if self.groups is not None:
             return by_group[:, self.groups]
@@ -88,9 +88,9 @@ class QuantizedMatrix(ABC):
     """A matrix [rows, width] that the checkpoint stores as several tensors.
 
     Attributes:
-        module: its name without ``.weight``.
-        tensors: its stored tensors, by what follows the module's name.
-        input_scale: of a fixed rounding of its input, where the checkpoint brings one.
+        module: the matrix's name without ``.weight``.
+        tensors: headers of the stored tensors, by the suffix after the module's name.
+        input_scale: the scale of static input quantization. None: the checkpoint has none.
     """
 
     module: str
@@ -105,11 +105,11 @@ class QuantizedMatrix(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Of all its stored tensors."""
+        """Bytes of all stored tensors."""
         return sum(header.nbytes for header in self.tensors.values())
 
     def in_order(self, read: Read) -> bool:
-        """Whether the groups of inputs lie one after the other; reads no other tensor than the groups'."""
+        """Whether the groups are contiguous. Reads only the tensor of group indices."""
         import torch
 
         header = self.tensors.get("g_idx", self.tensors.get("weight_g_idx"))
@@ -121,20 +121,20 @@ class QuantizedMatrix(ABC):
 
     @abstractmethod
     def load(self, read: Read) -> "Callable[[int, int], Rows]":
-        """Read the stored tensors whole; the result gives ``count`` rows from row ``first`` on.
+        """Read the stored tensors, and return a function of ``first`` and ``count`` that returns these rows.
 
         Raises:
-            CheckpointError: the tensors hold what the format does not allow.
+            CheckpointError: the tensors hold values that the format does not allow.
         """
 
 
 class SourceFormat(ABC):
-    """How one tool stores quantized matrices, with the settings of one checkpoint.
+    """One tool's format, with the settings of one checkpoint.
 
     Attributes:
-        name: of the tool or its format, for people.
-        suffixes: what follows a module's name in the names of its tensors, ``weight`` excepted.
-        left: names or patterns of modules that the checkpoint leaves as they are, by its configuration.
+        name: the tool or the format, for messages.
+        suffixes: suffixes of a module's tensors in this format, without ``weight``.
+        left: names or patterns of modules that are not quantized, from the configuration.
     """
 
     name: ClassVar[str]
@@ -145,19 +145,23 @@ class SourceFormat(ABC):
     def matrix(
         self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorHeader]
     ) -> QuantizedMatrix | None:
-        """The matrix of a module with these tensors; None where it is not quantized.
+        """The quantized matrix of a module. None: the module is not quantized.
+
+        Args:
+            shape: rows and width of the matrix.
+            tensors: headers of all tensors of the module, by suffix.
 
         Raises:
-            CheckpointError: the tensors are not what the format stores for a matrix of this shape.
+            CheckpointError: the tensors' types or shapes do not match the format and ``shape``.
         """
 
 
 @dataclass(frozen=True)
 class Settings:
-    """An object of a quantization's configuration, read strictly.
+    """A JSON object of the quantization settings, with typed access.
 
     Raises:
-        CheckpointError: a value is not of the type that is asked for.
+        CheckpointError: a value has another type than the called method requires.
     """
 
     values: Mapping[str, Any]
@@ -173,7 +177,7 @@ class Settings:
         return bool(self._typed(key, bool, "true or false", default))
 
     def names(self, *keys: str) -> tuple[str, ...]:
-        """Of the first key that is there."""
+        """The list of names under the first key that is present. Empty: no key is present."""
         for key in keys:
             found = self.values.get(key)
             if found is None:
@@ -190,7 +194,7 @@ class Settings:
         return Settings(found, f"{self.place}.{key}") if found else None
 
     def one_of(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
-        """The value of a key, which must be one of a few."""
+        """The value of a key, which must be one of ``allowed``."""
         found = self.values.get(key)
         found = default if found is None else found
         if not any(type(found) is type(value) and found == value for value in allowed):
@@ -216,10 +220,10 @@ ORIGINAL = "give the original checkpoint, which export can quantize itself"
 def require(
     header: TensorHeader | None, name: str, dtypes: tuple[str, ...], *shapes: tuple[int, ...]
 ) -> TensorHeader:
-    """The header of a tensor that must be there, with one of these types and shapes.
+    """Return the header of a required tensor, after a check of its type and shape.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: the tensor is missing, or its type or shape is not among the given ones.
     """
     if header is None:
         raise CheckpointError(f"the quantized matrix has no {name}; finish the download")
@@ -233,10 +237,10 @@ def require(
 
 
 def require_finite(header: TensorHeader, scales: "Tensor") -> "Tensor":
-    """Scales that are all finite.
+    """Return ``scales`` after a check.
 
     Raises:
-        CheckpointError: one is NaN or infinite.
+        CheckpointError: a scale is NaN or infinite.
     """
     if not bool(scales.float().isfinite().all()):
         raise CheckpointError(
@@ -246,10 +250,10 @@ def require_finite(header: TensorHeader, scales: "Tensor") -> "Tensor":
 
 
 def groups_of(width: int, group: int | None, module: str) -> int:
-    """How many groups a row has.
+    """Number of groups of a row.
 
     Raises:
-        CheckpointError: the group does not divide the width.
+        CheckpointError: the width is not a multiple of the group size.
     """
     if group is None:
         return 1

@@ -1,17 +1,17 @@
-"""Integers of 4 and 8 bits that lie several in an int32."""
+"""Unpacks 4-bit and 8-bit integers from int32 words."""
 
 import torch
 from torch import Tensor
 
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place in an int32 of each of eight columns
-ONES = {4: 0x11111111, 8: 0x01010101}  # 1 at every place
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # position in an int32 of each of eight columns
+ONES = {4: 0x11111111, 8: 0x01010101}  # a 1 at every position
 
 
 def unpack(words: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
     """int32 [rows, words] -> uint8 [rows, words * 32 / bits], the lowest bits first.
 
     Args:
-        order: the place in an int32 of each of its numbers; one after the other where None.
+        order: position in an int32 of each number. None: ascending order.
     """
     data = words.contiguous().view(torch.uint8)  # little-endian
     if bits == 4:
@@ -22,10 +22,10 @@ def unpack(words: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Te
 
 
 def around_zero(numbers: Tensor, bits: int) -> Tensor:
-    """Unsigned numbers -> int8, less half of their range."""
+    """Convert unsigned numbers to int8 and subtract half of their range, 2^(bits - 1)."""
     return (numbers.to(torch.int16) - (1 << bits - 1)).to(torch.int8)
 
 
 def plus_one(words: Tensor, bits: int) -> Tensor:
-    """1 added to every number of an int32; a carry goes into the number above, as the writers' borrow came from it."""
+    """Add 1 to every number of an int32. A carry goes into the next number: it undoes the borrow of the writer."""
     return ((words.to(torch.int64) + ONES[bits]) & 0xFFFFFFFF).to(torch.int32)

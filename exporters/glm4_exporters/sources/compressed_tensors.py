@@ -1,9 +1,10 @@
-"""compressed-tensors, as llm-compressor writes it: packed and plain integers, float8, and NVFP4.
+"""The compressed-tensors format, as llm-compressor writes it: packed and plain integers, float8, and NVFP4.
 
-Packed integers: ``weight_packed`` int32 [rows, width / 8] (of 8 bits, width / 4), ``weight_scale`` [rows, groups], and
-where they have zero points ``weight_zero_point`` int32 [rows / 8, groups], packed along the rows. Plain integers and
-float8: ``weight`` [rows, width] and ``weight_scale``. NVFP4: ``weight_packed`` uint8 [rows, width / 2], ``weight_scale``
-float8 [rows, width / 16], divided by ``weight_global_scale``.
+Packed 4-bit integers: ``weight_packed`` int32 [rows, width / 8] and ``weight_scale`` [rows, groups]. Zero points, if
+any: ``weight_zero_point`` int32 [rows / 8, groups], packed along the rows. With 8 bits, / 8 becomes / 4.
+Plain integers and float8: ``weight`` [rows, width] and ``weight_scale``.
+NVFP4: ``weight_packed`` uint8 [rows, width / 2], and ``weight_scale`` float8 [rows, width / 16], which is divided by
+``weight_global_scale``.
 """
 
 import re
@@ -74,7 +75,7 @@ class PackedMatrix(QuantizedMatrix):
 
 @dataclass(frozen=True)
 class _Scheme:
-    """One of the configuration's groups: how the weights of its modules are stored."""
+    """One entry of ``config_groups``: the storage of the weights of the modules that it targets."""
 
     settings: Settings
     targets: tuple[str, ...]
@@ -87,7 +88,7 @@ class _Scheme:
 
     @classmethod
     def read(cls, group: Settings) -> "_Scheme | None":
-        """None where the group leaves weights as they are."""
+        """Read one entry. None: the entry does not quantize weights."""
         weights = group.section("weights")
         if weights is None:
             return None
@@ -108,7 +109,7 @@ class _Scheme:
         )
 
     def takes(self, module: str) -> bool:
-        """Whether a target names this module, all linear layers, or matches by a pattern behind ``re:``."""
+        """Whether a target is this module, its class (``Linear``, ``Embedding``), or a matching ``re:`` pattern."""
         kind = "Embedding" if module.endswith("embed_tokens") else "Linear"
         return any(
             target in (kind, module)

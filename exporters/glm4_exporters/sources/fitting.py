@@ -1,4 +1,4 @@
-"""Which of a target's ways of storing says the same numbers as a quantized checkpoint. Needs no torch."""
+"""Chooses a target's format that stores the numbers of a quantized checkpoint unchanged. Needs no torch."""
 
 import math
 from collections import Counter
@@ -19,12 +19,12 @@ NVFP4_SCALES = "float32"  # a float8 scale times the matrix' float32 scale
 
 
 def keep_form(source: Checkpoint, target_name: str, activations: str | None) -> Form:
-    """How a target stores a quantized checkpoint with the checkpoint's own numbers and scales.
+    """The form in which a target stores a quantized checkpoint with unchanged numbers and scales.
 
-    Tensors that are not quantized, and the embedding, are stored in float32: every value is the checkpoint's.
+    Tensors that are not quantized, and the embedding, are stored as float32 with unchanged values.
 
     Raises:
-        ExportError: the target has no form for a matrix; names the targets that have one.
+        ExportError: the target cannot store a matrix unchanged. The message names targets that can.
     """
     if target_name not in TARGETS:
         raise ExportError(f"unknown target {target_name!r}; the targets are {', '.join(TARGETS)}")
@@ -54,7 +54,7 @@ def keep_form(source: Checkpoint, target_name: str, activations: str | None) -> 
 
 
 def _precision(formats: dict[str, Brought]) -> str:
-    """The precision whose limits a bundle of these numbers has: that of its fewest bits."""
+    """The precision whose accuracy limits apply to the bundle: the one with the fewest bits."""
     if any(form.codes for form in formats.values()):
         return "fp8"
     return f"int{min((form.bits for form in formats.values()), default=8)}"
@@ -79,13 +79,13 @@ def _refusal(source: Checkpoint, name: str, view: View, target: Target) -> str:
 
 
 def _in_order(source: Checkpoint, view: View) -> bool:
-    """Whether groups of inputs lie one after the other."""
+    """Whether the groups of all matrices of a view are contiguous."""
     matrices = (piece.stored for piece in view.pieces if isinstance(piece.stored, QuantizedMatrix))
     return all(matrix.in_order(source.read_stored) for matrix in matrices)
 
 
 def brought_format(view: View, target: Target) -> Brought | None:
-    """The format that keeps a tensor's numbers and scales bit for bit; None where the target has none."""
+    """The target's format that stores a tensor's numbers and scales bit for bit. None: there is none."""
     stored = [piece.stored for piece in view.pieces]
     storages = {matrix.storage for matrix in stored if isinstance(matrix, QuantizedMatrix)}
     plain = [matrix for matrix in stored if not isinstance(matrix, QuantizedMatrix)]
@@ -98,23 +98,23 @@ def brought_format(view: View, target: Target) -> Brought | None:
 
 
 def keeping_targets(view: View) -> list[str]:
-    """Names of the targets that keep a tensor's numbers."""
+    """Names of the targets that can store a tensor's numbers unchanged."""
     return [name for name, target in TARGETS.items() if brought_format(view, target) is not None]
 
 
 def _standard(storage: Storage, width: int) -> Brought | None:
-    """DequantizeLinear: any group, and float8."""
+    """A format for DequantizeLinear, which takes integers of any group size, and float8."""
     if storage.kind == "float4":
         return Brought(8, storage.group, scales=NVFP4_SCALES)
     codes = "float8e4m3fn" if storage.kind == "float8" else ""
-    group = storage.group or width  # as one block: ONNX Runtime rounds the inputs of scales per row
+    group = storage.group or width  # a block, because ONNX Runtime quantizes inputs if scales are per row
     if width % group or (storage.bits == 4 and width % 2):
-        return None  # ONNX Runtime takes whole blocks only, and two codes lie in a byte
+        return None  # ONNX Runtime takes whole blocks only, and a byte holds two 4-bit codes
     return Brought(storage.bits, group, scales=storage.scales, zeros=storage.zeros, codes=codes)
 
 
 def _in_blocks(storage: Storage) -> Brought | None:
-    """Integers in blocks that are powers of two; a scale for more inputs is repeated."""
+    """A format for MatMulNBits, whose blocks are powers of two. The scale of a larger group is repeated."""
     if storage.kind == "float8":
         return None
     block = LONGEST_BLOCK if storage.group is None else math.gcd(storage.group, LONGEST_BLOCK)

@@ -1,6 +1,6 @@
-"""NVFP4: 4-bit floats (E2M1) in groups of 16 under a float8 scale, and one more scale for the whole matrix.
+"""NVFP4: 4-bit floats (E2M1), a float8 scale per group of 16, and one more scale per matrix.
 
-Twice a 4-bit float is an integer of at most 12, so that int8 numbers and halved scales say the same values.
+Twice a 4-bit float is an integer of magnitude <= 12. So int8 numbers with halved scales represent the same values.
 """
 
 from collections.abc import Callable
@@ -36,8 +36,8 @@ DOUBLED = (
 class Nvfp4Matrix(QuantizedMatrix):
     """
     Attributes:
-        packed, total: names of the numbers' tensor and of the whole matrix' scale.
-        divides: whether scales are divided by the whole matrix' scale, not multiplied.
+        packed, total: suffixes of the tensor of numbers and of the matrix's scale.
+        divides: whether group scales are divided by the matrix's scale. False: multiplied.
     """
 
     packed: str
@@ -74,10 +74,10 @@ def nvfp4_matrix(
     *,
     divides: bool,
 ) -> Nvfp4Matrix:
-    """The matrix of these tensors.
+    """An NVFP4 matrix, after a check of its tensors.
 
     Raises:
-        CheckpointError: tensors of other types or shapes.
+        CheckpointError: a tensor has a wrong type or shape.
     """
     rows, width = shape
     require(tensors[packed], f"{module}.{packed}", (UINT8,), (rows, width // 2))

@@ -1,4 +1,4 @@
-"""A float8 matrix under scales: one for the matrix, one per row, or one per block of rows and inputs."""
+"""Float8 matrices with one scale per matrix, per row, or per block of rows and inputs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class ScaledMatrix(QuantizedMatrix):
         return scales if scales.dim() == 2 else scales.reshape(-1, 1)
 
     def _owners(self, some: slice) -> "Tensor":
-        """The row of scales that each row of the matrix has."""
+        """For each row of the matrix, the row of the scales that applies."""
         import torch
 
         rows = torch.arange(some.start, some.stop)
@@ -65,10 +65,10 @@ class ScaledMatrix(QuantizedMatrix):
 def float8_matrix(
     module: str, shape: tuple[int, int], tensors: Mapping[str, TensorHeader], scale: str
 ) -> ScaledMatrix:
-    """A matrix of float8 numbers, under the scales that the tensor ``scale`` has the shape of.
+    """A float8 matrix with one scale, or one per row. The shape of the tensor ``scale`` decides.
 
     Raises:
-        CheckpointError: tensors of other types or shapes.
+        CheckpointError: a tensor has a wrong type or shape.
     """
     rows, width = shape
     require(tensors["weight"], f"{module}.weight", (FP8,), shape)
@@ -96,7 +96,11 @@ def float8_blocks(
     scale: str,
     block: tuple[int, int],
 ) -> ScaledMatrix:
-    """A matrix of float8 numbers under one scale per block of rows and inputs; the last blocks may be shorter."""
+    """A float8 matrix with one scale per block [rows, inputs]. The last blocks may be smaller.
+
+    Raises:
+        CheckpointError: a tensor has a wrong type or shape.
+    """
     (rows, width), (high, wide) = shape, block
     require(tensors["weight"], f"{module}.weight", (FP8,), shape)
     header = require(tensors.get(scale), f"{module}.{scale}", FLOATS, (-(-rows // high), -(-width // wide)))
@@ -105,6 +109,6 @@ def float8_blocks(
 
 
 def owned(tensors: Mapping[str, TensorHeader], *suffixes: str) -> dict[str, TensorHeader]:
-    """These tensors of a module, and the scale of its input where there is one."""
+    """The module's tensors with these suffixes, and its ``input_scale``, as far as present."""
     wanted = (*suffixes, "input_scale")
     return {suffix: tensors[suffix] for suffix in wanted if suffix in tensors}

@@ -1,7 +1,7 @@
-"""float8 checkpoints: in blocks as transformers writes them, per row (FBGEMM), or per matrix.
+"""Float8 checkpoints of transformers (a scale per block), FBGEMM (a scale per row), or with a scale per matrix.
 
-``weight`` float8_e4m3fn [rows, width] times ``weight_scale_inv`` [rows / 128, width / 128], which in spite of its name
-is multiplied by; or times ``weight_scale``: one, or one per row.
+``weight`` is float8_e4m3fn [rows, width]. A scale per block is ``weight_scale_inv`` [rows / 128, width / 128]; the
+weight is multiplied by this scale, in spite of the name. Other scales are ``weight_scale``.
 """
 
 from collections.abc import Mapping

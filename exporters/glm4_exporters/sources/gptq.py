@@ -1,7 +1,7 @@
-"""GPTQ's layout, as gptqmodel and AutoGPTQ write it: packed along the inputs, groups along the rows of ``scales``.
+"""GPTQ's layout, as gptqmodel and AutoGPTQ write it: numbers packed along the inputs.
 
-``qweight`` int32 [width / 8, rows] (of 8 bits, width / 4), ``scales`` [groups, rows], ``qzeros`` int32
-[groups, rows / 8], ``g_idx`` int32 [width]. The first version of the layout stores each zero point less 1.
+With 4 bits: ``qweight`` int32 [width / 8, rows], ``scales`` [groups, rows], ``qzeros`` int32 [groups, rows / 8], and
+``g_idx`` int32 [width]. With 8 bits, / 8 becomes / 4. The first version of the layout stores each zero point minus 1.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +34,10 @@ LAYOUTS = ("gptq", "gptq_v2")
 
 @dataclass(frozen=True)
 class GptqMatrix(QuantizedMatrix):
-    """``offset``: what is added to each stored zero point."""
+    """
+    Attributes:
+        offset: added to each stored zero point, 1 or 0.
+    """
 
     offset: int = 0
 
@@ -62,7 +65,7 @@ class GptqMatrix(QuantizedMatrix):
         return rows
 
     def _groups(self, read: Read) -> "Tensor | None":
-        """The group of each input, where the checkpoint has them in another order than one after the other."""
+        """The group of each input, int64 [width]. None: groups are contiguous."""
         import torch
 
         if "g_idx" not in self.tensors:

@@ -1,4 +1,4 @@
-"""The numbers of quantized matrices on their way into a bundle, bit for bit."""
+"""Copies the numbers of quantized matrices into a bundle, bit for bit."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -16,27 +16,27 @@ ROWS_AT_ONCE = 4096
 
 
 class KeptMatrix:
-    """The parts of one matrix, read when its turn comes.
+    """The encoded parts of one matrix. The stored tensors are read in :meth:`blocks`.
 
     Args:
-        view: of quantized matrices only.
-        form: what the target stores them as; its blocks divide the groups.
+        view: a view of quantized matrices only.
+        form: the target's format, whose block size divides the group size.
     """
 
     def __init__(self, view: View, form: Brought, read: Read) -> None:
         self._view, self._form, self._read = view, form, read
         self._pieces: list[
             tuple[int, int, Callable[[int, int], Rows]]
-        ] = []  # first row, end, rows of the stored
+        ] = []  # first row, end row, function that loads stored rows
         self._digest = hashlib.sha256()
 
     @property
     def sha256(self) -> str:
-        """Of the stored tensors that were read."""
+        """SHA-256, in hex, of the stored tensors read so far."""
         return self._digest.hexdigest()
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """The first row of each block, and a tensor of its shape without data."""
+        """Open the matrix, and yield each block's first row and a meta tensor of the block's shape."""
         self._open()
         rows, width = self._view.header.shape
         for first in range(0, rows, ROWS_AT_ONCE):
@@ -84,7 +84,7 @@ class KeptMatrix:
         return parts
 
     def _by_block(self, by_group: Tensor, rows: Rows) -> Tensor:
-        """[rows, groups] -> [rows, blocks] or [rows]."""
+        """Convert values per group [rows, groups] to values per block [rows, blocks], or [rows] without blocks."""
         form, width = self._form, rows.numbers.shape[1]
         if form.block is None:
             return by_group[:, 0].contiguous()

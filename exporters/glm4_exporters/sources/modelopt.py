@@ -1,7 +1,8 @@
 """NVIDIA ModelOpt's checkpoints: FP8 with one scale per matrix, and NVFP4.
 
-FP8: ``weight`` float8_e4m3fn times ``weight_scale``. NVFP4: ``weight`` uint8 [rows, width / 2], two numbers in a byte,
-times ``weight_scale`` float8 [rows, width / 16] times ``weight_scale_2``.
+FP8: ``weight`` float8_e4m3fn, multiplied by ``weight_scale``.
+NVFP4: ``weight`` uint8 [rows, width / 2] with two numbers per byte, multiplied by ``weight_scale`` float8
+[rows, width / 16] and by ``weight_scale_2``.
 """
 
 from collections.abc import Mapping

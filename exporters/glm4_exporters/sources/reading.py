@@ -1,4 +1,4 @@
-"""The values of views, read and decoded a block of rows at a time."""
+"""Reads and dequantizes views in blocks of rows."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ ROWS_TOGETHER = 64
 
 
 def view_blocks(view: View, read: Read, room: int) -> Iterator[tuple[int, Tensor]]:
-    """A view in blocks of as many whole rows as ``room`` bytes hold, float32, and the first row of each."""
+    """Yield each block's first row and its values, float32 [rows, ...], in at most ``room`` bytes per block."""
     start = 0
     step = max(1, room // max(1, view.header.nbytes // view.header.shape[0]))
     step -= step % ROWS_TOGETHER if step > ROWS_TOGETHER else 0
@@ -27,7 +27,7 @@ def view_blocks(view: View, read: Read, room: int) -> Iterator[tuple[int, Tensor
 
 
 def _rows_of(piece: Piece, read: Read) -> Callable[[int, int], Tensor]:
-    """``count`` rows from row ``first`` on of what a piece is cut from."""
+    """A function of ``first`` and ``count`` that returns these rows of the piece's stored matrix, float32."""
     stored = piece.stored
     if isinstance(stored, TensorHeader):
         whole, file, name = read(stored), stored.file, stored.name
@@ -38,7 +38,7 @@ def _rows_of(piece: Piece, read: Read) -> Callable[[int, int], Tensor]:
 
 
 def _finite(values: Tensor, file: Path, name: str, first: int) -> Tensor:
-    """Refuse NaN and infinity: a float8 number may be NaN, and a product of two finite numbers infinite."""
+    """Refuse NaN and infinity. A float8 number may be NaN; number * scale may overflow."""
     if not bool(values.isfinite().all()):
         raise CheckpointError(
             f"{file}: {name} stands for NaN or infinity in rows {first} ... {first + len(values) - 1}; "

@@ -1,7 +1,7 @@
-"""The tensors that a model reads, found among those that a quantized checkpoint stores. Needs no torch.
+"""Finds the model's tensors among the stored tensors of a quantized checkpoint. Needs no torch.
 
-A matrix may be stored as another tool's parts, in halves (``gate_proj`` and ``up_proj``), or within a larger one
-(``qkv_proj``). A :class:`View` says of which rows it is made.
+A matrix may be stored as a tool's quantized parts, as two halves (``gate_proj`` and ``up_proj``), or inside a larger
+matrix (``qkv_proj``). A :class:`View` lists the stored rows that form a tensor.
 """
 
 import math
@@ -15,13 +15,13 @@ from glm4_exporters.sources.base import QuantizedMatrix, SourceFormat
 WEIGHT = ".weight"
 GATE_UP, HALVES = "mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")
 QKV, WHOLE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.qkv_proj"
-# Scales of an int8 or float8 KV cache, which belong to no matrix.
+# Scales of an int8 or float8 KV cache. They are not used.
 CACHE_SCALES = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point", ".q_scale", ".output_scale")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows ``first`` ... ``first + count`` of a stored matrix or tensor."""
+    """Rows ``first`` ... ``first + count - 1`` of a stored matrix or tensor."""
 
     stored: QuantizedMatrix | TensorHeader
     first: int
@@ -30,19 +30,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class View:
-    """A tensor made of pieces, float32."""
+    """A tensor of the model, composed of rows of stored tensors and read as float32."""
 
     header: TensorHeader
     pieces: tuple[Piece, ...]
 
     @property
     def quantized(self) -> bool:
-        """Whether a quantized matrix is a part of it."""
+        """Whether a piece comes from a quantized matrix."""
         return any(isinstance(piece.stored, QuantizedMatrix) for piece in self.pieces)
 
     @property
     def whole(self) -> QuantizedMatrix | None:
-        """The quantized matrix that this tensor is, where it is just that."""
+        """The quantized matrix, if the view consists of all rows of one such matrix; else None."""
         stored = self.pieces[0].stored
         alone = len(self.pieces) == 1 and isinstance(stored, QuantizedMatrix)
         return stored if alone and stored.rows == self.pieces[0].count else None  # type: ignore[union-attr,return-value]
@@ -52,19 +52,19 @@ class View:
 class Views:
     """
     Attributes:
-        by_name: of the tensors that are not stored as they are read, by the checkpoint's name.
-        used: stored tensors that they are made of, or that are known and not needed.
+        by_name: views of the tensors that are stored in another form, by the checkpoint's names.
+        used: names of stored tensors that views use, and of known tensors that are not needed.
     """
 
     by_name: Mapping[str, View] = field(default_factory=dict)
     used: frozenset[str] = frozenset()
 
     def without(self, names: Collection[str]) -> "Views":
-        """The views of other tensors than these, which are replaced."""
+        """A copy without the views of the tensors ``names``."""
         return Views({name: view for name, view in self.by_name.items() if name not in names}, self.used)
 
     def seen(self, headers: Mapping[str, TensorHeader], expected: Collection[str]) -> dict[str, TensorHeader]:
-        """The tensors as they read, and the stored ones that no view needs."""
+        """Headers of the views, and of the stored tensors that no view uses or that are ``expected`` themselves."""
         plain = {name: each for name, each in headers.items() if name not in self.used or name in expected}
         return plain | {name: view.header for name, view in self.by_name.items()}
 
@@ -78,10 +78,13 @@ def find_views(
     headers: Mapping[str, TensorHeader],
     expected: Mapping[str, tuple[int, ...]],
 ) -> Views:
-    """The views among the ``expected`` tensors, by the checkpoint's names.
+    """The views of the ``expected`` tensors that are stored in another form.
+
+    Args:
+        expected: shapes by the checkpoint's names.
 
     Raises:
-        CheckpointError: a quantized matrix is not stored as its format says.
+        CheckpointError: the tensors of a quantized matrix do not match the format.
     """
     modules: dict[str, dict[str, TensorHeader]] = {}
     for name, header in headers.items():
@@ -102,7 +105,7 @@ class _Finder:
     used: set[str] = field(default_factory=set)
 
     def view(self, name: str, shape: tuple[int, ...]) -> View | None:
-        """None where the tensor is stored as it is read, or not at all."""
+        """The view of a tensor. None: the tensor is stored under its own name, or is missing."""
         pieces = self._pieces(name, shape)
         if not pieces or (
             len(pieces) == 1 and isinstance(pieces[0].stored, TensorHeader) and pieces[0].stored.name == name
@@ -136,7 +139,7 @@ class _Finder:
         return [] if whole is None else [Piece(whole, (0, queries, queries + keys)[index], shape[0])]
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> QuantizedMatrix | TensorHeader | None:
-        """A tensor of this name and shape, quantized or not."""
+        """The stored tensor of this name and shape, quantized or not. None: there is none."""
         module, _, kind = name.rpartition(".")
         matrix = None
         if kind == "weight" and len(shape) == 2:

@@ -1,4 +1,4 @@
-"""``--lora DIR`` and ``--lora DIR=SCALE``: LoRA adapters that are merged into a checkpoint's weights."""
+"""The option ``--lora DIR`` or ``--lora DIR=SCALE``: LoRA adapters to merge into a checkpoint's weights."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def lora_option(command: Command) -> Command:
-    """The option ``--lora``, which may be repeated."""
+    """Add the repeatable option ``--lora`` to a click command."""
     return click.option(
         "--lora",
         multiple=True,
@@ -25,11 +25,11 @@ def lora_option(command: Command) -> Command:
 
 
 def find_adapters(given: Sequence[str], progress: Progress = silent) -> tuple[tuple[str, float], ...]:
-    """The folders of adapters, downloaded if they are names on a hub, with the factor of each.
+    """The folder and the factor of each adapter. An adapter named by its hub repository is downloaded.
 
     Raises:
-        RequestError: a scale that is no number.
-        CheckpointError: a name that is not on the hub.
+        RequestError: a scale is not a number.
+        CheckpointError: the hub has no repository of this name.
     """
     found = []
     for value in given:
@@ -39,7 +39,7 @@ def find_adapters(given: Sequence[str], progress: Progress = silent) -> tuple[tu
 
 
 def _parted(value: str) -> tuple[str, float]:
-    """The folder and the factor. An existing folder whose name contains an equals sign has priority."""
+    """Split ``DIR=SCALE`` into folder and factor. An existing folder with "=" in its name is not split."""
     name, equals, scale = value.rpartition("=")
     if not equals or Path(value).exists():
         return value, 1.0

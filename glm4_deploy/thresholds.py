@@ -1,7 +1,7 @@
-"""Reads thresholds.toml, where every limit stands with its reason, and derives the others. Needs no torch.
+"""Reads the limits in thresholds.toml and derives the remaining ones. Needs no torch.
 
-PARITY["int8"]["mean_kl"], BANDS["int8"]["local"], GPU_CHECK["float16"]
-named_gate("strict")["int8+kv-int8"]["kl_mean"]
+Examples: PARITY["int8"]["mean_kl"], BANDS["int8"]["local"], GPU_CHECK["float16"],
+named_gate("strict")["int8+kv-int8"]["kl_mean"].
 """
 
 import tomllib
@@ -23,7 +23,7 @@ PRECISIONS = tuple(_ALL["gate"])
 CACHE_SUFFIX = "+kv-int8"
 GATES = ("strict", "default", "loose")
 
-# A metric's value where nothing is lost.
+# The value of each metric for a bundle that equals the reference.
 PERFECT = {
     "perplexity_ratio": 1.0,
     "kl_mean": 0.0,
@@ -38,7 +38,7 @@ PERFECT = {
 
 
 def named_gate(name: str) -> dict[str, dict[str, float]]:
-    """Limits by precision and metric, those with an int8 cache included."""
+    """The limits of a gate in ``GATES``, by precision and metric. ``CACHE_SUFFIX`` marks rows with an int8 KV cache."""
     rows = {precision: dict(_ALL["gate"][precision]) for precision in PRECISIONS}
     rows |= {precision + CACHE_SUFFIX: _with_int8_cache(row) for precision, row in rows.items()}
     return {precision: _complete(name, row) for precision, row in rows.items()}
@@ -55,7 +55,7 @@ def _with_int8_cache(row: Row) -> dict[str, float]:
 
 
 def _complete(name: str, row: Row) -> dict[str, float]:
-    """With what follows from other limits, for one of the named gates."""
+    """The limits of a named gate, from the row of "default": the loss is scaled, and derived metrics are added."""
     row = {**row, "kl_p99": 10 * row["kl_mean"]}
     share, greedy = _DERIVED.get(name, 1.0), _DERIVED.get(f"greedy_{name}", 1.0)
     limits = {
@@ -65,5 +65,5 @@ def _complete(name: str, row: Row) -> dict[str, float]:
 
 
 def _is_agreement(metric: str) -> bool:
-    """Whether more of it is better."""
+    """Whether a higher value of the metric is better."""
     return metric.endswith("agreement") or metric in ("cosine", "greedy_prefix")

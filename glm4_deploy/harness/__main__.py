@@ -1,6 +1,6 @@
-"""The harness's own command line, with one more model: ``glm4-deploy``.
+"""The command line of lm-evaluation-harness with the additional model ``glm4-deploy``.
 
-The harness (0.4.13) finds no models of other packages by itself, so this module registers ours first.
+The harness (0.4.13) does not find models of other packages, so this module registers the model first.
 """
 
 import sys

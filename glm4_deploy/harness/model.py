@@ -1,7 +1,7 @@
-"""A bundle as a model of lm-evaluation-harness.
+"""Makes a bundle a model of lm-evaluation-harness.
 
-Texts are encoded as the harness's own ``hf`` model encodes them: with the tokenizer's prefix (GLM-4: [gMASK]<sop>),
-unless the text begins with the prefix already, as a rendered chat template does.
+Texts are encoded as in the harness's ``hf`` model: with the tokenizer's prefix (GLM-4: [gMASK]<sop>), unless the text
+already begins with the prefix. A rendered chat template does.
 """
 
 import queue
@@ -23,19 +23,21 @@ from glm4_runtime.errors import RequestError
 from glm4_runtime.reasoning import CLOSE, begins_inside
 from glm4_runtime.scheduler import Event, Failed, Generated, Request, Scheduler
 
-MAX_GEN_TOKS = 256  # the harness's own default
-# The harness's options of generation, by their names; every other one is refused.
+MAX_GEN_TOKS = 256  # the harness's default
+# Names of the supported generation options of the harness. Other options are refused.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
-# A text with its token ids; context and continuation of a log-likelihood.
+# A log-likelihood request: the text (a key of the harness's cache), and the token ids of context and continuation.
 Scored = tuple[Any, list[int], list[int]]
 
 
 class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
-    """A causal LM's bundle.
+    """The bundle of a causal LM.
 
-    ``--model_args``: ``bundle`` (the folder), ``max_length`` (tokens of a prompt with its answer; by default the
-    bundle's), ``max_gen_toks`` (tokens of an answer for which a task gives no number).
+    ``--model_args`` takes:
+        bundle: the bundle's folder.
+        max_length: most tokens of prompt and answer together. Default: the bundle's limit.
+        max_gen_toks: most tokens of an answer, for tasks that set no limit.
     """
 
     backend = "causal"
@@ -50,11 +52,11 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
         """Open the bundle.
 
         Args:
-            others: what the harness gives to every model (``batch_size``, ``device``). The bundle's slots are used
-                whatever the batch size, and the bundle decides on the device.
+            others: options that the harness passes to every model, such as ``batch_size`` and ``device``. They are
+                ignored: the bundle determines the number of slots and the device.
 
         Raises:
-            Glm4Error: no bundle of a causal LM, or one without a tokenizer.
+            Glm4Error: an option is unknown, the bundle cannot be opened, or the bundle has no tokenizer.
         """
         super().__init__()
         if bundle is None:
@@ -89,14 +91,14 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     @property
     def tokenizer_name(self) -> str:
-        """Part of the name of the harness's cache of requests."""
+        """A name for the harness, which uses it in the file names of its request cache."""
         return f"{self._folder.name}-{self._session.manifest.source_sha256[:16]}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         return self._tokenizer.encode(string, add_special_tokens is not False)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The source of the bundle's template, which the harness keeps with its results."""
+        """The source of the bundle's chat template. The harness stores the source with its results."""
         if not chat_template:
             return None
         self._template = ChatTemplate.from_folder(self._folder)
@@ -109,7 +111,7 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
             self._template = ChatTemplate.from_folder(self._folder)
         if add_generation_prompt:
             return self._template.render(chat_history)
-        # The last message is the beginning of the answer, which the model continues.
+        # The last message is the start of the answer; the model continues it.
         rendered, begun = (
             self._template.render(chat_history, None, False),
             chat_history[-1]["content"].strip(),
@@ -119,7 +121,7 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def _loglikelihood_tokens(
         self, requests: list[Scored], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """The log-probability of each continuation, and whether each of its tokens is the likeliest."""
+        """For each request: the continuation's log-probability, and whether greedy decoding would generate it."""
         found: dict[int, tuple[float, bool]] = {}
         cut = [_fitting(context, continuation, self.max_length) for _, context, continuation in requests]
         order = sorted(range(len(cut)), key=lambda place: cut[place][0])
@@ -164,7 +166,7 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return answers
 
     def _asked(self, context: str, options: dict[str, Any]) -> tuple[Request, Callable[[str], str]]:
-        """The request for one prompt, and what takes the answer from the generated text."""
+        """The request for one prompt, and a function that extracts the answer from the generated text."""
         options = dict(normalize_gen_kwargs(options, self.max_gen_toks))
         until, most = options.pop("until"), options.pop("max_gen_toks")
         options.pop("do_sample", None)
@@ -177,7 +179,7 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
             raise RequestError(f"a task asks for {most} tokens, but prompt and answer have {self.max_length}")
         prompt = self.tok_encode(context)[-(self.max_length - most) :]
         thinks = begins_inside(context)
-        # A stop string inside the thinking does not end the answer.
+        # A stop string inside the reasoning must not end the answer.
         stops = () if thinks else tuple(stop for stop in until if stop)
         params = SamplingParams(max_tokens=most, stop=stops, **options)
         request = Request(tuple(prompt), params, logprobs=False)
@@ -191,7 +193,10 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
 
 def generated(session: Session, requests: Sequence[Request]) -> Iterator[tuple[int, str]]:
-    """The text of each request with its place, in the order in which they end; as many at a time as there are slots.
+    """Generate all requests, as many at a time as the bundle has slots.
+
+    Yields:
+        The index of a request and its text, in the order of completion.
 
     Raises:
         Glm4Error: a request failed.
@@ -222,9 +227,12 @@ def _put(events: "queue.SimpleQueue[tuple[int, Event]]", place: int, event: Even
 
 
 def _fitting(context: list[int], continuation: list[int], longest: int) -> tuple[tuple[int, ...], list[int]]:
-    """Context and continuation without the first tokens that the model has no room for.
+    """Cut the start of the context, so that context and continuation fit into the model.
 
-    The last token is predicted and never read, so ``longest + 1`` tokens fit.
+    The last token is only predicted and not an input, so ``longest + 1`` tokens fit.
+
+    Raises:
+        RequestError: the continuation alone is longer than ``longest``.
     """
     if len(continuation) > longest:
         raise RequestError(

@@ -1,12 +1,13 @@
-"""What a graph's sub-blocks should read and give: the reference's values, in the graph's own scale.
+"""The expected inputs and outputs of a graph's sub-blocks: the reference's values in the graph's scale.
 
-An export may multiply what a sub-block gives by a factor per channel and divide the columns of the matrix that
-reads it: by a power of two for float16's range, by AWQ's or SmoothQuant's scales. Such a graph is right, and is
-compared in its own scale. A factor that the reader does not undo is an error of the sub-block.
+An export may multiply a sub-block's output by a factor per channel, and divide the columns of the next matrix by the
+same factor. The factor is a power of two for float16's range, or a scale of AWQ or SmoothQuant. Such a graph is right
+and must be compared in its own scale. The "reader" is the sub-block whose matrix undoes the factor. A factor that the
+reader does not undo is an error of the sub-block.
 
-So there are two readings of the reference's values as soon as a factor explains a sub-block's error: as they are, and
-multiplied by the factor. The reader runs on both, and the reading under which the reader errs less is the right one. A
-reader that is wrong by both decides nothing: then it is the reading that blames fewer sub-blocks.
+If a factor explains a sub-block's error, there are two "readings" of the reference's values: unscaled, and multiplied
+by the factor. The reader runs on both readings, and the reading with the smaller error of the reader is chosen. If the
+reader is out of band in both, the reading with fewer sub-blocks out of band is chosen.
 """
 
 import math
@@ -26,7 +27,7 @@ Array = npt.NDArray[Any]
 Values = dict[str, Array]
 Factor = npt.NDArray[np.float32]  # [channels]
 
-# A sub-block whose channels an export may scale, and the first one behind it that undoes the factor.
+# Keys: sub-blocks whose output channels an export may scale. Values: the reader, which undoes the factor.
 READER = {
     "input_layernorm": "qk",
     "v": "o_proj",
@@ -34,16 +35,16 @@ READER = {
     "gate_up": "down",
     NORM_TAP: HEAD_TAP,
 }
-WORTH = 0.25  # of its band: a smaller error needs no explanation
-EXPLAINED = 0.7  # of the error: a factor that leaves more does not explain it
-SHARED = 1.5  # times the error under a factor per channel: a shared power of two explains as much
-MOST_BITS = 60  # of a shared power of two, so that float32 holds it and what it multiplies
-FAR = 2  # powers of two: values that are so much larger or smaller are scaled, even if they are wrong besides
+WORTH = 0.25  # share of the band; a factor is tried only for larger errors
+EXPLAINED = 0.7  # share of the error; a factor explains the error if less than this share remains
+SHARED = 1.5  # a shared power of two is preferred up to this multiple of the per-channel error
+MOST_BITS = 60  # largest exponent of a shared power of two, so that scaled values stay within float32
+FAR = 2  # smallest exponent of a shared power of two that counts as scaling even if a large error remains
 
 
 @dataclass(frozen=True)
 class Block:
-    """One sub-block of a graph, and the reference's values of it: per sequence, one array per value of the tap."""
+    """One sub-block of a graph, and the reference's output: per sequence, one array for each value of the tap."""
 
     layer: int | None
     tap: GraphTap
@@ -53,12 +54,12 @@ class Block:
 
 @dataclass
 class Reading:
-    """The reference's values in one scale, since the sub-block that may be scaled.
+    """The reference's values in one scale, from the possibly scaled sub-block to its reader.
 
     Attributes:
-        values: by the graph's names, per sequence, beside those on which all readings agree.
-        errors: of the sub-blocks by this reading.
-        factor: what the values of that sub-block are multiplied by; None: they are as they are.
+        values: the values that differ between readings, by the graph's names, one dict per sequence.
+        errors: errors of the sub-blocks under this reading.
+        factor: factor of the scaled sub-block's output. None: unscaled.
     """
 
     values: list[Values]
@@ -67,17 +68,17 @@ class Reading:
 
     @property
     def size(self) -> float:
-        """The own error of the last sub-block; infinite where it is no number."""
+        """The last sub-block's own relative error. Infinite if the error is NaN or was not measured."""
         local = self.errors[-1].local
         return local.relative if local is not None and math.isfinite(local.relative) else math.inf
 
 
 class Readings:
-    """All readings of the reference's values at one place of a graph, one or two.
+    """The one or two possible readings at the current sub-block of a graph.
 
     Attributes:
-        known: the values on which all readings agree, by the graph's names, per sequence.
-        open: the readings among which the next reader decides.
+        known: the values that all readings share, by the graph's names, one dict per sequence.
+        open: the possible readings. The next reader decides between two.
     """
 
     def __init__(self, config: Glm4Config, sequences: int) -> None:
@@ -88,19 +89,19 @@ class Readings:
         self.open = [Reading([{} for _ in range(sequences)])]
 
     def inputs(self, reading: Reading) -> list[Values]:
-        """Everything known of each sequence, by one reading."""
+        """All values of each sequence under one reading, by the graph's names."""
         return [{**known, **own} for known, own in zip(self.known, reading.values, strict=True)]
 
     def add(self, block: Block, own: Sequence[Values], found: Sequence[Sequence[Values]]) -> None:
-        """Compare what a sub-block gave.
+        """Compare the output of a sub-block with the reference.
 
         Args:
-            own: on what the bundle itself made before, per sequence.
-            found: on the :meth:`inputs` of each open reading, per sequence.
+            own: output in the whole bundle, from the bundle's own earlier values; one dict per sequence.
+            found: output from the :meth:`inputs` of each open reading; per reading, one dict per sequence.
         """
         with np.errstate(
             over="ignore", invalid="ignore"
-        ):  # a value beyond float16 is infinite, and so its error
+        ):  # values beyond float16's range become infinite, and so does the error
             branches = [
                 self._branch(block, reading, own, one) for reading, one in zip(self.open, found, strict=True)
             ]
@@ -116,7 +117,7 @@ class Readings:
             self.settle(self.open[0])
 
     def _choose(self, branches: Sequence[list[Reading]]) -> tuple[Reading, list[Reading]]:
-        """A reading, and what the reader gives by it: as it is and perhaps scaled."""
+        """Choose a reading. Returns the reading and the readings that follow from it: unscaled, perhaps scaled too."""
 
         def fits(pair: tuple[Reading, list[Reading]]) -> Reading:
             return min(pair[1], key=lambda one: one.size)
@@ -128,19 +129,19 @@ class Readings:
         return min(pairs, key=lambda pair: (sum(map(is_out_of_band, pair[0].errors)), fits(pair).size))
 
     def settle(self, reading: Reading) -> None:
-        """Take one reading for the right one."""
+        """Accept one reading as the right one: its values become known, its errors final."""
         self._errors += reading.errors
         for known, new in zip(self.known, reading.values, strict=True):
             known.update(new)
         self.open, self._reader = [Reading([{} for _ in self.known])], None
 
     def errors(self) -> list[BlockError]:
-        """Those of all sub-blocks on which a reading is chosen, once."""
+        """Return the final errors since the last call, and remove them."""
         found, self._errors = self._errors, []
         return found
 
     def forget(self, name: str) -> None:
-        """Drop a value that no later sub-block reads."""
+        """Drop a value that no later sub-block needs."""
         for values in (self.known, *(reading.values for reading in self.open)):
             for one in values:
                 one.pop(name, None)
@@ -148,7 +149,8 @@ class Readings:
     def _branch(
         self, block: Block, reading: Reading, own: Sequence[Values], found: Sequence[Values]
     ) -> list[Reading]:
-        """A sub-block by one reading: its values as they are and, where that explains its error, scaled."""
+        """The readings of a sub-block that follow from ``reading``: unscaled and, if a factor explains the error,
+        scaled."""
         factor = None
         if block.tap.tap == ATTENTION_TAP and reading.factor is not None:
             factor = passed_on(reading.factor, self._config)
@@ -164,10 +166,11 @@ class Readings:
 
 
 def factors(reference: Sequence[Array], found: Sequence[Array]) -> tuple[Factor, Factor]:
-    """Factors between the reference's values [..., channels] and those found.
+    """Estimate the factors from the reference's values [..., channels] to the found values of the same shape.
 
     Returns:
-        The least-squares factor of each channel, and the power of two nearest to most channels' ratio of sizes.
+        The least-squares factor of each channel, and the power of two nearest to the channels' median ratio of norms;
+        both float32 [channels].
     """
     across, square, size = (np.zeros(reference[0].shape[-1]) for _ in range(3))
     for one, other in zip(reference, found, strict=True):
@@ -178,14 +181,14 @@ def factors(reference: Sequence[Array], found: Sequence[Array]) -> tuple[Factor,
     seen = square > 0
     each = np.where(seen, across / np.where(seen, square, 1), 1).astype(np.float32)
     middle = float(np.median(np.sqrt(size[seen] / square[seen]))) if seen.any() else 1.0
-    middle = 1.0 if math.isnan(middle) else middle  # a sub-block that gave NaN has no scale
+    middle = 1.0 if math.isnan(middle) else middle  # NaN outputs have no scale
     middle = min(max(middle, 2.0**-MOST_BITS), 2.0**MOST_BITS)
     shared = 2.0 ** round(math.log2(middle))
     return each, np.full_like(each, shared)
 
 
 def passed_on(factor: Factor, config: Glm4Config) -> Factor:
-    """A factor of the values [Hkv * D] as attention's output [H * D] has it."""
+    """Repeat a factor of the values [Hkv * D] over the query heads, to attention's output [H * D]."""
     group = config.num_attention_heads // config.num_key_value_heads
     return np.repeat(factor.reshape(-1, config.head_dim), group, axis=0).reshape(-1)
 
@@ -198,7 +201,7 @@ def _measured(block: Block, factor: Factor | None, own: Sequence[Values], found:
 
 
 def _in_graph(tap: GraphTap, arrays: Sequence[Array], factor: Factor | None, like: Values) -> Values:
-    """The reference's values by the graph's names, in its types and of its scale."""
+    """The reference's values by the graph's names, in the graph's element types and scale."""
     scale = np.float32(2.0**-tap.bits) if factor is None else factor * np.float32(2.0**-tap.bits)
     scaled = arrays if factor is None and not tap.bits else [array * scale for array in arrays]
     return {

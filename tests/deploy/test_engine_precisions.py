@@ -116,7 +116,8 @@ def test_shapes_that_are_not_round(tmp_path, monkeypatch, shape, precision, acti
     source = write_checkpoint(tmp_path / "source", tiny_config(**SHAPES[shape]))
     text = tmp_path / "text.ids"
     text.write_text("\n".join(" ".join(str(4 + 7 * i * j % 290) for i in range(40)) for j in (1, 2, 3)))
-    result = export(source, tmp_path / "bundle", options(precision, text, activations, layout))
+    used = None if precision == "int8" else text  # plain int8 is refused with a text that changes nothing
+    result = export(source, tmp_path / "bundle", options(precision, used, activations, layout))
     assert 0 < result.parity.relative_error < LARGEST[precision]
     manifest = result.manifest
     assert manifest.activations == manifest.kv_cache == {"fp16": "float16", "bf16": "bfloat16"}[activations]

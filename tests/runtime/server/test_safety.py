@@ -349,7 +349,7 @@ def test_draining_lets_requests_finish_and_takes_no_more(scripted):
     stream = client.chat.completions.create(**ASKED, stream=True)
     next(stream)
     next(stream)
-    server._engine.drain()
+    server._served.drain()
     assert httpx.get(f"{server.url}/health/ready").status_code == 503
     assert httpx.get(f"{server.url}/health/live").status_code == 200
     refused = httpx.post(server.url + CHAT, json=ASKED)

@@ -51,6 +51,9 @@ LAYER: tuple[Norm | Linear, ...] = (
 )
 MATRICES: dict[str, Linear] = {row.name: row for row in LAYER if isinstance(row, Linear)}
 
+# The two halves of the fused matrix, which other tools store and adapt apart: its first rows, then its last.
+FUSED, HALVES = "mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")
+
 # Per site: the matrices that read one input, in the order in which a layer computes them.
 LAYER_SITES: dict[str, tuple[str, ...]] = {
     site: tuple(name for name, row in MATRICES.items() if row.site == site)

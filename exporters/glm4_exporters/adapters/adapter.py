@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from glm4_exporters.adapters.changes import Added, Change, LowRank
 from glm4_exporters.adapters.config import AdapterConfig
-from glm4_exporters.architecture import EMBEDDING, HEAD
+from glm4_exporters.architecture import EMBEDDING, FUSED, HALVES, HEAD
 from glm4_exporters.config import DTYPES
 from glm4_exporters.safetensors_file import SafetensorsFile, TensorHeader
 from glm4_runtime.bundle.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -35,9 +35,6 @@ PART = re.compile(
 )
 WHOLE = re.compile(r"(?P<module>.+?)(?:\.modules_to_save(?:\.[^.]+)?|\.base_layer)?\.(?P<part>weight|bias)")
 IGNORED = ".original_module."  # the base model's weight, which PEFT saves beside its replacement
-
-# An adapter may adapt the halves of a fused matrix separately. Values: the fused matrix, and the half's index.
-HALVES = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
 
 Shapes = Mapping[str, tuple[int, ...]]
 Parts = dict[str, TensorHeader]
@@ -160,9 +157,9 @@ class Adapter:
         """Refuse an adapter whose tensors and configuration name different modules, so that none is applied in part."""
         present = self._modules.keys()
         matrices = [name.removesuffix(".weight") for name, shape in expected.items() if len(shape) == 2]
-        for half, (matrix, _) in HALVES.items():
+        for half in HALVES:
             if any(module.endswith(f".{half}") for module in present):
-                matrices += [name.replace(matrix, half) for name in matrices if name.endswith(f".{matrix}")]
+                matrices += [name.replace(FUSED, half) for name in matrices if name.endswith(f".{FUSED}")]
         bare = not any(module.startswith("model.") for module in present)  # trained on a bare decoder
         absent = {name.removeprefix("model.") if bare else name for name in matrices} - present
         missing = {name for name in absent if self.config.names(name) or self.config.saves(name)}
@@ -298,6 +295,5 @@ def _canonical(module: str) -> str:
 
 def _fused(module: str) -> tuple[str, int | None]:
     """The fused matrix of a module and the half's index. For any other module: the module and None."""
-    owner, _, leaf = module.rpartition(".")
-    matrix, half = HALVES.get(leaf, (leaf, None))
-    return f"{owner}.{matrix}" if owner else module, half
+    half = next((place for place, name in enumerate(HALVES) if module.endswith(f".{name}")), None)
+    return module if half is None else module.removesuffix(HALVES[half]) + FUSED, half

@@ -8,12 +8,12 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from glm4_exporters.architecture import FUSED, HALVES
 from glm4_exporters.config import DTYPES, Glm4Config
 from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import QuantizedMatrix, SourceFormat
 
 WEIGHT = ".weight"
-GATE_UP, HALVES = "mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")
 QKV, WHOLE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.qkv_proj"
 # Scales of an int8 or float8 KV cache. They are not used.
 CACHE_SCALES = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point", ".q_scale", ".output_scale")
@@ -121,9 +121,9 @@ class _Finder:
         if own is not None:
             return [Piece(own, 0, shape[0])]
         module, _, kind = name.rpartition(".")
-        if module.endswith(GATE_UP):
+        if module.endswith(FUSED):
             half = (shape[0] // 2, *shape[1:])
-            halves = [self._stored(f"{module.removesuffix(GATE_UP)}{part}.{kind}", half) for part in HALVES]
+            halves = [self._stored(f"{module.removesuffix(FUSED)}{part}.{kind}", half) for part in HALVES]
             return [Piece(part, 0, half[0]) for part in halves if part is not None] if all(halves) else []
         for index, part in enumerate(QKV):
             if module.endswith(part):

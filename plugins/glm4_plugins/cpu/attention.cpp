@@ -1,4 +1,4 @@
-// How attention is cut into pieces of work.
+// Divides attention into pieces of work for the threads.
 #include <algorithm>
 #include <atomic>
 #include <exception>
@@ -11,19 +11,19 @@
 namespace glm4 {
 namespace {
 
-constexpr int64_t kRowsWorthThreads = 32;        // new positions whose keys and values are stored by several threads
-constexpr int64_t kMost = 1 << 16;               // numbers of a piece are counted in ints
-constexpr int64_t kMostPartialFloats = 8 << 20;  // 32 MB of partial results; beyond it, a piece goes through all keys
+constexpr int64_t kRowsWorthThreads = 32;        // fewest new positions whose keys and values several threads store
+constexpr int64_t kMost = 1 << 16;               // limit of group and dim, so that sizes of a piece fit an int
+constexpr int64_t kMostPartialFloats = 8 << 20;  // most partial results (32 MB) for a split of sequences into chunks
 
 enum Purpose { kScratch, kPartials };
 
-// Memory of one thread, kept from one run to the next.
+// Memory of one thread, reused by later runs.
 template <Purpose>
 float* thread_memory(size_t floats) {
   thread_local std::vector<float> memory;
   if (memory.size() < floats + 16) memory.resize(floats + 16);
   const size_t past = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float) % 16;
-  return memory.data() + (16 - past) % 16;  // where a register's loads do not cross a line
+  return memory.data() + (16 - past) % 16;  // aligned to a cache line
 }
 
 class Run {
@@ -31,7 +31,7 @@ class Run {
   Run(const AttentionKernels& kernels, const AttentionShape& shape, const AttentionData& data)
       : kernels_(kernels), shape_(shape), data_(data), rows_(shape.together() * shape.group) {
     for (int64_t b = 0; b < shape.batch; ++b) chunks_ = std::max(chunks_, chunks_of(b));
-    // One piece per sequence and head may be too few for the threads: its chunks are then work by themselves.
+    // One piece per sequence and head may be too few for the threads. Then each chunk of keys is a piece of its own.
     const int64_t heads = shape.batch * shape.kv_heads;
     split_ = shape.pieces() == 1 && chunks_ > 1 && heads * chunks_ * partial_floats() <= kMostPartialFloats;
     if (!split_) return;
@@ -97,14 +97,14 @@ class Run {
       const int64_t heads = shape_.batch * shape_.kv_heads;
       if (split_)
         one_chunk(at / chunks_, at % chunks_);
-      else  // the last positions, which see most, first
+      else  // last positions first, because they see the most keys
         all_chunks(at % heads, shape_.pieces() - 1 - at / heads);
-    } catch (const std::exception&) {  // which must not reach C
+    } catch (const std::exception&) {  // C callers cannot handle exceptions
       starved_ = true;
     }
   }
 
-  // The positions first ... first + count - 1 of one sequence, under one head of keys.
+  // Positions first ... first + count - 1 of sequence b, for kv head h.
   struct Piece {
     int64_t b, h, first, count;
   };
@@ -126,7 +126,7 @@ class Run {
     return {at, values, values + kChunk * shape_.padded()};
   }
 
-  // How many keys of the chunk the first position sees; none where that is not positive.
+  // Number of keys from the chunk's start on that the first position sees; zero or negative if it sees none.
   int64_t first_sees(const Piece& piece, int64_t chunk) const {
     return data_.past_of(piece.b) + piece.first + 1 - chunk * kChunk;
   }
@@ -145,7 +145,7 @@ class Run {
     kernels_.attend(shape_, some, scratch, to);
   }
 
-  // Rows that see nothing of the later chunk stay as they are.
+  // Rows that see no key of the later chunk are left unchanged.
   void merge(const Piece& piece, int64_t chunk, const Partial& sum, const Partial& later) const {
     const int64_t first = first_sees(piece, chunk), blind = first > 0 ? 0 : (1 - first) * shape_.group;
     kernels_.merge(shape_, int(blind), int(piece.count * shape_.group), sum, later);
@@ -189,7 +189,7 @@ class Run {
     const float* queries = turned(piece, scratch.scores + rows_ * kChunk);
     attend(piece, chunk, queries, scratch, partial_of(head, chunk));
     if (left_[head].fetch_sub(1) != 1) return;
-    // Whoever comes last merges them, in the order of the chunks.
+    // The thread that finishes the last chunk merges all chunks, in order.
     const Partial sum = partial_of(head, 0);
     for (int64_t later = 1; later < chunks; ++later) merge(piece, later, sum, partial_of(head, later));
     finish(piece, sum);
@@ -202,11 +202,11 @@ class Run {
   const AttentionKernels& kernels_;
   const AttentionShape& shape_;
   const AttentionData& data_;
-  const int64_t rows_;  // of a piece, at most
-  int64_t chunks_ = 1;  // of the longest sequence
+  const int64_t rows_;  // most rows of a piece
+  int64_t chunks_ = 1;  // number of chunks of the longest sequence
   bool split_ = false;
-  float* partials_ = nullptr;  // of every chunk, of the thread that calls
-  std::unique_ptr<std::atomic<int64_t>[]> left_;  // chunks not yet done, by sequence and head
+  float* partials_ = nullptr;  // partial results of all chunks, in the calling thread's memory
+  std::unique_ptr<std::atomic<int64_t>[]> left_;  // number of unfinished chunks, by sequence and head
   std::atomic<bool> starved_{false};
 };
 

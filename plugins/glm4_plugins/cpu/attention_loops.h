@@ -1,6 +1,6 @@
-// The attention kernels for registers of kLanes floats. Before it is included, `Lanes` (a vector type), `kLanes`,
-// `kTileRows` and `kTileVectors` (a tile of sums that fits the registers), `fused` (a * b + c), `widen` (of kLanes
-// 8-bit numbers) and loops.h must be.
+// The attention kernels for registers of kLanes floats. The including file must include loops.h first, and define:
+// `Lanes` (a vector type), `kLanes`, `kTileRows` and `kTileVectors` (a tile of sums that fits the registers),
+// `fused` (a * b + c), and `widen` (kLanes int8 numbers to float).
 
 #include <cmath>
 #include <cstring>
@@ -9,7 +9,7 @@
 
 #include "attention.h"
 
-#define GLM4_UNROLL _Pragma("GCC unroll 8")  // or the sums of a tile do not stay in registers
+#define GLM4_UNROLL _Pragma("GCC unroll 8")  // keeps the sums of a tile in registers
 #define GLM4_UNROLL_LANES _Pragma("GCC unroll 16")
 
 namespace glm4 {
@@ -23,7 +23,7 @@ inline Lanes load(const float* from) {
 
 inline void store(float* to, Lanes lanes) { std::memcpy(to, &lanes, sizeof lanes); }
 
-// c [kM][kV vectors] = a [kM][depth] b [depth][kV vectors], each element summed in the order of its depth.
+// c [kM][kV vectors] = a [kM][depth] b [depth][kV vectors]. Each element is summed in order of depth.
 template <int kM, int kV>
 inline void multiply_tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int depth) {
   Lanes sums[kM][kV];
@@ -72,7 +72,7 @@ void multiply(int rows, const float* a, int64_t lda, const float* b, int64_t ldb
     multiply_rest<kTileRows>(rows < kTileRows ? rows : kTileRows, a, lda, b, ldb, c, ldc, vectors, depth);
 }
 
-// Rows of kLanes vectors into columns: off the diagonal, blocks of 1, 2, 4 ... elements change places.
+// The next three functions transpose kLanes vectors in place, by swaps of off-diagonal blocks of 1, 2, 4 ... elements.
 template <int... kFrom>
 inline Lanes pick(Lanes first, Lanes second) {
 #ifdef __clang__
@@ -100,7 +100,7 @@ inline void turn(Lanes (&rows)[kLanes]) {
 
 inline Lanes widen(const float* from) { return load(from); }
 
-// `count` floats, or 8-bit numbers as floats, and zeros after them.
+// Loads `count` numbers as floats, padded with zeros.
 template <typename T>
 inline Lanes widen(const T* from, int count) {
   if (count >= kLanes) return widen(from);
@@ -109,7 +109,7 @@ inline Lanes widen(const T* from, int count) {
   return widen(whole);
 }
 
-// columns [dim][kKeys] of `count` keys [dim]; zeros fill up the last register.
+// Transposes `count` keys [count][dim] into columns [dim][kKeys], padded with zeros to whole registers.
 template <typename T>
 void turn_keys(const T* keys, int count, int dim, float* columns) {
   for (int j = 0; j < count; j += kLanes)
@@ -131,7 +131,8 @@ void widen_values(const T* values, int count, int dim, int64_t padded, float* wi
     }
 }
 
-// Scores of one row -> weights, and zeros after the `count` that it sees, up to `all`, a multiple of kWidest.
+// Turns the scores of one row into weights exp(score - largest), in place. The row sees `count` keys; later weights are
+// zero, up to `all`, a multiple of kWidest.
 inline void weigh(float* scores, int count, int all, float* most, float* total) {
   for (int j = count; j < all; ++j) scores[j] = -INFINITY;
   Lanes highest = load(scores);
@@ -143,7 +144,7 @@ inline void weigh(float* scores, int count, int all, float* most, float* total) 
   for (int i = 0; i < kLanes; ++i) largest = highest[i] > largest ? highest[i] : largest;
   for (int j = 0; j < all; ++j) scores[j] = exponential(scores[j] - largest);
   for (int j = count; j < all; ++j) scores[j] = 0.0f;
-  Lanes apart[kWidest / kLanes] = {};  // 16 sums, whatever the registers
+  Lanes apart[kWidest / kLanes] = {};  // always 16 sums, so that all kernel sets add in the same order
   for (int j = 0; j < all; j += kWidest)
     for (int v = 0; v < kWidest / kLanes; ++v) apart[v] += load(scores + j + v * kLanes);
   float sums[kWidest];
@@ -229,8 +230,8 @@ void store_row(const AttentionShape& shape, const float* x, const float* cos, co
     float value = x[d];
     if (d < rotated) value = d % 2 ? x[d - 1] * sin[i] + x[d] * cos[i] : x[d] * cos[i] - x[d + 1] * sin[i];
     value /= scales[d];
-    value = value > -128.0f ? value < 127.0f ? value : 127.0f : -128.0f;  // a NaN, too, is -128
-    stored[d] = int8_t(value + 12582912.0f - 12582912.0f);  // to the nearest, ties to even
+    value = value > -128.0f ? value < 127.0f ? value : 127.0f : -128.0f;  // NaN becomes -128
+    stored[d] = int8_t(value + 12582912.0f - 12582912.0f);  // rounds to nearest, ties to even
   }
 }
 

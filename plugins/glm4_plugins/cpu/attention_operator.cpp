@@ -1,7 +1,7 @@
-// glm4::PartialRopeGqaAttention for ONNX Runtime's CPU provider, and the same for whoever calls C.
+// glm4::PartialRopeGqaAttention for ONNX Runtime's CPU provider, and a C function for the same computation.
 //
-// Inputs, outputs and attributes are those of operator.py, in float32; with an int8 cache, the scales of its keys and
-// values [kv_heads, head_size] follow. Where a present is bound to the memory of its past, only new rows are written.
+// operator.py defines inputs, outputs and attributes; floats are float32. An int8 cache has two more inputs, the scales
+// of its keys and values [kv_heads, head_size]. If present and past share their memory, only new rows are written.
 #include <cstring>
 #include <exception>
 #include <new>
@@ -44,7 +44,7 @@ ort::Status* create(const ort::Operator*, const void* table, const ort::KernelIn
   return *out != nullptr ? nullptr : kernel.error("no memory");
 }
 
-// A present with its past's contents, which are there already where both are one block.
+// Creates the output `present` and copies the past into it, unless both share their memory.
 ort::Status* present(const Kernel& self, ort::Context* context, size_t index, const void* past, const Shape& shape,
                      void** data) {
   ort::Value* value = nullptr;
@@ -57,7 +57,7 @@ ort::Status* present(const Kernel& self, ort::Context* context, size_t index, co
   return nullptr;
 }
 
-// An optional input that is left out has no shape; data, where it holds nothing, it may not have either way.
+// Whether an optional input is present. The shape decides, because a present but empty input may have null data.
 bool given(const Shape& shape) { return !shape.empty(); }
 
 ort::Status* compute(void* kernel, ort::Context* context) {
@@ -118,7 +118,7 @@ ort::Operator describe() {
   op.compute_checked = [](void* kernel, ort::Context* context) -> ort::Status* {
     try {
       return compute(kernel, context);
-    } catch (const std::exception&) {  // which must not reach C
+    } catch (const std::exception&) {  // C callers cannot handle exceptions
       return static_cast<const Kernel*>(kernel)->api.error("PartialRopeGqaAttention: no memory for the scores");
     }
   };
@@ -146,9 +146,9 @@ const ort::Operator kInt8AttentionOperator = describe<true>();
 
 }  // namespace glm4
 
-// Attention on one thread, by the kernels named, or the processor's fastest where null; sizes are batch, sequence,
-// capacity, kv_heads, group, dim, rotary and positions. The cache is written into.
-// 0 when done, 1 where this processor does not run the kernels, 2 where there is no such attention, 3 without memory.
+// Attention on one thread. The cache (keys, values) is modified.
+// kernels: name of the kernels; null: the fastest. sizes: batch, sequence, capacity, kv_heads, group, dim, rotary and
+// positions. Returns 0: done, 1: the processor does not support the kernels, 2: invalid sizes, 3: out of memory.
 GLM4_EXPORT int glm4_attention(const char* kernels, const int64_t* sizes, float scale, const float* query,
                                const float* key, const float* value, void* keys, void* values, const float* cos,
                                const float* sin, const int32_t* past, const int32_t* lengths, const float* key_scales,

@@ -1,4 +1,4 @@
-// Attention of a batch, on threads.
+// Multithreaded attention of a batch.
 #pragma once
 
 #include "attention.h"
@@ -6,11 +6,11 @@
 
 namespace glm4 {
 
-// Null where the numbers make attention that can be computed; the lengths apart, which come with the data.
+// The reason why the sizes, or the lengths in the data, are invalid. Null: they are valid.
 const char* refusal(const AttentionShape& shape);
 const char* refusal(const AttentionShape& shape, const AttentionData& data);
 
-// Sets `starved` where a thread had no memory, and the output is not whole.
+// Computes `data.output` and the cache. Sets `starved` if a thread ran out of memory; then the output is incomplete.
 ort::Status* attend(const AttentionKernels& kernels, const AttentionShape& shape, const AttentionData& data,
                     const Threads& threads, bool* starved);
 

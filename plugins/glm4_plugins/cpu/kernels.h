@@ -1,4 +1,4 @@
-// What is written, or compiled, once for each kind of processor.
+// The functions that are implemented or compiled separately for each instruction set.
 #pragma once
 
 #include "attention.h"
@@ -14,7 +14,7 @@ struct Kernels {
   AttentionKernels attention;
 };
 
-// The fastest that this processor runs; or the one named, null where it does not run it. For tests.
+// The fastest kernels that this processor supports. Tests may name kernels; null: the processor does not support them.
 const Kernels* choose_kernels(const char* name = nullptr);
 
 }  // namespace glm4

@@ -1,4 +1,4 @@
-// For processors with AVX2: products in 16 bits, summed in pairs.
+// Kernels for processors with AVX2. Products are computed from 16-bit numbers and summed in pairs.
 #include "kernels.h"
 
 #include <cmath>
@@ -10,7 +10,7 @@
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-// As for AVX-512: attention is a third slower with it.
+// As in kernels_avx512.cpp: with tree-pre, attention is a third slower.
 #pragma GCC optimize("no-tree-pre")
 #pragma GCC target("avx2,fma")
 #endif
@@ -21,7 +21,7 @@ namespace glm4 {
 namespace {
 
 using Lanes = float __attribute__((vector_size(32)));
-constexpr int kLanes = 8, kTileRows = 6, kTileVectors = 2;  // 12 sums, 2 vectors of b and one of a
+constexpr int kLanes = 8, kTileRows = 6, kTileVectors = 2;  // registers: 12 sums, 2 of b, 1 of a
 inline Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
 inline Lanes widen(const int8_t* from) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
@@ -35,10 +35,10 @@ inline Lanes widen(const int8_t* from) {
 namespace glm4 {
 namespace {
 
-constexpr int kColumns = 32;            // at a time: a pair of sums for each of four columns fills a register
+constexpr int kColumns = 32;            // columns at a time; a register holds two sums for each of four columns
 constexpr int kVectors = kColumns / 4;  // registers of sums
 
-// Adds the products of 32 columns' next four inputs with those of one row.
+// Multiplies the next four inputs of 32 columns with those of one row, and adds the products to `pairs`.
 inline void dot(__m256i (&pairs)[kVectors], const uint8_t* numbers, int shift, int mask, const int8_t* x) {
   int32_t four;
   std::memcpy(&four, x, 4);
@@ -78,7 +78,7 @@ void multiply_panel(const Weights& w, const Rounded& x, int rows, int64_t panel,
         }
         const __m256i start = _mm256_set1_epi32(x.starts[place]);
         for (int v = 0; v < kVectors; v += 2) {
-          // The sums of eight columns, in the order that adding neighbours of two registers leaves undone.
+          // Adds each pair, for eight columns. hadd interleaves its operands; the permutation restores the order.
           const __m256i mixed = _mm256_hadd_epi32(pairs[v], pairs[v + 1]);
           const __m256i dots = _mm256_add_epi32(_mm256_permute4x64_epi64(mixed, 0xd8), start);
           float* at = sums + m * kPanel + n + v * 4;

@@ -1,4 +1,4 @@
-// For processors with AVX-512 and its 8-bit dot products (VNNI).
+// Kernels for processors with AVX-512 and its 8-bit dot products (VNNI).
 #include "kernels.h"
 
 #include <cmath>
@@ -11,7 +11,7 @@
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-// GCC 12 otherwise keeps copies of a tile's sums across the loop, and spills them.
+// With tree-pre, GCC 12 keeps copies of a tile's sums across the loop and spills them to memory.
 #pragma GCC optimize("no-tree-pre")
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")
 #endif
@@ -22,7 +22,7 @@ namespace glm4 {
 namespace {
 
 using Lanes = float __attribute__((vector_size(64)));
-constexpr int kLanes = 16, kTileRows = 6, kTileVectors = 4;  // 24 sums, 4 vectors of b and one of a
+constexpr int kLanes = 16, kTileRows = 6, kTileVectors = 4;  // registers: 24 sums, 4 of b, 1 of a
 inline Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
 inline Lanes widen(const int8_t* from) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
@@ -36,9 +36,9 @@ inline Lanes widen(const int8_t* from) {
 namespace glm4 {
 namespace {
 
-constexpr int kVectors = kPanel / 16;  // of 16 columns
-constexpr int kUnpacked = 128;         // longest block that is unpacked for several tiles
-constexpr int kTile = 6;               // rows: 24 sums, 4 vectors of weights and one of x fill the 32 registers
+constexpr int kVectors = kPanel / 16;  // vectors of 16 columns
+constexpr int kUnpacked = 128;         // longest 4-bit block that is unpacked once for several tiles
+constexpr int kTile = 6;               // rows of a tile; 24 sums, 4 vectors of weights and 1 of x fit the 32 registers
 
 template <int kM>
 inline void dot(__m512i (&sums)[kM][kVectors], const __m512i* w, const int8_t* x, int stride) {
@@ -81,7 +81,7 @@ inline void multiply_block(const uint8_t* numbers, const uint16_t* scales, int b
       dot<kM>(dots, w, x + 8 * g + 4, block);
     }
   }
-  __m512 wide[kVectors];  // not before: the registers are full
+  __m512 wide[kVectors];  // loaded only here, because the loop above needs all registers
   GLM4_UNROLL
   for (int v = 0; v < kVectors; ++v) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + v * 16));
@@ -99,7 +99,7 @@ inline void multiply_block(const uint8_t* numbers, const uint16_t* scales, int b
   }
 }
 
-// 4-bit numbers of a block as bytes, where more than one tile of rows reads them.
+// Unpacks a block of 4-bit numbers into bytes. Used if several tiles of rows read the block.
 void unpack(const uint8_t* numbers, int block, uint8_t* bytes) {
   const __m512i low = _mm512_set1_epi8(0x0f);
   for (int g = 0; g < block / 8; ++g)

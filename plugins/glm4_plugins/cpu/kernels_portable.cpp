@@ -1,4 +1,4 @@
-// For any processor.
+// Kernels for any processor.
 #include <cmath>
 #include <cstring>
 
@@ -10,7 +10,7 @@ namespace {
 
 using Lanes = float __attribute__((vector_size(16)));
 constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 2;
-inline Lanes fused(Lanes a, Lanes b, Lanes c) { return a * b + c; }  // in two steps: not every processor has one
+inline Lanes fused(Lanes a, Lanes b, Lanes c) { return a * b + c; }  // not every processor has FMA
 inline Lanes widen(const int8_t* from) { return Lanes{float(from[0]), float(from[1]), float(from[2]), float(from[3])}; }
 
 }  // namespace

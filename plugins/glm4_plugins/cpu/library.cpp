@@ -1,4 +1,4 @@
-// The library as ONNX Runtime registers it.
+// Registers the operators with ONNX Runtime.
 #include "library.h"
 
 #include <initializer_list>
@@ -7,7 +7,7 @@
 
 GLM4_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
   const void* table = base->get_api(ort::kVersion);
-  if (table == nullptr) return nullptr;  // older than 1.17; the graph is refused for the unknown operator
+  if (table == nullptr) return nullptr;  // ONNX Runtime < 1.17; it will refuse the unknown operator
   const ort::Api api(table);
   ort::Domain* domain = nullptr;
   if (ort::Status* failed = api.create_domain("glm4", &domain)) return failed;
@@ -16,5 +16,5 @@ GLM4_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const o
   return api.add_domain(options, domain);
 }
 
-// Name of the kernels that this processor runs fastest.
+// Name of the fastest kernels that this processor supports.
 GLM4_EXPORT const char* glm4_kernels() { return glm4::choose_kernels()->name; }

@@ -1,4 +1,4 @@
-// The operators of the library, and what it exports.
+// The operators of the library, and the macro for its exported functions.
 #pragma once
 
 #include "ort_abi.h"
@@ -8,7 +8,7 @@
 namespace glm4 {
 
 extern const ort::Operator kProductOperator;
-extern const ort::Operator kAttentionOperator;      // with a float32 cache, or none
-extern const ort::Operator kInt8AttentionOperator;  // the same name; ONNX Runtime chooses by the cache's type
+extern const ort::Operator kAttentionOperator;      // for a float32 cache, or no cache
+extern const ort::Operator kInt8AttentionOperator;  // same operator name; ONNX Runtime selects by the cache's type
 
 }  // namespace glm4

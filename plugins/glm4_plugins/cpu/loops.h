@@ -1,4 +1,4 @@
-// The parts of a kernel set that the compiler makes fast by itself; each set includes them compiled for its processor.
+// Functions that the compiler vectorizes well. Each kernel set includes this file, compiled for its instruction set.
 
 #include <cmath>
 #include <cstring>
@@ -8,7 +8,7 @@
 namespace glm4 {
 namespace {
 
-constexpr float kSmallest = 1e-30f;  // a block below it is zero; 127 over it is finite
+constexpr float kSmallest = 1e-30f;  // a smaller block is rounded to zero; 127 / kSmallest is finite
 
 void round_row(const Weights& w, const float* x, const Rounded& to, int row) {
   for (int64_t b = 0; b < w.blocks(); ++b) {
@@ -16,7 +16,7 @@ void round_row(const Weights& w, const float* x, const Rounded& to, int row) {
     const int count = int(w.width - first < w.block ? w.width - first : w.block);
     const float* in = x + first;
     int8_t* out = to.numbers + (b * kRows + row) * w.block;
-    int32_t most = 0;  // magnitudes order as their bits do, and compilers vectorize that
+    int32_t most = 0;  // magnitudes of floats order like their bits as integers, which compilers vectorize
     for (int i = 0; i < count; ++i) {
       int32_t bits;
       std::memcpy(&bits, in + i, sizeof bits);
@@ -25,7 +25,7 @@ void round_row(const Weights& w, const float* x, const Rounded& to, int row) {
     }
     float largest;
     std::memcpy(&largest, &most, sizeof largest);
-    if (!std::isfinite(largest)) {  // it passes on through its scale
+    if (!std::isfinite(largest)) {  // the scale NaN makes the result NaN
       std::memset(out, 0, size_t(w.block));
       to.scales[b * kRows + row] = NAN;
       to.starts[b * kRows + row] = 0;
@@ -34,7 +34,7 @@ void round_row(const Weights& w, const float* x, const Rounded& to, int row) {
     const float inverse = largest > kSmallest ? 127.0f / largest : 0.0f;
     int32_t sum = 0;
     for (int i = 0; i < count; ++i) {
-      // Adding and taking 1.5 * 2^23 leaves the nearest whole number, ties to even.
+      // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even.
       const int32_t number = int32_t(in[i] * inverse + 12582912.0f - 12582912.0f);
       out[i] = int8_t(number);
       sum += number;
@@ -46,7 +46,7 @@ void round_row(const Weights& w, const float* x, const Rounded& to, int row) {
 }
 
 inline float exponential(float x) {
-  // e^x = 2^n e^r with n the nearest whole number to x / ln 2; e^r by its Taylor polynomial on |r| <= ln 2 / 2.
+  // e^x = 2^n e^r, where n is the integer nearest to x / ln 2. e^r is a Taylor polynomial on |r| <= ln 2 / 2.
   x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
   const float n = x * 1.44269504f + 12582912.0f - 12582912.0f;
   const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;

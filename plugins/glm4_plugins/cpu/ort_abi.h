@@ -1,7 +1,7 @@
-// The part of ONNX Runtime's C interface that an operator library needs, by the positions of its functions.
+// The part of ONNX Runtime's C API that an operator library needs, by index in the API's function table.
 //
-// ONNX Runtime only ever appends to its table of functions, so a position holds for every version since the one
-// that brought it; the youngest here came with version 17. Its wheels carry no headers.
+// ONNX Runtime only appends to this table, so an index stays valid in all later versions. The newest function used here
+// came with API version 17. The API is declared here because ONNX Runtime's wheels contain no headers.
 #pragma once
 
 #include <cstddef>
@@ -60,7 +60,7 @@ class Api {
   Status* add_domain(SessionOptions* options, Domain* domain) const {
     return call<Status*(SessionOptions*, Domain*)>(28)(options, domain);
   }
-  // Runs work(data, 0 ... total - 1) on the session's threads, in `batches` pieces that idle threads take.
+  // Calls work(data, i) for i = 0 ... total - 1 on the session's threads, in `batches` batches that idle threads take.
   Status* parallel_for(const Context* context, void (*work)(void*, size_t), size_t total, size_t batches,
                        void* data) const {
     return call<Status*(const Context*, void (*)(void*, size_t), size_t, size_t, void*)>(274)(context, work, total,
@@ -80,7 +80,7 @@ struct ApiBase {
   const char* (*version)();
 };
 
-// What describes an operator to ONNX Runtime, as of version 17.
+// The description of an operator for ONNX Runtime (OrtCustomOp), as of API version 17.
 struct Operator {
   uint32_t version;
   void* (*create_kernel)(const Operator*, const void* api, const KernelInfo*);

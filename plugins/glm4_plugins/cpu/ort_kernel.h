@@ -1,4 +1,4 @@
-// What operators of ours share: threads to run on, the reading of inputs, and what they all tell ONNX Runtime.
+// Shared parts of the operators: threads, access to inputs, and the common part of their descriptions.
 #pragma once
 
 #include <vector>
@@ -7,7 +7,7 @@
 
 namespace glm4 {
 
-// Runs work(data, 0 ... total - 1), on several threads or not.
+// Calls work(data, i) for i = 0 ... total - 1, on one or several threads.
 struct Threads {
   virtual ort::Status* run(void (*work)(void*, size_t), size_t total, void* data) const = 0;
 };
@@ -33,7 +33,7 @@ struct OneThread : Threads {
     if (ort::Status* failed = (expression)) return failed;    \
   } while (0)
 
-// Data and shape of an input; no data where an optional one is left out.
+// Reads data and shape of an input. Data is null if an optional input is absent.
 inline ort::Status* read_input(const ort::Api& api, const ort::Context* context, size_t index, void** data,
                                std::vector<int64_t>* shape) {
   const ort::Value* value = nullptr;

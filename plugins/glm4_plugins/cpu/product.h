@@ -1,13 +1,13 @@
-// y = x W^T + bias for float x and a W of 8- or 4-bit numbers in blocks under one scale, in integers.
+// y = x W^T + bias in integer arithmetic, for float x and 8-bit or 4-bit W with one scale per block.
 //
-// x is rounded to int8 row by row, in the blocks of W, each under its own scale; a block's products are summed in
-// int32 and their sum scaled into a float. Every element is computed in one order whatever the number of rows, so a
-// row of a batch has the bits that it has alone.
+// x is quantized to int8, with one scale per row and block of W. The products of a block are summed in int32, and the
+// sum is scaled to float. The order of summation does not depend on the number of rows. So a row has the same bits
+// alone and in a batch.
 //
-// W [columns, width] lies in panels of 64 columns, padded with zeros: for each panel and block the numbers
-// [block / 4][64 columns][4 inputs], unsigned with their zero in the middle. Of 4-bit numbers, a byte holds in its low
-// half the number of one such group and in its high half that of the next: [block / 8][64][4]. Scales are bfloat16
-// [panels][blocks][64].
+// W [columns, width] is stored in panels of 64 columns, padded with zeros. For each panel and block, the numbers are
+// [block / 4][64 columns][4 inputs], unsigned with the zero point in the middle of the range. With 4 bits, a byte holds
+// two numbers: the low half from one group of 4 inputs, the high half from the next group. The shape is then
+// [block / 8][64][4]. Scales are bfloat16 [panels][blocks][64].
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@
 namespace glm4 {
 
 constexpr int kPanel = 64;   // columns
-constexpr int kRows = 48;    // of x that pass over a panel together: they, and their sums, stay in a core's own cache
+constexpr int kRows = 48;    // rows of x multiplied with a panel together; rows and sums fit a core's private cache
 
 struct Weights {
   const uint8_t* numbers;
@@ -31,20 +31,20 @@ struct Weights {
   int zero() const { return 1 << (bits - 1); }
 };
 
-// kRows rows of x, rounded, as they pass over a panel: numbers [blocks][kRows][block], scales and starts
-// [blocks][kRows]. A start is what a block's products come to on the zero of W, negated: the sum of integers starts
-// from it. (Row by row, rows would lie 4096 bytes apart, and push each other out of the cache.)
+// kRows quantized rows of x: numbers [blocks][kRows][block], scales and starts [blocks][kRows]. A start is the initial
+// value of a block's int32 sum, -(zero point of W) * (sum of the block's numbers of x). Blocks come first in memory,
+// because whole rows would be 4096 bytes apart and evict each other from the cache.
 struct Rounded {
   int8_t* numbers;
   float* scales;
   int32_t* starts;
 };
 
-// Rounds a row into place `row` < kRows.
+// Quantizes one row of x and stores it as row `row` < kRows.
 using RoundRow = void (*)(const Weights&, const float* x, const Rounded&, int row);
-// Adds `rows` <= kRows rows times one panel to `sums` [rows][64].
+// Multiplies `rows` <= kRows rows with one panel, and adds the products to `sums` [rows][64].
 using MultiplyPanel = void (*)(const Weights&, const Rounded&, int rows, int64_t panel, float* sums);
-// In place of gate: silu(gate) * up.
+// Replaces gate by silu(gate) * up.
 using Gate = void (*)(float* gate, const float* up, int count);
 
 }  // namespace glm4

@@ -1,8 +1,8 @@
-// glm4::BlockQuantizedMatMul for ONNX Runtime's CPU provider, and the same product for whoever calls C.
+// glm4::BlockQuantizedMatMul for ONNX Runtime's CPU provider, and a C function for the same product.
 //
 // Inputs: x float32 [..., width]; numbers uint8 [panels, blocks, block * 64 * bits / 8]; scales bfloat16
-// [panels, blocks, 64]; optionally bias float32 [columns]. Attributes: columns, width, bits, block_size, gated.
-// Output: float32 [..., columns]; gated, silu(the first half of the columns) * the second, [..., columns / 2].
+// [panels, blocks, 64]; optional bias float32 [columns]. Attributes: columns, width, bits, block_size, gated.
+// Output: float32 [..., columns]. If gated: silu(first half of the columns) * second half, [..., columns / 2].
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -28,7 +28,7 @@ struct Scratch {
   }
 };
 
-constexpr int64_t kPieces = 64;  // of the panels: enough for a late thread not to hold up the others
+constexpr int64_t kPieces = 64;  // most pieces; many small ones, so that no thread ends much later than the others
 
 struct Product {
   const Kernels* kernels;
@@ -47,7 +47,7 @@ struct Product {
     const int64_t groups = (rows + kRows - 1) / kRows;
     scratch->reserve(size_t(groups * kRows * w.blocks()), size_t(w.block));
     ort::Status* failed = nullptr;
-    if (rows < kRows / 4)  // not worth waking anyone
+    if (rows < kRows / 4)  // too little work for several threads
       for (int64_t row = 0; row < rows; ++row) round(row);
     else
       failed = threads.run([](void* p, size_t row) { static_cast<Product*>(p)->round(int64_t(row)); },
@@ -102,11 +102,11 @@ struct Product {
   }
 };
 
-// Null where the numbers make a product that can be computed.
+// The reason why the attributes are invalid. Null: they are valid.
 const char* refusal(const Weights& w, bool gated) {
   if (w.columns <= 0 || w.width <= 0) return "columns and width must be positive";
   if (w.bits != 8 && w.bits != 4) return "bits must be 8 or 4";
-  // 1024 products of 255 and 127 lie far inside an int32.
+  // The sum of 1024 products of at most 255 * 127 is far below the limit of int32.
   if (w.block <= 0 || w.block % 8 != 0 || w.block > 1024) return "block_size must be a multiple of 8, at most 1024";
   if (gated && w.columns % (2 * kPanel) != 0) return "a gated product must have a multiple of 128 columns";
   return nullptr;
@@ -169,7 +169,7 @@ const ort::Operator kProductOperator = [] {
   op.compute_checked = [](void* kernel, ort::Context* context) -> ort::Status* {
     try {
       return compute(kernel, context);
-    } catch (const std::exception&) {  // which must not reach C
+    } catch (const std::exception&) {  // C callers cannot handle exceptions
       return static_cast<const Kernel*>(kernel)->api.error("BlockQuantizedMatMul: no memory for the rounded inputs");
     }
   };
@@ -188,8 +188,8 @@ const ort::Operator kProductOperator = [] {
 
 }  // namespace glm4
 
-// The product on one thread, by the kernels named, or the processor's fastest where null.
-// 0 when done, 1 where this processor does not run them, 2 where there is no such product, 3 without memory.
+// The product on one thread. kernels: name of the kernels; null: the fastest.
+// Returns 0: done, 1: the processor does not support the kernels, 2: invalid sizes, 3: out of memory.
 GLM4_EXPORT int glm4_product(const char* kernels, const float* x, int64_t rows, const uint8_t* numbers,
                              const uint16_t* scales, const float* bias, int64_t columns, int64_t width, int bits,
                              int block, int gated, float* y) {

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from glm4_exporters.checkpoint import CONFIG, SAFETENSORS, Checkpoint
+from glm4_exporters.checkpoint import Checkpoint
+from glm4_runtime.bundle.file_names import CONFIG, SAFETENSORS
 from glm4_runtime.errors import Glm4Error
 
 OUTLIERS, OUTLIER_FACTOR = 4, 64.0

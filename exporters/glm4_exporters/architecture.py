@@ -10,6 +10,8 @@ from glm4_exporters.config import Glm4Config
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
+BACKBONE = "model."  # prefix of the decoder's weights in a model with a head
+SCORES = frozenset({"score.weight", "score.bias"})  # a classification head
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from glm4_exporters.aligned_file import ALIGNMENT, AlignedFile
-from glm4_exporters.checkpoint import ROWS_TOGETHER, Checkpoint
+from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.element_types import TORCH_TYPES, type_name
 from glm4_exporters.formats.base import Encoded
@@ -35,6 +35,7 @@ from glm4_exporters.quantize.smooth import Smoothing
 from glm4_exporters.reference import rotary_tables
 from glm4_exporters.sources.kept import KeptMatrix
 from glm4_exporters.trace import ROTARY_COS, ROTARY_SIN
+from glm4_exporters.weight_reader import ROWS_TOGETHER
 from glm4_runtime.bundle import FileEntry, sample_of
 from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent

@@ -19,8 +19,9 @@ from checkpoints import ARCHITECTURE_OF_TASK, tiny_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from glm4_exporters.architecture import expected_tensors, parameter_count
-from glm4_exporters.checkpoint import INDEX, SAFETENSORS, Checkpoint
+from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import TASKS, Glm4Config
+from glm4_runtime.bundle.file_names import INDEX, SAFETENSORS
 from glm4_runtime.errors import CheckpointError, ConfigError
 
 Q_BIAS = "model.layers.1.self_attn.q_proj.bias"

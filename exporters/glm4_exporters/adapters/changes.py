@@ -3,14 +3,14 @@
 LoRA (arXiv 2106.09685): W + s·B·A. DoRA (arXiv 2402.09353): m / |W + s·B·A| · (W + s·B·A), row by row.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Rows = Callable[["Tensor", int], "Tensor"]
+ChangeRows = Callable[["Tensor", int], "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LowRank:
     right: Callable[[], "Tensor"]
     magnitude: Callable[[], "Tensor"] | None = None
 
-    def opened(self) -> Rows:
+    def opened(self) -> ChangeRows:
         """Read A and B, and return a function that changes a block of rows [n, in] in place.
 
         The function takes the block and the index of its first row in the whole matrix.
@@ -60,7 +60,7 @@ class Added:
     scaling: float
     vector: Callable[[], "Tensor"]
 
-    def opened(self) -> Rows:
+    def opened(self) -> ChangeRows:
         vector = self.vector()
 
         def change(block: "Tensor", start: int) -> "Tensor":
@@ -74,3 +74,18 @@ class Added:
 
 
 Change = LowRank | Added
+
+
+def combined(changes: Iterable[Change]) -> ChangeRows:
+    """Read the tensors of all changes. Return a function that applies the changes, in order, to a float32 copy."""
+    opened = [change.opened() for change in changes]
+
+    def change(block: "Tensor", start: int) -> "Tensor":
+        import torch
+
+        block = block.to(torch.float32, copy=True)
+        for each in opened:
+            block = each(block, start)
+        return block
+
+    return change

@@ -8,9 +8,8 @@ from torch import Tensor
 from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import Read
 from glm4_exporters.sources.view import Piece, View
+from glm4_exporters.weight_reader import ROWS_TOGETHER
 from glm4_runtime.errors import CheckpointError
-
-ROWS_TOGETHER = 64
 
 
 def view_blocks(view: View, read: Read, room: int) -> Iterator[tuple[int, Tensor]]:

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from glm4_exporters.architecture import expected_tensors
 from glm4_exporters.config import TASK_OF_ARCHITECTURE, Glm4Config
+from glm4_runtime.errors import ConfigError
 
 ARCHITECTURE_OF_TASK = {task: name for name, task in TASK_OF_ARCHITECTURE.items()}
 LABELS = {"0": "negative", "1": "neutral", "2": "positive"}
@@ -41,6 +43,20 @@ def tiny_config(**overrides: Any) -> dict[str, Any]:
         "vocab_size": 320,
     }
     return {key: value for key, value in (config | overrides).items() if value is not None}
+
+
+def parse_config(**overrides: Any) -> Glm4Config:
+    """The configuration of :func:`tiny_config`."""
+    return Glm4Config.from_dict(tiny_config(**overrides))
+
+
+def config_refusal(**overrides: Any) -> str:
+    """The one-line error of a wrong configuration."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(**overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 def write_checkpoint(

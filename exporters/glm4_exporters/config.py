@@ -5,11 +5,13 @@ positions and the bias differ from the values of the released checkpoints.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
+from glm4_exporters.config_values import LARGEST_SIZE, ConfigValues, listed, require, section_of
+from glm4_exporters.rope import RopeParameters, rope_parameters
 from glm4_runtime.bundle.file_names import GENERATION_CONFIG
 from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import ConfigError, shown
@@ -45,78 +47,8 @@ REQUIRED = (
     "attention_bias",
     "eos_token_id",
 )
-DEFAULT_THETA, DEFAULT_PARTIAL_ROTARY_FACTOR = 10000.0, 0.5
 DEFAULT_LABELS = 2
-YARN_KEYS = {
-    "factor",
-    "original_max_position_embeddings",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
-}
-LARGEST_SIZE, INT64 = 2**31 - 1, 2**63
 MOST_LAYERS, MOST_LABELS, MOST_END_TOKENS = 10_000, 1_000_000, 1_000
-
-D = TypeVar("D")
-
-
-@dataclass(frozen=True)
-class RopeParameters:
-    """Parameters of the rotary embedding. The fields after ``rope_type`` are used only with ``yarn``.
-
-    With ``yarn``, ``factor`` and ``original_max_position_embeddings`` are never None.
-    """
-
-    theta: float = DEFAULT_THETA
-    partial_rotary_factor: float = DEFAULT_PARTIAL_ROTARY_FACTOR
-    rope_type: str = "default"
-    factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-
-    def __post_init__(self) -> None:
-        _require(self.theta > 1, f"rope_theta is {self.theta}, but must be greater than 1")
-        _require(
-            0 < self.partial_rotary_factor <= 1,
-            f"partial_rotary_factor is {self.partial_rotary_factor}, but must be above 0 and at most 1",
-        )
-        if self.rope_type == "default":
-            return
-        _require(
-            self.rope_type == "yarn",
-            f"rope_type {self.rope_type!r} is not supported; GLM-4-0414 knows 'default' and 'yarn'",
-        )
-        _require(
-            self.factor is not None and self.factor >= 1,
-            f"yarn's factor is {self.factor}, but must be at least 1: the wanted context / the original one",
-        )
-        original = self.original_max_position_embeddings
-        _require(
-            original is not None and 0 < original <= LARGEST_SIZE,
-            f"yarn's original_max_position_embeddings is {original}, but must be 1 ... {LARGEST_SIZE}",
-        )
-        _require(
-            self.attention_factor is None or self.attention_factor > 0,
-            f"yarn's attention_factor is {self.attention_factor}, but must be above 0 (or absent: it follows from factor)",
-        )
-        _require(
-            self.beta_fast >= self.beta_slow > 0,
-            f"yarn's beta_fast {self.beta_fast} and beta_slow {self.beta_slow} must be positive, the fast one the larger",
-        )
-
-    @property
-    def positions(self) -> float:
-        """With ``yarn``, factor * original positions, else 0. Rounded to 3 digits, because factor may be a rounded
-        ratio."""
-        return round((self.factor or 0.0) * (self.original_max_position_embeddings or 0), 3)
 
 
 @dataclass(frozen=True)
@@ -156,23 +88,23 @@ class Glm4Config:
         self._check_numbers()
         self._check_tokens()
         for name in self.architectures:
-            _require(
+            require(
                 name in TASK_OF_ARCHITECTURE,
-                f"the architecture {name!r} is not supported; those of GLM-4-0414 are {_listed(TASK_OF_ARCHITECTURE)}",
+                f"the architecture {name!r} is not supported; those of GLM-4-0414 are {listed(TASK_OF_ARCHITECTURE)}",
             )
-        _require(
+        require(
             len(self.architectures) <= 1,
             f"architectures is {list(self.architectures)}; leave one of them",
         )
-        _require(
+        require(
             self.problem_type is None or self.problem_type in PROBLEM_TYPES,
-            f"problem_type is {self.problem_type!r}, but must be null or one of {_listed(PROBLEM_TYPES)}",
+            f"problem_type is {self.problem_type!r}, but must be null or one of {listed(PROBLEM_TYPES)}",
         )
-        _require(
+        require(
             self.dtype is None or self.dtype in DTYPES,
-            f"dtype is {self.dtype!r}; supported are {_listed(DTYPES)}",
+            f"dtype is {self.dtype!r}; supported are {listed(DTYPES)}",
         )
-        _require(len(self.id2label) > 0, "id2label names no label; give at least one")
+        require(len(self.id2label) > 0, "id2label names no label; give at least one")
 
     @property
     def rotary_dim(self) -> int:
@@ -238,13 +170,13 @@ class Glm4Config:
         _check_model_type(mapping.get("model_type"))
         missing = [key for key in REQUIRED if mapping.get(key) is None]
         if missing:
-            raise ConfigError(f"{_listed(missing)} missing; copy them from the model's original config.json")
-        values = _Values(mapping)
+            raise ConfigError(f"{listed(missing)} missing; copy them from the model's original config.json")
+        values = ConfigValues(mapping)
         hidden, heads = values.integer("hidden_size"), values.integer("num_attention_heads")
         positions = values.integer("max_position_embeddings")
         head_dim = values.integer("head_dim", None)
         if head_dim is None:
-            _require(
+            require(
                 heads > 0 and hidden % heads == 0,
                 f"head_dim is missing, and hidden_size {hidden} / num_attention_heads {heads} is no integer; say head_dim",
             )
@@ -261,7 +193,7 @@ class Glm4Config:
             rms_norm_eps=values.number("rms_norm_eps"),
             attention_bias=values.boolean("attention_bias"),
             eos_token_id=_token_ids(mapping["eos_token_id"]),
-            rope=_rope_parameters(mapping, positions),
+            rope=rope_parameters(mapping, positions),
             hidden_act=values.text("hidden_act"),
             attention_dropout=values.number("attention_dropout", 0.0),
             initializer_range=values.number("initializer_range", 0.02),
@@ -280,13 +212,6 @@ class Glm4Config:
 
         ``Glm4Config.from_dict`` returns an equal configuration.
         """
-        rope: dict[str, Any] = {
-            "rope_type": self.rope.rope_type,
-            "rope_theta": self.rope.theta,
-            "partial_rotary_factor": self.rope.partial_rotary_factor,
-        }
-        if self.rope.rope_type == "yarn":
-            rope |= {key: getattr(self.rope, key) for key in YARN_KEYS if getattr(self.rope, key) is not None}
         values: dict[str, Any] = {
             name: getattr(self, name)
             for name in self.__dataclass_fields__
@@ -296,7 +221,7 @@ class Glm4Config:
             "model_type": "glm4",
             "architectures": list(self.architectures),
             "eos_token_id": list(self.eos_token_id),
-            "rope_parameters": dict(sorted(rope.items())),
+            "rope_parameters": self.rope.to_dict(),
         }
         if self.id2label != _default_labels(DEFAULT_LABELS):
             values["id2label"] = {str(i): label for i, label in enumerate(self.id2label)}
@@ -315,43 +240,43 @@ class Glm4Config:
         ):
             size = getattr(self, name)
             most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST_SIZE
-            _require(1 <= size <= most, f"{name} is {size}, but must be 1 ... {most}")
-        _require(
+            require(1 <= size <= most, f"{name} is {size}, but must be 1 ... {most}")
+        require(
             self.rope.positions <= LARGEST_SIZE,
             f"yarn's factor {self.rope.factor} makes {self.rope.positions:g} positions, more than {LARGEST_SIZE}",
         )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        _require(
+        require(
             heads % kv_heads == 0,
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}",
         )
-        _require(
+        require(
             self.rotary_dim >= 2 and self.rotary_dim % 2 == 0,
             f"head_dim {self.head_dim} * partial_rotary_factor {self.rope.partial_rotary_factor} rotates "
             f"{self.rotary_dim} dims, but pairs are rotated: it must be even and at least 2",
         )
 
     def _check_numbers(self) -> None:
-        _require(
+        require(
             self.hidden_act in HIDDEN_ACTS,
             f"hidden_act is {self.hidden_act!r}; the MLP of GLM-4-0414 is gated by 'silu'",
         )
         # NaN is refused too, because every comparison with NaN is false.
-        _require(
+        require(
             0 < self.rms_norm_eps < 1,
             f"rms_norm_eps is {self.rms_norm_eps}, but must be small and positive (1e-05)",
         )
-        _require(
+        require(
             0 <= self.attention_dropout < 1,
             f"attention_dropout is {self.attention_dropout}, but must be at least 0 and below 1",
         )
-        _require(
+        require(
             self.initializer_range >= 0,
             f"initializer_range is {self.initializer_range}, but must not be negative",
         )
 
     def _check_tokens(self) -> None:
-        _require(
+        require(
             0 < len(self.eos_token_id) <= MOST_END_TOKENS,
             f"eos_token_id names {len(self.eos_token_id)} tokens that end a sequence, but must name 1 ... {MOST_END_TOKENS}",
         )
@@ -359,55 +284,15 @@ class Glm4Config:
         for name, token in [("eos_token_id", t) for t in self.eos_token_id] + [
             ("bos_token_id", self.bos_token_id)
         ]:
-            _require(
+            require(
                 token is None or 0 <= token <= LARGEST_SIZE,
                 f"{name} is {shown(token)}, but token ids are 0 ... {LARGEST_SIZE}",
             )
         pad = self.pad_token_id
-        _require(
+        require(
             pad is None or 0 <= pad < self.vocab_size,
             f"pad_token_id {pad} is outside the vocabulary of {self.vocab_size} (0 ... {self.vocab_size - 1})",
         )
-
-
-class _Values:
-    """Reads typed values of a mapping. A field without a default is required; null counts as absent."""
-
-    def __init__(self, mapping: Mapping[str, Any], owner: str = "") -> None:
-        self._mapping, self._owner = mapping, owner
-
-    def integer(self, key: str, *default: D) -> int | D:
-        value = self._typed(key, default, (int,), "an integer")
-        _require(
-            value is None or -INT64 <= value < INT64,
-            f"{self._owner}{key} is {shown(value)}, but must be an integer of 64 bits",
-        )
-        return cast("int | D", value)
-
-    def number(self, key: str, *default: D) -> float | D:
-        value = self._typed(key, default, (int, float), "a number")
-        if value is None or (default and value is default[0]):
-            return cast("float | D", value)
-        try:
-            finite = float(value)
-        except OverflowError:
-            finite = math.inf
-        _require(math.isfinite(finite), f"{self._owner}{key} is {finite}, but must be finite")
-        return finite
-
-    def boolean(self, key: str, *default: D) -> bool | D:
-        return cast("bool | D", self._typed(key, default, (bool,), "true or false"))
-
-    def text(self, key: str, *default: D) -> str | D:
-        return cast("str | D", self._typed(key, default, (str,), "a string"))
-
-    def _typed(self, key: str, default: tuple[object, ...], types: tuple[type, ...], wanted: str) -> Any:
-        value = self._mapping.get(key)
-        if value is None and default:
-            return default[0]
-        fits = isinstance(value, types) and isinstance(value, bool) == (bool in types)
-        _require(fits, f"{self._owner}{key} is {shown(value)}, but must be {wanted}")
-        return value
 
 
 def _check_model_type(model_type: object) -> None:
@@ -423,88 +308,10 @@ def _check_model_type(model_type: object) -> None:
     )
 
 
-def _rope_parameters(mapping: Mapping[str, Any], positions: int) -> RopeParameters:
-    """Read the top-level keys and ``rope_scaling`` of transformers 4, or ``rope_parameters`` of transformers 5."""
-    scaling = _section(mapping, "rope_scaling")
-    section = "rope_scaling" if scaling else "rope_parameters"
-    parameters = _section(mapping, "rope_parameters")
-    if scaling and parameters:
-        _require(
-            _rope_type(parameters, "rope_parameters") == "default" or parameters == scaling,
-            "rope_scaling and rope_parameters are both there and differ; keep rope_parameters alone",
-        )
-        # transformers reads these from rope_scaling, the top level or its defaults, so all sources must agree.
-        mapping = {
-            "rope_theta": DEFAULT_THETA,
-            "partial_rotary_factor": DEFAULT_PARTIAL_ROTARY_FACTOR,
-        } | dict(mapping)
-    rope = scaling or parameters
-    sources = [_Values(rope, f"{section}."), _Values(parameters, "rope_parameters."), _Values(mapping)]
-
-    def agreed(key: str, default: float) -> float:
-        said = {value for source in sources if (value := source.number(key, None)) is not None}
-        _require(len(said) <= 1, f"{key} is said twice, as {_listed(sorted(said))}; keep one of them")
-        return said.pop() if said else default
-
-    theta = agreed("rope_theta", DEFAULT_THETA)
-    partial = agreed("partial_rotary_factor", DEFAULT_PARTIAL_ROTARY_FACTOR)
-    rope_type = _rope_type(rope, section)
-    extra = {key for key, value in rope.items() if value is not None} - {
-        "rope_type",
-        "type",
-        "rope_theta",
-        "partial_rotary_factor",
-    }
-    if rope_type != "yarn":
-        common = RopeParameters(theta, partial, rope_type)
-        _require(
-            not extra,
-            f"{section} holds {_listed(sorted(extra))}, which rope_type 'default' does not use; remove it, or set rope_type to 'yarn'",
-        )
-        return common
-    _require(
-        extra <= YARN_KEYS, f"{section} holds {_listed(sorted(extra - YARN_KEYS))}, which yarn does not use"
-    )
-    values = _Values(rope, f"{section}.")
-    _require("factor" in rope, f"{section} says yarn without a factor; the model cards recommend 4.0")
-    key = "original_max_position_embeddings"  # as in transformers: top level, section, positions
-    original = _Values(mapping).integer(key, values.integer(key, positions))
-    _require(original > 0, f"yarn's {key} is {original}, but must be 1 ... {LARGEST_SIZE}")
-    factor = values.number("factor", None)
-    return RopeParameters(
-        theta=theta,
-        partial_rotary_factor=partial,
-        rope_type=rope_type,
-        factor=positions / original if factor is None else factor,
-        original_max_position_embeddings=original,
-        attention_factor=values.number("attention_factor", None),
-        beta_fast=values.number("beta_fast", 32.0),
-        beta_slow=values.number("beta_slow", 1.0),
-        mscale=values.number("mscale", None),
-        mscale_all_dim=values.number("mscale_all_dim", None),
-        truncate=values.boolean("truncate", True),
-    )
-
-
-def _section(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = mapping.get(key)
-    _require(
-        value is None or isinstance(value, Mapping),
-        f"{key} is {shown(value)}, but must be an object or null",
-    )
-    return cast(Mapping[str, Any], value or {})
-
-
-def _rope_type(rope: Mapping[str, Any], section: str) -> str:
-    said = {shown(rope[key]): rope[key] for key in ("rope_type", "type") if rope.get(key) is not None}
-    _require(len(said) <= 1, f"{section} says two types, {_listed(said)}; keep rope_type alone")
-    return str(next(iter(said.values()), "default"))
-
-
 def _token_ids(value: object) -> tuple[int, ...]:
     ids = value if isinstance(value, list | tuple) else [value]
     for token in ids:
-        _require(
+        require(
             isinstance(token, int) and not isinstance(token, bool),
             f"eos_token_id is {shown(value)}, but must be a token id or a list of them",
         )
@@ -512,20 +319,20 @@ def _token_ids(value: object) -> tuple[int, ...]:
 
 
 def _labels(mapping: Mapping[str, Any]) -> tuple[str, ...]:
-    count = _Values(mapping).integer("num_labels", None)
-    _require(
+    count = ConfigValues(mapping).integer("num_labels", None)
+    require(
         count is None or 1 <= count <= MOST_LABELS, f"num_labels is {count}, but must be 1 ... {MOST_LABELS}"
     )
-    named = _section(mapping, "id2label")
+    named = section_of(mapping, "id2label")
     if not named:
         return _default_labels(DEFAULT_LABELS if count is None else count)
     by_number = {str(number): label for number, label in named.items()}
     labels = tuple(by_number.get(str(i)) for i in range(len(named)))
-    _require(
+    require(
         all(isinstance(label, str) for label in labels),
         f"id2label must name the labels 0 ... {len(named) - 1}, each by a string; it is {shown(dict(named))}",
     )
-    _require(
+    require(
         count in (None, len(labels)),
         f"num_labels is {count}, but id2label names {len(labels)}; keep id2label alone",
     )
@@ -541,22 +348,11 @@ def _architectures(value: object) -> tuple[str, ...]:
     if value is None:
         return ()
     fits = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
-    _require(fits, f"architectures is {shown(value)}, but must be a list of names")
+    require(fits, f"architectures is {shown(value)}, but must be a list of names")
     return tuple(cast(list[str], value))
 
 
 def _dtype(mapping: Mapping[str, Any]) -> str | None:
-    values = _Values(mapping)
+    values = ConfigValues(mapping)
     said = values.text("dtype", values.text("torch_dtype", None))
     return said.removeprefix("torch.") if said else None
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _listed(names: Iterable[object]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
-    *most, last = [str(name) for name in names] or [""]
-    return f"{', '.join(most)} and {last}" if most else last

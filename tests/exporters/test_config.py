@@ -6,12 +6,12 @@ import json
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-import torch
 import transformers
-from checkpoints import tiny_config
+from checkpoints import config_refusal, parse_config, tiny_config
 
 from glm4_exporters.architecture import parameter_count
-from glm4_exporters.config import Glm4Config, RopeParameters
+from glm4_exporters.config import Glm4Config
+from glm4_exporters.rope import RopeParameters
 from glm4_runtime.errors import ConfigError
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -23,21 +23,9 @@ RELEASED = {
 }
 
 
-def parse(**overrides):
-    return Glm4Config.from_dict(tiny_config(**overrides))
-
-
-def refusal(**overrides):
-    with pytest.raises(ConfigError) as caught:
-        parse(**overrides)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
 def released(size):
     hidden, layers, heads, kv_heads, intermediate, bias, positions, *_ = RELEASED[size]
-    return parse(
+    return parse_config(
         vocab_size=151552, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, intermediate_size=intermediate, attention_bias=bias, head_dim=128,
         max_position_embeddings=positions, eos_token_id=[151329, 151336, 151338], pad_token_id=151329,
@@ -48,7 +36,7 @@ def released(size):
 
 
 def test_every_field_is_read():
-    config = parse(
+    config = parse_config(
         attention_dropout=0.1, initializer_range=0.5, use_cache=False, tie_word_embeddings=True, bos_token_id=7,
         problem_type="regression", torch_dtype="bfloat16", id2label={"0": "no", "1": "yes", "2": "maybe"},
     )  # fmt: skip
@@ -72,99 +60,25 @@ def test_sizes_of_the_released_models(size):
     assert (config.rotary_dim, config.scale) == (64, 128**-0.5)
 
 
-def test_old_and_new_form_are_one():
-    new = tiny_config(
-        rope_theta=None,
-        partial_rotary_factor=None,
-        torch_dtype=None,
-        dtype="float32",
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25},
-    )
-    assert Glm4Config.from_dict(new) == parse(rope_theta=500, partial_rotary_factor=0.25)
-
-
-@pytest.mark.parametrize("key", ["type", "rope_type"])
-@pytest.mark.parametrize("section", ["rope_scaling", "rope_parameters"])
-def test_yarn_in_either_form(section, key):
-    scaling = {key: "yarn", "factor": 4, "original_max_position_embeddings": 64, "beta_fast": None}
-    rope = parse(**{section: scaling}).rope
-    assert rope == RopeParameters(10000.0, 0.5, "yarn", 4.0, 64)
-    assert isinstance(rope.factor, float)
-
-
-@pytest.mark.parametrize(
-    ("changes", "positions"),
-    [
-        ({}, 256),
-        ({"rope_scaling": YARN}, 256),
-        ({"rope_scaling": YARN | {"original_max_position_embeddings": 256}}, 1024),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, 1024),
-        ({"rope_scaling": YARN | {"factor": None}}, 256),
-        ({"rope_scaling": YARN | {"factor": 2.5, "original_max_position_embeddings": 255}}, 637),
-        ({"rope_scaling": YARN | {"factor": 2.0}, "max_position_embeddings": 512}, 512),
-        ({"rope_scaling": YARN | {"factor": None, "original_max_position_embeddings": 3}, "max_position_embeddings": 100}, 100),
-        (
-            {
-                "rope_scaling": YARN | {"original_max_position_embeddings": 32768},
-                "max_position_embeddings": 32768,
-            },
-            131072,
-        ),
-    ],
-)  # fmt: skip
-def test_yarn_makes_room_for_factor_times_the_original_positions(changes, positions):
-    assert parse(**changes).positions == positions
-
-
 def test_absent_fields_with_a_safe_default():
     absent = (
         "attention_dropout", "use_cache", "initializer_range", "tie_word_embeddings", "head_dim", "rope_theta",
         "partial_rotary_factor", "pad_token_id", "torch_dtype", "architectures",
     )  # fmt: skip
-    config = parse(**dict.fromkeys(absent))
-    assert config == dataclasses.replace(parse(), pad_token_id=None, dtype=None, architectures=())
+    config = parse_config(**dict.fromkeys(absent))
+    assert config == dataclasses.replace(parse_config(), pad_token_id=None, dtype=None, architectures=())
     assert (config.task, config.num_labels) == (None, 2)
 
 
 def test_one_end_of_sequence_token_or_several():
-    assert parse(eos_token_id=5).eos_token_id == (5,)
-    assert parse(eos_token_id=[5, 6]).eos_token_id == (5, 6)
+    assert parse_config(eos_token_id=5).eos_token_id == (5,)
+    assert parse_config(eos_token_id=[5, 6]).eos_token_id == (5, 6)
 
 
 def test_labels_are_in_the_order_of_their_numbers():
     names = {str(i): f"label {i}" for i in reversed(range(11))}
-    assert parse(id2label=names).id2label == tuple(f"label {i}" for i in range(11))
-    assert parse(num_labels=3).id2label == ("LABEL_0", "LABEL_1", "LABEL_2")
-
-
-# As transformers means it
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"rope_theta": 500.0, "partial_rotary_factor": 0.25},
-        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-        {"rope_scaling": YARN},
-        {"rope_scaling": YARN | {"factor": None}},
-        {"rope_scaling": YARN | {"original_max_position_embeddings": 256}},  # as the released README has it
-        {"rope_scaling": YARN | {"attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2, "truncate": False}},
-        {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.5, "factor": 3}},
-        {"rope_scaling": YARN | {"rope_theta": 300.0, "partial_rotary_factor": 1.0}, "rope_theta": 300.0,
-         "partial_rotary_factor": 1.0},
-        {"rope_scaling": {"type": "yarn", "factor": 2.0}, "original_max_position_embeddings": 32},
-    ],
-)  # fmt: skip
-def test_rotary_frequencies_are_transformers(changes):
-    from glm4_exporters.reference import inverse_frequencies
-
-    mapping = tiny_config(**changes)
-    theirs = transformers.Glm4Config(**json.loads(json.dumps(mapping)))
-    rotary = transformers.models.glm4.modeling_glm4.Glm4RotaryEmbedding(theirs)
-    frequencies, factor = inverse_frequencies(Glm4Config.from_dict(mapping))
-    torch.testing.assert_close(frequencies, rotary.inv_freq, rtol=1e-6, atol=0)
-    assert factor == pytest.approx(rotary.attention_scaling)
+    assert parse_config(id2label=names).id2label == tuple(f"label {i}" for i in range(11))
+    assert parse_config(num_labels=3).id2label == ("LABEL_0", "LABEL_1", "LABEL_2")
 
 
 @pytest.mark.parametrize("labels", [2, 3])
@@ -179,7 +93,7 @@ def test_what_transformers_saves_is_read(tmp_path, changes, labels):
 
 @pytest.mark.parametrize("changes", [{}, {"rope_scaling": YARN | {"mscale": 0.5}}, {"id2label": {"0": "a"}}])
 def test_transformers_reads_what_we_write(tmp_path, changes):
-    config = parse(**changes)
+    config = parse_config(**changes)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert isinstance(theirs, transformers.Glm4Config)
@@ -190,12 +104,14 @@ def test_transformers_reads_what_we_write(tmp_path, changes):
 
 
 def test_round_trip_is_stable():
-    config = parse(rope_scaling=YARN | {"attention_factor": 1.1}, id2label={"0": "a", "1": "b", "2": "c"})
+    config = parse_config(
+        rope_scaling=YARN | {"attention_factor": 1.1}, id2label={"0": "a", "1": "b", "2": "c"}
+    )
     written = config.to_dict()
     assert Glm4Config.from_dict(json.loads(json.dumps(written))) == config
     assert list(written) == sorted(written)
     shuffled = dict(reversed(tiny_config().items()))
-    assert json.dumps(Glm4Config.from_dict(shuffled).to_dict()) == json.dumps(parse().to_dict())
+    assert json.dumps(Glm4Config.from_dict(shuffled).to_dict()) == json.dumps(parse_config().to_dict())
 
 
 def test_generation_config_decides_the_end_of_sequence(tmp_path):
@@ -265,7 +181,7 @@ def test_every_missing_field_is_named_at_once():
 
 @pytest.mark.parametrize("model_type", ["glm4_moe", "chatglm", "glm"])
 def test_relatives_are_told_apart(model_type):
-    message = refusal(model_type=model_type)
+    message = config_refusal(model_type=model_type)
     assert message.startswith(f'model_type is "{model_type}" (')
     assert "another architecture" in message
     assert "'glm4'" in message
@@ -273,7 +189,7 @@ def test_relatives_are_told_apart(model_type):
 
 @pytest.mark.parametrize("model_type", [None, "llama", 4, ["glm4"], {"a": 1}])
 def test_other_model_types(model_type):
-    assert "'glm4'" in refusal(model_type=model_type)
+    assert "'glm4'" in config_refusal(model_type=model_type)
 
 
 @pytest.mark.parametrize(
@@ -331,69 +247,14 @@ def test_other_model_types(model_type):
     ],
 )
 def test_impossible_values(changes, reason):
-    assert reason in refusal(**changes)
-
-
-@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "llama3", "longrope", "su", "mrope"])
-def test_other_rope_types(rope_type):
-    assert f"rope_type '{rope_type}' is not supported" in refusal(
-        rope_scaling={"type": rope_type, "factor": 2.0}
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"rope_scaling": {"type": "yarn"}}, "yarn without a factor"),
-        ({"rope_scaling": YARN | {"factor": 0.5}}, "must be at least 1"),
-        ({"rope_scaling": YARN | {"factor": "4"}}, "rope_scaling.factor is"),
-        ({"rope_scaling": YARN | {"factor": 1e9}}, "makes 6.4e+10 positions, more than 2147483647"),
-        ({"rope_scaling": YARN | {"factor": 1e308}}, "makes inf positions"),
-        ({"rope_scaling": YARN | {"factor": None, "original_max_position_embeddings": 512}}, "factor is 0.5"),
-        ({"rope_scaling": YARN | {"original_max_position_embeddings": 0}}, "must be 1 ... 2147483647"),
-        (
-            {"rope_scaling": YARN | {"original_max_position_embeddings": 10**4000}},
-            "must be an integer of 64 bits",
-        ),
-        ({"rope_scaling": YARN | {"original_max_position_embeddings": 2**62}}, "must be 1 ... 2147483647"),
-        (
-            {"rope_scaling": YARN | {"factor": None}, "max_position_embeddings": 10**4000},
-            "max_position_embeddings is 1000",
-        ),
-        ({"rope_scaling": YARN | {"attention_factor": -1.0}}, "attention_factor is -1.0"),
-        ({"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 32}}, "the fast one the larger"),
-        ({"rope_scaling": YARN | {"truncate": 1}}, "rope_scaling.truncate is 1"),
-        ({"rope_scaling": YARN | {"finetuned": True}}, "holds finetuned, which yarn does not use"),
-        ({"rope_scaling": YARN | {"type": "linear"}}, 'two types, "yarn" and "linear"'),
-        ({"rope_scaling": {"factor": 4.0}}, "or set rope_type to 'yarn'"),
-        ({"rope_scaling": 4.0}, "rope_scaling is 4.0, but must be an object or null"),
-        (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-            "said twice, as 500.0 and 10000.0",
-        ),
-        ({"rope_parameters": YARN, "rope_scaling": YARN | {"factor": 2.0}}, "keep rope_parameters alone"),
-    ],
-)
-def test_contradictory_rope(changes, reason):
-    assert reason in refusal(**changes)
-
-
-def test_both_forms_at_once_only_where_transformers_reads_the_same():
-    def both(theta):
-        parameters = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 0.5}
-        return dict(
-            rope_theta=None, partial_rotary_factor=None, rope_scaling=YARN, rope_parameters=parameters
-        )
-
-    assert parse(**both(10000.0)) == parse(rope_scaling=YARN)
-    assert "said twice" in refusal(**both(500.0))
+    assert reason in config_refusal(**changes)
 
 
 def test_a_changed_copy_is_checked_too():
     with pytest.raises(ConfigError, match="num_hidden_layers is 0"):
-        dataclasses.replace(parse(), num_hidden_layers=0)
+        dataclasses.replace(parse_config(), num_hidden_layers=0)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        parse().vocab_size = 1
+        parse_config().vocab_size = 1
 
 
 JSON_VALUES = st.recursive(

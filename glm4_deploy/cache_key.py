@@ -8,7 +8,8 @@ from pathlib import Path
 from glm4_deploy.plan import ExportOptions, make_plan
 from glm4_deploy.tools import tool_versions
 from glm4_exporters.checkpoint import Checkpoint
-from glm4_exporters.engine import engine_version, gpu_identity
+from glm4_exporters.engine.gpu import gpu_identity
+from glm4_exporters.engine.kinds import engine_version
 from glm4_runtime.bundle import SCHEMA_VERSION
 from glm4_runtime.errors import ExportError
 

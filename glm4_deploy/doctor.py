@@ -67,7 +67,7 @@ def _packages(extras: list[str]) -> list[str]:
 
 
 def _extra(name: str) -> Extra:
-    from glm4_exporters.engine import ENGINE_KINDS
+    from glm4_exporters.engine.kinds import ENGINE_KINDS
 
     missing = [part for one in requirements_of(DISTRIBUTION, name) for part in _lacking(one)]
     if not missing:
@@ -240,7 +240,7 @@ def _engines() -> Finding:
     gpus = _gpus()
     if not gpus:
         return Finding(name, False, "no NVIDIA GPU or driver found (nvidia-smi)", "run on a GPU host")
-    from glm4_exporters.engine import ENGINE_KINDS
+    from glm4_exporters.engine.kinds import ENGINE_KINDS
 
     named = ENGINE_KINDS["tensorrt-rtx"].capabilities
     unnamed = [cc for cc in _asked_of_gpus("compute_cap") if cc.replace(".", "") not in named]

@@ -7,15 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm4_deploy.plan import EngineBuild
-from glm4_exporters.engine import (
-    PLUGIN_MODULE,
-    BuiltEngine,
-    EnginePlan,
-    build_engine,
-    engine_profiles,
-    engine_version,
-    expected_layers,
-)
+from glm4_exporters.engine.build import PLUGIN_MODULE, BuiltEngine, EnginePlan, build_engine
+from glm4_exporters.engine.kinds import engine_version
+from glm4_exporters.engine.network import expected_layers
+from glm4_exporters.engine.profiles import engine_profiles
 from glm4_plugins.launch import choices, counters_shape
 from glm4_runtime.bundle import COUNTERS, GRAPH, PRESENT_COUNTERS, WEIGHTS, EngineInfo, Manifest, TensorSpec
 from glm4_runtime.progress import Progress

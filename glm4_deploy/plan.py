@@ -6,19 +6,17 @@ from pathlib import Path
 from glm4_exporters.cache_types import choose_cache
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
-from glm4_exporters.engine import (
-    ENGINE_KINDS,
+from glm4_exporters.engine.checks import require_engine, require_plugin
+from glm4_exporters.engine.gpu import gpu_capability, gpu_processors
+from glm4_exporters.engine.kinds import ENGINE_KINDS
+from glm4_exporters.engine.options import (
     SMALL_TILES,
     EngineOptions,
     engine_attention,
     engine_capabilities,
-    engine_capacity,
-    gpu_capability,
-    gpu_processors,
     plugin_phases,
-    require_engine,
-    require_plugin,
 )
+from glm4_exporters.engine.profiles import engine_capacity
 from glm4_exporters.form import Form, choose_form
 from glm4_exporters.quantize.recipe import read_recipe
 from glm4_exporters.sources.fitting import keep_form

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from glm4_deploy.plan import Plan
 from glm4_exporters.architecture import expected_tensors
-from glm4_exporters.engine import engine_profiles
+from glm4_exporters.engine.profiles import engine_profiles
 from glm4_runtime.errors import ExportError
 
 PAGE = 4096  # bytes; each tensor of the data file begins at one

@@ -49,8 +49,8 @@ MEANS = {
     f"{SESSION}/engine_files.py": _ENGINES,
     f"{SESSION}/engine_run.py": {"self._context": "IExecutionContext"},
     f"{SESSION}/kernel_cache.py": {"config": "IRuntimeConfig", "self.cache": "IRuntimeCache"},
-    f"{EXPORTERS}/engine_network.py": _NETWORK,
-    f"{EXPORTERS}/engine_worker.py": _NETWORK,
+    f"{EXPORTERS}/engine/network.py": _NETWORK,
+    f"{EXPORTERS}/engine/worker.py": _NETWORK,
     PLUGIN: {
         "named['query']": "plugin.TensorDesc",
         "named['past_key']": "plugin.TensorDesc",

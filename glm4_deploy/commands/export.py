@@ -10,7 +10,8 @@ from glm4_deploy.adapters import find_adapters, lora_option
 from glm4_deploy.engine_bundle import engine_report
 from glm4_deploy.plan import DEFAULT_BATCH, DEFAULT_PRECISION, DEFAULT_TARGET
 from glm4_exporters.cache_types import KV_CACHES
-from glm4_exporters.engine import ATTENTIONS, LAYOUTS, EngineOptions
+from glm4_exporters.engine.kinds import ATTENTIONS
+from glm4_exporters.engine.options import ENGINE_LAYOUTS, EngineOptions
 from glm4_exporters.targets import ACTIVATIONS, PRECISIONS, TARGETS
 from glm4_runtime.bundle import Manifest
 
@@ -87,7 +88,7 @@ from glm4_runtime.bundle import Manifest
 )
 @click.option(
     "--engine-layout",
-    type=click.Choice(LAYOUTS),
+    type=click.Choice(ENGINE_LAYOUTS),
     default=EngineOptions.layout,
     show_default=True,
     help="shared: one engine for prefill and decode. split: one engine each, which stores the weights twice.",

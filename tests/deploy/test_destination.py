@@ -462,7 +462,7 @@ from glm4_deploy.cli import main
 from glm4_deploy import destination, interrupts, locks, memory, pipeline, report
 from glm4_exporters.peak_memory import peak_memory
 from glm4_deploy.validate import run
-import glm4_exporters.engine_worker, glm4_exporters.weights
+import glm4_exporters.engine.worker, glm4_exporters.weights
 assert locks.POSIX is None
 assert peak_memory(0) == 0 and memory.available_memory() > 0
 main(sys.argv[2:])

@@ -12,23 +12,19 @@ import pytest
 from checkpoints import tiny_config, write_checkpoint
 
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
-from glm4_exporters import engine as engine_module
-from glm4_exporters.engine import (
-    EngineOptions,
-    EnginePlan,
-    build_engine,
-    engine_capabilities,
-    engine_capacity,
-    engine_profiles,
-    expected_layers,
-)
-from glm4_exporters.engine_network import (
+from glm4_exporters.engine import build as engine_build
+from glm4_exporters.engine import checks as engine_checks
+from glm4_exporters.engine.build import EnginePlan, build_engine
+from glm4_exporters.engine.network import (
     Network,
     check_compiled,
     check_inputs,
     check_layers,
+    expected_layers,
     float32_operators,
 )
+from glm4_exporters.engine.options import EngineOptions, engine_capabilities
+from glm4_exporters.engine.profiles import engine_capacity, engine_profiles
 from glm4_exporters.passes.fix_capacity import FixCapacity
 from glm4_runtime import BundleError, ExportError, Session
 from glm4_runtime.bundle import ENGINE, GRAPH, WEIGHTS, Limits, read_manifest, verify_files
@@ -300,7 +296,7 @@ def test_a_builder_that_dies_is_said_and_leaves_no_process(engine_bundle, monkey
         started.append(real([sys.executable, "-c", "import os; os.abort()"], **others))
         return started[-1]
 
-    monkeypatch.setattr(engine_module.subprocess, "Popen", dying)
+    monkeypatch.setattr(engine_build.subprocess, "Popen", dying)
     with pytest.raises(ExportError, match=r"builder died \(signal 6"):
         build_engine(engine_bundle[0], plan_of(engine_bundle[0], GRAPH))
     assert started[0].poll() is not None
@@ -395,14 +391,14 @@ def test_refusals_come_first(tmp_path, monkeypatch, given, message):
 @pytest.mark.parametrize("module", ["tensorrt_rtx", "polygraphy"])
 def test_a_missing_package_is_named(tmp_path, monkeypatch, module):
     real = importlib.util.find_spec
-    monkeypatch.setattr(engine_module, "find_spec", lambda name: None if name == module else real(name))
+    monkeypatch.setattr(engine_checks, "find_spec", lambda name: None if name == module else real(name))
     with pytest.raises(ExportError, match=r"not installed.*pip install .*\[tensorrt-rtx\]"):
         export(DEMO, tmp_path / "bundle", options())
 
 
 def test_full_tensorrt_needs_a_gpu(tmp_path, monkeypatch):
     wanted = ExportOptions(target="tensorrt", parity=False)
-    monkeypatch.setattr(engine_module, "find_spec", lambda _: None)
+    monkeypatch.setattr(engine_checks, "find_spec", lambda _: None)
     with pytest.raises(
         ExportError, match=r"triton is not installed.*pip install .*\[tensorrt\]' with NVIDIA's"
     ):
@@ -412,10 +408,10 @@ def test_full_tensorrt_needs_a_gpu(tmp_path, monkeypatch):
         ExportError, match=r"tensorrt is not installed.*pip install .*\[tensorrt\]' with NVIDIA's"
     ):
         export(DEMO, tmp_path / "bundle", native)
-    monkeypatch.setattr(engine_module, "find_spec", lambda _: True)
+    monkeypatch.setattr(engine_checks, "find_spec", lambda _: True)
     with pytest.raises(ExportError, match="no builder that starts here"):  # as on a host with the stub alone
         export(DEMO, tmp_path / "bundle", wanted)
-    monkeypatch.setattr(engine_module, "_require_builder", lambda _: None)
+    monkeypatch.setattr(engine_checks, "_require_builder", lambda _: None)
     with pytest.raises(ExportError, match="times kernels on a GPU while it builds, and there is none here"):
         export(DEMO, tmp_path / "bundle", wanted)
     with pytest.raises(ExportError, match="builds for the GPU of this machine; leave --sm out"):

@@ -11,9 +11,11 @@ from fake_driver import FakeGpu
 
 from glm4_deploy import engine_bundle
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
-from glm4_exporters import engine as engine_module
-from glm4_exporters.engine import BuiltEngine, EngineOptions
-from glm4_exporters.engine_network import Network, float32_operators
+from glm4_exporters.engine import checks as engine_checks
+from glm4_exporters.engine import gpu as engine_gpu
+from glm4_exporters.engine.build import BuiltEngine
+from glm4_exporters.engine.network import Network, float32_operators
+from glm4_exporters.engine.options import EngineOptions
 from glm4_plugins.launch import PHASES, PLUGIN_INPUTS, PLUGIN_SCALES, choices, counters_shape
 from glm4_plugins.operator import OP_TYPE, PLUGIN_INT8
 from glm4_runtime import ExportError
@@ -38,11 +40,11 @@ def gpu(monkeypatch):
         entries = {name: FileEntry("0" * 64, 6) for name in plan.graphs}
         return BuiltEngine(entries, {}, {}, (host.capability,), {}, 1, 1)
 
-    monkeypatch.setattr(engine_module, "find_spec", lambda _: True)
-    monkeypatch.setattr(engine_module, "_require_builder", lambda _: None)
-    for module in ("glm4_exporters.engine", "glm4_deploy.plan"):
+    monkeypatch.setattr(engine_checks, "find_spec", lambda _: True)
+    monkeypatch.setattr(engine_checks, "_require_builder", lambda _: None)
+    for module in ("glm4_exporters.engine.checks", "glm4_deploy.plan"):
         monkeypatch.setattr(f"{module}.gpu_capability", lambda: host.capability)
-        monkeypatch.setattr(f"{module}.gpu_processors", lambda: PROCESSORS)
+    monkeypatch.setattr("glm4_deploy.plan.gpu_processors", lambda: PROCESSORS)
     monkeypatch.setattr(engine_bundle, "engine_version", lambda _: "11.4.0.106")
     monkeypatch.setattr(engine_bundle, "build_engine", build)
     return host
@@ -208,7 +210,7 @@ def test_aliases_are_asked_for_only_with_the_plugin(monkeypatch):
     """By the configuration that TensorRT-RTX's bindings make, which have the same setting."""
     trt = pytest.importorskip("tensorrt_rtx")
     monkeypatch.setenv("POLYGRAPHY_USE_TENSORRT_RTX", "1")
-    from glm4_exporters.engine_worker import _config
+    from glm4_exporters.engine.worker import _config
 
     feature = trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03
     for plugin, wanted in (("glm4_plugins.tensorrt", True), (None, False)):
@@ -220,8 +222,8 @@ def test_aliases_are_asked_for_only_with_the_plugin(monkeypatch):
 
 
 def test_the_cache_key_has_the_gpu_that_kernels_are_timed_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine_module, "find_spec", lambda _: True)
-    monkeypatch.setattr(engine_module, "_require_builder", lambda _: None)
+    monkeypatch.setattr(engine_checks, "find_spec", lambda _: True)
+    monkeypatch.setattr(engine_checks, "_require_builder", lambda _: None)
     monkeypatch.setattr("glm4_deploy.cache_key.engine_version", lambda _: "11.4.0.106")
     source = write_checkpoint(tmp_path / "source", tiny_config(**SIZES))
     drivers = {"h100": FakeGpu(), "again": FakeGpu(), "h200": FakeGpu(), "l4": FakeGpu(), "slice": FakeGpu()}
@@ -231,7 +233,7 @@ def test_the_cache_key_has_the_gpu_that_kernels_are_timed_on(tmp_path, monkeypat
     keys = {"tensorrt": {}, "tensorrt-rtx": {}}
     for target, found in keys.items():
         for name, driver in drivers.items():
-            monkeypatch.setattr(engine_module.ctypes, "CDLL", lambda _, driver=driver: driver)
+            monkeypatch.setattr(engine_gpu.ctypes, "CDLL", lambda _, driver=driver: driver)
             found[name] = cache_key(source, ExportOptions(target=target, precision="fp16", parity=False))
     assert keys["tensorrt"]["h100"] == keys["tensorrt"]["again"]
     assert len({*keys["tensorrt"].values()}) == 4

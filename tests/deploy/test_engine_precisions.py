@@ -8,7 +8,7 @@ import pytest
 from checkpoints import tiny_config, write_checkpoint
 
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
-from glm4_exporters.engine import EngineOptions
+from glm4_exporters.engine.options import EngineOptions
 from glm4_runtime import ExportError
 from glm4_runtime.bundle import read_manifest, verify_files
 

@@ -13,7 +13,7 @@ import tensorrt_without_gpu
 
 SESSION = Path(foreign_names.ROOT / foreign_names.SESSION)
 ENGINE_FILES = f"{foreign_names.SESSION}/engine_files.py"
-WORKER = f"{foreign_names.EXPORTERS}/engine_worker.py"
+WORKER = f"{foreign_names.EXPORTERS}/engine/worker.py"
 
 
 @pytest.fixture(scope="module", params=["tensorrt-rtx", "tensorrt"])

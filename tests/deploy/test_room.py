@@ -12,7 +12,7 @@ from glm4_deploy import pipeline, room
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_deploy.plan import make_plan
 from glm4_exporters.checkpoint import Checkpoint
-from glm4_exporters.engine import EngineOptions
+from glm4_exporters.engine.options import EngineOptions
 from glm4_runtime.bundle import WEIGHTS, read_manifest
 from glm4_runtime.errors import ExportError
 

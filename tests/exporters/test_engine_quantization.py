@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from glm4_exporters.engine_network import Network, check_compiled, fold_weight_transposes
+from glm4_exporters.engine.network import Network, check_compiled, fold_weight_transposes
 
 trt = pytest.importorskip("tensorrt_rtx")
 

@@ -126,7 +126,7 @@ def test_it_computes_what_the_model_does_to_fp8s_accuracy(config):
 @pytest.mark.parametrize("activations", ["float16", "bfloat16"])
 def test_tensorrt_builds_it(config, activations, tmp_path):
     trt = pytest.importorskip("tensorrt_rtx")
-    from glm4_exporters.engine_network import Network, check_layers, float32_operators, fold_weight_transposes
+    from glm4_exporters.engine.network import Network, check_layers, float32_operators, fold_weight_transposes
 
     model = quantized(config, activations, all_scales(config))
     FixCapacity(64)(model)

@@ -2,7 +2,7 @@
 
     {"progress": [done, total]}  ...  {"files": ..., "layers": ..., ...} or {"error": "one line"}
 
-Run by :func:`glm4_exporters.engine.build_engine`, in the folder of the graph.
+Run by :func:`glm4_exporters.engine.build.build_engine`, in the folder of the graph.
 """
 
 import contextlib
@@ -17,8 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from glm4_exporters.engine import ENGINE_KINDS, gpu_capability
-from glm4_exporters.engine_network import (
+from glm4_exporters.engine.gpu import gpu_capability
+from glm4_exporters.engine.kinds import ENGINE_KINDS
+from glm4_exporters.engine.network import (
     Network,
     check_compiled,
     check_inputs,
@@ -81,7 +82,8 @@ def _build(trt: Any, log: Any, plan: Mapping[str, Any], say: Say) -> dict[str, A
         profiles = [profile for profile in plan["profiles"] if profile["file"] == name]
         monitor = _monitor(trt, _reporter(say, done, len(files)))
         config = _config(trt, plan, builder, definition, profiles, monitor)
-        answer["files"][name] = _write(trt, log, plan, builder, definition, config, Path(name))
+        parsed = builder, definition
+        answer["files"][name] = _write(trt, log, plan["kind"], parsed, config, Path(name))
         names = [profile["name"] for profile in profiles]
         if not ENGINE_KINDS[plan["kind"]].times:  # the full TensorRT logs its layers in another form
             answer["kernels"] |= check_compiled(log.layers, names, plan["operators"])
@@ -182,10 +184,16 @@ def _config(
     return config
 
 
-def _write(
-    trt: Any, log: Any, plan: Mapping[str, Any], builder: Any, definition: Any, config: Any, path: Path
-) -> dict[str, Any]:
-    """Build into a file and hash on the way, so that the engine is not in memory twice."""
+def _write(trt: Any, log: Any, kind: str, parsed: tuple[Any, Any], config: Any, path: Path) -> dict[str, Any]:
+    """Build into a file and hash on the way, so that the engine is not in memory twice.
+
+    Args:
+        parsed: builder and network.
+
+    Returns:
+        The file's SHA-256 and size in bytes.
+    """
+    builder, definition = parsed
     with path.open("xb") as file:
 
         class Writer(trt.IStreamWriter):  # type: ignore[misc]
@@ -209,7 +217,7 @@ def _write(
         if writer.failure is not None:
             raise ExportError(f"the engine could not be written: {writer.failure.strerror}; make room for it")
         if not built or not writer.size:
-            raise ExportError(_refusal(plan["kind"], "could not build the engine", log.messages))
+            raise ExportError(_refusal(kind, "could not build the engine", log.messages))
     return {"sha256": writer.digest.hexdigest(), "bytes": writer.size}
 
 

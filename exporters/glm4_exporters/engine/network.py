@@ -1,14 +1,26 @@
-"""Checks of a parsed TensorRT network: it has everything that the graph has, and stores each weight once."""
+"""Checks of a parsed TensorRT network: the layers are those of the model and the graph, and each weight is stored once."""
 
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from glm4_plugins.operator import OP_TYPE, PLUGIN_INT8
 from glm4_runtime.errors import ExportError
 
 # Operators that compute in float32 on purpose: inside norms, and the last cast of the logits.
 FLOAT32_OPERATORS = frozenset({"RMSNormalization", "Cast"})
+
+# The layer that the parser makes from an operator. The parser drops some inputs and nodes silently, so we count.
+LAYERS_OF_OPERATORS = {
+    "TensorScatter": "KV_CACHE_UPDATE",
+    "Attention": "ATTENTION_INPUT",
+    "RotaryEmbedding": "ROTARY_EMBEDDING",
+    "MatMul": "MATRIX_MULTIPLY",
+    "QuantizeLinear": "QUANTIZE",
+    "DequantizeLinear": "DEQUANTIZE",
+    OP_TYPE: "PLUGIN_V3",
+}
 
 
 class Network:
@@ -50,6 +62,28 @@ class Network:
 
 def _tensors(count: int, get: Any) -> list[Any]:
     return [tensor for i in range(count) if (tensor := get(i)) is not None]
+
+
+def expected_layers(
+    operators: Mapping[str, str], num_layers: int, has_cache: bool, attention: str
+) -> dict[str, int]:
+    """Layers that the parsed network must have, from the model and from the operators of the graph.
+
+    Raises:
+        ExportError: the graph lacks operators that the model has.
+    """
+    if attention == "plugin":
+        model = {OP_TYPE: num_layers}
+    else:
+        model = {"Attention": num_layers, "RotaryEmbedding": 2 * num_layers}
+        model["TensorScatter"] = 2 * num_layers if has_cache else 0
+    found = Counter(OP_TYPE if name == PLUGIN_INT8 else name for name in operators.values())
+    for name, count in model.items():
+        if found[name] != count:
+            raise ExportError(
+                f"the graph has {found[name]} {name} where the model has {count}; no engine is built from it"
+            )
+    return {layer: found[name] for name, layer in LAYERS_OF_OPERATORS.items()}
 
 
 def check_layers(network: Network, expected: Mapping[str, int]) -> dict[str, int]:

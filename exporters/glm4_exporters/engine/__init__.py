@@ -1,0 +1,1 @@
+"""TensorRT engines: the two TensorRTs, a user's options, refusals, and the process that builds."""

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glm4_exporters.config import Glm4Config
-from glm4_exporters.reference import Glm4ForCausalLM, rotary_tables, rotate
+from glm4_exporters.reference import rotary_tables, rotate
+from glm4_exporters.task_models import Glm4ForCausalLM
 from glm4_runtime.bundle.file_names import CHAT_TEMPLATE
 from glm4_runtime.chat_template import ChatTemplate
 

@@ -8,7 +8,8 @@ import torch
 from glm4_deploy.metrics import Logits
 from glm4_exporters.architecture import parameter_count
 from glm4_exporters.checkpoint import Checkpoint
-from glm4_exporters.reference import KVCache, load_model
+from glm4_exporters.eager_attention import KVCache
+from glm4_exporters.task_models import load_model
 from glm4_runtime.bundle import WEIGHTS
 
 Step = Callable[[Sequence[int]], Logits]  # runs tokens; returns the logits of the last one

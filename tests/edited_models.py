@@ -6,7 +6,7 @@ import torch
 
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.quantize.smooth import Smoothing
-from glm4_exporters.reference import Glm4ForCausalLM
+from glm4_exporters.task_models import Glm4ForCausalLM
 
 
 def edited_model(

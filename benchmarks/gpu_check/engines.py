@@ -26,7 +26,7 @@ from glm4_deploy.metrics import Logits, kl_divergence
 from glm4_exporters.architecture import expected_tensors, parameter_count
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
-from glm4_exporters.reference import load_model
+from glm4_exporters.task_models import load_model
 from glm4_runtime import Session
 
 POSITIONS = 8192  # of a slot

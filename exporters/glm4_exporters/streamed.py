@@ -19,7 +19,8 @@ from torch import Tensor
 from glm4_exporters.architecture import EMBEDDING, HEAD
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
-from glm4_exporters.reference import Attention, Glm4DecoderLayer, Glm4RMSNorm, rotary_tables
+from glm4_exporters.eager_attention import Attention
+from glm4_exporters.reference import Glm4DecoderLayer, Glm4RMSNorm, rotary_tables
 from glm4_runtime.progress import Progress, silent
 
 Logits = npt.NDArray[np.float32]

@@ -26,7 +26,8 @@ from glm4_exporters.config import Glm4Config
 from glm4_exporters.element_types import TORCH_TYPES, ir_type
 from glm4_exporters.graph_io import graph_io
 from glm4_exporters.passes.split_sequences import SplitSequences
-from glm4_exporters.reference import MODELS, Glm4ForSequenceClassification, Glm4RMSNorm
+from glm4_exporters.reference import Glm4RMSNorm
+from glm4_exporters.task_models import MODELS, Glm4ForSequenceClassification
 from glm4_plugins.operator import DOMAIN, OP_TYPE, VERSION
 from glm4_runtime.bundle.graph_io import GraphIO
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from glm4_exporters.config import Glm4Config
-from glm4_exporters.reference import Attention, Glm4DecoderLayer
+from glm4_exporters.eager_attention import Attention
+from glm4_exporters.reference import Glm4DecoderLayer
 
 EMBEDDING_TAP, ATTENTION_TAP, NORM_TAP, HEAD_TAP = "embedding", "attention", "final_norm", "head"
 

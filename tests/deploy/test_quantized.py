@@ -16,7 +16,7 @@ from glm4_deploy.pipeline import ExportOptions, cache_key, export
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.form import choose_form
 from glm4_exporters.quantize.recipe import Recipe
-from glm4_exporters.reference import load_model
+from glm4_exporters.task_models import load_model
 from glm4_plugins.block_product import OPERATOR, unpack
 from glm4_runtime import Session
 from glm4_runtime.bundle import read_manifest

@@ -24,7 +24,7 @@ from glm4_deploy.validate import ValidateOptions, memory, validate
 from glm4_deploy.validate import text as validate_text
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.engine.profiles import engine_capacity, engine_profiles
-from glm4_exporters.reference import load_model
+from glm4_exporters.task_models import load_model
 from glm4_runtime import Session
 from glm4_runtime.bundle import read_manifest, write_manifest
 from glm4_runtime.errors import BundleError, RequestError, TextError

@@ -15,7 +15,8 @@ from glm4_exporters.architecture import (
 )
 from glm4_exporters.config import TASKS, Glm4Config
 from glm4_exporters.quantize.calibrate import BlockedAttention
-from glm4_exporters.reference import MODELS, Glm4DecoderLayer
+from glm4_exporters.reference import Glm4DecoderLayer
+from glm4_exporters.task_models import MODELS
 
 
 def config_of(**overrides):

@@ -6,9 +6,11 @@ import torch
 from checkpoints import tiny_config, write_checkpoint
 
 from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.eager_attention import KVCache
 from glm4_exporters.quantize import calibrate as calibration_module
 from glm4_exporters.quantize.calibrate import PEAKS, calibrate
-from glm4_exporters.reference import Glm4ForCausalLM, KVCache, rotary_tables, rotate
+from glm4_exporters.reference import rotary_tables, rotate
+from glm4_exporters.task_models import Glm4ForCausalLM
 from glm4_runtime.errors import ExportError
 
 SEQUENCES = [list(range(5, 60)), list(range(300, 250, -1)), [7]]

@@ -14,7 +14,7 @@ from glm4_exporters.formats import CODES, FORMATS, SCALES
 from glm4_exporters.quantize import gptq
 from glm4_exporters.quantize.gptq import Rounded, _Moments, round_matrices
 from glm4_exporters.quantize.smooth import Smoothing
-from glm4_exporters.reference import load_model
+from glm4_exporters.task_models import load_model
 
 SHAPES = {
     "biased": {},

@@ -27,8 +27,8 @@ from glm4_exporters.quantize.overflow import (
     require_range,
 )
 from glm4_exporters.quantize.smooth import SmoothQuant
-from glm4_exporters.reference import Glm4ForCausalLM
 from glm4_exporters.streamed import reference_outputs
+from glm4_exporters.task_models import Glm4ForCausalLM
 from glm4_runtime.errors import GateError
 
 DEMO = Path(__file__).parents[2] / "demo"

@@ -14,13 +14,14 @@ from graphs import lower
 from glm4_exporters.cache_types import cache_providers, choose_cache
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
+from glm4_exporters.eager_attention import KVCache
 from glm4_exporters.passes.group_query_attention import GroupQueryAttention
 from glm4_exporters.passes.quantize_cache import QuantizeCache
 from glm4_exporters.quantize.calibrate import calibrate
 from glm4_exporters.quantize.kv_cache import FLOOR, LEVELS, MARGIN, CacheScales, cache_scales
 from glm4_exporters.quantize.smooth import Smoothing
-from glm4_exporters.reference import KVCache, load_model
 from glm4_exporters.targets import TARGETS
+from glm4_exporters.task_models import load_model
 from glm4_exporters.trace import trace
 from glm4_plugins.operator import partial_rope_gqa_attention
 from glm4_runtime.errors import ExportError

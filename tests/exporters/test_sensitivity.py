@@ -9,7 +9,7 @@ from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.quantize import sensitivity
 from glm4_exporters.quantize.recipe import Recipe, keep_sensitive, read_recipe, write_recipe
 from glm4_exporters.quantize.sensitivity import TensorLoss, measure
-from glm4_exporters.reference import Glm4ForCausalLM
+from glm4_exporters.task_models import Glm4ForCausalLM
 from glm4_runtime.errors import ExportError
 
 SEQUENCES = [list(range(5, 40)), list(range(300, 250, -1)), list(range(60, 95)), [7]]

@@ -6,7 +6,7 @@ import torch
 
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_exporters.checkpoint import Checkpoint
-from glm4_exporters.reference import load_model
+from glm4_exporters.task_models import load_model
 from glm4_runtime import Session, kv_cache
 
 # Here the same bits come out of chunks of any size. Where kernels for other sizes differ in the last bits, a

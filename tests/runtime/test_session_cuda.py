@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from glm4_exporters.checkpoint import Checkpoint
-from glm4_exporters.reference import load_model
+from glm4_exporters.task_models import load_model
 from glm4_runtime import BundleError, Session, kv_cache
 
 GPU_FIRST = dict(providers=["CUDAExecutionProvider", "CPUExecutionProvider"])

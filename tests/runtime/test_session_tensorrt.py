@@ -12,7 +12,7 @@ from checkpoints import tiny_config, write_checkpoint
 
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_exporters.checkpoint import Checkpoint
-from glm4_exporters.reference import load_model
+from glm4_exporters.task_models import load_model
 from glm4_runtime import BundleError, SamplingParams, Session, SlotError
 from glm4_runtime.bundle import EngineProfile
 from glm4_runtime.session.cuda_device import Cuda

@@ -8,7 +8,7 @@ from checkpoints import tiny_config, write_checkpoint
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.engine.options import EngineOptions
-from glm4_exporters.reference import load_model
+from glm4_exporters.task_models import load_model
 from glm4_runtime import Session
 from glm4_runtime.bundle import read_manifest
 

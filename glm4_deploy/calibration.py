@@ -208,7 +208,7 @@ def _awq(source: Checkpoint, form: Form) -> "Awq | None":
     """
     from glm4_exporters.quantize.awq import Awq
 
-    low = {name for name, each in form.formats.items() if each.bits < 8 and each.fitted}
+    low = {name for name, each in form.encodings.items() if each.bits < 8 and each.fitted}
     if not low:
         return None
     others = _searched_inputs(form)
@@ -223,8 +223,10 @@ def _quantize_dequantize(form: Form) -> "QuantizeDequantize":
     """Quantize rows of a matrix in its own format, and dequantize them."""
     import torch
 
+    formats = form.encodings
+
     def quantized(name: str, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-        own = form.formats.get(name)
+        own = formats.get(name)
         if own is None:
             return weight
         largest = float(weight.abs().max())

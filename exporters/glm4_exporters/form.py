@@ -7,7 +7,7 @@ from math import prod
 
 from glm4_exporters.architecture import EMBEDDING, HEAD, MATRICES, matrix_width
 from glm4_exporters.config import Glm4Config
-from glm4_exporters.formats import Format, InputRounding, require_format
+from glm4_exporters.formats import Format, InputRounding, StoredFormat, require_format
 from glm4_exporters.formats.base import scale_type
 from glm4_exporters.quantize.recipe import Recipe
 from glm4_exporters.targets import ACTIVATIONS, GROUPS, Precision, Target, require_target
@@ -31,7 +31,7 @@ class Form:
     target: Target
     activations: str
     groups: Mapping[str, str]
-    formats: Mapping[str, Format]
+    formats: Mapping[str, StoredFormat]
     table: Format | None = None
     kv_cache: str | None = None
     kept: str | None = None
@@ -44,6 +44,11 @@ class Form:
     def rounded_inputs(self) -> dict[str, InputRounding]:
         """By name of the matrix: how its product rounds the input. Other products do not round."""
         return {name: form.inputs for name, form in self.formats.items() if form.inputs is not None}
+
+    @property
+    def encodings(self) -> dict[str, Format]:
+        """By name of the matrix: the formats that values are encoded in. Other formats keep another tool's numbers."""
+        return {name: form for name, form in self.formats.items() if isinstance(form, Format)}
 
     def weight_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Bytes of the stored weights. ``shapes``: by canonical name."""
@@ -161,7 +166,7 @@ def _activations(target: Target, precision: Precision, precision_name: str, aske
     return chosen
 
 
-def _require_width(name: str, width: int, form: Format, target: Target) -> None:
+def _require_width(name: str, width: int, form: StoredFormat, target: Target) -> None:
     if form.bits == 4 and target.products.even_rows and width % 2:
         raise ExportError(
             f"{name} has {width} inputs per row, an odd number, which 4-bit numbers two to a byte "
@@ -175,7 +180,7 @@ def _require_width(name: str, width: int, form: Format, target: Target) -> None:
         )
 
 
-def _require_integer_product(name: str, form: Format, target: Target, activations: str) -> None:
+def _require_integer_product(name: str, form: StoredFormat, target: Target, activations: str) -> None:
     if form.inputs and not name.startswith("model.layers."):
         raise ExportError(f"{name} cannot be int8-sq, which is for the matrices of layers; take int8")
     given = target.products.integer_activations

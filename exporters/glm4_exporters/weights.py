@@ -28,7 +28,7 @@ from glm4_exporters.aligned_file import ALIGNMENT, AlignedFile
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.element_types import TORCH_TYPES, type_name
-from glm4_exporters.formats.base import Encoded
+from glm4_exporters.formats.base import Encoded, Format
 from glm4_exporters.passes.builder import fixed
 from glm4_exporters.passes.stored import Matrix, Source, source_of
 from glm4_exporters.quantize.smooth import Smoothing
@@ -218,18 +218,12 @@ class _Writer:
 
     def _encoded(self, wanted: Source) -> Iterator[Tensor]:
         """Yields the wanted part, packed, some rows at a time."""
-        matrix, largest = wanted.matrix, None
+        matrix = wanted.matrix
         found = self._edits.found.get(matrix.name)
-        if found is None and matrix.format.needs_largest:
-            largest = self._largest(matrix.name)
+        encode = self._encoding(matrix) if found is None else lambda first, rows: found.rows(first, len(rows))
 
         def packed(first: int, rows: Tensor) -> Encoded:
-            if found is None:
-                wide = self._edits.smoothing.apply(matrix.name, rows, first).float()
-                encoded = matrix.format.encode(wide, TORCH_TYPES[matrix.scale_type], largest=largest)
-            else:
-                encoded = found.rows(first, len(rows))
-            return _packed(matrix, encoded)
+            return _packed(matrix, encode(first, rows))
 
         plain, begun = matrix.parts, set()
         blocks = found.blocks() if isinstance(found, KeptMatrix) else self._read(matrix.name)
@@ -244,6 +238,18 @@ class _Writer:
             self._hashes[matrix.name] = found.sha256
         if found is not None:
             found.written()
+
+    def _encoding(self, matrix: Matrix) -> Callable[[int, Tensor], Encoded]:
+        """A function that encodes rows [n, width] of a matrix after its edits, given their first row."""
+        form, scale_type = matrix.format, TORCH_TYPES[matrix.scale_type]
+        assert isinstance(form, Format)  # any other format only keeps numbers, and these are in the edits
+        largest = self._largest(matrix.name) if form.needs_largest else None
+
+        def encode(first: int, rows: Tensor) -> Encoded:
+            wide = self._edits.smoothing.apply(matrix.name, rows, first).float()
+            return form.encode(wide, scale_type, largest=largest)
+
+        return encode
 
     def _largest(self, name: str) -> float:
         """The largest magnitude of a matrix after its edits."""

@@ -6,7 +6,7 @@ decodes rows, and says how products round their inputs. Code elsewhere asks the 
 
 from collections.abc import Mapping
 
-from glm4_exporters.formats.base import CODES, SCALES, Encoded, Format, InputRounding, Part
+from glm4_exporters.formats.base import CODES, SCALES, Encoded, Format, InputRounding, Part, StoredFormat
 from glm4_exporters.formats.float8 import Float8
 from glm4_exporters.formats.integers import Integers
 from glm4_runtime.errors import ExportError
@@ -49,5 +49,6 @@ __all__ = [
     "InputRounding",
     "Integers",
     "Part",
+    "StoredFormat",
     "require_format",
 ]

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from glm4_exporters.formats.base import CODES, SCALES, Format, Part
+from glm4_exporters.formats.base import CODES, SCALES, Part, StoredFormat
 from glm4_exporters.formats.brought import ZEROS
-from glm4_exporters.formats.integers import Integers
+from glm4_exporters.formats.integers import IntegerCodes
 from glm4_plugins.block_product import PANEL, stored_shape
 from glm4_runtime.bundle.element_types import bits
 
@@ -27,11 +27,11 @@ COLUMN_BLOCK = 512  # columns that are transposed at once: 78 MB for a vocabular
 class Arrangement:
     """Rows one after the other, without padding."""
 
-    def part(self, _name: str, part: Part, _form: Format) -> Part:
+    def part(self, _name: str, part: Part, _form: StoredFormat) -> Part:
         """The part as the file holds it."""
         return part
 
-    def pack(self, _name: str, values: Tensor, part: Part, _form: Format) -> Tensor:
+    def pack(self, _name: str, values: Tensor, part: Part, _form: StoredFormat) -> Tensor:
         """Some rows of a part, as bytes or numbers in the order of the file."""
         rows = _exact(values, part)
         return pack_pairs(_in_pairs(rows)) if bits(part.dtype) < 8 else rows
@@ -44,10 +44,10 @@ class Arrangement:
 class _Columns(Arrangement):
     """The transpose. A whole part is in memory while it is written."""
 
-    def part(self, _name: str, part: Part, _form: Format) -> Part:
+    def part(self, _name: str, part: Part, _form: StoredFormat) -> Part:
         return replace(part, shape=part.shape[::-1])
 
-    def pack(self, _name: str, values: Tensor, part: Part, _form: Format) -> Tensor:
+    def pack(self, _name: str, values: Tensor, part: Part, _form: StoredFormat) -> Tensor:
         return _exact(values, part)
 
     def written(self, chunks: Iterable[Tensor], part: Part) -> Iterator[Tensor]:
@@ -68,18 +68,18 @@ class _Columns(Arrangement):
 class _Unsigned(Arrangement):
     """Codes uint8 [rows, blocks, bytes]; the last block of a row is padded with zeros."""
 
-    def part(self, name: str, part: Part, form: Format) -> Part:
+    def part(self, name: str, part: Part, form: StoredFormat) -> Part:
         if name == ZEROS:
             return Part("uint8", (part.shape[0], -(-part.shape[1] * form.bits // 8)), part.scaled_by)
         if name != CODES:
             return part
-        assert isinstance(form, Integers)
+        assert isinstance(form, IntegerCodes)
         assert form.block is not None
         rows, width = part.shape
         return Part("uint8", (rows, form.blocks(width), form.block * form.bits // 8), part.scaled_by)
 
-    def pack(self, name: str, values: Tensor, part: Part, form: Format) -> Tensor:
-        assert isinstance(form, Integers)
+    def pack(self, name: str, values: Tensor, part: Part, form: StoredFormat) -> Tensor:
+        assert isinstance(form, IntegerCodes)
         if name == ZEROS and form.bits == 4:
             values = torch.nn.functional.pad(values, (0, values.shape[1] % 2))
         return values if name == SCALES else _pack_unsigned(values, form)
@@ -88,16 +88,16 @@ class _Unsigned(Arrangement):
 class _Panels(Arrangement):
     """Panels of 64 rows, the last padded with zeros: codes uint8 [panels, blocks, bytes], scales [panels, blocks, 64]."""
 
-    def part(self, name: str, part: Part, form: Format) -> Part:
-        assert isinstance(form, Integers)
+    def part(self, name: str, part: Part, form: StoredFormat) -> Part:
+        assert isinstance(form, IntegerCodes)
         assert form.block is not None
         rows, columns = part.shape
         if name == CODES:
             return Part("uint8", stored_shape(rows, columns, form.bits, form.block), part.scaled_by)
         return replace(part, shape=(-(-rows // PANEL), columns, PANEL))
 
-    def pack(self, name: str, values: Tensor, part: Part, form: Format) -> Tensor:
-        assert isinstance(form, Integers)
+    def pack(self, name: str, values: Tensor, part: Part, form: StoredFormat) -> Tensor:
+        assert isinstance(form, IntegerCodes)
         return pack_panels(values, form) if name == CODES else scale_panels(values)
 
 
@@ -123,11 +123,11 @@ def pack_pairs(codes: Tensor) -> Tensor:
     return ((pairs & 0x0F) | ((pairs >> 4) & 0xF0)).to(torch.uint8)
 
 
-def _pack_unsigned(codes: Tensor, form: Integers) -> Tensor:
+def _pack_unsigned(codes: Tensor, form: IntegerCodes) -> Tensor:
     return codes.view(torch.uint8) ^ 0x80 if form.bits == 8 else pack_pairs(codes + form.zero)
 
 
-def pack_panels(codes: Tensor, form: Integers) -> Tensor:
+def pack_panels(codes: Tensor, form: IntegerCodes) -> Tensor:
     """int8 codes [rows, blocks * block] -> uint8 [panels, blocks, bytes]."""
     assert form.block is not None
     rows = _whole_panels(codes)

@@ -1,4 +1,4 @@
-"""The base class of stored formats. Imports no torch, so that reading the tables stays quick."""
+"""The base classes of stored formats. Imports no torch, so that reading the tables stays quick."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -63,45 +63,22 @@ class InputRounding:
         return max(absmax / self.largest, 2.0**-14)
 
 
-class Format(ABC):
-    """How the numbers of a matrix [rows, width] are stored.
+class StoredFormat(ABC):
+    """How the numbers of a matrix [rows, width] are stored and read.
 
     Attributes:
         bits: bits of one code.
         block: how many codes of a row share one scale; None for one scale per row or per matrix.
         inputs: how the matrix's product rounds its input; None if it does not.
-        needs_largest: whether ``encode`` must know the largest magnitude of the whole matrix.
-        fitted: whether GPTQ may choose the codes by calibration text.
-        portable: whether every target can store it, so that a recipe may name it.
     """
 
     bits: int
     block: int | None
     inputs: InputRounding | None
-    needs_largest: ClassVar[bool] = False
-    fitted: ClassVar[bool] = False
-    portable: ClassVar[bool] = True
 
     @abstractmethod
     def parts(self, rows: int, width: int, scale_type: str) -> dict[str, Part]:
         """The arrays of a matrix, in the order in which a file holds them; ``scale_type`` is for 16-bit scales."""
-
-    @abstractmethod
-    def encode(
-        self,
-        rows: "Tensor",
-        scale_type: "torch.dtype",
-        *,
-        importance: "Tensor | None" = None,
-        largest: float | None = None,
-    ) -> Encoded:
-        """The parts of some rows.
-
-        Args:
-            rows: float32 [rows, width].
-            importance: float32 [width], the weight of each input's squared error; equal weights if None.
-            largest: the largest magnitude of the whole matrix, where ``needs_largest``.
-        """
 
     @abstractmethod
     def decode(self, parts: Encoded, width: int) -> "Tensor":
@@ -124,3 +101,34 @@ class Format(ABC):
     def blocks(self, width: int) -> int:
         """Number of blocks in a row of ``width`` numbers; the last may be shorter."""
         return 1 if self.block is None else -(-width // self.block)
+
+
+class Format(StoredFormat):
+    """A stored format that values can be encoded in. ``Brought``, which only keeps another tool's numbers, is none.
+
+    Attributes:
+        needs_largest: whether ``encode`` must know the largest magnitude of the whole matrix.
+        fitted: whether GPTQ may choose the codes by calibration text.
+        portable: whether every target can store it, so that a recipe may name it.
+    """
+
+    needs_largest: ClassVar[bool] = False
+    fitted: ClassVar[bool] = False
+    portable: ClassVar[bool] = True
+
+    @abstractmethod
+    def encode(
+        self,
+        rows: "Tensor",
+        scale_type: "torch.dtype",
+        *,
+        importance: "Tensor | None" = None,
+        largest: float | None = None,
+    ) -> Encoded:
+        """The parts of some rows.
+
+        Args:
+            rows: float32 [rows, width].
+            importance: float32 [width], the weight of each input's squared error; equal weights if None.
+            largest: the largest magnitude of the whole matrix, where ``needs_largest``.
+        """

@@ -1,20 +1,19 @@
 """A format for numbers, scales and zero points that another tool computed, stored bit for bit."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from glm4_exporters.formats.base import CODES, SCALES, Encoded, Part
-from glm4_exporters.formats.integers import Integers
+from glm4_exporters.formats.base import CODES, SCALES, Encoded, InputRounding, Part
+from glm4_exporters.formats.integers import IntegerCodes
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 ZEROS = "zeros"
 
 
 @dataclass(frozen=True)
-class Brought(Integers):
+class Brought(IntegerCodes):
     """The codes of a checkpoint that is already quantized.
 
     A block may be smaller than the tool's group; then the group's scale is repeated for each block.
@@ -25,12 +24,10 @@ class Brought(Integers):
         codes: element type of the codes. Empty: signed integers of ``bits`` bits.
     """
 
-    ranges: tuple[float, ...] = ()
     scales: str = "bfloat16"
     zeros: bool = False
     codes: str = ""
-    fitted: ClassVar[bool] = False
-    portable: ClassVar[bool] = False
+    inputs: InputRounding | None = None
 
     @property
     def in_panels(self) -> bool:
@@ -43,16 +40,6 @@ class Brought(Integers):
         codes = self.codes or f"int{self.bits}"
         found = {CODES: Part(codes, (rows, width), SCALES), SCALES: Part(self.scales, by_block)}
         return found | ({ZEROS: Part(codes, by_block, SCALES)} if self.zeros else {})
-
-    def encode(
-        self,
-        rows: "Tensor",
-        scale_type: "torch.dtype",
-        *,
-        importance: "Tensor | None" = None,
-        largest: float | None = None,
-    ) -> Encoded:
-        raise NotImplementedError("the codes come from the checkpoint, not from values")
 
     def decode(self, parts: Encoded, width: int) -> "Tensor":
         def spread(by_block: "Tensor") -> "Tensor":

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from glm4_exporters.formats.base import CODES, SCALES, Encoded, Format, InputRounding, Part
+from glm4_exporters.formats.base import CODES, SCALES, Encoded, Format, InputRounding, Part, StoredFormat
 
 if TYPE_CHECKING:
     import torch
@@ -11,23 +11,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Integers(Format):
+class IntegerCodes(StoredFormat):
     """Codes of 8 or 4 bits, and a scale for each block of consecutive inputs of a row.
 
     Attributes:
         block: the last block of a row may be shorter. None for one scale per row.
-        ranges: clipping ranges to try, as shares of the block's largest |w|. ``encode`` keeps the one with the
-            least squared error.
-        signed_scales: whether a scale may be negative. Then the block's largest |w| can always use the smallest
-            code (-8 in 4 bits), which is one step larger. TensorRT requires positive scales.
     """
 
     bits: int
     block: int | None
-    ranges: tuple[float, ...]
-    inputs: InputRounding | None = None
-    signed_scales: bool = False
-    fitted: ClassVar[bool] = True
 
     @property
     def largest(self) -> int:
@@ -46,6 +38,23 @@ class Integers(Format):
     def stored_width(self, width: int) -> int:
         """Width of a row, padded to whole blocks."""
         return width if self.block is None else self.blocks(width) * self.block
+
+
+@dataclass(frozen=True)
+class Integers(IntegerCodes, Format):
+    """Signed integers that are rounded from values.
+
+    Attributes:
+        ranges: clipping ranges to try, as shares of the block's largest |w|. ``encode`` keeps the one with the
+            least squared error.
+        signed_scales: whether a scale may be negative. Then the block's largest |w| can always use the smallest
+            code (-8 in 4 bits), which is one step larger. TensorRT requires positive scales.
+    """
+
+    ranges: tuple[float, ...]
+    inputs: InputRounding | None = None
+    signed_scales: bool = False
+    fitted: ClassVar[bool] = True
 
     def parts(self, rows: int, width: int, scale_type: str) -> dict[str, Part]:
         scales = (rows,) if self.block is None else (rows, self.blocks(width))

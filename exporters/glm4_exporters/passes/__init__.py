@@ -9,7 +9,7 @@ from functools import partial
 import onnx_ir as ir
 
 from glm4_exporters.form import Form
-from glm4_exporters.formats import Format
+from glm4_exporters.formats import StoredFormat
 from glm4_exporters.passes.fix_capacity import FixCapacity
 from glm4_exporters.passes.group_query_attention import GroupQueryAttention
 from glm4_exporters.passes.input_major import InputMajor
@@ -38,7 +38,7 @@ PRODUCTS: Mapping[str, tuple[Callable[[], Pass], ...]] = {
     "fused": (TransposedMatMul,),
     "packed": (TransposedMatMul,),
 }
-STORED: Mapping[str, tuple[Callable[[Mapping[str, Format]], Pass], ...]] = {
+STORED: Mapping[str, tuple[Callable[[Mapping[str, StoredFormat]], Pass], ...]] = {
     "standard": (partial(QuantizeWeights, "standard"),),
     "fused": (partial(QuantizeWeights, "fused"),),
     "packed": (PackedProducts, partial(QuantizeWeights, "fused")),  # of what PackedProducts leaves

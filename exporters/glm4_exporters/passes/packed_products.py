@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from glm4_exporters.formats.arrangements import PANELS
-from glm4_exporters.formats.base import CODES, SCALES, Format
+from glm4_exporters.formats.base import CODES, SCALES, StoredFormat
 from glm4_exporters.formats.brought import Brought
-from glm4_exporters.formats.integers import Integers
+from glm4_exporters.formats.integers import IntegerCodes
 from glm4_exporters.passes.builder import MICROSOFT, Builder, fixed, scope_of
 from glm4_exporters.passes.stored import store
 from glm4_plugins.block_product import DOMAIN, OPERATOR, PANEL, VERSION
@@ -20,7 +20,7 @@ class PackedProducts(ir.passes.InPlacePass):
     the lookup and the product share its data.
     """
 
-    def __init__(self, formats: Mapping[str, Format]) -> None:
+    def __init__(self, formats: Mapping[str, StoredFormat]) -> None:
         self._formats = dict(formats)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -30,7 +30,7 @@ class PackedProducts(ir.passes.InPlacePass):
             form = self._formats.get(str(weight.name)) if weight is not None else None
             if (
                 weight is None
-                or not isinstance(form, Integers)
+                or not isinstance(form, IntegerCodes)
                 or form.block is None
                 or (isinstance(form, Brought) and not form.in_panels)
                 or len(weight.uses()) > 1
@@ -43,7 +43,7 @@ class PackedProducts(ir.passes.InPlacePass):
             model.opset_imports[DOMAIN] = VERSION
         return ir.passes.PassResult(model, modified)
 
-    def _replace(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, form: Integers) -> None:
+    def _replace(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, form: IntegerCodes) -> None:
         assert weight.shape is not None
         assert form.block is not None
         columns, width = (fixed(axis) for axis in weight.shape)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from glm4_exporters.formats.arrangements import ROWS, UNSIGNED
-from glm4_exporters.formats.base import CODES, SCALES, Format
+from glm4_exporters.formats.base import CODES, SCALES, StoredFormat
 from glm4_exporters.formats.brought import ZEROS
-from glm4_exporters.formats.integers import Integers
+from glm4_exporters.formats.integers import IntegerCodes
 from glm4_exporters.passes.builder import MICROSOFT, Builder, fixed, scope_of
 from glm4_exporters.passes.stored import dequantize, store
 
@@ -24,7 +24,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
         products: a name in ``LOWERINGS``.
     """
 
-    def __init__(self, products: str, formats: Mapping[str, Format]) -> None:
+    def __init__(self, products: str, formats: Mapping[str, StoredFormat]) -> None:
         self._lowerings, self._formats = LOWERINGS[products], dict(formats)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -59,9 +59,9 @@ class QuantizeWeights(ir.passes.InPlacePass):
         return None, None
 
 
-def _block_product(b: Builder, node: ir.Node, weight: ir.Value, form: Format) -> ir.Value:
+def _block_product(b: Builder, node: ir.Node, weight: ir.Value, form: StoredFormat) -> ir.Value:
     """FusedMatMul by a weight [N, K] -> MatMulNBits."""
-    assert isinstance(form, Integers)
+    assert isinstance(form, IntegerCodes)
     assert form.block is not None
     parts = store(b.graph, weight, form, UNSIGNED)
     rows, width = _shape(weight)
@@ -78,9 +78,9 @@ def _block_product(b: Builder, node: ir.Node, weight: ir.Value, form: Format) ->
     )
 
 
-def _lookup(b: Builder, node: ir.Node, weight: ir.Value, form: Format) -> ir.Value:
+def _lookup(b: Builder, node: ir.Node, weight: ir.Value, form: StoredFormat) -> ir.Value:
     """Gather from a table [V, K] -> GatherBlockQuantized."""
-    assert isinstance(form, Integers)
+    assert isinstance(form, IntegerCodes)
     assert form.block is not None
     parts = store(b.graph, weight, form, UNSIGNED, as_table=True)
     return b.op(
@@ -94,31 +94,31 @@ def _lookup(b: Builder, node: ir.Node, weight: ir.Value, form: Format) -> ir.Val
     )
 
 
-def _dequantized_product(b: Builder, node: ir.Node, weight: ir.Value, form: Format) -> ir.Value:
+def _dequantized_product(b: Builder, node: ir.Node, weight: ir.Value, form: StoredFormat) -> ir.Value:
     """FusedMatMul by a weight [N, K] -> DequantizeLinear, Transpose, MatMul."""
     return b.op("MatMul", node.inputs[0], _dequantized(b, node, weight, form))
 
 
-def _dequantized(b: Builder, _node: ir.Node, weight: ir.Value, form: Format) -> ir.Value:
+def _dequantized(b: Builder, _node: ir.Node, weight: ir.Value, form: StoredFormat) -> ir.Value:
     """Transpose of a weight [N, K] -> DequantizeLinear, Transpose."""
     wide = dequantize(b, weight, form, store(b.graph, weight, form, ROWS))
     return b.op("Transpose", wide, perm=[1, 0])
 
 
-def _in_blocks(form: Format, _width: int) -> bool:
-    return isinstance(form, Integers) and form.block is not None
+def _in_blocks(form: StoredFormat, _width: int) -> bool:
+    return isinstance(form, IntegerCodes) and form.block is not None
 
 
-def _in_whole_blocks(form: Format, width: int) -> bool:
+def _in_whole_blocks(form: StoredFormat, width: int) -> bool:
     """Whether every row is a multiple of the block; if not, a tied table is looked up unquantized."""
     return _in_blocks(form, width) and width % (form.block or 1) == 0
 
 
-def _any(_form: Format, _width: int) -> bool:
+def _any(_form: StoredFormat, _width: int) -> bool:
     return True
 
 
-_Lower = Callable[[Builder, ir.Node, ir.Value, Format], ir.Value]
+_Lower = Callable[[Builder, ir.Node, ir.Value, StoredFormat], ir.Value]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class _Row:
 
     operator: tuple[str, str]
     matrix: int
-    takes: Callable[[Format, int], bool]
+    takes: Callable[[StoredFormat, int], bool]
     lower: _Lower
 
 

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from glm4_exporters.element_types import ir_type, type_name
 from glm4_exporters.formats.arrangements import Arrangement
-from glm4_exporters.formats.base import CODES, Format, Part, scale_type
+from glm4_exporters.formats.base import CODES, Part, StoredFormat, scale_type
 from glm4_exporters.formats.brought import ZEROS
 from glm4_exporters.passes.builder import Builder, fixed
 
@@ -24,7 +24,7 @@ class Matrix:
     name: str
     rows: int
     width: int
-    format: Format
+    format: StoredFormat
     arrangement: Arrangement
     scale_type: str
 
@@ -53,7 +53,7 @@ def source_of(value: ir.Value | None) -> Source | None:
 
 
 def store(
-    graph: ir.Graph, weight: ir.Value, form: Format, arrangement: Arrangement, *, as_table: bool = False
+    graph: ir.Graph, weight: ir.Value, form: StoredFormat, arrangement: Arrangement, *, as_table: bool = False
 ) -> dict[str, ir.Value]:
     """The initializers of a weight's parts. A second call returns the same ones.
 
@@ -81,7 +81,7 @@ def _initializer(graph: ir.Graph, name: str, dtype: str, shape: tuple[int, ...])
     return graph.initializers[name]
 
 
-def dequantize(b: Builder, weight: ir.Value, form: Format, parts: dict[str, ir.Value]) -> ir.Value:
+def dequantize(b: Builder, weight: ir.Value, form: StoredFormat, parts: dict[str, ir.Value]) -> ir.Value:
     """``codes`` [rows, width] by DequantizeLinear, in the weight's type."""
     assert weight.dtype is not None
     source = source_of(parts[CODES])
@@ -102,7 +102,7 @@ def dequantize(b: Builder, weight: ir.Value, form: Format, parts: dict[str, ir.V
     return wide
 
 
-def _axis(form: Format, scales: Part) -> dict[str, Any]:
+def _axis(form: StoredFormat, scales: Part) -> dict[str, Any]:
     """DequantizeLinear's attributes: for one scale, one scale per row, or one per block."""
     forms: tuple[dict[str, Any], ...] = (
         {},

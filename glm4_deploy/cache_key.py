@@ -36,7 +36,7 @@ def cache_key(checkpoint: str | Path, options: ExportOptions, by_content: bool =
         parts = {
             "schema": SCHEMA_VERSION,
             "options": shaping
-            | {"kept": plan.form.kept is not None}
+            | {"kept": plan.form.kept}
             | {"task": source.task}
             | dataclasses.asdict(plan.limits),
             "tools": tool_versions() | built,

@@ -27,7 +27,7 @@ def describe(
         task=task,
         target=form.target.name,
         dialect=form.target.dialect,
-        precision=str(plan.options.precision),
+        precision=form.precision,
         activations=form.activations,
         kv_cache=plan.graph_cache,
         model=model_info(plan.config, task),

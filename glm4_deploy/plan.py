@@ -98,7 +98,7 @@ class Plan:
 
     Attributes:
         config: of the checkpoint.
-        options: the user's options, for the report and the cache key.
+        options: the user's options with the precision resolved, for the cache key.
         form: how every tensor is stored, and the target's row.
         engine: None if ONNX Runtime runs the bundle.
         adapters: the adapters to merge into the weights.
@@ -131,14 +131,11 @@ def make_plan(source: Checkpoint, options: ExportOptions) -> Plan:
         ExportError: the options do not fit each other, the model or this machine; says what would.
     """
     kept = options.precision is None and source.source is not None and not source.adapters
-    form = _kept_form(source, options) if kept else None
-    options = replace(
-        options, precision=form.kept if form is not None else options.precision or DEFAULT_PRECISION
-    )
-    form = _with_cache(source, options, form or _form(source, options))
+    form = _with_cache(source, options, _kept_form(source, options) if kept else _form(source, options))
+    options = replace(options, precision=form.precision)
     if options.calibration is not None and not form.uses_text:
         raise ExportError(
-            f"--calibration changes nothing in a bundle of {options.precision} with {form.activations} activations; "
+            f"--calibration changes nothing in a bundle of {form.precision} with {form.activations} activations; "
             "leave it out, or choose int4, int8-sq, fp8, --activations fp16 or --kv-cache int8"
         )
     _require_limits(source.config, options)
@@ -150,12 +147,11 @@ def make_plan(source: Checkpoint, options: ExportOptions) -> Plan:
 
 def _form(source: Checkpoint, options: ExportOptions) -> Form:
     recipe = read_recipe(Path(options.recipe), RECIPE_FORMATS) if options.recipe is not None else None
-    assert options.precision is not None
-    asked = options.target, options.precision, options.activations
+    asked = options.target, options.precision or DEFAULT_PRECISION, options.activations
     form = choose_form(source.config, source.task, *asked, recipe)
     if form.needs_text and options.calibration is None:
         raise ExportError(
-            f"precision {options.precision} needs --calibration FILE (.txt, .jsonl or .ids): its activations' scales "
+            f"precision {form.precision} needs --calibration FILE (.txt, .jsonl or .ids): its activations' scales "
             "are found on text like that which the model will see"
         )
     return form
@@ -187,16 +183,15 @@ def _require_limits(config: Glm4Config, options: ExportOptions) -> None:
 
 
 def _engine(source: Checkpoint, options: ExportOptions, form: Form, limits: Limits) -> EngineBuild | None:
-    assert options.precision is not None
     kind, asked = form.target.engine, options.engine
-    require_engine(kind, options.target, options.precision, source.task, asked)
+    require_engine(kind, options.target, form.precision, source.task, asked)
     if kind is None:
         return None
     attention, gpu = engine_attention(kind, source.task, asked), gpu_capability()
     by_plugin = attention == "plugin"
     if by_plugin:
         require_plugin(source.config, form.activations, limits.max_batch_size, gpu or "")
-    named, runs_on, later = engine_capabilities(kind, options.precision, asked)
+    named, runs_on, later = engine_capabilities(kind, form.precision, asked)
     return EngineBuild(
         kind=kind,
         attention=attention,

@@ -36,5 +36,5 @@ def source_report(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any] | None:
     found = quantization(checkpoint)
     if found is None:
         return None
-    again = f"requantized to {plan.options.precision} from the values that the numbers stand for"
-    return found | {"stored": again if plan.form.kept is None else "kept bit for bit"}
+    again = f"requantized to {plan.form.precision} from the values that the numbers stand for"
+    return found | {"stored": "kept bit for bit" if plan.form.kept else again}

@@ -20,21 +20,23 @@ class Form:
     """A target in a precision, with every choice made.
 
     Attributes:
+        precision: its name. For kept numbers: the precision whose limits of accuracy apply.
         activations: element type of activations and of weights that have no format.
         groups: what each group of tensors is stored as, for the manifest.
         formats: by canonical name of the matrix.
         table: how the embedding is looked up; None: the lookup table is not quantized. A tied head still may be.
-        kept: the precision's name, where a quantized checkpoint's numbers are stored as they are.
         kv_cache: element type of the cache; None for a task without one.
+        kept: whether the numbers of a quantized checkpoint are stored as they are.
     """
 
     target: Target
+    precision: str
     activations: str
     groups: Mapping[str, str]
     formats: Mapping[str, StoredFormat]
     table: Format | None = None
     kv_cache: str | None = None
-    kept: str | None = None
+    kept: bool = False
 
     def with_cache(self, kv_cache: str | None) -> "Form":
         """The same with a cache of this element type."""
@@ -97,7 +99,30 @@ def choose_form(
     if not precision.quantized:
         if recipe is not None:
             raise ExportError(f"precision {precision_name} quantizes nothing, so it takes no --recipe")
-        return Form(target, chosen, dict.fromkeys(GROUPS, chosen), {})
+        return Form(target, precision_name, chosen, dict.fromkeys(GROUPS, chosen), {})
+    tied = config.tie_word_embeddings and task == "causal-lm"
+    found = _format_names(config, task, target, precision, recipe)
+    table = _table(found, config.hidden_size, target)
+    if table is None and not tied:
+        found.pop(EMBEDDING, None)
+    formats = {name: require_format(form) for name, form in found.items()}
+    for name, form in formats.items():
+        _require_width(name, matrix_width(config, name), form, target)
+        _require_integer_product(name, form, target, chosen)
+    groups = _groups(found, table, chosen, EMBEDDING if tied else HEAD)
+    if not any(
+        form.inputs for form in formats.values()
+    ):  # the note describes products that int8-sq does not use
+        groups |= target.says
+    return Form(
+        target, precision_name, chosen, groups, formats, None if table is None else require_format(table)
+    )
+
+
+def _format_names(
+    config: Glm4Config, task: str, target: Target, precision: Precision, recipe: Recipe | None
+) -> dict[str, str]:
+    """Names of the formats by matrix: the precision's, then the recipe's, then the target's replacements."""
     layers = precision.formats["layers"]
     found = {
         f"model.layers.{layer}.{matrix}.weight": precision.matrices.get(matrix, layers)
@@ -110,31 +135,18 @@ def choose_form(
     if task == "causal-lm" and not tied:
         found[HEAD] = precision.formats["head"]
     if recipe is not None:
-        recipe.require_used(
-            {*found, EMBEDDING}
-        )  # some targets do not quantize the embedding; one recipe works for all targets
+        # Some targets do not quantize the embedding; one recipe works for all targets.
+        recipe.require_used({*found, EMBEDDING})
         found |= {name: own for name in found if (own := recipe.format_of(name)) is not None}
-    found = {name: target.formats.get(form, form) for name, form in found.items()}
-    whole_blocks = EMBEDDING in found and not config.hidden_size % (
-        require_format(found[EMBEDDING]).block or 1
-    )
-    table = found[EMBEDDING] if target.products.lookups and whole_blocks else None
-    if table is None and not tied:
-        found.pop(EMBEDDING, None)
-    formats = {name: require_format(form) for name, form in found.items()}
-    for name, form in formats.items():
-        _require_width(name, matrix_width(config, name), form, target)
-        _require_integer_product(name, form, target, chosen)
-    fixed = any(
-        form.inputs for form in formats.values()
-    )  # the note describes products that int8-sq does not use
-    return Form(
-        target,
-        chosen,
-        {**_groups(found, table, chosen, EMBEDDING if tied else HEAD), **({} if fixed else target.says)},
-        formats,
-        None if table is None else require_format(table),
-    )
+    return {name: target.formats.get(form, form) for name, form in found.items()}
+
+
+def _table(found: Mapping[str, str], width: int, target: Target) -> str | None:
+    """Name of the format in which the embedding is looked up; None: the lookup table is not quantized."""
+    if EMBEDDING not in found or not target.products.lookups:
+        return None
+    whole_blocks = width % (require_format(found[EMBEDDING]).block or 1) == 0
+    return found[EMBEDDING] if whole_blocks else None
 
 
 def _groups(found: Mapping[str, str], table: str | None, activations: str, head: str) -> dict[str, str]:

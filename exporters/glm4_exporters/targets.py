@@ -1,7 +1,7 @@
 """The tables of targets and precisions. Needs no torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from glm4_exporters.formats import FORMATS
 from glm4_runtime.errors import ExportError
@@ -130,9 +130,6 @@ PRECISIONS = {
 }
 _FLOATS, _INTEGERS = ("fp32", "fp16", "bf16"), ("int8", "int4", "int8-sq")
 
-# ONNX Runtime's kernel list (docs/OperatorKernels.md): GroupQueryAttention on CUDA takes fp16 and bf16 only, and the
-# CPU has no bf16 kernels for attention. The native dialect was not tried on CUDA.
-_NATIVE = {"float32": (_CPU,), "float16": (_CPU,), "bfloat16": ()}
 # TensorRT multiplies directly by int8 with a scale per output channel. It widens int8 in blocks before the product.
 _PER_CHANNEL = {"int8": "int8-channel"}
 _SIGNED = {name: f"{name}-signed" for name in ("int4", "int4-fine", "int4-wide")}
@@ -145,6 +142,20 @@ _INT4_ON_CPU = {
         dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj"), "int4-wide"),
     )
 }
+# Standard operators only, for any runtime of ONNX opset 24. Both TensorRTs build from this graph.
+_NATIVE = Target(
+    name="native",
+    dialect="native",
+    attention=("standard",),
+    products=_STANDARD,
+    norms="standard",
+    runtime=ONNX_RUNTIME,
+    precisions=(*_FLOATS, *_INTEGERS),
+    quantized_activations="float32",
+    providers={"float32": (_CPU,), "float16": (_CPU,), "bfloat16": ()},  # not tried on CUDA
+    formats=_PER_CHANNEL,
+)
+_TENSORRT = replace(_NATIVE, precisions=("fp16", "bf16", *_INTEGERS, "fp8"), quantized_activations="float16")
 _ROWS = (
     Target(
         name="ort",
@@ -155,6 +166,8 @@ _ROWS = (
         runtime=ONNX_RUNTIME,
         precisions=(*_FLOATS, *_INTEGERS),
         quantized_activations="float32",
+        # ONNX Runtime's kernel list (docs/OperatorKernels.md): GroupQueryAttention on CUDA takes fp16 and bf16 only,
+        # and the CPU has no bf16 kernels for attention.
         providers={"float32": (_CPU,), "float16": (_CUDA, _CPU), "bfloat16": (_CUDA,)},
         formats=_SIGNED,
         own=_INT4_ON_CPU,
@@ -177,45 +190,10 @@ _ROWS = (
         int8_cache=Int8Cache(),
         own_operators=True,
     ),
-    Target(
-        name="native",
-        dialect="native",
-        attention=("standard",),
-        products=_STANDARD,
-        norms="standard",
-        runtime=ONNX_RUNTIME,
-        precisions=(*_FLOATS, *_INTEGERS),
-        quantized_activations="float32",
-        providers=_NATIVE,
-        formats=_PER_CHANNEL,
-    ),
-    Target(
-        name="tensorrt-rtx",
-        dialect="native",
-        attention=("standard",),
-        products=_STANDARD,
-        norms="standard",
-        runtime="tensorrt-rtx",
-        precisions=("fp16", "bf16", *_INTEGERS, "fp8"),
-        quantized_activations="float16",
-        providers=_NATIVE,
-        formats=_PER_CHANNEL,
-        input_major=True,
-    ),
-    Target(
-        name="tensorrt",
-        dialect="native",
-        attention=("standard",),
-        products=_STANDARD,
-        norms="standard",
-        runtime="tensorrt",
-        precisions=("fp16", "bf16", *_INTEGERS, "fp8"),
-        quantized_activations="float16",
-        providers=_NATIVE,
-        formats=_PER_CHANNEL,
-        int8_cache=Int8Cache(providers=()),  # the plugin's; the graph that parity checks has another cache
-        input_major=False,  # not measured
-    ),
+    _NATIVE,
+    replace(_TENSORRT, name="tensorrt-rtx", runtime="tensorrt-rtx", input_major=True),
+    # The int8 cache is the plugin's; the graph that parity checks has another cache. input_major was not measured.
+    replace(_TENSORRT, name="tensorrt", runtime="tensorrt", int8_cache=Int8Cache(providers=())),
 )
 TARGETS = {row.name: row for row in _ROWS}
 

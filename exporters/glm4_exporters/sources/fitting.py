@@ -46,10 +46,11 @@ def keep_form(source: Checkpoint, target_name: str, activations: str | None) -> 
     layers = ", ".join(word for word, _ in words.most_common()) or PLAIN
     return Form(
         target,
+        _precision(formats),
         PLAIN,
         dict.fromkeys(GROUPS, PLAIN) | {"layers": layers},
         formats,
-        kept=_precision(formats),
+        kept=True,
     )
 
 

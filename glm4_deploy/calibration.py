@@ -21,7 +21,7 @@ from glm4_runtime.progress import Progress, silent
 from glm4_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from glm4_exporters.quantize.awq import Awq, QuantizeDequantize
+    from glm4_exporters.quantize.awq import AwqSearch, QuantizeDequantize
     from glm4_exporters.quantize.calibrate import Calibration
     from glm4_exporters.quantize.kv_cache import CacheScales
     from glm4_exporters.quantize.overflow import Remedy
@@ -201,18 +201,18 @@ def _remedied(inputs: dict[str, float], remedy: "Remedy") -> dict[str, float]:
     return inputs
 
 
-def _awq(source: Checkpoint, form: Form) -> "Awq | None":
+def _awq(source: Checkpoint, form: Form) -> "AwqSearch | None":
     """The search for smoothing scales of matrices with fewer than 8 bits; None if there are none.
 
     A site has only one search: if the input scale of a matrix is searched, :func:`_static` does it.
     """
-    from glm4_exporters.quantize.awq import Awq
+    from glm4_exporters.quantize.awq import AwqSearch
 
     low = {name for name, each in form.encodings.items() if each.bits < 8 and each.fitted}
     if not low:
         return None
     others = _searched_inputs(form)
-    return Awq(
+    return AwqSearch(
         source.config,
         lambda names: not low.isdisjoint(names) and others.isdisjoint(names),
         quantize_dequantize=_quantize_dequantize(form),

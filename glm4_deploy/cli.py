@@ -24,7 +24,7 @@ COMMANDS = {
     "inspect": "glm4_deploy.commands.inspect",
     "doctor": "glm4_deploy.commands.doctor",
 }
-SUMMARIES = {
+COMMAND_SUMMARIES = {
     "export": "Make a bundle from a checkpoint, and compare it with PyTorch.",
     "validate": "Measure a bundle's accuracy, and check it against limits.",
     "generate": "Continue a prompt with a bundle.",
@@ -57,7 +57,7 @@ class _Lazy(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
-            formatter.write_dl(list(SUMMARIES.items()))
+            formatter.write_dl(list(COMMAND_SUMMARIES.items()))
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         interrupts.raise_once()
         if own:
-            streams.prepare()
+            streams.prepare_streams()
         code = _run(arguments)
         interrupts.end(restore=not own)
     except BaseException:  # a library may have turned the KeyboardInterrupt into another exception

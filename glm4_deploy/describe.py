@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from glm4_deploy.plan import Plan
 from glm4_deploy.tools import tool_versions
 from glm4_exporters.cache_types import cache_providers
-from glm4_exporters.graph_io import graph_io, model_info
+from glm4_exporters.graph_io import model_info, model_io
 from glm4_runtime.bundle import WEIGHTS, Manifest, file_entry
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def describe(
 ) -> Manifest:
     """The manifest of the bundle in ``folder``."""
     form, task = plan.form, plan.task
-    io = graph_io(plan.config, task, plan.graph_cache or form.activations)
+    io = model_io(plan.config, task, plan.graph_cache or form.activations)
     files = {path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name != WEIGHTS}
     return Manifest(
         task=task,

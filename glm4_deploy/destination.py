@@ -23,11 +23,11 @@ from pathlib import Path
 from glm4_deploy import interrupts
 from glm4_deploy.locks import lock
 from glm4_runtime.bundle import MANIFEST, REPORT
+from glm4_runtime.bundle.file_names import LONGEST_FILE_NAME
 from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import ExportError
 
 LOCK, NEW, REPLACED = "lock", "bundle", "replaced"
-LONGEST_NAME = 255  # bytes, on every usual file system
 MOUNTS = Path("/proc/self/mountinfo")
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 
@@ -118,7 +118,10 @@ class Destination:
         return self.place.is_dir() and any(self.place.iterdir())
 
     def _require_name(self) -> None:
-        if max(len(os.fsencode(name)) for name in (*self.place.parts, self._working_name())) > LONGEST_NAME:
+        if (
+            max(len(os.fsencode(name)) for name in (*self.place.parts, self._working_name()))
+            > LONGEST_FILE_NAME
+        ):
             raise ExportError(f"the name {self.place.name[:40]}... is too long; choose a shorter one")
         try:
             str(self.place).encode()

@@ -11,7 +11,7 @@ from glm4_runtime.errors import BundleError, CheckpointError, Glm4Error
 
 ANY_SAFETENSORS = "*.safetensors"
 LOOKED_AT = 1000  # maximum number of entries of a folder to look at
-ORIGINAL = "give the checkpoint that it was made from, in safetensors"
+MADE_FROM = "give the checkpoint that it was made from, in safetensors"
 SAVE = "convert it: from_pretrained(...).save_pretrained(...)"
 
 
@@ -24,15 +24,15 @@ class Kind:
 
 
 # {path} is the path, {inner} a folder or file found inside.
-KINDS = {
+FOLDER_KINDS = {
     "checkpoint": Kind("a checkpoint", ""),
     "quantized": Kind("a checkpoint that {inner} quantized", ""),
     "bundle": Kind("a bundle", "give the checkpoint that it was made from"),
     "engine": Kind("a bundle with a TensorRT engine", "give the checkpoint that it was made from"),
     "adapter": Kind("an adapter", "export its base model{inner} with --lora {path}"),
-    "gguf": Kind("GGUF ({inner})", ORIGINAL),
+    "gguf": Kind("GGUF ({inner})", MADE_FROM),
     "pickles": Kind("pickled ({inner}), which can run code when it is read", SAVE),
-    "graph": Kind("an ONNX graph of another tool ({inner})", ORIGINAL),
+    "graph": Kind("an ONNX graph of another tool ({inner})", MADE_FROM),
     "weights file": Kind("a file of a checkpoint", "give its folder, {inner}"),
     "bundle file": Kind("a file of a bundle", "give its folder, {inner}"),
     "file": Kind("a file", "give the folder that holds it and " + CONFIG),
@@ -64,7 +64,7 @@ def require_checkpoint(path: Path) -> None:
     kind, inner = kind_of(path)
     if kind in ("checkpoint", "quantized", "nothing"):
         return
-    raise CheckpointError(_sentence(path, kind, inner, "a checkpoint", KINDS[kind].advice))
+    raise CheckpointError(_sentence(path, kind, inner, "a checkpoint", FOLDER_KINDS[kind].advice))
 
 
 def require_bundle(path: Path) -> None:
@@ -80,7 +80,7 @@ def require_bundle(path: Path) -> None:
         raise BundleError(
             f"{path} is not a bundle (no such folder); make one with: glm4-deploy export CHECKPOINT BUNDLE"
         )
-    advice = KINDS[kind].advice
+    advice = FOLDER_KINDS[kind].advice
     if kind in ("checkpoint", "quantized"):
         advice = f"make a bundle of it: glm4-deploy export {path} BUNDLE"
     elif kind in ("gguf", "pickles", "graph"):
@@ -105,12 +105,12 @@ def require_either(path: Path) -> str:
     kind, inner = kind_of(path)
     if kind in ("checkpoint", "quantized", "bundle", "engine", "nothing"):
         return kind
-    raise Glm4Error(_sentence(path, kind, inner, "a checkpoint or a bundle", KINDS[kind].advice))
+    raise Glm4Error(_sentence(path, kind, inner, "a checkpoint or a bundle", FOLDER_KINDS[kind].advice))
 
 
 def _sentence(path: Path, kind: str, inner: str, wanted: str, advice: str) -> str:
     missing = "" if kind in ("other", "file") else f", not {wanted}"
-    return f"{path} is {KINDS[kind].what}{missing}; {advice}".replace("{inner}", inner).replace(
+    return f"{path} is {FOLDER_KINDS[kind].what}{missing}; {advice}".replace("{inner}", inner).replace(
         "{path}", str(path)
     )
 

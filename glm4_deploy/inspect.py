@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 # Memory sizes that people have, in GiB; what fits is worked out for each.
 MEMORIES = (8, 12, 16, 24, 32, 40, 48, 80, 141)
-PRECISIONS = {
+SHOWN_PRECISIONS = {
     "fp32": "fp32",
     "fp16 or bf16": "fp16",
     "int8": "int8",
     "int4": "int4",
 }  # of target ort, by their label
-CONTEXT = 8192
+ASSUMED_CONTEXT = 8192
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -79,13 +79,13 @@ def weight_bytes(config: "Glm4Config", task: str) -> dict[str, int]:
     shapes = expected_tensors(config, task)
     return {
         label: choose_form(config, task, "ort", name).weight_bytes(shapes)
-        for label, name in PRECISIONS.items()
+        for label, name in SHOWN_PRECISIONS.items()
     }
 
 
 def _fitting(sizes: Mapping[str, int], kv_per_token: int, gib: int) -> list[str]:
     """Precisions whose weights and one slot of 8192 fp16 positions take at most 90 % of the memory."""
-    room = 0.9 * gib * 2**30 - CONTEXT * kv_per_token
+    room = 0.9 * gib * 2**30 - ASSUMED_CONTEXT * kv_per_token
     return [label for label, size in sizes.items() if size <= room]
 
 

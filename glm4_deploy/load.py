@@ -70,7 +70,7 @@ class Sample:
     error: str | None = None
 
 
-def measure(
+def measure_load(
     url: str, loads: Sequence[Load], api_key: str | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Run each load in turn. Raises :class:`RequestError` if the server cannot be reached."""

@@ -3,7 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
-Logits = npt.NDArray[np.float32]
+from glm4_runtime.arrays import Logits as Logits
+
 Vector = npt.NDArray[np.float64]
 
 STEPS = {

@@ -6,9 +6,9 @@ from pathlib import Path
 from glm4_deploy.plan import Plan
 from glm4_exporters.architecture import expected_tensors
 from glm4_exporters.engine.profiles import engine_profiles
+from glm4_exporters.safetensors_file import PAGE
 from glm4_runtime.errors import ExportError
 
-PAGE = 4096  # bytes; each tensor of the data file begins at one
 PARTS = (
     3  # maximum number of stored tensors per tensor of the checkpoint: codes, scales, zero points or a copy
 )

@@ -111,7 +111,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def size(count: float) -> str:
+def readable_size(count: float) -> str:
     """Bytes in a readable unit, powers of 1024."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024 or unit == "GiB":

@@ -5,7 +5,7 @@ from glm4_runtime.bundle.file_names import CONFIG, TOKENIZER
 from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import BundleError, CheckpointError
 
-DOWNLOAD = "files of different models; download them again from one repository"
+FROM_ONE_REPOSITORY = "files of different models; download them again from one repository"
 
 
 def compare_side_files(source: Checkpoint) -> list[str]:
@@ -15,7 +15,7 @@ def compare_side_files(source: Checkpoint) -> list[str]:
         CheckpointError: a session could not open a file, or two files cannot work together.
     """
     from glm4_runtime.chat_template import ChatTemplate, require_control_tokens
-    from glm4_runtime.side_files import compare, read_side_files
+    from glm4_runtime.side_files import contradictions, read_side_files
     from glm4_runtime.tokenizer import Tokenizer
 
     config = source.config
@@ -29,8 +29,8 @@ def compare_side_files(source: Checkpoint) -> list[str]:
     }
     try:
         tokenizer = Tokenizer.from_folder(source.folder) if TOKENIZER in source.side_files() else None
-        warnings = compare(
-            read_side_files(source.folder, said, tokenizer, whole=True), CheckpointError, DOWNLOAD
+        warnings = contradictions(
+            read_side_files(source.folder, said, tokenizer, whole=True), CheckpointError, FROM_ONE_REPOSITORY
         )
         template = ChatTemplate.of_folder(source.folder) if source.task == "causal-lm" else None
         if template is not None and tokenizer is not None:

@@ -41,7 +41,7 @@ class _Messages(io.FileIO):
             return len(data)
 
 
-def prepare() -> None:
+def prepare_streams() -> None:
     """Replace the three streams of this process. Call this before anything is read or written."""
     for number, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:

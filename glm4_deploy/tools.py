@@ -8,7 +8,7 @@ from glm4_deploy.plan import Plan
 from glm4_runtime.errors import ExportError
 from glm4_runtime.install import install_command
 
-TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript")
+BUNDLE_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript")
 
 
 def tool_versions() -> dict[str, str]:
@@ -18,7 +18,7 @@ def tool_versions() -> dict[str, str]:
         ExportError: one of them is not installed.
     """
     versions = {"glm4-deploy": __version__}
-    for name in TOOLS:
+    for name in BUNDLE_TOOLS:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

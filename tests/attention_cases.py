@@ -102,7 +102,7 @@ def run_kernel(case, attributes, tiles, dtype, scales, phase, order=None):
     import torch
     from triton.runtime.interpreter import interpreter_builder
 
-    from glm4_plugins.torch_kernel import Workspace, attend, kernel_shape
+    from glm4_plugins.torch_kernel import Workspace, kernel_shape, launch_attention
 
     if "create_dot" not in vars(interpreter_builder):
         teach_small_types(interpreter_builder)
@@ -120,7 +120,9 @@ def run_kernel(case, attributes, tiles, dtype, scales, phase, order=None):
     workspace.partials.fill_(float("nan"))
     out = torch.full_like(tensors["query"], float("nan"))
     scale = {name: torch.from_numpy(array) for name, array in scales.items()}
-    attend(**tensors, attributes=attributes, tiles=tiles, workspace=workspace, out=out, phase=phase, **scale)
+    launch_attention(
+        **tensors, attributes=attributes, tiles=tiles, workspace=workspace, out=out, phase=phase, **scale
+    )
     results = (out, tensors["past_key"], tensors["past_value"], workspace.counters, workspace.partials)
     return [t.float().numpy() if t.dtype.is_floating_point else t.numpy() for t in results]
 
@@ -132,7 +134,7 @@ def run_with_guards(case, attributes, tiles, dtype, scales, phase):
     """
     import torch
 
-    from glm4_plugins.torch_kernel import Workspace, attend, kernel_shape
+    from glm4_plugins.torch_kernel import Workspace, kernel_shape, launch_attention
 
     def guarded(array):
         memory = torch.full((3, *array.shape), 7, dtype=array.dtype)
@@ -150,7 +152,7 @@ def run_with_guards(case, attributes, tiles, dtype, scales, phase):
     counters, partials = guarded(workspace.counters), guarded(workspace.partials)
     workspace = Workspace(counters[1], partials[1])
     inside = {name: whole[1] for name, whole in memory.items()}
-    attend(
+    launch_attention(
         **tensors | {name: inside[name] for name in ("past_key", "past_value")},
         attributes=attributes, tiles=tiles, workspace=workspace, out=inside["out"], phase=phase, **scales,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from glm4_deploy.thresholds import GPU_CHECK
 from glm4_plugins.launch import Tiles
 from glm4_plugins.operator import AttentionAttributes
-from glm4_plugins.torch_kernel import Workspace, attend, kernel_shape
+from glm4_plugins.torch_kernel import Workspace, kernel_shape, launch_attention
 
 LIMITS = GPU_CHECK
 REPEATS = 20
@@ -171,7 +171,7 @@ def check(case: Case, tiles: Tiles, device: str, repeats: int | None = None) -> 
         copies = {name: inputs.tensors[name].clone() for name in ("past_key", "past_value")}
         workspace.partials.fill_(torch.nan)
         out = torch.full_like(inputs.tensors["query"], torch.nan)
-        attend(
+        launch_attention(
             **(inputs.tensors | copies | inputs.scales),
             attributes=inputs.attributes,
             tiles=tiles,

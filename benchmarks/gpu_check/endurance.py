@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.gpu_check.correctness import Case, Inputs
 from glm4_plugins.launch import Tiles
-from glm4_plugins.torch_kernel import Workspace, attend, kernel_shape
+from glm4_plugins.torch_kernel import Workspace, kernel_shape, launch_attention
 
 LAUNCHES, REPLAYS = 1000, 100
 # Lengths that no block size divides: blocks take pieces of several sequences, and a last one joins them.
@@ -34,7 +34,7 @@ def launches(case: Case, tiles: Tiles, count: int = LAUNCHES, device: str = "cud
         workspace.partials.fill_(torch.nan)
         for name, tensor in caches.items():
             tensor.copy_(start[name])
-        attend(
+        launch_attention(
             **(inputs.tensors | caches),
             attributes=inputs.attributes,
             tiles=tiles,
@@ -64,7 +64,9 @@ def layers_in_a_graph(tiles: Tiles, replays: int = REPLAYS) -> dict[str, Any]:
 
     def step() -> None:
         for inputs, out in zip(layers, outs, strict=True):
-            attend(**inputs.tensors, attributes=inputs.attributes, tiles=tiles, workspace=workspace, out=out)
+            launch_attention(
+                **inputs.tensors, attributes=inputs.attributes, tiles=tiles, workspace=workspace, out=out
+            )
 
     step()
     torch.cuda.synchronize()

@@ -11,8 +11,8 @@ from torch import Tensor
 from benchmarks.gpu_check.correctness import LIMITS, Case, Inputs, exact
 from benchmarks.gpu_check.driver import Driver, DriverError
 from glm4_plugins.compile import CompiledKernel, compile_kernel
-from glm4_plugins.launch import PLUGIN_INPUTS, PLUGIN_OUTPUTS, SIZES, Integers, Tiles, grid
-from glm4_plugins.torch_kernel import Workspace, attend, kernel_shape
+from glm4_plugins.launch import PLUGIN_INPUTS, PLUGIN_OUTPUTS, SIZES, IntegerMath, Tiles, grid
+from glm4_plugins.torch_kernel import Workspace, kernel_shape, launch_attention
 
 POINTER, INT32 = 8, 4  # bytes of a parameter
 FREE_SHARED = 48 * 1024  # bytes that a launch may use without the attribute
@@ -101,7 +101,7 @@ def check(
     workspace = Workspace.make(shape, tiles, torch.device("cuda"))
     tensors = plugin_tensors(inputs, workspace)
     query, past = tensors["query"], tensors["past_key"]
-    blocks = grid(shape, tiles, query.shape[0], query.shape[1], past.shape[2], Integers())
+    blocks = grid(shape, tiles, query.shape[0], query.shape[1], past.shape[2], IntegerMath())
     torch.cuda.synchronize()
     record = launched(driver, kernel, tensors, blocks, torch.cuda.current_stream().cuda_stream, attribute)
     torch.cuda.synchronize()
@@ -115,7 +115,7 @@ def check(
     )
     twin = {name: inputs.tensors[name].clone() for name in ("past_key", "past_value")}
     out = torch.full_like(query, torch.nan)
-    attend(
+    launch_attention(
         **(inputs.tensors | twin),
         attributes=inputs.attributes,
         tiles=tiles,

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu_check.correctness import Case, Inputs
 from glm4_plugins.launch import Tiles
-from glm4_plugins.torch_kernel import Workspace, attend, kernel_shape
+from glm4_plugins.torch_kernel import Workspace, kernel_shape, launch_attention
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -73,7 +73,7 @@ def ours(problems: Sequence[Inputs], tiles: Tiles) -> list[Callable[[], Any]]:
     out = torch.empty_like(first.tensors["query"])
 
     def launch(inputs: Inputs) -> Callable[[], Any]:
-        return lambda: attend(
+        return lambda: launch_attention(
             **inputs.tensors, attributes=inputs.attributes, tiles=tiles, workspace=workspace, out=out
         )
 

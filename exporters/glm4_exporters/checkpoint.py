@@ -24,7 +24,7 @@ from glm4_exporters.safetensors_file import SafetensorsFile, TensorHeader
 from glm4_exporters.sources import MODELOPT_CONFIG, SourceFormat, detect
 from glm4_exporters.sources.view import NO_VIEWS, find_views
 from glm4_exporters.tensor_checks import require_tensors
-from glm4_exporters.weight_reader import WeightReader, require_finite
+from glm4_exporters.weight_reader import WeightReader, require_finite_rows
 from glm4_runtime.bundle.file_names import CONFIG, SIDE_FILES
 from glm4_runtime.bundle.json_file import read_small
 from glm4_runtime.errors import CheckpointError
@@ -239,7 +239,7 @@ class Checkpoint:
 
         def merged(rows: "Tensor", first: int) -> "Tensor":
             rows = change(rows, first)
-            require_finite(self.tensors[name], rows, first)
+            require_finite_rows(self.tensors[name], rows, first)
             return rows
 
         return merged

@@ -11,6 +11,7 @@ from glm4_runtime.bundle.file_names import (
     CONFIG,
     GGUF,
     INDEX,
+    LONGEST_FILE_NAME,
     PICKLES,
     SAFETENSORS,
 )
@@ -27,7 +28,6 @@ OTHER_WEIGHTS = {
     },
     f"*{GGUF}": "is a GGUF file; give the checkpoint that it was made from",
 }
-LONGEST_FILE_NAME = 255  # bytes, on every usual file system
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

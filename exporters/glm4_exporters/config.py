@@ -10,10 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from glm4_exporters.config_values import LARGEST_SIZE, ConfigValues, listed, require, section_of
+from glm4_exporters.config_values import LARGEST_SIZE, ConfigValues, listed, require_value, section_of
 from glm4_exporters.rope import RopeParameters, rope_parameters
 from glm4_runtime.bundle.file_names import GENERATION_CONFIG
 from glm4_runtime.bundle.json_file import read_object
+from glm4_runtime.bundle.manifest_checks import MOST_END_TOKENS, MOST_LAYERS
+from glm4_runtime.bundle.manifest_checks import TASKS as TASKS
 from glm4_runtime.errors import ConfigError, shown
 
 # The architectures that config.json may name, and the task of each.
@@ -23,7 +25,6 @@ TASK_OF_ARCHITECTURE = {
     "Glm4ForTokenClassification": "token-classification",
     "Glm4Model": "encoder",
 }
-TASKS = tuple(TASK_OF_ARCHITECTURE.values())
 
 OTHER_MODEL_TYPES = {
     "chatglm": "the ChatGLM and first GLM-4 releases",
@@ -48,7 +49,7 @@ REQUIRED = (
     "eos_token_id",
 )
 DEFAULT_LABELS = 2
-MOST_LAYERS, MOST_LABELS, MOST_END_TOKENS = 10_000, 1_000_000, 1_000
+MOST_LABELS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -88,23 +89,23 @@ class Glm4Config:
         self._check_numbers()
         self._check_tokens()
         for name in self.architectures:
-            require(
+            require_value(
                 name in TASK_OF_ARCHITECTURE,
                 f"the architecture {name!r} is not supported; those of GLM-4-0414 are {listed(TASK_OF_ARCHITECTURE)}",
             )
-        require(
+        require_value(
             len(self.architectures) <= 1,
             f"architectures is {list(self.architectures)}; leave one of them",
         )
-        require(
+        require_value(
             self.problem_type is None or self.problem_type in PROBLEM_TYPES,
             f"problem_type is {self.problem_type!r}, but must be null or one of {listed(PROBLEM_TYPES)}",
         )
-        require(
+        require_value(
             self.dtype is None or self.dtype in DTYPES,
             f"dtype is {self.dtype!r}; supported are {listed(DTYPES)}",
         )
-        require(len(self.id2label) > 0, "id2label names no label; give at least one")
+        require_value(len(self.id2label) > 0, "id2label names no label; give at least one")
 
     @property
     def rotary_dim(self) -> int:
@@ -176,7 +177,7 @@ class Glm4Config:
         positions = values.integer("max_position_embeddings")
         head_dim = values.integer("head_dim", None)
         if head_dim is None:
-            require(
+            require_value(
                 heads > 0 and hidden % heads == 0,
                 f"head_dim is missing, and hidden_size {hidden} / num_attention_heads {heads} is no integer; say head_dim",
             )
@@ -240,43 +241,43 @@ class Glm4Config:
         ):
             size = getattr(self, name)
             most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST_SIZE
-            require(1 <= size <= most, f"{name} is {size}, but must be 1 ... {most}")
-        require(
+            require_value(1 <= size <= most, f"{name} is {size}, but must be 1 ... {most}")
+        require_value(
             self.rope.positions <= LARGEST_SIZE,
             f"yarn's factor {self.rope.factor} makes {self.rope.positions:g} positions, more than {LARGEST_SIZE}",
         )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        require(
+        require_value(
             heads % kv_heads == 0,
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}",
         )
-        require(
+        require_value(
             self.rotary_dim >= 2 and self.rotary_dim % 2 == 0,
             f"head_dim {self.head_dim} * partial_rotary_factor {self.rope.partial_rotary_factor} rotates "
             f"{self.rotary_dim} dims, but pairs are rotated: it must be even and at least 2",
         )
 
     def _check_numbers(self) -> None:
-        require(
+        require_value(
             self.hidden_act in HIDDEN_ACTS,
             f"hidden_act is {self.hidden_act!r}; the MLP of GLM-4-0414 is gated by 'silu'",
         )
         # NaN is refused too, because every comparison with NaN is false.
-        require(
+        require_value(
             0 < self.rms_norm_eps < 1,
             f"rms_norm_eps is {self.rms_norm_eps}, but must be small and positive (1e-05)",
         )
-        require(
+        require_value(
             0 <= self.attention_dropout < 1,
             f"attention_dropout is {self.attention_dropout}, but must be at least 0 and below 1",
         )
-        require(
+        require_value(
             self.initializer_range >= 0,
             f"initializer_range is {self.initializer_range}, but must not be negative",
         )
 
     def _check_tokens(self) -> None:
-        require(
+        require_value(
             0 < len(self.eos_token_id) <= MOST_END_TOKENS,
             f"eos_token_id names {len(self.eos_token_id)} tokens that end a sequence, but must name 1 ... {MOST_END_TOKENS}",
         )
@@ -284,12 +285,12 @@ class Glm4Config:
         for name, token in [("eos_token_id", t) for t in self.eos_token_id] + [
             ("bos_token_id", self.bos_token_id)
         ]:
-            require(
+            require_value(
                 token is None or 0 <= token <= LARGEST_SIZE,
                 f"{name} is {shown(token)}, but token ids are 0 ... {LARGEST_SIZE}",
             )
         pad = self.pad_token_id
-        require(
+        require_value(
             pad is None or 0 <= pad < self.vocab_size,
             f"pad_token_id {pad} is outside the vocabulary of {self.vocab_size} (0 ... {self.vocab_size - 1})",
         )
@@ -311,7 +312,7 @@ def _check_model_type(model_type: object) -> None:
 def _token_ids(value: object) -> tuple[int, ...]:
     ids = value if isinstance(value, list | tuple) else [value]
     for token in ids:
-        require(
+        require_value(
             isinstance(token, int) and not isinstance(token, bool),
             f"eos_token_id is {shown(value)}, but must be a token id or a list of them",
         )
@@ -320,7 +321,7 @@ def _token_ids(value: object) -> tuple[int, ...]:
 
 def _labels(mapping: Mapping[str, Any]) -> tuple[str, ...]:
     count = ConfigValues(mapping).integer("num_labels", None)
-    require(
+    require_value(
         count is None or 1 <= count <= MOST_LABELS, f"num_labels is {count}, but must be 1 ... {MOST_LABELS}"
     )
     named = section_of(mapping, "id2label")
@@ -328,11 +329,11 @@ def _labels(mapping: Mapping[str, Any]) -> tuple[str, ...]:
         return _default_labels(DEFAULT_LABELS if count is None else count)
     by_number = {str(number): label for number, label in named.items()}
     labels = tuple(by_number.get(str(i)) for i in range(len(named)))
-    require(
+    require_value(
         all(isinstance(label, str) for label in labels),
         f"id2label must name the labels 0 ... {len(named) - 1}, each by a string; it is {shown(dict(named))}",
     )
-    require(
+    require_value(
         count in (None, len(labels)),
         f"num_labels is {count}, but id2label names {len(labels)}; keep id2label alone",
     )
@@ -348,7 +349,7 @@ def _architectures(value: object) -> tuple[str, ...]:
     if value is None:
         return ()
     fits = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
-    require(fits, f"architectures is {shown(value)}, but must be a list of names")
+    require_value(fits, f"architectures is {shown(value)}, but must be a list of names")
     return tuple(cast(list[str], value))
 
 

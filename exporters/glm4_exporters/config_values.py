@@ -19,7 +19,7 @@ class ConfigValues:
 
     def integer(self, key: str, *default: D) -> int | D:
         value = self._typed(key, default, (int,), "an integer")
-        require(
+        require_value(
             value is None or -INT64 <= value < INT64,
             f"{self._owner}{key} is {shown(value)}, but must be an integer of 64 bits",
         )
@@ -33,7 +33,7 @@ class ConfigValues:
             finite = float(value)
         except OverflowError:
             finite = math.inf
-        require(math.isfinite(finite), f"{self._owner}{key} is {finite}, but must be finite")
+        require_value(math.isfinite(finite), f"{self._owner}{key} is {finite}, but must be finite")
         return finite
 
     def boolean(self, key: str, *default: D) -> bool | D:
@@ -47,21 +47,21 @@ class ConfigValues:
         if value is None and default:
             return default[0]
         fits = isinstance(value, types) and isinstance(value, bool) == (bool in types)
-        require(fits, f"{self._owner}{key} is {shown(value)}, but must be {wanted}")
+        require_value(fits, f"{self._owner}{key} is {shown(value)}, but must be {wanted}")
         return value
 
 
 def section_of(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """An object inside the configuration; empty if it is missing or null."""
     value = mapping.get(key)
-    require(
+    require_value(
         value is None or isinstance(value, Mapping),
         f"{key} is {shown(value)}, but must be an object or null",
     )
     return cast(Mapping[str, Any], value or {})
 
 
-def require(condition: bool, message: str) -> None:
+def require_value(condition: bool, message: str) -> None:
     """
     Raises:
         ConfigError: with the message, unless the condition holds.

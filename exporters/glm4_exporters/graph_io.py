@@ -2,8 +2,7 @@
 
 from glm4_exporters.config import Glm4Config
 from glm4_runtime.bundle import ModelInfo
-from glm4_runtime.bundle.graph_io import GraphIO
-from glm4_runtime.bundle.graph_io import graph_io as io_of_model
+from glm4_runtime.bundle.graph_io import GraphIO, graph_io
 
 
 def model_info(config: Glm4Config, task: str) -> ModelInfo:
@@ -22,6 +21,6 @@ def model_info(config: Glm4Config, task: str) -> ModelInfo:
     )
 
 
-def graph_io(config: Glm4Config, task: str, kv_dtype: str) -> GraphIO:
+def model_io(config: Glm4Config, task: str, kv_dtype: str) -> GraphIO:
     """Inputs and outputs of the graph for ``task``; a cache has elements of ``kv_dtype``."""
-    return io_of_model(task, model_info(config, task), kv_dtype)
+    return graph_io(task, model_info(config, task), kv_dtype)

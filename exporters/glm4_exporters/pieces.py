@@ -19,7 +19,8 @@ import onnx
 import onnxruntime as ort
 
 from glm4_exporters.architecture import EMBEDDING
-from glm4_plugins.block_product import DOMAIN, OPERATOR, PANEL, library
+from glm4_plugins.block_product import OPERATOR, PANEL, library
+from glm4_plugins.operator import DOMAIN
 from glm4_runtime.bundle import GRAPH
 from glm4_runtime.bundle.ascii_path import ascii_path
 from glm4_runtime.errors import ExportError
@@ -138,7 +139,9 @@ class GraphPieces:
             for i in range(len(values))
         ]
 
-    def _execute(self, piece: Piece, weights: Mapping[str, "_Weight"], values: list[Values]) -> list[Values]:
+    def _execute(
+        self, piece: Piece, weights: Mapping[str, "_PieceWeight"], values: list[Values]
+    ) -> list[Values]:
         inputs = [name for name in sorted(piece.reads) if name in values[0]]
         outputs = list(piece.gives) or self._read_later(piece)
         session = self._session(piece, weights, {name: values[0][name] for name in inputs}, outputs)
@@ -154,7 +157,7 @@ class GraphPieces:
         return [name for node in piece.nodes for name in node.output if name in later]
 
     def _session(
-        self, piece: Piece, weights: Mapping[str, "_Weight"], inputs: Values, outputs: list[str]
+        self, piece: Piece, weights: Mapping[str, "_PieceWeight"], inputs: Values, outputs: list[str]
     ) -> Any:
         graph = onnx.helper.make_graph(
             piece.nodes,
@@ -205,11 +208,11 @@ class GraphPieces:
         dims = self._initializers[name].dims
         return int(dims[axis]) if dims else 0
 
-    def _read(self, name: str, rows: Array | None = None) -> "_Weight":
+    def _read(self, name: str, rows: Array | None = None) -> "_PieceWeight":
         """A weight from the data file, or some of its rows (ascending)."""
         tensor = self._initializers[name]
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            return _Weight(tensor.data_type, tuple(tensor.dims), onnx.numpy_helper.to_array(tensor))
+            return _PieceWeight(tensor.data_type, tuple(tensor.dims), onnx.numpy_helper.to_array(tensor))
         place = {entry.key: entry.value for entry in tensor.external_data}
         dtype, width = _stored_rows(tensor)
         with (self._folder / place["location"]).open("rb") as file:
@@ -219,18 +222,20 @@ class GraphPieces:
             ):  # two numbers in a byte, across rows of an odd width
                 file.seek(offset)
                 count = -(-int(np.prod(tensor.dims)) // 2)
-                return _Weight(tensor.data_type, tuple(tensor.dims), np.fromfile(file, np.uint8, count))
+                return _PieceWeight(tensor.data_type, tuple(tensor.dims), np.fromfile(file, np.uint8, count))
             if rows is None:
                 rows = np.arange(tensor.dims[0] if tensor.dims else 1)
             data = np.concatenate(list(_row_runs(file, offset, dtype, width, rows)))
         return self._weight(tensor, (len(rows), *tensor.dims[1:]) if tensor.dims else (), data)
 
-    def _weight(self, tensor: onnx.TensorProto, dims: tuple[int, ...], data: Array) -> "_Weight":
+    def _weight(self, tensor: onnx.TensorProto, dims: tuple[int, ...], data: Array) -> "_PieceWeight":
         if self._widen and tensor.data_type == onnx.TensorProto.BFLOAT16:
-            return _Weight(onnx.TensorProto.FLOAT, dims, data.astype(np.float32).reshape(dims))
-        return _Weight(tensor.data_type, dims, data if tensor.data_type in _PACKED else data.reshape(dims))
+            return _PieceWeight(onnx.TensorProto.FLOAT, dims, data.astype(np.float32).reshape(dims))
+        return _PieceWeight(
+            tensor.data_type, dims, data if tensor.data_type in _PACKED else data.reshape(dims)
+        )
 
-    def _read_columns(self, name: str, columns: range) -> "_Weight":
+    def _read_columns(self, name: str, columns: range) -> "_PieceWeight":
         """Read a range of a weight's last axis; its ends are even for 4-bit numbers."""
         tensor = self._initializers[name]
         place = {entry.key: entry.value for entry in tensor.external_data}
@@ -244,7 +249,7 @@ class GraphPieces:
 
 
 @dataclass(frozen=True)
-class _Weight:
+class _PieceWeight:
     """A weight in memory; two 4-bit numbers share a byte."""
 
     type: int

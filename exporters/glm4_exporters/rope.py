@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from glm4_exporters.config_values import LARGEST_SIZE, ConfigValues, listed, require, section_of
+from glm4_exporters.config_values import LARGEST_SIZE, ConfigValues, listed, require_value, section_of
 from glm4_runtime.errors import shown
 
 DEFAULT_THETA, DEFAULT_PARTIAL_ROTARY_FACTOR = 10000.0, 0.5
@@ -41,31 +41,31 @@ class RopeParameters:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        require(self.theta > 1, f"rope_theta is {self.theta}, but must be greater than 1")
-        require(
+        require_value(self.theta > 1, f"rope_theta is {self.theta}, but must be greater than 1")
+        require_value(
             0 < self.partial_rotary_factor <= 1,
             f"partial_rotary_factor is {self.partial_rotary_factor}, but must be above 0 and at most 1",
         )
         if self.rope_type == "default":
             return
-        require(
+        require_value(
             self.rope_type == "yarn",
             f"rope_type {self.rope_type!r} is not supported; GLM-4-0414 knows 'default' and 'yarn'",
         )
-        require(
+        require_value(
             self.factor is not None and self.factor >= 1,
             f"yarn's factor is {self.factor}, but must be at least 1: the wanted context / the original one",
         )
         original = self.original_max_position_embeddings
-        require(
+        require_value(
             original is not None and 0 < original <= LARGEST_SIZE,
             f"yarn's original_max_position_embeddings is {original}, but must be 1 ... {LARGEST_SIZE}",
         )
-        require(
+        require_value(
             self.attention_factor is None or self.attention_factor > 0,
             f"yarn's attention_factor is {self.attention_factor}, but must be above 0 (or absent: it follows from factor)",
         )
-        require(
+        require_value(
             self.beta_fast >= self.beta_slow > 0,
             f"yarn's beta_fast {self.beta_fast} and beta_slow {self.beta_slow} must be positive, the fast one the larger",
         )
@@ -114,7 +114,9 @@ def rope_parameters(mapping: Mapping[str, Any], positions: int) -> RopeParameter
     rope_type = _rope_type(rope, section)
     if rope_type == "yarn":
         _require_used(rope, section, YARN_KEYS, "which yarn does not use")
-        require("factor" in rope, f"{section} says yarn without a factor; the model cards recommend 4.0")
+        require_value(
+            "factor" in rope, f"{section} says yarn without a factor; the model cards recommend 4.0"
+        )
         return _yarn(theta, partial, values, _original_positions(mapping, values, positions), positions)
     plain = RopeParameters(theta, partial, rope_type)
     advice = "which rope_type 'default' does not use; remove it, or set rope_type to 'yarn'"
@@ -143,7 +145,7 @@ def _yarn(
 
 def _require_equal(scaling: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
     """Refuse both forms at once, unless they are equal or the second says only the default type."""
-    require(
+    require_value(
         _rope_type(parameters, "rope_parameters") == "default" or parameters == scaling,
         "rope_scaling and rope_parameters are both there and differ; keep rope_parameters alone",
     )
@@ -152,7 +154,7 @@ def _require_equal(scaling: Mapping[str, Any], parameters: Mapping[str, Any]) ->
 def _agreed(sources: Iterable[ConfigValues], key: str, default: float) -> float:
     """The value of a key in all sources that have the key."""
     said = {value for source in sources if (value := source.number(key, None)) is not None}
-    require(len(said) <= 1, f"{key} is said twice, as {listed(sorted(said))}; keep one of them")
+    require_value(len(said) <= 1, f"{key} is said twice, as {listed(sorted(said))}; keep one of them")
     return said.pop() if said else default
 
 
@@ -160,17 +162,17 @@ def _original_positions(mapping: Mapping[str, Any], values: ConfigValues, positi
     """Positions of the model before yarn, as in transformers: from the top level, the section or the positions."""
     key = "original_max_position_embeddings"
     original = ConfigValues(mapping).integer(key, values.integer(key, positions))
-    require(original > 0, f"yarn's {key} is {original}, but must be 1 ... {LARGEST_SIZE}")
+    require_value(original > 0, f"yarn's {key} is {original}, but must be 1 ... {LARGEST_SIZE}")
     return original
 
 
 def _require_used(rope: Mapping[str, Any], section: str, used: Collection[str], refusal: str) -> None:
     """Refuse keys that neither every type nor this type uses."""
     extra = {key for key, value in rope.items() if value is not None} - COMMON_KEYS
-    require(extra <= set(used), f"{section} holds {listed(sorted(extra - set(used)))}, {refusal}")
+    require_value(extra <= set(used), f"{section} holds {listed(sorted(extra - set(used)))}, {refusal}")
 
 
 def _rope_type(rope: Mapping[str, Any], section: str) -> str:
     said = {shown(rope[key]): rope[key] for key in ("rope_type", "type") if rope.get(key) is not None}
-    require(len(said) <= 1, f"{section} says two types, {listed(said)}; keep rope_type alone")
+    require_value(len(said) <= 1, f"{section} says two types, {listed(said)}; keep rope_type alone")
     return str(next(iter(said.values()), "default"))

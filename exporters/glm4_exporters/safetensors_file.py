@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from glm4_runtime.bundle.json_file import parse_object
+from glm4_runtime.bundle.onnx_file import MOST_AXES
 from glm4_runtime.errors import CheckpointError, shown
 
 PAGE = 4096
 MAX_HEADER = 32 << 20  # bytes; that of 61 layers takes 100 KB, and the format itself allows 100 MB
-LONGEST_NAME, MOST_AXES = 500, 8
+LONGEST_TENSOR_NAME = 500
 DTYPE_OF_CODE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 BITS_OF_CODE = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -181,8 +182,10 @@ class SafetensorsFile:
 
     def _span(self, name: str, entry: Any) -> tuple[int, int]:
         """The tensor's first byte and the byte after its last, checked against type and shape."""
-        if len(name) > LONGEST_NAME:
-            self._refuse(name, f"has a name of {len(name)} characters, but at most {LONGEST_NAME} are read")
+        if len(name) > LONGEST_TENSOR_NAME:
+            self._refuse(
+                name, f"has a name of {len(name)} characters, but at most {LONGEST_TENSOR_NAME} are read"
+            )
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             self._refuse(name, "has not exactly a dtype, a shape and data_offsets")
         code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -25,7 +25,7 @@ from glm4_runtime.progress import Progress, silent
 
 Logits = npt.NDArray[np.float32]
 
-READ_BLOCK = 64 << 20
+LAYER_READ_BYTES = 64 << 20
 
 
 @torch.inference_mode()
@@ -33,18 +33,18 @@ def reference_outputs(
     checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], progress: Progress = silent
 ) -> list[Logits]:
     """The reference model's outputs in float32: [positions, outputs] per sequence."""
-    hidden = embed(checkpoint, sequences)
+    hidden = embed_sequences(checkpoint, sequences)
     attends = [full_attention(checkpoint.config, len(ids)) for ids in sequences]
     for layer in layers(checkpoint, progress):
         hidden = [layer(x, attend) for x, attend in zip(hidden, attends, strict=True)]
     return finish(checkpoint, hidden, progress)
 
 
-def embed(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+def embed_sequences(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
     """Embeddings [1, S, H] per sequence; only the needed rows of the table are read."""
     used = sorted({i for ids in sequences for i in ids})
     rows: dict[int, Tensor] = {}
-    buffer = torch.empty(READ_BLOCK, dtype=torch.uint8)
+    buffer = torch.empty(LAYER_READ_BYTES, dtype=torch.uint8)
     for start, block in checkpoint.row_blocks(checkpoint.name_of(EMBEDDING), buffer):
         # Copy: a float32 row is a view into the buffer, which the next block overwrites.
         here = [i for i in used if start <= i < start + len(block)]
@@ -103,7 +103,7 @@ def _vocabulary_head(checkpoint: Checkpoint, states: list[Tensor], progress: Pro
     """States [n, H] times the head's rows, a block of rows at a time."""
     vocab = checkpoint.config.vocab_size
     logits = [np.empty((len(x), vocab), np.float32) for x in states]
-    buffer = torch.empty(READ_BLOCK, dtype=torch.uint8)
+    buffer = torch.empty(LAYER_READ_BYTES, dtype=torch.uint8)
     for start, block in checkpoint.row_blocks(checkpoint.name_of(head_name(checkpoint)), buffer):
         progress("run the reference's head", start, vocab)
         rows = block.float().T

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from glm4_exporters.formats import FORMATS
+from glm4_runtime.bundle.manifest_checks import ONNX_RUNTIME
 from glm4_runtime.errors import ExportError
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 ACTIVATIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 GROUPS = ("embedding", "layers", "head")
-ONNX_RUNTIME = "onnxruntime"
 
 
 @dataclass(frozen=True)

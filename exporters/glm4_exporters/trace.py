@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from glm4_exporters.architecture import EMBEDDING, HEAD
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.element_types import TORCH_TYPES, ir_type
-from glm4_exporters.graph_io import graph_io
+from glm4_exporters.graph_io import model_io
 from glm4_exporters.passes.split_sequences import SplitSequences
 from glm4_exporters.reference import Glm4RMSNorm
 from glm4_exporters.task_models import MODELS, Glm4ForSequenceClassification
@@ -168,7 +168,7 @@ def trace(config: Glm4Config, task: str, activations: str) -> ir.Model:
     Args:
         activations: ``float32``, ``float16`` or ``bfloat16``.
     """
-    io = graph_io(config, task, activations)
+    io = model_io(config, task, activations)
     with FakeTensorMode(), _default_dtype(TORCH_TYPES[activations]), _quiet():
         module = _Graph(config, task).eval()
         arguments = tuple(

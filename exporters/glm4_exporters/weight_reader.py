@@ -34,7 +34,7 @@ class WeightReader:
             CheckpointError: the file has changed, or a value is NaN or infinite.
         """
         tensor = self.read_stored(header)
-        require_finite(header, tensor, 0)
+        require_finite_rows(header, tensor, 0)
         return tensor
 
     def read_stored(self, header: TensorHeader) -> "Tensor":
@@ -63,7 +63,7 @@ class WeightReader:
 
         ahead = len(buffers) > 1 and step < rows
         for first, block in _one_ahead(read, starts) if ahead else itertools.starmap(read, starts):
-            require_finite(header, block, first)
+            require_finite_rows(header, block, first)
             yield first, block
 
     def equal(self, one: TensorHeader, other: TensorHeader) -> bool:
@@ -117,7 +117,7 @@ def _one_ahead(read: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> 
             yield coming.result()
 
 
-def require_finite(header: TensorHeader, block: "Tensor", first_row: int) -> None:
+def require_finite_rows(header: TensorHeader, block: "Tensor", first_row: int) -> None:
     """Refuse NaN and infinity in a block of floats [rows, ...]. Minimum and maximum reveal both, and run at memory
     speed."""
     low, high = (float(value) for value in block.aminmax())

@@ -40,7 +40,7 @@ from glm4_runtime.bundle import FileEntry, sample_of
 from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
 
-READ_BLOCK = 32 << 20
+READ_BUFFER_BYTES = 32 << 20
 READ_BUFFERS = 4  # one is being read, one is being cast, two wait for their hash
 TABLE_ROWS = 1 << 16
 M_TRIM_THRESHOLD, KEPT = -1, 64 << 20  # glibc's malloc.h; bytes
@@ -180,7 +180,7 @@ class _Writer:
     def __init__(self, checkpoint: Checkpoint, edits: Edits, file: AlignedFile) -> None:
         self._checkpoint, self._edits, self._file = checkpoint, edits, file
         self._buffers = [
-            torch.frombuffer(mmap.mmap(-1, READ_BLOCK), dtype=torch.uint8) for _ in range(READ_BUFFERS)
+            torch.frombuffer(mmap.mmap(-1, READ_BUFFER_BYTES), dtype=torch.uint8) for _ in range(READ_BUFFERS)
         ]
         self._hasher = ThreadPoolExecutor(1, "hash source")
         self._encoders = ThreadPoolExecutor(_cores(), "encode")

@@ -74,8 +74,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     return [
         *rows,
-        ("weights", show.size(report["weight_bytes"])),
-        ("peak memory", show.size(report["peak_bytes"])),
+        ("weights", show.readable_size(report["weight_bytes"])),
+        ("peak memory", show.readable_size(report["peak_bytes"])),
     ]
 
 

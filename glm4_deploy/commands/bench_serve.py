@@ -9,7 +9,7 @@ import click
 
 from glm4_deploy import show
 from glm4_deploy.commands.numbers import numbers
-from glm4_deploy.commands.text import TEXT
+from glm4_deploy.commands.text import TEXT_ARGUMENT
 from glm4_runtime.errors import RequestError
 from glm4_runtime.install import install_command
 
@@ -17,7 +17,7 @@ CLIENTS = "1,2,4,8"
 
 
 @click.command("bench-serve")
-@click.argument("url", type=TEXT)
+@click.argument("url", type=TEXT_ARGUMENT)
 @click.option(
     "--clients",
     metavar="N,...",
@@ -90,7 +90,7 @@ def command(
     if clients is not None and rate is not None:
         raise click.UsageError("--clients and --rate exclude each other; leave one of them out.")
     try:
-        from glm4_deploy.load import Load, measure, plot
+        from glm4_deploy.load import Load, measure_load, plot
     except ModuleNotFoundError as error:
         raise RequestError(f"bench-serve needs {error.name}; run {install_command('bench')}") from error
     points: list[dict[str, Any]] = (
@@ -104,7 +104,7 @@ def command(
         show.require_writable(wanted)
     loads = [Load(**point, ignore_eos=not honour_eos, **load) for point in points]
     with show.shown_progress() as progress:
-        report = measure(url, loads, os.environ.get("GLM4_API_KEY"), progress)
+        report = measure_load(url, loads, os.environ.get("GLM4_API_KEY"), progress)
     if output is not None:
         with show.writing(output) as file:
             file.write_text(json.dumps(report, indent=2) + "\n", "utf-8")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from glm4_deploy import folders, interrupts, streams
-from glm4_deploy.commands.text import TEXT
+from glm4_deploy.commands.text import TEXT_ARGUMENT
 from glm4_deploy.typed import is_command, message_reader
 from glm4_runtime.errors import RequestError
 
@@ -24,7 +24,7 @@ _THOUGHT, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 @click.command("chat")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--system", type=TEXT, metavar="TEXT", help="System message.")
+@click.option("--system", type=TEXT_ARGUMENT, metavar="TEXT", help="System message.")
 @click.option(
     "--max-tokens", type=int, metavar="N", help="Maximum tokens of an answer. Default: as many as fit."
 )

@@ -216,9 +216,9 @@ def _rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
         ("target", f"{manifest.target}, {manifest.precision}"),
         *[("adapter", f"{each.name} times {each.scale:g}, merged") for each in manifest.adapters],
         ("runs on", _runs_on(manifest)),
-        ("size", show.size(sum(entry.bytes for entry in manifest.files.values()))),
+        ("size", show.readable_size(sum(entry.bytes for entry in manifest.files.values()))),
         ("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())),
-        ("peak memory", show.size(result.peak_rss_bytes)),
+        ("peak memory", show.readable_size(result.peak_rss_bytes)),
     ]
     rows += [("warning", warning) for warning in result.warnings]
     if result.source is not None:
@@ -227,7 +227,7 @@ def _rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
         text, tokens = (result.calibration[key] for key in ("text", "tokens"))
         rows.append(("KV cache", f"int8, calibrated on {tokens} tokens: {text}"))
     if result.engine is not None:
-        rows.append(("engine build", f"{show.size(result.engine.built.peak_rss_bytes)} at its peak"))
+        rows.append(("engine build", f"{show.readable_size(result.engine.built.peak_rss_bytes)} at its peak"))
         rows += [("warning", warning) for warning in result.engine.built.warnings]
     if parity is None:
         return [*rows, ("parity", "not measured (--no-parity)")]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from glm4_deploy import folders, show, streams
-from glm4_deploy.commands.text import TEXT
+from glm4_deploy.commands.text import TEXT_ARGUMENT
 from glm4_runtime.errors import BundleError, RequestError
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @click.command("generate")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("prompt", type=TEXT)
+@click.argument("prompt", type=TEXT_ARGUMENT)
 @click.option("--chat", is_flag=True, help="Send the prompt as a user's message, with the chat template.")
-@click.option("--system", type=TEXT, metavar="TEXT", help="System message. Needs --chat.")
+@click.option("--system", type=TEXT_ARGUMENT, metavar="TEXT", help="System message. Needs --chat.")
 @click.option("--stream", is_flag=True, help="Print the text while it is generated.")
 @click.option(
     "--max-tokens",
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="Seed of the sampling. Default: a random one.")
 @click.option(
     "--stop",
-    type=TEXT,
+    type=TEXT_ARGUMENT,
     multiple=True,
     metavar="TEXT",
     help="End before this text. Repeat the option for several.",

@@ -49,16 +49,20 @@ def _checkpoint_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("parameters", f"{facts['parameters']:,} in {facts['tensors']} tensors"),
         (
             "stored as",
-            ", ".join(f"{name} {show.size(count)}" for name, count in facts["stored_bytes"].items()),
+            ", ".join(f"{name} {show.readable_size(count)}" for name, count in facts["stored_bytes"].items()),
         ),
         *_quantization_rows(facts["quantization"]),
         (
             "weights in",
-            ", ".join(f"{name} {show.size(count)}" for name, count in facts["bytes_by_precision"].items()),
+            ", ".join(
+                f"{name} {show.readable_size(count)}" for name, count in facts["bytes_by_precision"].items()
+            ),
         ),
         (
             "KV per token",
-            ", ".join(f"{name} {show.size(count)}" for name, count in facts["kv_bytes_per_token"].items()),
+            ", ".join(
+                f"{name} {show.readable_size(count)}" for name, count in facts["kv_bytes_per_token"].items()
+            ),
         ),
         *((f"fits {memory}", ", ".join(names) or "nothing") for memory, names in _steps(facts["fits"])),
         ("", "weights and 8192 positions of fp16 cache in 90 % of the memory"),
@@ -112,11 +116,13 @@ def _bundle_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             f"{manifest['limits']['max_seq_len']} positions, {manifest['limits']['max_batch_size']} slots",
         ),
         ("ends at", _ends(facts["end_tokens"])),
-        ("size", show.size(facts["bytes"])),
+        ("size", show.readable_size(facts["bytes"])),
         ("each opening checks", _checked(facts["checked_at_opening"])),
     ]
     if facts["kv_bytes_per_token"]:
-        rows.append(("KV per token", f"{show.size(facts['kv_bytes_per_token'])} ({manifest['kv_cache']})"))
+        rows.append(
+            ("KV per token", f"{show.readable_size(facts['kv_bytes_per_token'])} ({manifest['kv_cache']})")
+        )
     for side in ("inputs", "outputs"):
         specs = manifest[side]
         rows += [(side if i == 0 else "", _spec(spec)) for i, spec in enumerate(specs[:6])]

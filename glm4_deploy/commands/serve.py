@@ -7,14 +7,14 @@ from typing import Any
 import click
 
 from glm4_deploy import folders, interrupts
-from glm4_deploy.commands.text import TEXT
+from glm4_deploy.commands.text import TEXT_ARGUMENT
 from glm4_runtime.errors import BundleError
 from glm4_runtime.install import install_command
 
-Command = Callable[..., None]
+_Option = Callable[[Callable[..., None]], Callable[..., None]]
 
 
-def _seconds(name: str, default: float, words: str) -> Callable[[Command], Command]:
+def _seconds(name: str, default: float, words: str) -> _Option:
     return click.option(
         f"--{name}-timeout", type=float, default=default, show_default=True, metavar="SECONDS", help=words
     )
@@ -43,7 +43,7 @@ def _seconds(name: str, default: float, words: str) -> Callable[[Command], Comma
 @click.option("--allow-anonymous", is_flag=True, help="Accept other machines without an API key.")
 @click.option(
     "--served-name",
-    type=TEXT,
+    type=TEXT_ARGUMENT,
     metavar="NAME",
     help="Name of the model in the API. Default: the name of the folder.",
 )

@@ -17,4 +17,4 @@ class TextType(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
-TEXT = TextType()
+TEXT_ARGUMENT = TextType()

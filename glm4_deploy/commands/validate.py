@@ -255,7 +255,7 @@ def _rows(report: "Report") -> list[tuple[str, str]]:
         if report.next_step is not None:
             rows.append(("next step", report.next_step))
     rows += [("note" if place == 0 else "", note) for place, note in enumerate(report.notes)]
-    peak, expected = show.size(report.peak_rss_bytes), show.size(report.estimated_bytes)
+    peak, expected = show.readable_size(report.peak_rss_bytes), show.readable_size(report.estimated_bytes)
     rows.append(("took", f"{report.seconds:.1f} s, {peak} at the peak ({expected} foreseen)"))
     return rows
 

@@ -30,7 +30,11 @@ def html_page(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"size": show.size, "percent": lambda x: f"{100 * x:.1f} %", "token": _token}
+    environment.filters |= {
+        "size": show.readable_size,
+        "percent": lambda x: f"{100 * x:.1f} %",
+        "token": _token,
+    }
     template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text("utf-8"))
     return template.render(
         report=report,

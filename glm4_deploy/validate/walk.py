@@ -47,7 +47,7 @@ class Reference:
         self._checkpoint, self._tapped = checkpoint, tapped
         self._layers = streamed.layers(checkpoint)
         self._attends = [streamed.full_attention(checkpoint.config, len(ids)) for ids in sequences]
-        self._hidden: list[Tensor] = streamed.embed(checkpoint, sequences)
+        self._hidden: list[Tensor] = streamed.embed_sequences(checkpoint, sequences)
 
     @property
     def embedding(self) -> list[Tapped]:

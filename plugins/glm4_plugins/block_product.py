@@ -5,7 +5,7 @@ Inputs: x float32 [..., width]; numbers uint8 [panels, blocks, block * 64 * bits
 gated (0 or 1). Output: float32 [..., columns]; gated, silu(first half of the columns) * second half.
 
 The library for ONNX Runtime's CPU provider is built with the package; ``cpu/product.h`` describes its layout.
-:func:`pack`, :func:`unpack` and :func:`block_product` are the specification of the operator: tests compare the library
+:func:`pack`, :func:`unpack_codes` and :func:`block_product` are the specification of the operator: tests compare the library
 and the exporters' own packing with them.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-DOMAIN, OPERATOR, VERSION = "glm4", "BlockQuantizedMatMul", 1
+OPERATOR = "BlockQuantizedMatMul"
 PANEL = 64  # columns that are stored together
 
 Floats = npt.NDArray[np.float32]
@@ -40,7 +40,7 @@ def pack(numbers: npt.NDArray[np.uint8], bits: int, block: int) -> npt.NDArray[n
     return groups.reshape(len(groups), width // block, -1)
 
 
-def unpack(stored: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]:
+def unpack_codes(stored: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]:
     """Panels -> numbers around zero [panels * 64, blocks * block]."""
     panels, blocks, _ = stored.shape
     groups = stored.reshape(panels, blocks, -1, 1, PANEL, 4)
@@ -72,7 +72,7 @@ def block_product(
     largest = np.abs(rows).max(-1, keepdims=True)
     inverse = np.divide(127, largest, out=np.zeros_like(largest), where=largest > 1e-30)
     rounded = np.rint(rows * inverse).astype(np.int64)
-    weights = unpack(numbers, bits).reshape(-1, numbers.shape[1], block_size)
+    weights = unpack_codes(numbers, bits).reshape(-1, numbers.shape[1], block_size)
     dots = np.einsum("mbk,nbk->mnb", rounded, weights).astype(np.float64)
     by_column = scales.astype(np.float64).transpose(0, 2, 1).reshape(-1, numbers.shape[1])
     y = np.einsum("mnb,mb,nb->mn", dots, largest[..., 0].astype(np.float64) / 127, by_column)[:, :columns]

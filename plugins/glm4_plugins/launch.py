@@ -219,7 +219,7 @@ class Arithmetic(Protocol):
     def less(self, a: Any, b: Any) -> Any: ...
 
 
-class Integers:
+class IntegerMath:
     """:class:`Arithmetic` on plain integers."""
 
     def cdiv(self, a: int, b: int) -> int:

@@ -30,7 +30,7 @@ import numpy.typing as npt
 DOMAIN = "glm4"
 OP_TYPE = "PartialRopeGqaAttention"
 PLUGIN_INT8 = f"{OP_TYPE}Int8"  # TensorRT's plugin with an int8 cache, which has two inputs more
-VERSION = 1
+VERSION = 1  # of the domain
 
 INPUTS = (
     "query",
@@ -45,7 +45,7 @@ INPUTS = (
 )
 OUTPUTS = ("attn_output", "present_key", "present_value")
 
-Array = npt.NDArray[np.floating]
+FloatingArray = npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def output_shapes(
     return query, present
 
 
-def rotate_interleaved(x: Array, cos: Array, sin: Array) -> Array:
+def rotate_interleaved(x: FloatingArray, cos: FloatingArray, sin: FloatingArray) -> FloatingArray:
     """Rotate the pairs (2i, 2i + 1) of the first ``2 * cos.shape[-1]`` dims; the others pass through.
 
     ``x`` [..., D]; ``cos`` and ``sin`` broadcast to [..., R / 2].
@@ -108,17 +108,17 @@ def rotate_interleaved(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def partial_rope_gqa_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    past_key: Array | None,
-    past_value: Array | None,
-    cos: Array,
-    sin: Array,
+    query: FloatingArray,
+    key: FloatingArray,
+    value: FloatingArray,
+    past_key: FloatingArray | None,
+    past_value: FloatingArray | None,
+    cos: FloatingArray,
+    sin: FloatingArray,
     past_lengths: npt.NDArray[np.int32] | None,
     query_lengths: npt.NDArray[np.int32],
     attributes: AttentionAttributes,
-) -> tuple[Array, Array, Array]:
+) -> tuple[FloatingArray, FloatingArray, FloatingArray]:
     """The operator's meaning, computed in float64 one sequence at a time and rounded at the end.
 
     Rows past ``query_lengths``, which the contract leaves open, come out as NaN here, so that a test

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glm4_plugins.launch import unsupported
 from glm4_plugins.operator import AttentionAttributes, output_shapes
-from glm4_plugins.torch_kernel import attend, kernel_shape
+from glm4_plugins.torch_kernel import kernel_shape, launch_attention
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def with_kernel(
     query, key, value, cos, sin, past_lengths, query_lengths = (
         tensor.contiguous() for tensor in (query, key, value, cos, sin, past_lengths, query_lengths)
     )
-    output = attend(
+    output = launch_attention(
         query, key, value, present_key, present_value, cos, sin, past_lengths, query_lengths, attributes
     )
     return output, present_key, present_value

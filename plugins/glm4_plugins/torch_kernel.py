@@ -8,7 +8,7 @@ from torch import Tensor
 
 from glm4_plugins.launch import (
     CAPABILITIES,
-    Integers,
+    IntegerMath,
     KernelShape,
     Tiles,
     choices,
@@ -68,7 +68,7 @@ def device_choices(device: torch.device, quantized_cache: bool = False) -> tuple
     return choices(known_capability(device), quantized_cache, processors)
 
 
-def attend(
+def launch_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -114,7 +114,7 @@ def attend(
     workspace = workspace or Workspace.make(shape, tiles, query.device)
     out = torch.empty_like(query) if out is None else out
     batch, sequence, capacity = query.shape[0], query.shape[1], past_key.shape[2]
-    blocks = grid(shape, tiles, batch, sequence, capacity, Integers())
+    blocks = grid(shape, tiles, batch, sequence, capacity, IntegerMath())
     partial_rope_gqa_attention[(blocks,)](
         query, key, value, past_key, past_value, cos, sin, past_lengths, query_lengths, workspace.counters,
         key_scale, value_scale, batch, sequence, capacity,

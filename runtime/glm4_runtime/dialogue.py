@@ -4,9 +4,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from glm4_runtime.arrays import Logits
 from glm4_runtime.chat_prompts import ChatPrompts
 from glm4_runtime.errors import BundleError, RequestError
 from glm4_runtime.generate import FinishReason, generate
@@ -14,8 +12,6 @@ from glm4_runtime.reasoning import ThoughtSplitter, begins_inside
 from glm4_runtime.sampling import SamplingParams
 from glm4_runtime.session import Session
 from glm4_runtime.text_pieces import TextPieces
-
-Logits = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)

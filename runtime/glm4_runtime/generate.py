@@ -5,16 +5,13 @@ from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from glm4_runtime.arrays import Logits as Logits
 from glm4_runtime.errors import RequestError
 from glm4_runtime.sampling import Sampler, SamplingParams, TokenMask, likeliest, log_total
 from glm4_runtime.stop_strings import StopStrings
 from glm4_runtime.tokenizer import TextStream, Tokenizer
 
 FinishReason = Literal["stop", "length"]
-Logits = npt.NDArray[np.float32]
 
 
 class Steps(Protocol):

@@ -26,9 +26,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from glm4_runtime.arrays import FloatArray
 from glm4_runtime.errors import RequestError
-
-FloatArray = npt.NDArray[np.float32]
 
 # Up to this many scores are sorted directly. A confident model's top_p set is within its highest few hundred.
 _FEW = 512

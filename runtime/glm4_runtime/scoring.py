@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from glm4_runtime.arrays import FloatArray
 from glm4_runtime.errors import RequestError
 from glm4_runtime.sampling import likeliest, log_total
 
 if TYPE_CHECKING:
     from glm4_runtime.session.base import Session
 
-FloatArray = npt.NDArray[np.float32]
 
 # Bytes of logits per run.
 _BLOCK_BYTES = 64 * 2**20

@@ -99,7 +99,7 @@ def read_side_files(
     )
 
 
-def compare(files: SideFiles, error: type[Glm4Error], advice: str) -> list[str]:
+def contradictions(files: SideFiles, error: type[Glm4Error], advice: str) -> list[str]:
     """Run all comparisons; returns warnings.
 
     Raises:
@@ -130,7 +130,7 @@ def check_bundle(folder: Path, manifest: Manifest, tokenizer: Tokenizer | None =
         "config": manifest.config,
     }
     files = read_side_files(folder, said, tokenizer)
-    return compare(files, BundleError, "export the bundle again from files of one model")
+    return contradictions(files, BundleError, "export the bundle again from files of one model")
 
 
 # The comparisons: each yields complaints -----------------------------------------------------------------

@@ -80,7 +80,7 @@ class GrammarMask:
         self,
         matcher: llguidance.LLMatcher,
         vocab_size: int,
-        share: "_Share",
+        share: "_TimeShare",
         observe: Callable[[float], None] | None = None,
     ) -> None:
         self._matcher = matcher
@@ -152,7 +152,7 @@ class _Memory:
             self._held -= size
 
 
-class _Share:
+class _TimeShare:
     """One grammar's part of the budget; returned when nothing refers to it."""
 
     def __init__(self, memory: _Memory, size: int) -> None:
@@ -160,8 +160,8 @@ class _Share:
         self._memory, self._size = memory, size
         weakref.finalize(self, memory.give, size)
 
-    def another(self) -> "_Share":
-        return _Share(self._memory, self._size)
+    def another(self) -> "_TimeShare":
+        return _TimeShare(self._memory, self._size)
 
 
 class GrammarCompiler:
@@ -204,7 +204,7 @@ class GrammarCompiler:
         except (ValueError, RecursionError) as error:
             raise RequestError(f"this format cannot be enforced: {error}") from error
         trial = self._trials.require(grammar)
-        share = _Share(self._memory, trial.held)
+        share = _TimeShare(self._memory, trial.held)
         with self._slow if trial.seconds > _QUICK else contextlib.nullcontext():
             try:
                 matcher = run_with_stack(lambda: compiled(self._tokens, grammar), COMPILING_STACK)

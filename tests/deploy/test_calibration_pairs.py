@@ -21,7 +21,7 @@ from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.form import choose_form
 from glm4_exporters.quantize.calibrate import calibrate
-from glm4_exporters.quantize.kv_cache import LEVELS, MARGIN
+from glm4_exporters.quantize.kv_cache import INT8_MAX, MARGIN
 from glm4_exporters.quantize.recipe import Recipe, write_recipe
 from glm4_exporters.quantize.static import SHARES
 from glm4_exporters.streamed import reference_outputs
@@ -132,8 +132,8 @@ def require_fitting_cache(prepared, seen):
     for scales, layer in zip(prepared.cache_scales, seen.layers, strict=True):
         for scale, largest in ((scales.key, layer.key_radius), (scales.value, layer.value_absmax)):
             steps = largest / scale
-            assert steps.max() == pytest.approx(LEVELS / MARGIN, rel=1e-3)
-            assert np.median(steps) == pytest.approx(LEVELS / MARGIN, rel=1e-3)
+            assert steps.max() == pytest.approx(INT8_MAX / MARGIN, rel=1e-3)
+            assert np.median(steps) == pytest.approx(INT8_MAX / MARGIN, rel=1e-3)
 
 
 def require_near(prepared, form, model):

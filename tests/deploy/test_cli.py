@@ -15,7 +15,7 @@ from checkpoints import tiny_config, write_checkpoint
 from click.testing import CliRunner
 
 from glm4_deploy import pipeline
-from glm4_deploy.cli import COMMANDS, SUMMARIES, cli, main
+from glm4_deploy.cli import COMMAND_SUMMARIES, COMMANDS, cli, main
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
 from glm4_runtime.bundle import file_entry
 
@@ -68,7 +68,7 @@ def one_line(stderr):
 
 
 def test_the_tables_list_the_same_commands():
-    assert COMMANDS.keys() == SUMMARIES.keys()
+    assert COMMANDS.keys() == COMMAND_SUMMARIES.keys()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -91,7 +91,7 @@ def test_every_option_has_a_help_text(command):
 def test_help_lists_commands_and_exit_codes():
     result = CliRunner().invoke(cli, ["--help"])
     assert result.exit_code == 0
-    for text in (*SUMMARIES.values(), *COMMANDS, "Exit codes: 0 done"):
+    for text in (*COMMAND_SUMMARIES.values(), *COMMANDS, "Exit codes: 0 done"):
         assert text in " ".join(result.output.split())
 
 

@@ -144,7 +144,7 @@ def test_refused(tmp_path, checkpoint, options, reason):
 
 
 def test_without_a_compiler_nothing_is_hidden(tmp_path, checkpoint, bundle, monkeypatch):
-    monkeypatch.setattr(ort_session, "LIBRARY", "never_built")
+    monkeypatch.setattr(ort_session, "OPERATOR_LIBRARY", "never_built")
     with pytest.raises(BundleError, match=r"were not built .* --target ort"):
         Session.open(bundle)
     monkeypatch.setattr("glm4_exporters.pieces.library", lambda: None)

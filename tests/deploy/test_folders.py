@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from glm4_deploy import folders
-from glm4_deploy.folders import KINDS, kind_of, require_bundle, require_checkpoint, require_either
+from glm4_deploy.folders import FOLDER_KINDS, kind_of, require_bundle, require_checkpoint, require_either
 from glm4_deploy.inspect import inspect
 from glm4_runtime.errors import Glm4Error
 from glm4_runtime.tokenizer import Tokenizer
@@ -77,11 +77,11 @@ SAID = {
 
 
 def test_every_kind_is_known(things):
-    assert things.keys() == KINDS.keys() == SAID.keys()
-    assert {name: kind_of(path)[0] for name, path in things.items()} == {name: name for name in KINDS}
+    assert things.keys() == FOLDER_KINDS.keys() == SAID.keys()
+    assert {name: kind_of(path)[0] for name, path in things.items()} == {name: name for name in FOLDER_KINDS}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FOLDER_KINDS)
 def test_what_is_said(things, kind):
     path = things[kind]
     for require, said in zip((require_checkpoint, require_bundle), SAID[kind], strict=True):
@@ -98,7 +98,7 @@ def test_what_is_said(things, kind):
         assert require_either(path) == kind
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("checkpoint", "quantized")])
+@pytest.mark.parametrize("kind", [k for k in FOLDER_KINDS if k not in ("checkpoint", "quantized")])
 def test_commands_that_want_a_checkpoint(run, things, tiny_checkpoint, tmp_path, kind):
     for arguments in (("export", things[kind], tmp_path / "new"), ("export", things[kind], "--print-key")):
         code, out, err = run(*arguments)

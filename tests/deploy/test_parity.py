@@ -172,7 +172,7 @@ def test_the_numbers_are_those_of_the_whole_models(sure_checkpoint, sure_bundles
     ],
 )
 def test_the_streamed_reference_is_transformers(tmp_path, task, kind, monkeypatch):
-    monkeypatch.setattr(streamed, "READ_BLOCK", 7 * 64 * 4)  # seven rows at a time
+    monkeypatch.setattr(streamed, "LAYER_READ_BYTES", 7 * 64 * 4)  # seven rows at a time
     folder = write_checkpoint(tmp_path / "checkpoint", tiny_config(), task=task, dtype="bfloat16")
     sequences = [[5, 6, 7, 300, 5], [9], list(range(10, 50))]
     with Checkpoint.load(folder) as checkpoint:

@@ -17,7 +17,7 @@ from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.form import choose_form
 from glm4_exporters.quantize.recipe import Recipe
 from glm4_exporters.task_models import load_model
-from glm4_plugins.block_product import OPERATOR, unpack
+from glm4_plugins.block_product import OPERATOR, unpack_codes
 from glm4_runtime import Session
 from glm4_runtime.bundle import read_manifest
 from glm4_runtime.errors import ExportError
@@ -48,7 +48,7 @@ def stored_matrices(bundle):
             continue
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         if node.op_type == OPERATOR:
-            numbers = unpack(arrays[node.input[1]], attributes["bits"]).astype(np.float32)
+            numbers = unpack_codes(arrays[node.input[1]], attributes["bits"]).astype(np.float32)
             scales = arrays[node.input[2]].astype(np.float32).transpose(0, 2, 1)
             wide = np.repeat(scales.reshape(len(numbers), -1), attributes["block_size"], axis=1)
             matrix = (numbers * wide)[: attributes["columns"], : attributes["width"]]

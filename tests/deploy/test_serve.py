@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from glm4_deploy.load import Load, Sample, measure, plot, spread, summary
+from glm4_deploy.load import Load, Sample, measure_load, plot, spread, summary
 from glm4_runtime.errors import RequestError
 from glm4_runtime.server import ServerOptions
 from glm4_runtime.server.run import serving
@@ -224,7 +224,9 @@ def test_bench_serve_measures_open_loops(run, url):
     assert code == 0
     assert out.startswith("40 requests/s\n")
     assert "8, 0 failed" in out
-    (load,) = measure(url, [Load(rate=20.0, requests=10, warmup=0, prompt_words=5, max_tokens=2)])["runs"]
+    (load,) = measure_load(url, [Load(rate=20.0, requests=10, warmup=0, prompt_words=5, max_tokens=2)])[
+        "runs"
+    ]
     assert (load["loop"], load["rate"], load["clients"]) == ("open", 20.0, None)
     assert (
         load["seconds"] > 0.1

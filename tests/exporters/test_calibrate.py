@@ -190,6 +190,6 @@ def test_text_that_cannot_be_used(tiny_checkpoint, sequences, reason):
     [(4 * 64 * 105, "at most 105 tokens in all"), (4 * 5 * 96 * 54, "at most 54 tokens in one sequence")],
 )
 def test_text_that_does_not_fit_in_memory(tiny_checkpoint, monkeypatch, room, reason):
-    monkeypatch.setattr(calibration_module, "MOST_BYTES", room)
+    monkeypatch.setattr(calibration_module, "MOST_STATE_BYTES", room)
     with pytest.raises(ExportError, match=reason):
         calibrate(Checkpoint.load(tiny_checkpoint), SEQUENCES)

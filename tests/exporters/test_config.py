@@ -10,7 +10,7 @@ import transformers
 from checkpoints import config_refusal, parse_config, tiny_config
 
 from glm4_exporters.architecture import parameter_count
-from glm4_exporters.config import Glm4Config
+from glm4_exporters.config import TASK_OF_ARCHITECTURE, TASKS, Glm4Config
 from glm4_exporters.rope import RopeParameters
 from glm4_runtime.errors import ConfigError
 
@@ -58,6 +58,10 @@ def test_sizes_of_the_released_models(size):
     assert parameter_count(config) == parameters
     assert config.kv_bytes_per_token(2) == kv_bytes
     assert (config.rotary_dim, config.scale) == (64, 128**-0.5)
+
+
+def test_each_task_of_a_manifest_has_an_architecture():
+    assert tuple(TASK_OF_ARCHITECTURE.values()) == TASKS
 
 
 def test_absent_fields_with_a_safe_default():

@@ -7,7 +7,7 @@ import torch
 
 from glm4_exporters.formats import CODES, FORMATS, SCALES, Integers, require_format
 from glm4_exporters.formats.arrangements import COLUMN_BLOCK, COLUMNS, ROWS, UNSIGNED, pack_pairs
-from glm4_exporters.formats.float8 import FP8_MAX, SCALE
+from glm4_exporters.formats.float8 import FLOAT8_MAX, SCALE
 from glm4_runtime.errors import ExportError
 
 
@@ -146,7 +146,7 @@ def test_fp8_values_are_within_half_a_step():
     form = FORMATS["fp8"]
     values = torch.randn(1, 4096, generator=torch.Generator().manual_seed(0)) * 7
     parts = form.encode(values, torch.float32, largest=float(values.abs().max()))
-    assert parts[CODES].float().abs().max() == FP8_MAX
+    assert parts[CODES].float().abs().max() == FLOAT8_MAX
     scale = float(parts[SCALE])
     normal = values.abs() > scale * 2.0**-6  # below, the steps are of one size
     off = (form.decode(parts, 4096) - values).abs()
@@ -154,7 +154,7 @@ def test_fp8_values_are_within_half_a_step():
     assert (off[~normal] <= scale * 2.0**-10).all()
     assert form.encode(torch.zeros(1, 2), torch.float16, largest=0.0)[SCALE] > 0  # a scale of zero is refused
     # Beyond the range it saturates, where the cast alone gives NaN.
-    assert form.encode(torch.tensor([[1e9]]), torch.float32, largest=1.0)[CODES].float() == FP8_MAX
+    assert form.encode(torch.tensor([[1e9]]), torch.float32, largest=1.0)[CODES].float() == FLOAT8_MAX
 
 
 def test_an_unknown_format_is_answered_with_the_known_ones():

@@ -13,7 +13,7 @@ from glm4_exporters import weights as weights_module
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.formats import FORMATS
-from glm4_exporters.formats.float8 import FP8_MAX
+from glm4_exporters.formats.float8 import FLOAT8_MAX
 from glm4_exporters.passes.quantize_weights import QuantizeWeights
 from glm4_exporters.quantize.smooth import Smoothing
 from glm4_exporters.trace import trace
@@ -47,8 +47,8 @@ def written(model, folder, tensors=TENSORS, edits=None):
 
 
 def expected(matrix):
-    scale = np.float16(max(float(matrix.abs().max()) / FP8_MAX, 2.0**-14))
-    numbers = (matrix.float() / float(scale)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    scale = np.float16(max(float(matrix.abs().max()) / FLOAT8_MAX, 2.0**-14))
+    numbers = (matrix.float() / float(scale)).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
     return numbers.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), scale
 
 
@@ -60,7 +60,7 @@ def test_numbers_and_scales_are_those_of_the_largest_magnitude(traced, tmp_path)
         assert (arrays[f"{name}.scale"].shape, arrays[f"{name}.scale"].dtype) == ((), np.float16)
         assert arrays[f"{name}.scale"] == scale
         assert (arrays[f"{name}.codes"].view(np.uint8) == numbers.view(np.uint8)).all()
-        assert np.abs(arrays[f"{name}.codes"].astype(np.float32)).max() == FP8_MAX
+        assert np.abs(arrays[f"{name}.codes"].astype(np.float32)).max() == FLOAT8_MAX
 
 
 def test_the_scale_is_of_the_matrix_as_it_is_stored(traced, tmp_path):
@@ -76,7 +76,7 @@ def test_the_scale_is_of_the_matrix_as_it_is_stored(traced, tmp_path):
 def test_blocks_change_nothing(traced, tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
     whole, first = written(traced, tmp_path / "whole")
-    monkeypatch.setattr(weights_module, "READ_BLOCK", 2 * 4096)
+    monkeypatch.setattr(weights_module, "READ_BUFFER_BYTES", 2 * 4096)
     monkeypatch.setattr(weights_module, "ENCODED_AT_ONCE", 640)
     (tmp_path / "parts").mkdir()
     parts, second = written(traced, tmp_path / "parts")

@@ -14,7 +14,7 @@ from benchmarks.make_hostile_checkpoints import write_overflow
 from glm4_deploy.calibration import _input_scales
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.formats import FORMATS
-from glm4_exporters.formats.float8 import FP8_MAX
+from glm4_exporters.formats.float8 import FLOAT8_MAX
 from glm4_exporters.quantize.calibrate import calibrate
 from glm4_exporters.quantize.overflow import (
     LIMIT,
@@ -145,7 +145,7 @@ def test_remedies_of_every_kind_leave_the_function_to_the_bit(tmp_path, bias):
     scales = _input_scales(
         SimpleNamespace(rounded_inputs={down: FORMATS["fp8"].inputs}), raised, remedy.weights, None, remedy
     )
-    assert scales[down] * FP8_MAX == pytest.approx(largest[0]["product"] / 2 ** remedy.layers[0].up)
+    assert scales[down] * FLOAT8_MAX == pytest.approx(largest[0]["product"] / 2 ** remedy.layers[0].up)
     for one, other in zip(
         logits(remedied_model(checkpoint, Remedy()), SEQUENCES),
         logits(remedied_model(checkpoint, remedy), SEQUENCES),

@@ -18,7 +18,7 @@ from glm4_exporters.eager_attention import KVCache
 from glm4_exporters.passes.group_query_attention import GroupQueryAttention
 from glm4_exporters.passes.quantize_cache import QuantizeCache
 from glm4_exporters.quantize.calibrate import calibrate
-from glm4_exporters.quantize.kv_cache import FLOOR, LEVELS, MARGIN, CacheScales, cache_scales
+from glm4_exporters.quantize.kv_cache import INT8_MAX, MARGIN, SMALLEST_SHARE, CacheScales, cache_scales
 from glm4_exporters.quantize.smooth import Smoothing
 from glm4_exporters.targets import TARGETS
 from glm4_exporters.task_models import load_model
@@ -58,12 +58,12 @@ def test_scales_are_the_largest_values_with_a_margin(calibrated):
     scales = cache_scales(calibration, Smoothing())
     assert len(scales) == config.num_hidden_layers
     for layer, found in zip(calibration.layers, scales, strict=True):
-        np.testing.assert_allclose(found.value, layer.value_absmax * MARGIN / LEVELS, rtol=1e-6)
-        np.testing.assert_allclose(found.key, layer.key_radius * MARGIN / LEVELS, rtol=1e-6)
+        np.testing.assert_allclose(found.value, layer.value_absmax * MARGIN / INT8_MAX, rtol=1e-6)
+        np.testing.assert_allclose(found.key, layer.key_radius * MARGIN / INT8_MAX, rtol=1e-6)
         rotated, kept = np.split(found.key, [config.rotary_dim], axis=-1)
         np.testing.assert_array_equal(rotated[:, ::2], rotated[:, 1::2])
         np.testing.assert_allclose(
-            kept, layer.key_absmax[:, config.rotary_dim :] * MARGIN / LEVELS, rtol=1e-6
+            kept, layer.key_absmax[:, config.rotary_dim :] * MARGIN / INT8_MAX, rtol=1e-6
         )
 
 
@@ -86,7 +86,7 @@ def test_channels_at_rest_have_scales_above_zero(calibrated):
         calibration, layers=(dataclasses.replace(layer, value_absmax=values), *calibration.layers[1:])
     )
     found = cache_scales(resting, Smoothing())[0].value
-    assert found[0, 3] == pytest.approx(FLOOR * values[0].max() * MARGIN / LEVELS)
+    assert found[0, 3] == pytest.approx(SMALLEST_SHARE * values[0].max() * MARGIN / INT8_MAX)
     assert (found > 0).all()
     assert np.isfinite(np.float32(1) / found).all()
 

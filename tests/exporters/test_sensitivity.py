@@ -45,7 +45,7 @@ def log_probabilities(model):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_each_loss_is_that_of_a_whole_model(tmp_path, shape, monkeypatch):
     monkeypatch.setattr(sensitivity, "ROW_BLOCK", 64 * 10)
-    monkeypatch.setattr("glm4_exporters.streamed.READ_BLOCK", 64 * 4 * 50)  # the head in seven blocks
+    monkeypatch.setattr("glm4_exporters.streamed.LAYER_READ_BYTES", 64 * 4 * 50)  # the head in seven blocks
     checkpoint = Checkpoint.load(write_checkpoint(tmp_path, tiny_config(**SHAPES[shape])))
     events = []
     losses = measure(checkpoint, SEQUENCES, coarse, lambda *event: events.append(event))

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from benchmarks.make_hostile_checkpoints import write_outliers
 from glm4_exporters import streamed
 from glm4_exporters.checkpoint import Checkpoint
-from glm4_exporters.quantize.awq import Awq
+from glm4_exporters.quantize.awq import AwqSearch
 from glm4_exporters.quantize.calibrate import calibrate
 from glm4_exporters.quantize.smooth import (
     Smoothing,
@@ -112,7 +112,7 @@ def w8a8_outputs(checkpoint, sequences, smoothing):
     def round_input(module, arguments):
         return (int8_per_row(arguments[0][0])[None],)
 
-    hidden = streamed.embed(checkpoint, sequences)
+    hidden = streamed.embed_sequences(checkpoint, sequences)
     attends = [streamed.full_attention(checkpoint.config, len(ids)) for ids in sequences]
     for index, layer in enumerate(streamed.layers(checkpoint)):
         for name, parameter in layer.named_parameters():
@@ -160,7 +160,7 @@ def int4_blocks(_name, weight, _importance):
 
 @torch.inference_mode()
 def int4_outputs(checkpoint, sequences, smoothing):
-    hidden = streamed.embed(checkpoint, sequences)
+    hidden = streamed.embed_sequences(checkpoint, sequences)
     attends = [streamed.full_attention(checkpoint.config, len(ids)) for ids in sequences]
     for index, layer in enumerate(streamed.layers(checkpoint)):
         for name, parameter in layer.named_parameters():
@@ -171,7 +171,7 @@ def int4_outputs(checkpoint, sequences, smoothing):
 
 
 def test_awq_rounds_what_carries_much_more_finely(hostile, text):
-    search = Awq(
+    search = AwqSearch(
         hostile.config, wanted=lambda names: "lm_head.weight" not in names, quantize_dequantize=int4_blocks
     )
     calibrate(hostile, text[:2], search)
@@ -194,7 +194,7 @@ def test_each_matrix_is_searched_in_its_own_format(tiny_checkpoint):
     def of_first_layer(names):
         return names[0].startswith("model.layers.0.self_attn.q_proj")
 
-    search = Awq(checkpoint.config, wanted=of_first_layer, quantize_dequantize=quantizer)
+    search = AwqSearch(checkpoint.config, wanted=of_first_layer, quantize_dequantize=quantizer)
     sites = []
     calibrate(checkpoint, SEQUENCES, sites.append, search)
     names = [f"model.layers.0.self_attn.{matrix}_proj.weight" for matrix in "qkv"]
@@ -218,7 +218,7 @@ def test_the_quantizer_is_told_what_matters(tiny_checkpoint):
         told.append((weight, importance))
         return weight
 
-    search = Awq(checkpoint.config, quantize_dequantize=quantizer)
+    search = AwqSearch(checkpoint.config, quantize_dequantize=quantizer)
     sites = []
     calibrate(checkpoint, SEQUENCES, sites.append, search)
     weight, importance = told[-1]

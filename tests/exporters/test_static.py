@@ -7,7 +7,7 @@ from checkpoints import tiny_config
 
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.quantize.calibrate import InputStatistics, Site
-from glm4_exporters.quantize.static import SMALLEST, StaticSmoothQuant
+from glm4_exporters.quantize.static import SMALLEST_SCALE, StaticSmoothQuant
 
 NAMES = tuple(f"model.layers.0.self_attn.{matrix}_proj.weight" for matrix in "qkv")
 
@@ -54,4 +54,4 @@ def test_a_rare_large_value_is_clipped_rather_than_widening_every_step():
 
 
 def test_an_input_at_rest_has_a_scale():
-    assert search_over(site_of(torch.zeros(4, 64))).input_scales[NAMES[0]] == SMALLEST
+    assert search_over(site_of(torch.zeros(4, 64))).input_scales[NAMES[0]] == SMALLEST_SCALE

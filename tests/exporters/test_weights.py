@@ -105,7 +105,7 @@ def test_buffers_of_any_size_write_the_same_file(
 ):
     """The embedding takes 80 KiB here: rows straddle every boundary of the small buffers."""
     _, whole = written(tiny_checkpoint, tmp_path / "whole", torch.bfloat16)
-    monkeypatch.setattr(weights, "READ_BLOCK", read_block)
+    monkeypatch.setattr(weights, "READ_BUFFER_BYTES", read_block)
     monkeypatch.setattr(aligned_file, "WRITE_BLOCK", write_block)
     _, parts = written(tiny_checkpoint, tmp_path / "parts", torch.bfloat16)
     assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()

@@ -10,7 +10,7 @@ from cpu_operators import needs_cpu_operators
 
 from glm4_exporters.formats import CODES, FORMATS, SCALES
 from glm4_exporters.formats.arrangements import pack_panels, scale_panels
-from glm4_plugins.block_product import block_product, kernels, library, pack, stored_shape, unpack
+from glm4_plugins.block_product import block_product, kernels, library, pack, stored_shape, unpack_codes
 
 pytestmark = needs_cpu_operators
 
@@ -169,8 +169,8 @@ def test_the_writer_packs_as_the_operator_reads(name, rows):
     unsigned = (numbers.numpy().astype(np.int16) + form.zero).astype(np.uint8)
     packed = pack_panels(numbers, form).numpy()
     np.testing.assert_array_equal(packed, pack(unsigned, form.bits, form.block))
-    np.testing.assert_array_equal(unpack(packed, form.bits)[:rows], numbers.numpy())
-    assert not unpack(packed, form.bits)[rows:].any()
+    np.testing.assert_array_equal(unpack_codes(packed, form.bits)[:rows], numbers.numpy())
+    assert not unpack_codes(packed, form.bits)[rows:].any()
     panels = scale_panels(scales)
     assert panels.shape == (*packed.shape[:2], 64)
     assert torch.equal(panels.transpose(1, 2).flatten(0, 1)[:rows], scales)

@@ -12,7 +12,7 @@ from glm4_plugins.launch import (
     PLUGIN_OUTPUTS,
     PLUGIN_SCALES,
     SIZES,
-    Integers,
+    IntegerMath,
     KernelShape,
     choices,
     constants,
@@ -180,16 +180,16 @@ def test_unknown_names_are_answered_with_the_known_ones():
 def test_the_grid_covers_every_row_and_fills_the_gpu():
     tiles = choices(90)[0]
     nine = shape(*NINE_B)
-    assert grid(nine, tiles, 3, 512, 4096, Integers()) == 512 * 16 // tiles.block_m * 2 * 3
-    assert grid(nine, tiles, 3, 257, 4096, Integers()) == 33 * 2 * 3  # 4112 rows
+    assert grid(nine, tiles, 3, 512, 4096, IntegerMath()) == 512 * 16 // tiles.block_m * 2 * 3
+    assert grid(nine, tiles, 3, 257, 4096, IntegerMath()) == 33 * 2 * 3  # 4112 rows
     assert (
-        grid(nine, tiles, 1, 9, 4096, Integers()) == tiles.blocks
+        grid(nine, tiles, 1, 9, 4096, IntegerMath()) == tiles.blocks
     )  # two blocks of rows, and all keys shared
-    assert grid(nine, tiles, 1, 1, 131072, Integers()) == tiles.blocks
-    assert grid(nine, tiles, 1, 1, 256, Integers()) == 2 * (
+    assert grid(nine, tiles, 1, 1, 131072, IntegerMath()) == tiles.blocks
+    assert grid(nine, tiles, 1, 1, 256, IntegerMath()) == 2 * (
         256 // tiles.decode_n + 1
     )  # no more than tiles of keys
-    assert grid(nine, choices(90, processors=114)[0], 1, 1, 131072, Integers()) == 114
+    assert grid(nine, choices(90, processors=114)[0], 1, 1, 131072, IntegerMath()) == 114
 
 
 @pytest.mark.parametrize("processors", [114, 132, 144])

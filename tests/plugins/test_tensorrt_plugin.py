@@ -11,7 +11,7 @@ from glm4_plugins.launch import (
     PLUGIN_INPUTS,
     PLUGIN_OUTPUTS,
     PLUGIN_SCALES,
-    Integers,
+    IntegerMath,
     KernelShape,
     choices,
     counters_shape,
@@ -126,7 +126,7 @@ def check_launch(launch, shape, tiles):
         batch, sequence = point["batch"], point["sequence"]
         assert sizes == [batch, sequence, CAPACITY]
         assert parameters == dict(
-            grid_x=grid(shape, tiles, batch, sequence, CAPACITY, Integers()),
+            grid_x=grid(shape, tiles, batch, sequence, CAPACITY, IntegerMath()),
             grid_y=1,
             grid_z=1,
             block_x=32 * tiles.warps,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from glm4_runtime.bundle.element_types import BFLOAT16, NAMES, bits
+from glm4_runtime.bundle.element_types import BFLOAT16, TYPE_NAMES, bits
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "int8", "uint8", "int32", "int64"])
@@ -20,6 +20,6 @@ def test_types_that_numpy_does_not_have(name, expected):
 
 def test_numbers_are_onnx_own():
     onnx = pytest.importorskip("onnx")
-    numbers = {number: onnx.TensorProto.DataType.Name(number).lower() for number in NAMES}
-    assert numbers == NAMES | {1: "float"}
-    assert NAMES[BFLOAT16] == "bfloat16"
+    numbers = {number: onnx.TensorProto.DataType.Name(number).lower() for number in TYPE_NAMES}
+    assert numbers == TYPE_NAMES | {1: "float"}
+    assert TYPE_NAMES[BFLOAT16] == "bfloat16"

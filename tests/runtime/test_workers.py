@@ -25,7 +25,7 @@ import os, signal, time
 from glm4_runtime.workers import child
 
 def main(limits):
-    child.serve(answer, limits)
+    child.answer_tasks(answer, limits)
 
 def answer(task):
     return TASKS[task[0]](*task[1:])

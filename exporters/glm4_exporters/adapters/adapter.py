@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PICKLE = "adapter_model.bin"
-TASKS = {"SEQ_CLS": "sequence-classification", "TOKEN_CLS": "token-classification"}  # keys: PEFT's names
+TASK_OF_PEFT = {
+    "SEQ_CLS": "sequence-classification",
+    "TOKEN_CLS": "token-classification",
+}  # keys: PEFT's names
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 OUTER = re.compile(r"(?:(?:base_model\.model|module)\.)+")
@@ -33,11 +36,13 @@ PART = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?!(?:weight|bias)$)[^.]+)?(?:\.(?P<leaf>weight|bias))?"
 )
-WHOLE = re.compile(r"(?P<module>.+?)(?:\.modules_to_save(?:\.[^.]+)?|\.base_layer)?\.(?P<part>weight|bias)")
+WHOLE_TENSOR = re.compile(
+    r"(?P<module>.+?)(?:\.modules_to_save(?:\.[^.]+)?|\.base_layer)?\.(?P<part>weight|bias)"
+)
 IGNORED = ".original_module."  # the base model's weight, which PEFT saves beside its replacement
 
 Shapes = Mapping[str, tuple[int, ...]]
-Parts = dict[str, TensorHeader]
+ModuleParts = dict[str, TensorHeader]
 
 
 @dataclass
@@ -55,7 +60,7 @@ class Merged:
     expected: Shapes
     tied: bool = False
     ignored: frozenset[str] = frozenset()
-    whole: Parts = field(default_factory=dict)
+    whole: ModuleParts = field(default_factory=dict)
     changes: dict[str, list[Change]] = field(default_factory=dict)
 
 
@@ -96,7 +101,7 @@ class Adapter:
         """The task of the adapter's classification head. None: the adapter has no such head."""
         if "weight" not in self._modules.get("score", {}):
             return None
-        return TASKS.get(self.config.task or "", TASKS["SEQ_CLS"])
+        return TASK_OF_PEFT.get(self.config.task or "", TASK_OF_PEFT["SEQ_CLS"])
 
     @property
     def labels(self) -> int:
@@ -129,14 +134,14 @@ class Adapter:
         """Close the file. Afterwards the changes of this adapter cannot be applied."""
         self.file.close()
 
-    def _named(self) -> dict[str, Parts]:
+    def _named(self) -> dict[str, ModuleParts]:
         """Headers by module name without prefixes, then by part (``lora_A``, ``weight``, ``bias`` and others)."""
-        found: dict[str, Parts] = {}
+        found: dict[str, ModuleParts] = {}
         for name, header in self.file.headers.items():
             plain = _unwrapped(name)
             if IGNORED in plain:
                 continue
-            named = PART.fullmatch(plain) or WHOLE.fullmatch(plain)
+            named = PART.fullmatch(plain) or WHOLE_TENSOR.fullmatch(plain)
             if named is None:
                 self._refuse(f"has the tensor {shown(name)}, which is not one of LoRA's")
             if header.dtype not in DTYPES:

@@ -10,14 +10,14 @@ from glm4_exporters.config import Glm4Config
 from glm4_runtime.errors import CheckpointError, shown
 
 # The released models: last part of the name, with hidden size and number of layers.
-SMALL, LARGE = (4096, 40), (6144, 61)
+SIZE_9B, SIZE_32B = (4096, 40), (6144, 61)
 RELEASED = {
-    "glm-4-9b-0414": SMALL,
-    "glm-4-32b-0414": LARGE,
-    "glm-4-32b-base-0414": LARGE,
-    "glm-z1-9b-0414": SMALL,
-    "glm-z1-32b-0414": LARGE,
-    "glm-z1-rumination-32b-0414": LARGE,
+    "glm-4-9b-0414": SIZE_9B,
+    "glm-4-32b-0414": SIZE_32B,
+    "glm-4-32b-base-0414": SIZE_32B,
+    "glm-z1-9b-0414": SIZE_9B,
+    "glm-z1-32b-0414": SIZE_32B,
+    "glm-z1-rumination-32b-0414": SIZE_32B,
 }
 ON_A_HUB = re.compile(r"[\w.-]+/([\w.-]+)")
 SET_BASE = "if the adapter is right, correct base_model_name_or_path in its adapter_config.json"

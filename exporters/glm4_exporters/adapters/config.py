@@ -74,7 +74,7 @@ class AdapterConfig:
             CheckpointError: the file is damaged, or the adapter cannot be merged.
         """
         values = read_object(path, CheckpointError)
-        return _Reader(path, values).config()
+        return _ConfigReader(path, values).config()
 
     def rank_of(self, module: str) -> int | None:
         """The rank of a module, given by its name in the base model. None: the file names no rank."""
@@ -103,7 +103,7 @@ class AdapterConfig:
         return any(f".{name}." in f".{module}." for name in self.saved)
 
 
-class _Reader:
+class _ConfigReader:
     """Reads the values of one file and checks the type of each."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from glm4_runtime.errors import ExportError
 from glm4_runtime.install import install_command
 
 # What to use on a GPU that TensorRT-RTX does not support, such as 9.0 and 10.0.
-ELSEWHERE = "Other GPUs run --target tensorrt, exported on them, or --target ort --precision fp16"
+OTHER_GPUS = "Other GPUs run --target tensorrt, exported on them, or --target ort --precision fp16"
 
 
 def require_engine(
@@ -87,7 +87,7 @@ def _require_capabilities(kind_name: str, precision: str, asked: Sequence[str]) 
         if sm not in known:
             raise ExportError(
                 f"{kind_name} has no compute capability {sm!r}; it builds for {', '.join(known)} (89 means 8.9). "
-                f"{ELSEWHERE}"
+                f"{OTHER_GPUS}"
             )
         if int(sm) < PRECISIONS[precision].capability:
             raise ExportError(

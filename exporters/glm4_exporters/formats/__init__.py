@@ -6,12 +6,21 @@ decodes rows, and says how products round their inputs. Code elsewhere asks the 
 
 from collections.abc import Mapping
 
-from glm4_exporters.formats.base import CODES, SCALES, Encoded, Format, InputRounding, Part, StoredFormat
+from glm4_exporters.formats.base import (
+    CODES,
+    INT8_MAX,
+    SCALES,
+    Encoded,
+    Format,
+    InputRounding,
+    Part,
+    StoredFormat,
+)
 from glm4_exporters.formats.float8 import Float8
 from glm4_exporters.formats.integers import Integers
 from glm4_runtime.errors import ExportError
 
-_INT8_INPUTS = InputRounding("int8", 127, searched=True)
+_INT8_INPUTS = InputRounding("int8", INT8_MAX, searched=True)
 
 # A search lowers the error of int4 by clipping. It cannot lower the rounding error of int8.
 FORMATS: Mapping[str, Format] = {

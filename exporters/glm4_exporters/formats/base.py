@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CODES, SCALES = "codes", "scales"
+INT8_MAX = 127  # the smallest number used is its negative
 
 # Parts of a matrix by name. ``codes`` has one number per element [rows, width], not packed yet, and may be
 # padded to whole blocks. A part that belongs to the whole matrix is a scalar.

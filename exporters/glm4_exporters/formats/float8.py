@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-FP8, FP8_MAX = "float8e4m3fn", 448.0
+FLOAT8, FLOAT8_MAX = "float8e4m3fn", 448.0
 SCALE = "scale"
-INPUTS = InputRounding(FP8, FP8_MAX)
+FLOAT8_INPUTS = InputRounding(FLOAT8, FLOAT8_MAX)
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Float8(Format):
 
     bits: int = 8
     block: int | None = None
-    inputs: InputRounding | None = INPUTS
+    inputs: InputRounding | None = FLOAT8_INPUTS
     needs_largest: ClassVar[bool] = True
     portable: ClassVar[bool] = False
 
     def parts(self, rows: int, width: int, scale_type: str) -> dict[str, Part]:
-        return {CODES: Part(FP8, (rows, width), SCALE), SCALE: Part(scale_type, ())}
+        return {CODES: Part(FLOAT8, (rows, width), SCALE), SCALE: Part(scale_type, ())}
 
     def encode(
         self,
@@ -44,8 +44,8 @@ class Float8(Format):
         import torch
 
         assert largest is not None
-        scale = torch.tensor(max(largest, FP8_MAX * 2.0**-14) / FP8_MAX).to(scale_type)
-        codes = (rows / float(scale)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        scale = torch.tensor(max(largest, FLOAT8_MAX * 2.0**-14) / FLOAT8_MAX).to(scale_type)
+        codes = (rows / float(scale)).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
         return {CODES: codes, SCALE: scale}
 
     def decode(self, parts: Encoded, width: int) -> "Tensor":

@@ -6,8 +6,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-MICROSOFT = "com.microsoft"
-
 
 class Builder:
     """Collects new nodes of one module, until the pass inserts them into the graph."""

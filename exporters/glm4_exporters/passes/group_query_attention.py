@@ -3,8 +3,9 @@
 import numpy as np
 import onnx_ir as ir
 
-from glm4_exporters.passes.builder import MICROSOFT, Builder, fixed, graph_input, scope_of
+from glm4_exporters.passes.builder import Builder, fixed, graph_input, scope_of
 from glm4_plugins.operator import DOMAIN, OP_TYPE
+from glm4_runtime.bundle.graph_checks import MICROSOFT
 
 
 class GroupQueryAttention(ir.passes.InPlacePass):
@@ -23,7 +24,7 @@ class GroupQueryAttention(ir.passes.InPlacePass):
         graph = model.graph
         nodes = [n for n in graph if (n.domain, n.op_type) == (DOMAIN, OP_TYPE) and _head_size(n) % 8 == 0]
         if nodes:
-            shared = _Shared(graph, nodes[0])
+            shared = _SharedInputs(graph, nodes[0])
             for node in nodes:
                 _lower(graph, node, shared)
             model.opset_imports.pop(DOMAIN, None)
@@ -38,7 +39,7 @@ def _head_size(node: ir.Node) -> int:
     return fixed(query.shape[2]) // node.attributes["num_heads"].as_int()
 
 
-class _Shared:
+class _SharedInputs:
     """What all layers read: ``seqlens_k`` [B] and ``total_sequence_length``, a scalar, both int32.
 
     ``positions`` [B, S] int64 exists only if the kernel does not rotate.
@@ -64,7 +65,7 @@ class _Shared:
         graph.insert_before(graph[0], b.nodes)
 
 
-def _lower(graph: ir.Graph, node: ir.Node, shared: _Shared) -> None:
+def _lower(graph: ir.Graph, node: ir.Node, shared: _SharedInputs) -> None:
     query, key, value, past_key, past_value, cos, sin, *_ = node.inputs
     heads, kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
     b = Builder(graph, scope_of(node))

@@ -17,14 +17,14 @@ class NativeAttention(ir.passes.InPlacePass):
         graph = model.graph
         nodes = [n for n in graph if (n.domain, n.op_type) == (DOMAIN, OP_TYPE)]
         if nodes:
-            shared = _Shared(graph, nodes[0])
+            shared = _SharedTables(graph, nodes[0])
             for node in nodes:
                 _lower(graph, node, shared)
             model.opset_imports.pop(DOMAIN, None)
         return ir.passes.PassResult(model, bool(nodes))
 
 
-class _Shared:
+class _SharedTables:
     """What all layers read: positions [B, S], the mask [B, 1, S, C], and where the cache is written [B]."""
 
     def __init__(self, graph: ir.Graph, first: ir.Node) -> None:
@@ -60,7 +60,7 @@ class _Shared:
         graph.insert_before(graph[0], b.nodes)
 
 
-def _lower(graph: ir.Graph, node: ir.Node, shared: _Shared) -> None:
+def _lower(graph: ir.Graph, node: ir.Node, shared: _SharedTables) -> None:
     query, key, value, past_key, past_value, cos, sin, *_ = node.inputs
     attributes = node.attributes
     b = Builder(graph, scope_of(node))

@@ -8,9 +8,11 @@ from glm4_exporters.formats.arrangements import PANELS
 from glm4_exporters.formats.base import CODES, SCALES, StoredFormat
 from glm4_exporters.formats.brought import Brought
 from glm4_exporters.formats.integers import IntegerCodes
-from glm4_exporters.passes.builder import MICROSOFT, Builder, fixed, scope_of
+from glm4_exporters.passes.builder import Builder, fixed, scope_of
 from glm4_exporters.passes.stored import store
-from glm4_plugins.block_product import DOMAIN, OPERATOR, PANEL, VERSION
+from glm4_plugins.block_product import OPERATOR, PANEL
+from glm4_plugins.operator import DOMAIN, VERSION
+from glm4_runtime.bundle.graph_checks import MICROSOFT
 
 
 class PackedProducts(ir.passes.InPlacePass):

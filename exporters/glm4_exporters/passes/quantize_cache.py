@@ -7,12 +7,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from glm4_exporters.passes.builder import MICROSOFT, Builder, scope_of
+from glm4_exporters.passes.builder import Builder, scope_of
 from glm4_exporters.quantize.kv_cache import CacheScales
 from glm4_plugins.launch import PLUGIN_INPUTS
 from glm4_plugins.operator import DOMAIN, INPUTS, OP_TYPE, PLUGIN_INT8
-
-Floats = npt.NDArray[np.float32]
+from glm4_runtime.bundle.graph_checks import MICROSOFT
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class _Form:
     """
 
     key_scale: int
-    shape: Callable[[Floats], Floats]
+    shape: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
     attributes: Mapping[str, str | int]
     op_type: str | None = None
 

@@ -9,8 +9,9 @@ from glm4_exporters.formats.arrangements import ROWS, UNSIGNED
 from glm4_exporters.formats.base import CODES, SCALES, StoredFormat
 from glm4_exporters.formats.brought import ZEROS
 from glm4_exporters.formats.integers import IntegerCodes
-from glm4_exporters.passes.builder import MICROSOFT, Builder, fixed, scope_of
-from glm4_exporters.passes.stored import dequantize, store
+from glm4_exporters.passes.builder import Builder, fixed, scope_of
+from glm4_exporters.passes.stored import add_dequantize, store
+from glm4_runtime.bundle.graph_checks import MICROSOFT
 
 
 class QuantizeWeights(ir.passes.InPlacePass):
@@ -101,7 +102,7 @@ def _dequantized_product(b: Builder, node: ir.Node, weight: ir.Value, form: Stor
 
 def _dequantized(b: Builder, _node: ir.Node, weight: ir.Value, form: StoredFormat) -> ir.Value:
     """Transpose of a weight [N, K] -> DequantizeLinear, Transpose."""
-    wide = dequantize(b, weight, form, store(b.graph, weight, form, ROWS))
+    wide = add_dequantize(b, weight, form, store(b.graph, weight, form, ROWS))
     return b.op("Transpose", wide, perm=[1, 0])
 
 

@@ -2,7 +2,8 @@
 
 import onnx_ir as ir
 
-from glm4_exporters.passes.builder import MICROSOFT, Builder, scope_of
+from glm4_exporters.passes.builder import Builder, scope_of
+from glm4_runtime.bundle.graph_checks import MICROSOFT
 
 
 class SkipNorm(ir.passes.InPlacePass):

@@ -81,7 +81,7 @@ def _initializer(graph: ir.Graph, name: str, dtype: str, shape: tuple[int, ...])
     return graph.initializers[name]
 
 
-def dequantize(b: Builder, weight: ir.Value, form: StoredFormat, parts: dict[str, ir.Value]) -> ir.Value:
+def add_dequantize(b: Builder, weight: ir.Value, form: StoredFormat, parts: dict[str, ir.Value]) -> ir.Value:
     """``codes`` [rows, width] by DequantizeLinear, in the weight's type."""
     assert weight.dtype is not None
     source = source_of(parts[CODES])

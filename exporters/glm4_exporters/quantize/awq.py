@@ -32,7 +32,7 @@ class QuantizeDequantize(Protocol):
 
 
 @dataclass
-class Awq(ScaleSearch):
+class AwqSearch(ScaleSearch):
     """Searches the scales with which ``quantize_dequantize`` changes the matrices' products least."""
 
     quantize_dequantize: QuantizeDequantize = field(kw_only=True)

@@ -30,14 +30,18 @@ from glm4_exporters.reference import Glm4DecoderLayer, rotary_tables, rotate
 from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
 
-Vector = npt.NDArray[np.float32]
+Magnitudes = npt.NDArray[np.float32]
 
 SAMPLED_TOKENS = 512
 SAMPLED_WEIGHT_ROWS = 1024
 SCORES_BLOCK = 1 << 24  # number of attention scores in memory at a time
-MOST_BYTES = 1 << 30  # bytes of all tokens' hidden states, and also of the longest sequence's activations
-MLP_COPIES = 5  # copies in memory together: gate, up, silu(gate), their product and its magnitudes
-SEED = 0
+MOST_STATE_BYTES = (
+    1 << 30
+)  # bytes of all tokens' hidden states, and also of the longest sequence's activations
+CALIBRATION_MLP_COPIES = (
+    5  # copies in memory together: gate, up, silu(gate), their product and its magnitudes
+)
+TEXT_SEED = 0
 
 # The values whose maximum is kept per layer. ``scores`` are scaled and masked; ``product`` is silu(gate) * up;
 # ``residual`` is the larger of the layer's two sums.
@@ -50,10 +54,10 @@ CACHE_STATISTICS = ("key_absmax", "key_radius", "value_absmax")
 class InputStatistics:
     """One matrix input over all calibration tokens; the first three are per channel."""
 
-    absmax: Vector
-    mean_abs: Vector
-    mean_square: Vector
-    token_absmax: Vector  # percentiles 0, 1 ... 100 of the largest |x| of a token
+    absmax: Magnitudes
+    mean_abs: Magnitudes
+    mean_square: Magnitudes
+    token_absmax: Magnitudes  # percentiles 0, 1 ... 100 of the largest |x| of a token
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,9 @@ class LayerStatistics:
     """
 
     sites: Mapping[str, InputStatistics]
-    key_absmax: Vector
-    key_radius: Vector
-    value_absmax: Vector
+    key_absmax: Magnitudes
+    key_radius: Magnitudes
+    value_absmax: Magnitudes
     peaks: Mapping[str, float]
 
 
@@ -144,7 +148,7 @@ def calibrate(
     _check(checkpoint.config, sequences)
     config, lengths = checkpoint.config, [len(ids) for ids in sequences]
     picks = _sampled_positions(lengths)
-    hidden = streamed.embed(checkpoint, sequences)
+    hidden = streamed.embed_sequences(checkpoint, sequences)
     layers = streamed.layers(checkpoint)
     measured = []
     for index in range(config.num_hidden_layers):
@@ -167,8 +171,11 @@ def _check(config: Glm4Config, sequences: Sequence[Sequence[int]]) -> None:
         )
     tokens, longest = sum(map(len, sequences)), max(map(len, sequences))
     limits = {
-        "tokens in all": (tokens, MOST_BYTES // (4 * config.hidden_size)),
-        "tokens in one sequence": (longest, MOST_BYTES // (4 * MLP_COPIES * config.intermediate_size)),
+        "tokens in all": (tokens, MOST_STATE_BYTES // (4 * config.hidden_size)),
+        "tokens in one sequence": (
+            longest,
+            MOST_STATE_BYTES // (4 * CALIBRATION_MLP_COPIES * config.intermediate_size),
+        ),
     }
     for what, (count, most) in limits.items():
         if count > most:
@@ -186,7 +193,7 @@ def _check(config: Glm4Config, sequences: Sequence[Sequence[int]]) -> None:
 def _sampled_positions(lengths: Sequence[int]) -> list[Tensor]:
     """The sampled positions of each sequence; the same in every layer."""
     total = sum(lengths)
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(SEED))
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(TEXT_SEED))
     chosen = torch.zeros(total, dtype=torch.bool)
     chosen[order[:SAMPLED_TOKENS]] = True
     return [part.nonzero()[:, 0] for part in chosen.split(list(lengths))]
@@ -235,7 +242,7 @@ def _measure_head(
         inputs.add(streamed.final_norm(checkpoint, [states])[0], positions)
     statistics = inputs.statistics()
     if consumers:
-        buffer = torch.empty(streamed.READ_BLOCK, dtype=torch.uint8)
+        buffer = torch.empty(streamed.LAYER_READ_BYTES, dtype=torch.uint8)
         name = checkpoint.name_of(streamed.head_name(checkpoint))
         blocks = (block.float() for _, block in checkpoint.row_blocks(name, buffer))
         sample = _sampled_rows([checkpoint.config.vocab_size], [blocks])

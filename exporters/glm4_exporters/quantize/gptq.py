@@ -8,7 +8,7 @@ read. Before the rounding, a least-squares correction of the matrix compensates 
     rounded["model.layers.0.mlp.down_proj.weight"].rows(0, 64)    # codes and scales of 64 rows
 
 In memory are one layer, exact and rounded, and the activations of both models at one site, for the sequences that fit
-``MOST_BYTES``. The results are in temporary files.
+``MOST_ACTIVATION_BYTES``. The results are in temporary files.
 """
 
 import copy
@@ -40,8 +40,8 @@ from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
 
 WINDOW = 2048  # channels that compensate each other's errors; a multiple of every 4-bit block
-ROWS_AT_ONCE = 1024  # rows of a matrix that are rounded together
-MOST_BYTES = 1 << 30  # bytes of all sequences' widest activations, in both models
+ROUNDED_AT_ONCE = 1024  # rows of a matrix that are rounded together
+MOST_ACTIVATION_BYTES = 1 << 30  # bytes of all sequences' widest activations, in both models
 # Damping: shares of the mean of the second moments' diagonal, added to the diagonal. One for the error feedback, one
 # for the correction. channels / tokens is added to both, so that a short text has little influence.
 FEEDBACK_DAMPING, MOVE_DAMPING = 0.01, 0.05
@@ -92,7 +92,7 @@ def round_matrices(
     sequences = those_that_fit(sequences, config)
     attends = {length: BlockedAttention(config, length) for length in {len(ids) for ids in sequences}}
 
-    exact = streamed.embed(checkpoint, sequences)
+    exact = streamed.embed_sequences(checkpoint, sequences)
     rounded = [_as_stored(x, form.table, scale_type) for x in exact]
     for index, layer in enumerate(streamed.layers(checkpoint)):
         progress("round matrices", index, config.num_hidden_layers)
@@ -129,7 +129,7 @@ def _round_head(
     norm = torch.from_numpy(smoothing.rows.get("model.norm.weight", np.ones(1, np.float32)))
     exact, rounded = ([x * norm for x in streamed.final_norm(checkpoint, side)] for side in states)
     moments = _Moments(exact, rounded)
-    buffer = torch.empty(streamed.READ_BLOCK, dtype=torch.uint8)
+    buffer = torch.empty(streamed.LAYER_READ_BYTES, dtype=torch.uint8)
     for first, block in checkpoint.row_blocks(checkpoint.name_of(HEAD), buffer):
         rows = slice(first, first + len(block))
         part = Rounded(result.codes[rows], result.scales[rows])
@@ -169,8 +169,8 @@ class _Moments:
     ) -> Iterator[tuple[int, Tensor]]:
         """Round float32 ``weight`` into ``result``. Yields the index of a first row, and the rounded values from
         there on."""
-        for start in range(0, len(weight), ROWS_AT_ONCE):
-            rows = weight[start : start + ROWS_AT_ONCE].clone()
+        for start in range(0, len(weight), ROUNDED_AT_ONCE):
+            rows = weight[start : start + ROUNDED_AT_ONCE].clone()
             for window, move in zip(self._windows, self._moves, strict=True):
                 rows[:, window] += rows[:, window] @ move
             encoded = self._encoded(rows, form, scale_type)
@@ -248,9 +248,9 @@ def _smooth(layer: Glm4DecoderLayer, scope: str, smoothing: Smoothing, norm_bits
 
 
 def those_that_fit(sequences: Sequence[Sequence[int]], config: Glm4Config) -> list[Sequence[int]]:
-    """The first sequences that fit ``MOST_BYTES``; at least one."""
+    """The first sequences that fit ``MOST_ACTIVATION_BYTES``; at least one."""
     ends = np.cumsum([len(ids) for ids in sequences]) * 2 * 4 * config.intermediate_size
-    return list(sequences[: max(1, int((ends <= MOST_BYTES).sum()))])
+    return list(sequences[: max(1, int((ends <= MOST_ACTIVATION_BYTES).sum()))])
 
 
 def _require_space(results: Iterable[Rounded]) -> None:

@@ -11,20 +11,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from glm4_exporters.quantize.calibrate import Calibration, Vector
+from glm4_exporters.formats.base import INT8_MAX
+from glm4_exporters.quantize.calibrate import Calibration, Magnitudes
 from glm4_exporters.quantize.smooth import Smoothing
 
-LEVELS = 127
 MARGIN = 1.25  # headroom above the largest value in the calibration
-FLOOR = 1e-2  # lower bound, as a share of the head's largest value: a channel near 0 in the calibration may be larger later
+SMALLEST_SHARE = 1e-2  # lower bound, as a share of the head's largest value: a channel near 0 in the calibration may be larger later
 
 
 @dataclass(frozen=True)
 class CacheScales:
     """Scales of one layer, float32 [Hkv, D]: value = code * scale."""
 
-    key: Vector
-    value: Vector
+    key: Magnitudes
+    value: Magnitudes
 
 
 def cache_scales(calibration: Calibration, smoothing: Smoothing) -> tuple[CacheScales, ...]:
@@ -35,8 +35,10 @@ def cache_scales(calibration: Calibration, smoothing: Smoothing) -> tuple[CacheS
     )
 
 
-def _scales(largest: Vector) -> Vector:
+def _scales(largest: Magnitudes) -> Magnitudes:
     """Scales from the largest |x| per head and channel."""
-    floor = np.maximum(FLOOR * largest.max(axis=-1, keepdims=True), np.finfo(np.float32).tiny * LEVELS)
-    scales: Vector = (np.maximum(largest, floor) * np.float32(MARGIN / LEVELS)).astype(np.float32)
+    floor = np.maximum(
+        SMALLEST_SHARE * largest.max(axis=-1, keepdims=True), np.finfo(np.float32).tiny * INT8_MAX
+    )
+    scales: Magnitudes = (np.maximum(largest, floor) * np.float32(MARGIN / INT8_MAX)).astype(np.float32)
     return scales

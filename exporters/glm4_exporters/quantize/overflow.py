@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from glm4_exporters.config import Glm4Config
-from glm4_exporters.quantize.calibrate import PEAKS, Calibration, Vector
+from glm4_exporters.quantize.calibrate import PEAKS, Calibration, Magnitudes
 from glm4_exporters.quantize.smooth import Smoothing
 from glm4_runtime.errors import GateError
 
@@ -102,7 +102,7 @@ def remedies(calibration: Calibration, config: Glm4Config, smoothing: Smoothing 
             down_proj=max(0, _bits(found["down_proj"]) - up),
         )
     layers = {index: bits for index, bits in layers.items() if bits != LayerBits()}
-    rows: dict[str, Vector] = {}
+    rows: dict[str, Magnitudes] = {}
     for index, bits in layers.items():
         scope = f"model.layers.{index}."
         keys = config.num_key_value_heads * config.head_dim

@@ -29,7 +29,7 @@ TOKENS_AT_ONCE = 512  # enough rows to make reading the weights worthwhile
 ROW_BLOCK = 16 << 20  # elements of a matrix that are quantized at a time
 
 # (name, rows) -> the rows after quantizing and dequantizing.
-QuantizeDequantize = Callable[[str, Tensor], Tensor]
+RoundTrip = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TensorLoss:
 def measure(
     checkpoint: Checkpoint,
     sequences: Sequence[Sequence[int]],
-    quantize_dequantize: QuantizeDequantize,
+    quantize_dequantize: RoundTrip,
     progress: Progress = silent,
 ) -> list[TensorLoss]:
     """Every matrix's loss; the largest loss per element first.
@@ -86,13 +86,13 @@ class _Streams:
         checkpoint: Checkpoint,
         sequences: Sequence[Sequence[int]],
         names: list[str],
-        quantize_dequantize: QuantizeDequantize,
+        quantize_dequantize: RoundTrip,
     ) -> None:
         self.checkpoint, self.quantize = checkpoint, quantize_dequantize
         self.lengths = [len(ids) for ids in sequences]
         self.row = {name: i for i, name in enumerate(names, 1) if name != HEAD}  # the head's is the clean one
         self.states = _temporary((1 + len(self.row), sum(self.lengths), checkpoint.config.hidden_size))
-        clean = torch.cat([x[0] for x in streamed.embed(checkpoint, sequences)])
+        clean = torch.cat([x[0] for x in streamed.embed_sequences(checkpoint, sequences)])
         self.states[0] = clean
         self.states[self.row[EMBEDDING]] = quantize_dequantize(EMBEDDING, clean)
         self.attends = {length: BlockedAttention(checkpoint.config, length) for length in set(self.lengths)}
@@ -151,7 +151,7 @@ class _Streams:
             state.copy_(streamed.final_norm(checkpoint, [state[None]])[0])
         rows = self.row | ({HEAD: 0} if head == HEAD else {})
         sums = {name: _Divergence(self.states.shape[1]) for name in rows}
-        buffer = torch.empty(streamed.READ_BLOCK, dtype=torch.uint8)
+        buffer = torch.empty(streamed.LAYER_READ_BYTES, dtype=torch.uint8)
         for start, block in checkpoint.row_blocks(checkpoint.name_of(head), buffer):
             progress("compare distributions", start, vocab)
             weights = block.float().T

@@ -31,11 +31,13 @@ from torch import Tensor
 
 from glm4_exporters.architecture import HEAD
 from glm4_exporters.config import Glm4Config
-from glm4_exporters.quantize.calibrate import Calibration, Site, Vector
+from glm4_exporters.quantize.calibrate import Calibration, Magnitudes, Site
 
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FLOOR = 1e-4  # lower bound, as a share of the largest channel: a channel near 0 in the calibration may be larger later
-LARGEST = 2.0**12  # scales lie in 1 / LARGEST ... LARGEST, so that norm weights keep their digits in fp16
+LARGEST_SCALE = (
+    2.0**12
+)  # scales lie in 1 / LARGEST_SCALE ... LARGEST_SCALE, so that norm weights keep their digits in fp16
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Smoothing:
     A vector (norm weight, bias) has rows only.
     """
 
-    rows: Mapping[str, Vector] = field(default_factory=dict)
-    columns: Mapping[str, Vector] = field(default_factory=dict)
+    rows: Mapping[str, Magnitudes] = field(default_factory=dict)
+    columns: Mapping[str, Magnitudes] = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:
@@ -66,15 +68,15 @@ class Smoothing:
         """This smoothing followed by another."""
         return Smoothing(_product(self.rows, other.rows), _product(self.columns, other.columns))
 
-    def input_absmax(self, calibration: Calibration, name: str) -> Vector:
+    def input_absmax(self, calibration: Calibration, name: str) -> Magnitudes:
         """The largest |x| per channel of the input of the matrix ``name``, in the smoothed model."""
         return calibration.input_of(name).absmax / self.columns.get(name, np.float32(1))
 
-    def importance(self, calibration: Calibration, name: str) -> Vector:
+    def importance(self, calibration: Calibration, name: str) -> Magnitudes:
         """The mean x^2 per channel of the input of the matrix ``name``, in the smoothed model."""
         return calibration.input_of(name).mean_square / self.columns.get(name, np.float32(1)) ** 2
 
-    def value_absmax(self, calibration: Calibration, layer: int) -> Vector:
+    def value_absmax(self, calibration: Calibration, layer: int) -> Magnitudes:
         """The largest |V| per KV head and channel [Hkv, D], in the smoothed model."""
         values = calibration.layers[layer].value_absmax
         rows = self.rows.get(f"model.layers.{layer}.self_attn.v_proj.weight")
@@ -122,8 +124,8 @@ def shared_by_readers(config: Glm4Config, names: tuple[str, ...], largest: Tenso
 
 
 def centred(scales: Tensor) -> Tensor:
-    """Normalise scales so that the smallest is the inverse of the largest, within 1 / LARGEST ... LARGEST."""
-    return (scales / (scales.max() * scales.min()).sqrt()).clamp(1 / LARGEST, LARGEST)
+    """Normalise scales so that the smallest is the inverse of the largest, within 1 / LARGEST_SCALE ... LARGEST_SCALE."""
+    return (scales / (scales.max() * scales.min()).sqrt()).clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
 
 
 def above_floor(size: Tensor) -> Tensor:
@@ -212,6 +214,6 @@ def int8_per_row(x: Tensor) -> Tensor:
     return (x / step).round().clamp(-127, 127) * step
 
 
-def _product(one: Mapping[str, Vector], other: Mapping[str, Vector]) -> dict[str, Vector]:
+def _product(one: Mapping[str, Magnitudes], other: Mapping[str, Magnitudes]) -> dict[str, Magnitudes]:
     both = one.keys() & other.keys()
     return {**one, **other, **{name: one[name] * other[name] for name in both}}

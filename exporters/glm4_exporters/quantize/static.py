@@ -14,14 +14,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from glm4_exporters.formats.base import INT8_MAX
 from glm4_exporters.quantize.awq import QuantizeDequantize, quantized_rows, scales_by_activations
 from glm4_exporters.quantize.calibrate import Site
 from glm4_exporters.quantize.smooth import SmoothQuant, int8_per_row, relative_error
 
-LARGEST = 127
 # Ranges to try, as shares of the largest |x| on the calibration text.
 SHARES = tuple(0.9**k for k in range(13))
-SMALLEST = 2.0**-14  # float16's smallest normal number, the scale of an input of zeros
+SMALLEST_SCALE = 2.0**-14  # float16's smallest normal number, the scale of an input of zeros
 
 
 @dataclass
@@ -52,7 +52,7 @@ class StaticSmoothQuant(SmoothQuant):
             for share in SHARES
         }
         share = min(errors, key=lambda share: errors[share])
-        step = max(widest * share, SMALLEST)
+        step = max(widest * share, SMALLEST_SCALE)
         self.choices[-1] = replace(self.choices[-1], error=errors[share])
         self.input_scales |= dict.fromkeys(filter(self.rounds_input, site.names), step)
 
@@ -87,9 +87,9 @@ class StaticSmoothQuant(SmoothQuant):
 
 def int8_values(x: Tensor, step: float) -> Tensor:
     """Round x to 255 multiples of ``step``, and back."""
-    return (x / step).round().clamp(-LARGEST, LARGEST) * step
+    return (x / step).round().clamp(-INT8_MAX, INT8_MAX) * step
 
 
 def _step(site: Site, scales: Tensor) -> float:
     """The step with which 255 steps reach the largest |x| of all calibration tokens."""
-    return max(float((torch.from_numpy(site.statistics.absmax) / scales).max()) / LARGEST, SMALLEST)
+    return max(float((torch.from_numpy(site.statistics.absmax) / scales).max()) / INT8_MAX, SMALLEST_SCALE)

@@ -21,10 +21,11 @@ from glm4_exporters.sources.compressed_tensors import CompressedTensors
 from glm4_exporters.sources.fp8 import Fp8
 from glm4_exporters.sources.gptq import Gptq
 from glm4_exporters.sources.modelopt import ModelOpt
+from glm4_runtime.bundle.file_names import CONFIG
 from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import CheckpointError, shown
 
-CONFIG, MODELOPT_CONFIG = "config.json", "hf_quant_config.json"
+MODELOPT_CONFIG = "hf_quant_config.json"
 
 # Keys: quant_method in quantization_config.
 SOURCES: Mapping[str, Callable[[Settings], SourceFormat]] = {

@@ -10,6 +10,7 @@ from glm4_exporters.sources.base import (
     FLOATS,
     INT32,
     ORIGINAL,
+    WHOLE_ROW,
     QuantizedMatrix,
     Read,
     Rows,
@@ -23,7 +24,6 @@ from glm4_exporters.sources.base import (
 from glm4_runtime.errors import CheckpointError
 
 BITS, PER_WORD = 4, 8
-WHOLE_ROW = -1
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from glm4_runtime.errors import CheckpointError, shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-FP8, INT8, INT32, UINT8 = "F8_E4M3", "I8", "I32", "U8"
+FP8, INT8, INT32, UINT8 = "F8_E4M3", "I8", "I32", "U8"  # safetensors' names
+WHOLE_ROW = -1  # a group size: one group for a whole row
 
 Read = Callable[[TensorHeader], "Tensor"]  # reads a whole stored tensor
 

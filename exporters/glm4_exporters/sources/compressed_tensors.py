@@ -33,8 +33,13 @@ from glm4_exporters.sources.float4 import nvfp4_matrix
 from glm4_exporters.sources.float8 import ScaledMatrix, float8_blocks, float8_matrix, owned
 from glm4_runtime.errors import CheckpointError, shown
 
-PACKED, SCALE, ZEROS, TOTAL = "weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale"
-GROUPS = "weight_g_idx"
+WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_ZEROS, GLOBAL_SCALE = (
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_global_scale",
+)
+GROUP_INDEX = "weight_g_idx"
 STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group")
 
 
@@ -45,18 +50,20 @@ class PackedMatrix(QuantizedMatrix):
 
         from glm4_exporters.sources.bits import around_zero, unpack
 
-        bits, packed = self.storage.bits, read(self.tensors[PACKED])
-        scales = require_finite(self.tensors[SCALE], read(self.tensors[SCALE])).reshape(-1, self._count)
+        bits, packed = self.storage.bits, read(self.tensors[WEIGHT_PACKED])
+        scales = require_finite(self.tensors[WEIGHT_SCALE], read(self.tensors[WEIGHT_SCALE])).reshape(
+            -1, self._count
+        )
         scales = scales.expand(self.rows, -1)
         zeros = None
         if self.storage.zeros:
-            zeros = around_zero(unpack(read(self.tensors[ZEROS]).t(), bits), bits).t()
+            zeros = around_zero(unpack(read(self.tensors[WEIGHT_ZEROS]).t(), bits), bits).t()
         groups = None
-        if GROUPS in self.tensors:
-            groups = read(self.tensors[GROUPS]).long()
+        if GROUP_INDEX in self.tensors:
+            groups = read(self.tensors[GROUP_INDEX]).long()
             if bool((groups < 0).any()) or bool((groups >= self._count).any()):
                 raise CheckpointError(
-                    f"{self.module}.{GROUPS} names groups beyond 0 ... {self._count - 1}; the checkpoint is damaged"
+                    f"{self.module}.{GROUP_INDEX} names groups beyond 0 ... {self._count - 1}; the checkpoint is damaged"
                 )
             in_order = torch.arange(self.width) // (self.width // self._count)
             groups = None if torch.equal(groups, in_order) else groups
@@ -121,7 +128,7 @@ class _Scheme:
 class CompressedTensors(SourceFormat):
     name = "compressed-tensors"
     suffixes = (
-        PACKED, SCALE, ZEROS, TOTAL, GROUPS, "weight_shape", "input_scale", "input_zero_point", "input_global_scale",
+        WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_ZEROS, GLOBAL_SCALE, GROUP_INDEX, "weight_shape", "input_scale", "input_zero_point", "input_global_scale",
     )  # fmt: skip
 
     def __init__(self, settings: Settings) -> None:
@@ -146,14 +153,14 @@ class CompressedTensors(SourceFormat):
     def matrix(
         self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorHeader]
     ) -> QuantizedMatrix | None:
-        if PACKED not in tensors and SCALE not in tensors:
+        if WEIGHT_PACKED not in tensors and WEIGHT_SCALE not in tensors:
             return None
         scheme = next((scheme for scheme in self._schemes if scheme.takes(module)), None)
         if scheme is None:
             raise CheckpointError(
                 f"{module} is quantized, but none of quantization_config's config_groups names it"
             )
-        packed, weight = tensors.get(PACKED), tensors.get("weight")
+        packed, weight = tensors.get(WEIGHT_PACKED), tensors.get("weight")
         if packed is not None and packed.dtype == UINT8:
             return self._float4(module, shape, tensors, scheme)
         if packed is not None:
@@ -161,18 +168,25 @@ class CompressedTensors(SourceFormat):
         if weight is not None and weight.dtype == FP8:
             if scheme.strategy == "block":
                 block = scheme.block or (128, 128)
-                return float8_blocks(module, shape, tensors, SCALE, block)
-            return float8_matrix(module, shape, tensors, SCALE)
+                return float8_blocks(module, shape, tensors, WEIGHT_SCALE, block)
+            return float8_matrix(module, shape, tensors, WEIGHT_SCALE)
         return self._plain(module, shape, tensors, scheme)
 
     def _float4(
         self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorHeader], scheme: _Scheme
     ) -> QuantizedMatrix:
-        if TOTAL not in tensors:
+        if GLOBAL_SCALE not in tensors:
             raise scheme.settings.refuse(
-                f"{module} has 4-bit floats without {TOTAL}; of these NVFP4 alone is read"
+                f"{module} has 4-bit floats without {GLOBAL_SCALE}; of these NVFP4 alone is read"
             )
-        return nvfp4_matrix(module, shape, owned(tensors, PACKED, SCALE, TOTAL), PACKED, TOTAL, divides=True)
+        return nvfp4_matrix(
+            module,
+            shape,
+            owned(tensors, WEIGHT_PACKED, WEIGHT_SCALE, GLOBAL_SCALE),
+            WEIGHT_PACKED,
+            GLOBAL_SCALE,
+            divides=True,
+        )
 
     def _packed(
         self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorHeader], scheme: _Scheme
@@ -182,15 +196,26 @@ class CompressedTensors(SourceFormat):
             raise scheme.settings.refuse(f"{module} is packed as {scheme.kind} by {scheme.strategy}")
         group = scheme.group if scheme.strategy == "group" else None
         count = groups_of(width, group, module)
-        require(tensors[PACKED], f"{module}.{PACKED}", (INT32,), (rows, -(-width * bits // 32)))
+        require(tensors[WEIGHT_PACKED], f"{module}.{WEIGHT_PACKED}", (INT32,), (rows, -(-width * bits // 32)))
         shapes = ((1,), (1, 1)) if scheme.strategy == "tensor" else ((rows, count),)
-        scales = require(tensors.get(SCALE), f"{module}.{SCALE}", FLOATS, *shapes)
+        scales = require(tensors.get(WEIGHT_SCALE), f"{module}.{WEIGHT_SCALE}", FLOATS, *shapes)
         if not scheme.symmetric:
-            require(tensors.get(ZEROS), f"{module}.{ZEROS}", (INT32,), (-(-rows * bits // 32), count))
-        if GROUPS in tensors:
-            require(tensors[GROUPS], f"{module}.{GROUPS}", (INT32, "I64"), (width,))
+            require(
+                tensors.get(WEIGHT_ZEROS),
+                f"{module}.{WEIGHT_ZEROS}",
+                (INT32,),
+                (-(-rows * bits // 32), count),
+            )
+        if GROUP_INDEX in tensors:
+            require(tensors[GROUP_INDEX], f"{module}.{GROUP_INDEX}", (INT32, "I64"), (width,))
         storage = Storage("int", bits, group, not scheme.symmetric, scales.dtype)
-        return PackedMatrix(module, rows, width, storage, owned(tensors, PACKED, SCALE, ZEROS, GROUPS))
+        return PackedMatrix(
+            module,
+            rows,
+            width,
+            storage,
+            owned(tensors, WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_ZEROS, GROUP_INDEX),
+        )
 
     def _plain(
         self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorHeader], scheme: _Scheme
@@ -200,13 +225,13 @@ class CompressedTensors(SourceFormat):
         if scheme.kind != "int" or scheme.strategy not in ("tensor", "channel"):
             raise scheme.settings.refuse(f"{module} is int8 by {scheme.strategy}, which is not read")
         shapes = ((1,), (1, 1), ()) if scheme.strategy == "tensor" else ((rows, 1), (rows,))
-        scales = require(tensors.get(SCALE), f"{module}.{SCALE}", FLOATS, *shapes)
+        scales = require(tensors.get(WEIGHT_SCALE), f"{module}.{WEIGHT_SCALE}", FLOATS, *shapes)
         if not scheme.symmetric:
-            require(tensors.get(ZEROS), f"{module}.{ZEROS}", (INT8,), *shapes)
+            require(tensors.get(WEIGHT_ZEROS), f"{module}.{WEIGHT_ZEROS}", (INT8,), *shapes)
         together = None if scheme.strategy == "tensor" else 1
         storage = Storage("int", 8, None, not scheme.symmetric, scales.dtype, together)
-        own = owned(tensors, "weight", SCALE, ZEROS, "input_zero_point")
-        return ScaledMatrix(module, rows, width, storage, own, SCALE)
+        own = owned(tensors, "weight", WEIGHT_SCALE, WEIGHT_ZEROS, "input_zero_point")
+        return ScaledMatrix(module, rows, width, storage, own, WEIGHT_SCALE)
 
 
 def _require_patterns(settings: Settings, schemes: list[_Scheme]) -> None:

@@ -11,12 +11,12 @@ from glm4_exporters.sources.base import FP8, ORIGINAL, QuantizedMatrix, Settings
 from glm4_exporters.sources.float8 import float8_blocks, float8_matrix
 from glm4_runtime.errors import CheckpointError, shown
 
-IN_BLOCKS, PLAIN = "weight_scale_inv", "weight_scale"
+SCALES_OF_BLOCKS, SCALE_OF_MATRIX = "weight_scale_inv", "weight_scale"
 
 
 class Fp8(SourceFormat):
     name = "FP8"
-    suffixes = (IN_BLOCKS, PLAIN, "input_scale")
+    suffixes = (SCALES_OF_BLOCKS, SCALE_OF_MATRIX, "input_scale")
 
     def __init__(self, settings: Settings) -> None:
         self.left = settings.names("modules_to_not_convert", "ignored_layers")
@@ -36,14 +36,14 @@ class Fp8(SourceFormat):
         weight = tensors.get("weight")
         if weight is None or weight.dtype != FP8:
             return None
-        if IN_BLOCKS in tensors:
+        if SCALES_OF_BLOCKS in tensors:
             if self.block is None:
                 raise CheckpointError(
-                    f"{module} has {IN_BLOCKS}, but quantization_config has no weight_block_size"
+                    f"{module} has {SCALES_OF_BLOCKS}, but quantization_config has no weight_block_size"
                 )
-            return float8_blocks(module, shape, tensors, IN_BLOCKS, self.block)
-        if PLAIN in tensors:
-            return float8_matrix(module, shape, tensors, PLAIN)
+            return float8_blocks(module, shape, tensors, SCALES_OF_BLOCKS, self.block)
+        if SCALE_OF_MATRIX in tensors:
+            return float8_matrix(module, shape, tensors, SCALE_OF_MATRIX)
         raise CheckpointError(
-            f"{module}.weight is float8 and has no scale ({IN_BLOCKS}, {PLAIN}); {ORIGINAL}"
+            f"{module}.weight is float8 and has no scale ({SCALES_OF_BLOCKS}, {SCALE_OF_MATRIX}); {ORIGINAL}"
         )

@@ -13,6 +13,7 @@ from glm4_exporters.sources.base import (
     FLOATS,
     INT32,
     ORIGINAL,
+    WHOLE_ROW,
     QuantizedMatrix,
     Read,
     Rows,
@@ -28,8 +29,7 @@ from glm4_runtime.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-WHOLE_ROW = -1
-LAYOUTS = ("gptq", "gptq_v2")
+CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ class Gptq(SourceFormat):
         group = settings.integer("group_size", WHOLE_ROW)
         self.group = None if group == WHOLE_ROW else group
         self.symmetric = settings.boolean("sym", True)
-        layout: str = settings.one_of("checkpoint_format", LAYOUTS, None) if settings.text(
+        layout: str = settings.one_of("checkpoint_format", CHECKPOINT_FORMATS, None) if settings.text(
             "checkpoint_format"
-        ) else settings.one_of("format", LAYOUTS, LAYOUTS[0])  # fmt: skip
-        self.offset = int(layout == LAYOUTS[0])
+        ) else settings.one_of("format", CHECKPOINT_FORMATS, CHECKPOINT_FORMATS[0])  # fmt: skip
+        self.offset = int(layout == CHECKPOINT_FORMATS[0])
         if settings.section("dynamic") is not None:
             raise settings.refuse("dynamic gives modules bits and groups of their own, which is not read")
 

@@ -12,7 +12,7 @@ from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import QuantizedMatrix, Read, Rows
 from glm4_exporters.sources.view import View
 
-ROWS_AT_ONCE = 4096
+COPIED_AT_ONCE = 4096
 
 
 class KeptMatrix:
@@ -39,8 +39,8 @@ class KeptMatrix:
         """Open the matrix, and yield each block's first row and a meta tensor of the block's shape."""
         self._open()
         rows, width = self._view.header.shape
-        for first in range(0, rows, ROWS_AT_ONCE):
-            yield first, torch.empty(min(ROWS_AT_ONCE, rows - first), width, device="meta")
+        for first in range(0, rows, COPIED_AT_ONCE):
+            yield first, torch.empty(min(COPIED_AT_ONCE, rows - first), width, device="meta")
 
     def rows(self, first: int, count: int) -> Encoded:
         found = [

@@ -12,13 +12,13 @@ from glm4_exporters.sources.base import FP8, UINT8, QuantizedMatrix, Settings, S
 from glm4_exporters.sources.float4 import nvfp4_matrix
 from glm4_exporters.sources.float8 import float8_matrix, owned
 
-TOTAL = "weight_scale_2"
+SECOND_SCALE = "weight_scale_2"
 ALGORITHMS = ("FP8", "NVFP4", "FP8_PER_CHANNEL_PER_TOKEN")
 
 
 class ModelOpt(SourceFormat):
     name = "ModelOpt"
-    suffixes = ("weight_scale", TOTAL, "input_scale")
+    suffixes = ("weight_scale", SECOND_SCALE, "input_scale")
 
     def __init__(self, settings: Settings) -> None:
         settings.one_of("quant_algo", ALGORITHMS, None)
@@ -31,6 +31,6 @@ class ModelOpt(SourceFormat):
         if weight is not None and weight.dtype == FP8 and "weight_scale" in tensors:
             return float8_matrix(module, shape, tensors, "weight_scale")
         if weight is not None and weight.dtype == UINT8:
-            own = owned(tensors, "weight", "weight_scale", TOTAL)
-            return nvfp4_matrix(module, shape, own, "weight", TOTAL, divides=False)
+            own = owned(tensors, "weight", "weight_scale", SECOND_SCALE)
+            return nvfp4_matrix(module, shape, own, "weight", SECOND_SCALE, divides=False)
         return None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import Read
-from glm4_exporters.sources.view import Piece, View
+from glm4_exporters.sources.view import StoredRows, View
 from glm4_exporters.weight_reader import ROWS_TOGETHER
 from glm4_runtime.errors import CheckpointError
 
@@ -25,7 +25,7 @@ def view_blocks(view: View, read: Read, room: int) -> Iterator[tuple[int, Tensor
         start += piece.count
 
 
-def _rows_of(piece: Piece, read: Read) -> Callable[[int, int], Tensor]:
+def _rows_of(piece: StoredRows, read: Read) -> Callable[[int, int], Tensor]:
     """A function of ``first`` and ``count`` that returns these rows of the piece's stored matrix, float32."""
     stored = piece.stored
     if isinstance(stored, TensorHeader):

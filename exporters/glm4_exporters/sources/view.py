@@ -14,13 +14,13 @@ from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import QuantizedMatrix, SourceFormat
 
 WEIGHT = ".weight"
-QKV, WHOLE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.qkv_proj"
+QKV_PARTS, QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.qkv_proj"
 # Scales of an int8 or float8 KV cache. They are not used.
 CACHE_SCALES = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point", ".q_scale", ".output_scale")
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredRows:
     """Rows ``first`` ... ``first + count - 1`` of a stored matrix or tensor."""
 
     stored: QuantizedMatrix | TensorHeader
@@ -33,7 +33,7 @@ class View:
     """A tensor of the model, composed of rows of stored tensors and read as float32."""
 
     header: TensorHeader
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StoredRows, ...]
 
     @property
     def quantized(self) -> bool:
@@ -116,27 +116,29 @@ class _Finder:
         header = TensorHeader(name, "float32", shape, file, 0, 4 * math.prod(shape))
         return View(header, tuple(pieces))
 
-    def _pieces(self, name: str, shape: tuple[int, ...]) -> list[Piece]:
+    def _pieces(self, name: str, shape: tuple[int, ...]) -> list[StoredRows]:
         own = self._stored(name, shape)
         if own is not None:
-            return [Piece(own, 0, shape[0])]
+            return [StoredRows(own, 0, shape[0])]
         module, _, kind = name.rpartition(".")
         if module.endswith(FUSED):
             half = (shape[0] // 2, *shape[1:])
             halves = [self._stored(f"{module.removesuffix(FUSED)}{part}.{kind}", half) for part in HALVES]
-            return [Piece(part, 0, half[0]) for part in halves if part is not None] if all(halves) else []
-        for index, part in enumerate(QKV):
+            return (
+                [StoredRows(part, 0, half[0]) for part in halves if part is not None] if all(halves) else []
+            )
+        for index, part in enumerate(QKV_PARTS):
             if module.endswith(part):
-                return self._of_qkv(f"{module.removesuffix(part)}{WHOLE}.{kind}", index, shape)
+                return self._of_qkv(f"{module.removesuffix(part)}{QKV}.{kind}", index, shape)
         return []
 
-    def _of_qkv(self, name: str, index: int, shape: tuple[int, ...]) -> list[Piece]:
+    def _of_qkv(self, name: str, index: int, shape: tuple[int, ...]) -> list[StoredRows]:
         config = self.config
         queries, keys = (
             heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
         )
         whole = self._stored(name, (queries + 2 * keys, *shape[1:]))
-        return [] if whole is None else [Piece(whole, (0, queries, queries + keys)[index], shape[0])]
+        return [] if whole is None else [StoredRows(whole, (0, queries, queries + keys)[index], shape[0])]
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> QuantizedMatrix | TensorHeader | None:
         """The stored tensor of this name and shape, quantized or not. None: there is none."""

@@ -3,7 +3,7 @@
 import re
 
 # By ONNX's number, TensorProto.DataType.
-NAMES = {
+TYPE_NAMES = {
     1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 16: "bfloat16",
     17: "float8e4m3fn", 21: "uint4", 22: "int4",
 }  # fmt: skip

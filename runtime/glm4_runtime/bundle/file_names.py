@@ -34,3 +34,5 @@ QUANTIZATION_CONFIGS = ("hf_quant_config.json", "quantize_config.json")
 # Suffixes of weight files that are not read.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 GGUF = ".gguf"
+
+LONGEST_FILE_NAME = 255  # bytes, on every usual file system

@@ -12,8 +12,10 @@ from glm4_runtime.bundle.file_names import SIDE_FILES
 from glm4_runtime.bundle.manifest import FileEntry, Manifest
 from glm4_runtime.errors import BundleError, some
 
-BLOCK, BLOCKS = 1 << 20, 64
-SMALL = BLOCK * BLOCKS  # bytes; a file up to this size is hashed completely at every opening
+SAMPLE_BLOCK, SAMPLE_BLOCKS = 1 << 20, 64
+SMALL_FILE = (
+    SAMPLE_BLOCK * SAMPLE_BLOCKS
+)  # bytes; a file up to this size is hashed completely at every opening
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -29,20 +31,20 @@ def sample_of(path: Path) -> str | None:
     None for a file of at most 64 MiB, which is hashed completely.
     """
     size = path.stat().st_size
-    if size <= SMALL:
+    if size <= SMALL_FILE:
         return None
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        for i in range(BLOCKS):
-            file.seek(i * (size - BLOCK) // (BLOCKS - 1))
-            digest.update(file.read(BLOCK))
+        for i in range(SAMPLE_BLOCKS):
+            file.seek(i * (size - SAMPLE_BLOCK) // (SAMPLE_BLOCKS - 1))
+            digest.update(file.read(SAMPLE_BLOCK))
     return digest.hexdigest()
 
 
 def checked_at_opening(manifest: Manifest) -> dict[str, str]:
     """The check of each file at every opening: ``all``, ``sample`` or ``size``."""
     return {
-        name: "all" if entry.bytes <= SMALL else "size" if entry.sample is None else "sample"
+        name: "all" if entry.bytes <= SMALL_FILE else "size" if entry.sample is None else "sample"
         for name, entry in manifest.files.items()
     }
 
@@ -79,7 +81,7 @@ def _complaint(path: Path, entry: FileEntry, hashes: bool) -> str | None:
     size = path.stat().st_size
     if size != entry.bytes:
         return f"has {size} bytes, not {entry.bytes}"
-    if hashes or size <= SMALL:
+    if hashes or size <= SMALL_FILE:
         same = file_entry(path).sha256 == entry.sha256
     else:
         same = entry.sample in (None, sample_of(path))

@@ -39,7 +39,7 @@ OPERATORS = {
     | _named(OURS, "BlockQuantizedMatMul PartialRopeGqaAttention"),
 }
 ENGINE_DIALECT = "native"  # of the graph that an engine is built from
-ATTENTION = ("Attention", "GroupQueryAttention", "PartialRopeGqaAttention")
+ATTENTION_OPERATORS = ("Attention", "GroupQueryAttention", "PartialRopeGqaAttention")
 # Operators that may read constants only. Their results have as many elements as their largest input.
 OF_CONSTANTS = ("Cast", "DequantizeLinear", "Transpose")
 MOST_COMPUTED = 8  # maximum elements of all their results, per byte of the weights
@@ -160,7 +160,7 @@ def _check_shapes(manifest: Manifest, graph: OnnxGraph) -> str | None:  # noqa: 
 def _check_model(manifest: Manifest, graph: OnnxGraph) -> str | None:
     """Check the model's numbers that inputs and outputs do not show."""
     model, limits = manifest.model, manifest.limits
-    attention = [node for node in graph.nodes if node.operator in ATTENTION]
+    attention = [node for node in graph.nodes if node.operator in ATTENTION_OPERATORS]
     if len(attention) != model.num_layers:
         return f"has {len(attention)} attention nodes, but the manifest says {model.num_layers} layers"
     for name, wanted in (("num_heads", model.num_heads), ("kv_num_heads", model.num_kv_heads)):

@@ -8,14 +8,14 @@ from typing import Any, cast
 
 from glm4_runtime.errors import Glm4Error, shown
 
-MOST_BYTES = 64 << 20  # a config that names a million labels takes 30 MB
+MOST_JSON_BYTES = 64 << 20  # a config that names a million labels takes 30 MB
 MOST_LEVELS = 100  # maximum levels of nested objects and lists
 HALF_PAIR = re.compile(rb"\\u[dD][89abAB]")  # of an escape that may stand for no character
 DOWNLOAD = "download it again"
 
 
 def read_object(
-    path: Path, error: type[Glm4Error], advice: str = DOWNLOAD, most_bytes: int = MOST_BYTES
+    path: Path, error: type[Glm4Error], advice: str = DOWNLOAD, most_bytes: int = MOST_JSON_BYTES
 ) -> dict[str, Any]:
     """The JSON object in a file; see :func:`parse_object`.
 
@@ -26,7 +26,7 @@ def read_object(
 
 
 def read_small(
-    path: Path, error: type[Glm4Error], advice: str = DOWNLOAD, most_bytes: int = MOST_BYTES
+    path: Path, error: type[Glm4Error], advice: str = DOWNLOAD, most_bytes: int = MOST_JSON_BYTES
 ) -> bytes:
     """The bytes of an untrusted file.
 

@@ -14,7 +14,7 @@ from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import BundleError, one_line, shown, some
 
 SCHEMA_VERSION = 1
-MOST_BYTES = 16 << 20  # of a manifest; that of 61 layers takes 40 KB
+MOST_MANIFEST_BYTES = 16 << 20  # of a manifest; that of 61 layers takes 40 KB
 EXPORT_AGAIN = "export the bundle again"
 
 
@@ -31,7 +31,7 @@ class TensorSpec:
 class FileEntry:
     """
     Attributes:
-        sample: SHA-256 of the blocks that every opening reads, for a file larger than ``files.SMALL``; see
+        sample: SHA-256 of the blocks that every opening reads, for a file larger than ``files.SMALL_FILE``; see
             :func:`~glm4_runtime.bundle.files.sample_of`. None in older bundles.
     """
 
@@ -240,7 +240,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise BundleError(
             f"{folder} is not a bundle ({reason}); make one with: glm4-deploy export CHECKPOINT {folder}"
         )
-    data = read_object(path, BundleError, EXPORT_AGAIN, MOST_BYTES)
+    data = read_object(path, BundleError, EXPORT_AGAIN, MOST_MANIFEST_BYTES)
     version = data.get("schema_version")
     if version != SCHEMA_VERSION:
         raise BundleError(

@@ -21,7 +21,7 @@ from glm4_runtime.bundle.manifest import (
 )
 from glm4_runtime.errors import BundleError, shown, some
 
-LARGEST = 2**31 - 1
+LARGEST_NUMBER = 2**31 - 1
 MOST_COUNTERS = 2**20  # of the attention plugin: four for each processor of a GPU
 MOST_LAYERS, MOST_ROWS, MOST_END_TOKENS, MOST_PROFILES = 10_000, 65_536, 1_000, 16
 LONGEST_WORD = 255  # characters of a name
@@ -31,19 +31,22 @@ CAPABILITY = re.compile(r"[1-9][0-9]{1,2}")
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "encoder")
 ACTIVATION_TYPES = ("float32", "float16", "bfloat16")
 CACHES = (*ACTIVATION_TYPES, "int8")
+ONNX_RUNTIME = "onnxruntime"
 ONNX_DIALECTS, ENGINE_DIALECTS = ("ort", "cpu", "native"), ("tensorrt-rtx", "tensorrt")
-CAPACITY_STEP = 64  # an engine's cache has the limit's length, rounded up to a multiple of this
+# An engine's cache has the limit's length, rounded up to a multiple of this number of positions. Then each row of the
+# cache is a multiple of 256 bytes, which TensorRT requires.
+CAPACITY_STEP = 64
 
 # The largest value of each number of the model and of the limits; the smallest is 1.
 MOST = {
-    "vocab_size": LARGEST,
-    "hidden_size": LARGEST,
+    "vocab_size": LARGEST_NUMBER,
+    "hidden_size": LARGEST_NUMBER,
     "num_layers": MOST_LAYERS,
-    "num_heads": LARGEST,
-    "num_kv_heads": LARGEST,
-    "head_dim": LARGEST,
-    "max_positions": LARGEST,
-    "max_seq_len": LARGEST,
+    "num_heads": LARGEST_NUMBER,
+    "num_kv_heads": LARGEST_NUMBER,
+    "head_dim": LARGEST_NUMBER,
+    "max_positions": LARGEST_NUMBER,
+    "max_seq_len": LARGEST_NUMBER,
     "max_batch_size": MOST_ROWS,
 }
 # Numbers of the model that the configuration contains too.
@@ -112,7 +115,7 @@ def _check_numbers(manifest: Manifest) -> None:
         for name in MOST.keys() & vars(values).keys():
             _require_number(f"{part}.{name}", getattr(values, name), 1, MOST[name])
     for domain, version in manifest.opsets.items():
-        _require_number(f"opsets.{domain or 'ai.onnx'}", version, 1, LARGEST)
+        _require_number(f"opsets.{domain or 'ai.onnx'}", version, 1, LARGEST_NUMBER)
 
 
 def _check_model(manifest: Manifest) -> None:
@@ -129,7 +132,7 @@ def _check_model(manifest: Manifest) -> None:
     for (
         token
     ) in model.eos_token_ids:  # an id beyond the vocabulary has no effect; small models keep the family's ids
-        _require_number("model.eos_token_ids", token, 0, LARGEST)
+        _require_number("model.eos_token_ids", token, 0, LARGEST_NUMBER)
     if model.pad_token_id is not None:
         _require_number("model.pad_token_id", model.pad_token_id, 0, model.vocab_size - 1)
     classifies = manifest.task.endswith("classification")
@@ -194,7 +197,7 @@ def _check_profile(manifest: Manifest, profile: EngineProfile, axes: set[str]) -
     missing = sorted(axes - profile.axes.keys())
     _require(not missing, f"{where}.axes lacks {some(missing)}")
     for axis, values in profile.axes.items():
-        ordered = len(values) == 3 and 1 <= values[0] <= values[1] <= values[2] <= LARGEST
+        ordered = len(values) == 3 and 1 <= values[0] <= values[1] <= values[2] <= LARGEST_NUMBER
         _require(
             ordered, f"{where}.axes.{axis} is {shown(list(values))}, but must be minimum, optimum and maximum"
         )

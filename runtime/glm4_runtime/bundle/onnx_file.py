@@ -16,7 +16,7 @@ from glm4_runtime.bundle.json_file import read_small
 from glm4_runtime.bundle.manifest import EXPORT_AGAIN, TensorSpec
 from glm4_runtime.errors import BundleError, shown
 
-MOST_BYTES = 16 << 20  # bytes of a graph; 61 layers of the native dialect take 1 MB
+MOST_GRAPH_BYTES = 16 << 20  # bytes of a graph; 61 layers of the native dialect take 1 MB
 MOST_FIELDS = 1_000_000
 LONGEST_NAME, LONGEST_INLINE, MOST_AXES = 512, 1 << 20, 8
 
@@ -85,10 +85,10 @@ def read_graph(path: Path) -> OnnxGraph:
     Raises:
         BundleError: it is no ONNX file, has fields that our graphs do not have, or is too large.
     """
-    return _Reader(path, read_small(path, BundleError, EXPORT_AGAIN, MOST_BYTES)).model()
+    return _ModelReader(path, read_small(path, BundleError, EXPORT_AGAIN, MOST_GRAPH_BYTES)).model()
 
 
-class _Reader:
+class _ModelReader:
     def __init__(self, path: Path, data: bytes) -> None:
         self._path, self._data, self._left = path, data, MOST_FIELDS
 
@@ -245,9 +245,9 @@ class _Reader:
 
     def _element_type(self, fields: Fields, number: int, name: str) -> str:
         code = self._number(fields, number, "an element type")
-        if code not in element_types.NAMES:
+        if code not in element_types.TYPE_NAMES:
             raise self._refuse(f"gives {shown(name)} the element type {code}, which no graph of ours has")
-        return element_types.NAMES[code]
+        return element_types.TYPE_NAMES[code]
 
     def _tensor(self, span: Span) -> Tensor:
         """A TensorProto with raw or external data, of the size that its shape requires."""

@@ -7,9 +7,8 @@ Prompt lookup: after the same few tokens, a text often continues in the same way
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Ids = npt.NDArray[np.int64]
+from glm4_runtime.arrays import Ids
 
 SHORTEST_MATCH = 2
 LONG_MATCH = 6  # maximum match length; a match of this length is much more likely to continue

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Ids = npt.NDArray[np.int64]
+from glm4_runtime.arrays import Ids as Ids
 
 # A shorter common prefix (mostly role tokens) is computed again, and neither copied nor waited for.
 WORTH_SHARING = 16

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from glm4_runtime.server.strict import MOST_PARTS, Body, FunctionName, Text, Unsupported
+from glm4_runtime.server.strict import MOST_PARTS, Body, FunctionName, NonEmptyText, Unsupported
 
 
 class Echoed(Body):
@@ -63,7 +63,7 @@ class CalledFunction(Echoed):
 
 
 class Call(Echoed):
-    id: Text
+    id: NonEmptyText
     type: Literal["function"] = "function"
     function: CalledFunction
 

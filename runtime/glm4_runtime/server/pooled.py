@@ -6,16 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from glm4_runtime.arrays import Logits
 from glm4_runtime.server import log, schema
 from glm4_runtime.server.completions import as_list, encoded
 from glm4_runtime.server.errors import ApiError, Json
 from glm4_runtime.server.served_model import ServedModel
 
 MAX_INPUTS = 256
-
-Logits = npt.NDArray[np.float32]
 
 
 async def embed(served: ServedModel, body: schema.EmbeddingRequest) -> Json:

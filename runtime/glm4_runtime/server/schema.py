@@ -9,15 +9,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from glm4_runtime.server.messages import Messages, Tools
-from glm4_runtime.server.strict import Body, FunctionName, Text, Unsupported
+from glm4_runtime.server.strict import Body, FunctionName, NonEmptyText, Unsupported
 
 MOST_BIASED = 1024  # maximum tokens in logit_bias and in stop_token_ids
 MOST_PROMPTS = 1024  # maximum list length; more than any server answers in one request
 
 # Validation of a list stops at its first error; a body could contain a million.
-Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Ids = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
-ManyIds = Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+ManyIds = Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
 
 
 class Sampling(Body):
@@ -34,7 +34,7 @@ class Sampling(Body):
         "use_beam_search": (False,),
     }
 
-    model: Text
+    model: NonEmptyText
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -45,8 +45,8 @@ class Sampling(Body):
     repetition_penalty: float | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=MOST_BIASED)] | None = None
     seed: int | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=16, fail_fast=True)] | None = None
-    stop_token_ids: Annotated[list[Token], Field(max_length=MOST_BIASED, fail_fast=True)] | None = None
+    stop: NonEmptyText | Annotated[list[NonEmptyText], Field(max_length=16, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MOST_BIASED, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
@@ -98,7 +98,7 @@ class JsonSchemaFormat(Body):
 
 class RegexFormat(Body):
     type: Literal["regex"]
-    regex: Text
+    regex: NonEmptyText
 
 
 class GrammarFormat(Body):
@@ -154,7 +154,7 @@ class CompletionRequest(Sampling):
     prompt: (
         str
         | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
-        | Ids
+        | TokenIds
         | ManyIds
     )
     max_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -169,21 +169,24 @@ class CompletionRequest(Sampling):
 
 
 Inputs = (
-    Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)] | Ids | ManyIds
+    NonEmptyText
+    | Annotated[list[NonEmptyText], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+    | TokenIds
+    | ManyIds
 )
 
 
 class EmbeddingRequest(Body):
     UNSUPPORTED: ClassVar[Unsupported] = {"dimensions": ()}
 
-    model: Text
+    model: NonEmptyText
     input: Inputs
     encoding_format: Literal["float", "base64"] | None = None
     user: str | None = Field(None, description="Whom the request is for; written to the server's log.")
 
 
 class ClassifyRequest(Body):
-    model: Text
+    model: NonEmptyText
     input: Inputs
     user: str | None = Field(None, description="Whom the request is for; written to the server's log.")
 
@@ -191,7 +194,7 @@ class ClassifyRequest(Body):
 class TokenizeRequest(Body):
     """Either a prompt, or messages to render by the chat template."""
 
-    model: Text | None = None
+    model: NonEmptyText | None = None
     prompt: str | None = None
     add_special_tokens: bool | None = None
     messages: Messages | None = None
@@ -210,8 +213,8 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
-    model: Text | None = None
-    tokens: Ids
+    model: NonEmptyText | None = None
+    tokens: TokenIds
     skip_special_tokens: bool = False
 
 

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 # Maximum list length: more messages, parts or calls than fit any context.
 MOST_PARTS = 16384
 
-Text = Annotated[str, Field(min_length=1)]
+NonEmptyText = Annotated[str, Field(min_length=1)]
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 # Option -> values that have no effect.

@@ -7,12 +7,12 @@ from typing import Any, cast
 
 from glm4_runtime.bundle import Manifest, read_manifest
 from glm4_runtime.bundle.file_names import TOKENIZER
+from glm4_runtime.bundle.manifest_checks import ONNX_RUNTIME
 from glm4_runtime.errors import BundleError
 from glm4_runtime.opening import check_opening
 from glm4_runtime.session.base import Session
 from glm4_runtime.tokenizer import start_trial
 
-ONNX_RUNTIME = "onnxruntime"
 # The runtime of each dialect.
 RUNTIMES = {
     "ort": ONNX_RUNTIME,

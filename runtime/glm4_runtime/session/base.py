@@ -10,8 +10,9 @@ from types import TracebackType
 from typing import Literal, Self
 
 import numpy as np
-import numpy.typing as npt
 
+from glm4_runtime.arrays import Ids as Ids
+from glm4_runtime.arrays import Logits as Logits
 from glm4_runtime.bundle import Manifest
 from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.errors import ModelError, RequestError, SlotError
@@ -23,9 +24,6 @@ from glm4_runtime.session.checks import require_task, require_tokens
 from glm4_runtime.session.slot_steps import SlotSteps
 from glm4_runtime.side_files import check_bundle
 from glm4_runtime.tokenizer import Tokenizer
-
-Logits = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
 
 DEFAULT_CHUNK = 512
 

@@ -26,13 +26,13 @@ def load_tensorrt(info: EngineInfo) -> Any:
     Raises:
         UnavailableError: it is missing or has another version; says what to install or to export.
     """
-    name = KINDS[info.kind].module
+    name = ENGINES_OF_KIND[info.kind].module
     try:
         trt = import_module(name)
     except ImportError as error:
         raise UnavailableError(
             f"{name} cannot be imported ({error}); install {info.kind}=={info.version}"
-            f"{KINDS[info.kind].where}"
+            f"{ENGINES_OF_KIND[info.kind].where}"
         ) from error
     if trt.__version__ != info.version:
         raise UnavailableError(
@@ -241,4 +241,4 @@ def _errors_of(trt: Any) -> Any:
     return Errors()
 
 
-KINDS: dict[str, type[Engines]] = {"tensorrt-rtx": RtxEngines, "tensorrt": Engines}
+ENGINES_OF_KIND: dict[str, type[Engines]] = {"tensorrt-rtx": RtxEngines, "tensorrt": Engines}

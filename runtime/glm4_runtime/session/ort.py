@@ -24,7 +24,7 @@ from glm4_runtime.session.memory import CacheMemory, HostMemory
 if TYPE_CHECKING:
     from glm4_runtime.session.ort_cuda import OrtCuda
 
-OPERATORS, LIBRARY = "glm4_plugins", "cpu_operators"
+PLUGINS_PACKAGE, OPERATOR_LIBRARY = "glm4_plugins", "cpu_operators"
 OPERATOR_DOMAIN = "glm4"  # of those operators, in graphs
 # The providers that this session supports, fastest first.
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
@@ -58,15 +58,15 @@ def operator_library() -> Path:
     Raises:
         UnavailableError: it was not built, because there was no C++ compiler during the installation.
     """
-    spec = find_spec(OPERATORS)
+    spec = find_spec(PLUGINS_PACKAGE)
     folders = (spec.submodule_search_locations if spec else None) or ()
     for folder in folders:
         for suffix in reversed(EXTENSION_SUFFIXES):  # first the plain one, which builds give it
-            path = Path(folder) / f"{LIBRARY}{suffix}"
+            path = Path(folder) / f"{OPERATOR_LIBRARY}{suffix}"
             if path.is_file():
                 return path
     raise UnavailableError(
-        f"the CPU operators of {OPERATORS} were not built when glm4-deploy was installed; install a C++ compiler "
+        f"the CPU operators of {PLUGINS_PACKAGE} were not built when glm4-deploy was installed; install a C++ compiler "
         "and glm4-deploy again, or export with --target ort"
     )
 

@@ -10,7 +10,7 @@ from glm4_runtime.bundle import Manifest
 from glm4_runtime.session.base import Logits
 from glm4_runtime.session.cuda_device import Cuda
 
-NO_GPU = "ask for CPUExecutionProvider, or open the bundle on a GPU host"
+WITHOUT_CUDA = "ask for CPUExecutionProvider, or open the bundle on a GPU host"
 INT4_PRODUCTS = "ep.cuda.fpa_intb_gemm"
 
 
@@ -37,7 +37,7 @@ class OrtCuda:
 
     def __init__(self, ort: Any) -> None:
         self.missing = preload_cuda(ort)
-        self.cuda = Cuda("cuda", NO_GPU)
+        self.cuda = Cuda("cuda", WITHOUT_CUDA)
         self._pinned: Logits | None = None
 
     def provider_options(self) -> dict[str, str]:

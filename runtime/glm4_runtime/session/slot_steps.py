@@ -3,13 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
+from glm4_runtime.arrays import Logits
 
 if TYPE_CHECKING:
     from glm4_runtime.session.base import Session
-
-Logits = npt.NDArray[np.float32]
 
 
 class SlotSteps:

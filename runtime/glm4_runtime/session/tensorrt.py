@@ -17,7 +17,7 @@ from glm4_runtime.kv_cache import Move
 from glm4_runtime.session.base import Ids, Logits, Session
 from glm4_runtime.session.cuda_device import Cuda
 from glm4_runtime.session.cuda_memory import CudaMemory
-from glm4_runtime.session.engine_files import KINDS, Engines, load_tensorrt
+from glm4_runtime.session.engine_files import ENGINES_OF_KIND, Engines, load_tensorrt
 from glm4_runtime.session.engine_run import Bound, EngineRun
 
 NO_GPU = "open the engine on a GPU host, or export the checkpoint with --target ort"
@@ -57,7 +57,7 @@ class TensorRtSession(Session):
             self._closers.callback(self._cuda.close)
             kind = manifest.engine.kind
             self.provider = f"{kind} {trt.__version__}, GPU {self._cuda.capability()}"
-            self._open_runs(KINDS[kind](trt, folder, manifest, self._cuda, self.skipped))
+            self._open_runs(ENGINES_OF_KIND[kind](trt, folder, manifest, self._cuda, self.skipped))
             undo.pop_all()
 
     def _open_runs(self, engines: Engines) -> None:

@@ -30,7 +30,7 @@ _LONGEST_REASON = 300
 
 
 def main(limits: str) -> None:
-    child.serve(Grammars().answer, limits)
+    child.answer_tasks(Grammars().answer, limits)
 
 
 def limits() -> llguidance.LLParserLimits:

@@ -22,7 +22,7 @@ _LONGEST_REASON = 300
 
 
 def main(limits: str) -> None:
-    child.serve(Templates().answer, limits)
+    child.answer_tasks(Templates().answer, limits)
 
 
 class Templates:

@@ -14,7 +14,7 @@ _LONGEST_REASON = 300
 
 
 def main(limits: str) -> None:
-    child.serve(trial, limits)
+    child.answer_tasks(trial, limits)
 
 
 def trial(path: str) -> str | None:

@@ -4,8 +4,7 @@
 
 Each attack goes on for some seconds against a server of its own. Beside it three clients ask for the server's health,
 the tokens of a word, and an answer of four tokens, again and again. An attack has found something if one of these takes longer
-than ``LONGEST`` or fails. An answer needs a slot: under "unread" it waits for one, as behind other long answers, so
-that its time is kept and not judged there.
+than ``LONGEST`` or fails.
 """
 
 import contextlib
@@ -47,7 +46,6 @@ PROBES: dict[str, tuple[str, str, dict[str, Any] | None]] = {
         {"model": MODEL, "prompt": "word", "max_tokens": 4, "ignore_eos": True},
     ),
 }
-NOT_JUDGED = {("unread", "completion")}
 ENDLESS = (
     "{% if messages[0].content == 'loop' %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
     "{% endfor %}{% endif %}"
@@ -283,7 +281,7 @@ def findings(figures: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
         f"{attack}: {probe} took {found['worst']} s at worst, {found['failed']} failed"
         for attack, probes in figures.items()
         for probe, found in probes.items()
-        if (attack, probe) not in NOT_JUDGED and (found["worst"] > LONGEST or found["failed"])
+        if found["worst"] > LONGEST or found["failed"]
     ]
 
 

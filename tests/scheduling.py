@@ -1,6 +1,9 @@
 """What tests of the scheduler share: a listener that remembers, and loops driven by hand."""
 
 import threading
+import time
+
+import numpy as np
 
 from glm4_runtime.scheduler import Failed, Generated, Started
 from glm4_runtime.scheduler.drafts import Speculation
@@ -41,6 +44,36 @@ class Listener:
         return "".join(token.text for token in self.tokens)
 
 
+class Counting:
+    """Allows the ids 10 ... 19 first, then 20 ... 29 and so on; finished after so many. Notes its thread."""
+
+    def __init__(self, tokens, seconds=0.0, fails_at=None):
+        self.tokens, self.seconds, self.fails_at = tokens, seconds, fails_at
+        self.seen = []
+        self.threads = set()
+        self.busy = False
+
+    def advance(self, token):
+        self.busy = True
+        time.sleep(self.seconds)
+        if len(self.seen) == self.fails_at:
+            raise ValueError("a grammar that cannot go on")
+        self.seen.append(token)
+        self.threads.add(threading.current_thread().name)
+        self.busy = False
+
+    def apply(self, logits):
+        assert not self.busy
+        first = 10 + 10 * (len(self.seen) % 20)
+        allowed = logits[first : first + 10].copy()
+        logits[:] = -np.inf
+        logits[first : first + 10] = allowed
+
+    @property
+    def finished(self):
+        return len(self.seen) >= self.tokens
+
+
 def draft_always(monkeypatch, count):
     """Schedulers that are made from now on draft so many tokens, whatever drafts cost."""
 
@@ -67,14 +100,16 @@ def drive(scheduler, steps=10_000):
             return
 
 
-def owners(scheduler):
-    """What each slot holds by the account of each of its owners: a list of token arrays for each slot."""
-    slots = scheduler._batch._slots
-    found = {slot: [] for slot in range(scheduler._session.max_batch_size)}
-    for job in scheduler._batch:
-        if job.lease is not None:
-            assert slots._owners[job.lease.slot] is job.lease
-            found[job.lease.slot].append(job.ids[: job.fed])
-    for slot, ids in slots._kept().items():
-        found[slot].append(ids)
-    return found
+def require_single_owners(scheduler, session):
+    """Each running request has a slot of its own, and what a slot holds is the account of its owner."""
+    view = scheduler.view()
+    leased = {ticket: slot for ticket, slot in view.running.items() if slot is not None}
+    assert len(set(leased.values())) == len(leased)
+    owners = {slot: one.owner for slot, one in enumerate(view.slots)}
+    assert leased == {owner: slot for slot, owner in owners.items() if owner not in (None, "cache")}
+    holding = {slot: one.tokens.tolist() for slot, one in enumerate(view.slots) if len(one.tokens)}
+    assert all(owners[slot] is not None for slot in holding)
+    assert set(holding) == set(range(len(view.slots))) - set(session.free_slots())
+    for slot, tokens in holding.items():
+        assert session.length(slot) == len(tokens)
+    return holding

@@ -12,7 +12,7 @@ class ScriptedTicket:
     def __init__(self):
         self.cancelled = threading.Event()
 
-    held = False  # a script goes on whoever reads
+    held = lagging = False  # a script goes on whoever reads
 
     def cancel(self):
         self.cancelled.set()

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from scheduling import Listener, draft_always, drive, owners, submit
+from scheduling import Listener, draft_always, drive, require_single_owners, submit
 
 from glm4_runtime import RequestError, SamplingParams, Session
 from glm4_runtime.errors import DeadlineError, ModelError, QueueFullError, StoppedError
@@ -37,11 +37,8 @@ def alone(session, wanted):
 
 
 def used_slots(session, scheduler):
-    """Slots of the session that neither a job nor the prefix cache accounts for come out as a difference."""
-    owned = {slot for slot, found in owners(scheduler).items() if found}
-    in_use = set(range(session.max_batch_size)) - set(session.free_slots())
-    assert in_use == owned
-    return in_use
+    """The slots in use, each of which has one owner."""
+    return set(require_single_owners(scheduler, session))
 
 
 def test_requests_share_steps_and_each_gets_its_own_answer(session, scheduler):

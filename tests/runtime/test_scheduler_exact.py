@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from scheduling import Listener, draft_always, drive, submit
+from scheduling import Counting, Listener, draft_always, drive, submit
 
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_runtime import SamplingParams, Session
@@ -240,36 +240,6 @@ def test_nothing_is_drafted_for_several_requests_or_under_a_mask(session, monkey
 
 
 # Masks ------------------------------------------------------------------------------------------
-
-
-class Counting:
-    """Allows the ids 10 ... 19 first, then 20 ... 29 and so on; finished after so many. Notes its thread."""
-
-    def __init__(self, tokens, seconds=0.0, fails_at=None):
-        self.tokens, self.seconds, self.fails_at = tokens, seconds, fails_at
-        self.seen = []
-        self.threads = set()
-        self.busy = False
-
-    def advance(self, token):
-        self.busy = True
-        time.sleep(self.seconds)
-        if len(self.seen) == self.fails_at:
-            raise ValueError("a grammar that cannot go on")
-        self.seen.append(token)
-        self.threads.add(threading.current_thread().name)
-        self.busy = False
-
-    def apply(self, logits):
-        assert not self.busy
-        first = 10 + 10 * (len(self.seen) % 20)
-        allowed = logits[first : first + 10].copy()
-        logits[:] = -np.inf
-        logits[first : first + 10] = allowed
-
-    @property
-    def finished(self):
-        return len(self.seen) >= self.tokens
 
 
 def wait(scheduler, seconds=10):

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from history_session import VOCAB, HistorySession
-from scheduling import Listener, owners
+from scheduling import Listener, draft_always, require_single_owners
 
 from glm4_runtime import SamplingParams
 from glm4_runtime.errors import DeadlineError, Glm4Error, ModelError, QueueFullError, StoppedError
@@ -97,7 +97,8 @@ class Asked:
         self.request = Request(
             prompt, params, mask=mask and Mask(*mask), deadline=deadline, prompt_logprobs=prompt_logprobs
         )
-        self.listener, self.ticket, self.given_up = Listener(), None, False
+        self.listener, self.ticket = Listener(), None
+        self.given_up = self.stopped_reading = False
 
     @property
     def tokens(self):
@@ -123,13 +124,15 @@ class Interleaving:
         "pace_masks": 1,
         "finish_a_mask": 6,
         "cancel": 1,
+        "stop_reading": 4,
+        "read_again": 3,
         "wait": 1,
         "fail_next": 1,
         "stop": 0.1,
     }
 
-    def __init__(self, seed):
-        self.random = random.Random(seed)
+    def __init__(self, seed, masks):
+        self.random, self.masks = random.Random(seed), masks
         self.now, self.stopped = 0.0, False
         self.session = HistorySession(SLOTS)
         self.session.before_run = self.before_run
@@ -142,10 +145,6 @@ class Interleaving:
             prefix_cache=self.random.random() < 0.8,
             speculation=self.random.random() < 0.8,
         )
-        speculation = self.scheduler._batch._speculation
-        speculation.decoded(1.0)
-        speculation.width = lambda _matched, most: min(4, most)
-        self.masks = self.scheduler._batch._masks = ByHand()
         self.armed, self.blamed, self.asked = {}, [], []
         # in some runs requests come one by one, so that drafts are made; in others they fill the queue
         self.weights = self.WEIGHTS | {"submit": self.random.choice((2, 8, 16))}
@@ -201,6 +200,17 @@ class Interleaving:
             asked.given_up = True
             asked.ticket.cancel()
 
+    def stop_reading(self):
+        if self.asked:
+            asked = self.random.choice(self.asked[-8:])
+            asked.stopped_reading = True
+            asked.ticket.lag()
+
+    def read_again(self):
+        lagging = [asked for asked in self.asked if asked.ticket.lagging]
+        if lagging:
+            self.random.choice(lagging).ticket.catch_up()
+
     def wait(self):
         self.now += 1.0
 
@@ -224,17 +234,15 @@ class Interleaving:
                 self.check_end(asked)
 
     def check_slots(self):
-        owned = owners(self.scheduler)
-        assert all(len(found) <= 1 for found in owned.values())
-        holding = {slot: found[0] for slot, found in owned.items() if found and len(found[0])}
-        in_use = set(range(SLOTS)) - set(self.session.free_slots())
-        assert set(holding) == in_use
-        for slot, held in holding.items():
-            assert self.session.history(slot) == held.tolist()
+        for slot, held in require_single_owners(self.scheduler, self.session).items():
+            assert self.session.history(slot) == held
 
     def check_places(self):
-        """A request waits, or is live, or has ended and been counted: one of them, and once."""
-        places = [job.ticket for job in (*self.scheduler._queue, *self.scheduler._batch._live)]
+        """A request waits, runs, is parked, or has ended and been counted: one of them, and once."""
+        view = self.scheduler.view()
+        places = [*view.waiting, *view.running, *view.parked]
+        assert len(view.running) <= SLOTS
+        assert len(view.parked) <= QUEUE
         assert len(set(map(id, places))) == len(places)
         open_ = [asked.ticket for asked in self.asked if not asked.over]
         assert all(ticket in places for ticket in open_)
@@ -249,7 +257,8 @@ class Interleaving:
         elif isinstance(error, StoppedError):
             assert self.stopped
         elif isinstance(error, DeadlineError):
-            assert self.now >= asked.request.deadline
+            unread = "not read" in str(error)
+            assert asked.stopped_reading if unread else self.now >= asked.request.deadline
         elif not self.is_to_blame(asked):
             assert (told, True) == (asked.expected, asked.fails)
 
@@ -279,12 +288,14 @@ class Interleaving:
     def end(self):
         """Everything comes to an end, whatever has happened."""
         self.armed.clear()
+        for asked in self.asked:
+            asked.ticket.catch_up()
         for _ in range(600):
             while self.masks.waiting:
                 self.masks.finish(0)
             self.scheduler.step()
             stats = self.scheduler.stats()
-            if not stats.active and not stats.queued:
+            if not stats.active and not stats.queued and not stats.parked:
                 break
         self.holds()
         assert all(asked.over for asked in self.asked)
@@ -295,8 +306,11 @@ class Interleaving:
 def interleave(monkeypatch, seeds, count):
     """Each seed in turn; what happened to all requests, by outcome and by figure."""
     total = collections.Counter()
+    draft_always(monkeypatch, 4)
     for seed in seeds:
-        one = Interleaving(seed)
+        masks = ByHand()
+        monkeypatch.setattr("glm4_runtime.scheduler.batch.ThreadPoolExecutor", lambda *_, masks=masks: masks)
+        one = Interleaving(seed, masks)
         clock = types.SimpleNamespace(monotonic=lambda one=one: one.now, perf_counter=time.perf_counter)
         for name in ("batch", "scheduler", "job"):
             monkeypatch.setattr(f"glm4_runtime.scheduler.{name}.time", clock)
@@ -307,13 +321,22 @@ def interleave(monkeypatch, seeds, count):
             raise
         stats = one.scheduler.stats()
         total.update(stats.requests)
-        total.update(cached=stats.cached_tokens, accepted=stats.accepted_tokens)
+        total.update(
+            cached=stats.cached_tokens,
+            accepted=stats.accepted_tokens,
+            preempted=stats.preemptions,
+            recomputed=stats.recomputed_tokens,
+        )
     return total
 
 
 def test_whatever_happens_each_slot_has_one_owner_and_each_request_its_own_answer(monkeypatch):
     total = interleave(monkeypatch, range(60), 300)
-    few = {name: total[name] for name in (*OUTCOMES, "cached", "accepted") if total[name] < 30}
+    few = {
+        name: total[name]
+        for name in (*OUTCOMES, "cached", "accepted", "preempted", "recomputed")
+        if total[name] < 30
+    }
     assert not few, "too few of these for the test to mean something"
 
 

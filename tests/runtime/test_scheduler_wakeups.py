@@ -15,18 +15,6 @@ from glm4_runtime.scheduler import Request, Scheduler
 PATIENCE = 20  # seconds after which a test holds that nothing will happen any more
 
 
-class Bed(threading.Event):
-    """The event that the thread sleeps on: it says when the thread lies down."""
-
-    def __init__(self):
-        super().__init__()
-        self.asleep = threading.Event()
-
-    def wait(self, timeout=None):
-        self.asleep.set()
-        return super().wait(timeout)
-
-
 class SlowMask:
     """Allows everything, and is worked out when the test says so."""
 
@@ -55,13 +43,13 @@ class AtLine:
         done, result: when ``act`` has returned, and what.
     """
 
-    def __init__(self, scheduler, line, act):
-        self.scheduler, self.line, self.act = scheduler, line, act
+    def __init__(self, line, act):
+        self.line, self.act = line, act
         self.claim, self.done, self.result = threading.Lock(), threading.Event(), None
 
     def __call__(self, frame, event, _argument):
         ours = "/scheduler/" in frame.f_code.co_filename
-        if not ours or threading.current_thread() is not self.scheduler._thread:
+        if not ours or threading.current_thread().name != "scheduler":
             return None
         self.line -= event == "line"
         if not self.line and self.claim.acquire(blocking=False):
@@ -84,27 +72,26 @@ def interrupted(line, act, prepare):
         What ``act`` returned; None where the thread lay down before it came so far.
     """
     scheduler = Scheduler(HistorySession())
-    scheduler._news = bed = Bed()
     given = prepare(scheduler)
-    trace = AtLine(scheduler, line, lambda: act(scheduler, given))
+    trace = AtLine(line, lambda: act(scheduler, given))
     threading.settrace(trace)
     try:
         scheduler.start()
     finally:
         threading.settrace(None)
-    while not trace.claim.locked() and not bed.asleep.wait(0.001):
-        pass
+    while not trace.claim.locked() and not scheduler.asleep:
+        time.sleep(0.0005)
     if not trace.claim.acquire(blocking=False):
         assert trace.done.wait(PATIENCE), f"asleep for ever after line {line}"
     scheduler.stop(drain=0)
     return trace.result
 
 
-def every_line(act, prepare=lambda _scheduler: None):
-    """Interrupt the thread at each of its lines in turn; how many those were."""
+def every_line(act, prepare=lambda _scheduler: None, stride=1):
+    """Interrupt the thread at each of its lines in turn, or at every ``stride``-th; how many lines there were."""
     line = 1
     while interrupted(line, act, prepare) is not None:
-        line += 1
+        line += stride
     return line - 1
 
 
@@ -166,6 +153,33 @@ def test_a_mask_that_is_ready_at_any_line_is_applied():
     assert every_line(act, prepare) > 200
 
 
+def test_a_client_that_stops_to_read_at_any_line_gives_its_slot_to_who_waits():
+    """Its mask is never ready, so that its own steps do not wake the thread. It reads again after the other's end."""
+
+    def prepare(scheduler):
+        masks = [SlowMask() for _ in range(3)]
+        return (
+            masks,
+            [submit(scheduler, request(3, mask=mask)) for mask in masks],
+            submit(scheduler, request())[0],
+        )
+
+    def act(scheduler, given):
+        masks, readers, other = given
+        while not readers[0][0].started:  # nothing to read before
+            time.sleep(0.0005)
+        ticket = readers[0][1]
+        ticket.lag()
+        assert other.done.wait(PATIENCE)
+        ticket.catch_up()
+        for mask in masks:
+            mask.go.set()
+        assert all(listener.done.wait(PATIENCE) for listener, _ in readers)
+        return all(len(listener.tokens) == 3 for listener, _ in readers)
+
+    assert every_line(act, prepare, stride=7) > 200
+
+
 @pytest.mark.parametrize("switch", [0.005, 1e-6])
 def test_a_stop_after_the_last_token_returns(switch):
     """At the machine's own pace: 200 stops while clients leave."""
@@ -202,7 +216,6 @@ def test_a_deadline_is_kept_where_nothing_else_happens():
 def test_a_thread_without_work_sleeps_until_it_is_woken():
     """No step is taken meanwhile: a thread that looks every few milliseconds keeps a laptop awake."""
     scheduler = Scheduler(HistorySession())
-    scheduler._news = bed = Bed()
     steps = []
     real = scheduler.step
     scheduler.step = lambda: steps.append(1) or real()
@@ -212,7 +225,8 @@ def test_a_thread_without_work_sleeps_until_it_is_woken():
     end = time.monotonic() + PATIENCE
     while not mask.go.is_set() and scheduler.stats().steps < 2 and time.monotonic() < end:
         time.sleep(0.001)
-    assert bed.asleep.wait(PATIENCE)
+    while not scheduler.asleep and time.monotonic() < end:
+        time.sleep(0.001)
     before = len(steps)
     time.sleep(0.2)
     assert len(steps) <= before + 1

@@ -4,6 +4,7 @@ from glm4_runtime.sampling import TokenMask
 from glm4_runtime.scheduler.api import Event, Failed, Generated, Request, SchedulerStats, Started
 from glm4_runtime.scheduler.job import Ticket
 from glm4_runtime.scheduler.scheduler import Scheduler
+from glm4_runtime.scheduler.view import SchedulerView, SlotView
 
 __all__ = [
     "Event",
@@ -12,6 +13,8 @@ __all__ = [
     "Request",
     "Scheduler",
     "SchedulerStats",
+    "SchedulerView",
+    "SlotView",
     "Started",
     "Ticket",
     "TokenMask",

@@ -85,14 +85,17 @@ Event = Started | Generated | Failed
 
 @dataclass(frozen=True)
 class SchedulerStats:
-    """Statistics at one moment. All except the first three only grow.
+    """Statistics at one moment. All except the first three and ``parked`` only grow.
 
     Attributes:
+        queued, active, slots: requests that wait for their first slot, requests with a slot, and slots.
         prompt_tokens: tokens of all prompts read, including those from the prefix cache (``cached_tokens``).
         drafted_tokens: tokens guessed by prompt lookup; ``accepted_tokens`` of them were right.
         requests: number of ended requests by outcome: stop, length, cancelled, timeout, failed, stopped.
         steps: steps that ran the model; ``step_seconds`` is their total time, ``model_seconds`` the part in the
             model.
+        parked: requests that gave their slot back, because their clients do not read while other requests wait.
+        preemptions: how often a request was parked; ``recomputed_tokens`` were run once more after a return.
     """
 
     queued: int
@@ -107,3 +110,6 @@ class SchedulerStats:
     steps: int
     step_seconds: float
     model_seconds: float
+    parked: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0

@@ -8,15 +8,16 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
-from glm4_runtime.errors import DeadlineError, Glm4Error, ModelError
+from glm4_runtime.errors import Glm4Error
 from glm4_runtime.generate import Logits
 from glm4_runtime.scheduler.api import Event, Failed, Generated, Started
 from glm4_runtime.scheduler.drafts import WIDTHS, Speculation, look_up
+from glm4_runtime.scheduler.failures import model_error, overdue, unread
 from glm4_runtime.scheduler.figures import Figures
 from glm4_runtime.scheduler.job import Job, Pending
 from glm4_runtime.scheduler.policy import prefill_budget, shares
 from glm4_runtime.scheduler.prefix_cache import Ids
-from glm4_runtime.scheduler.slots import Lease, Slots
+from glm4_runtime.scheduler.slots import Kept, Lease, Slots
 from glm4_runtime.scoring import rows_per_run
 from glm4_runtime.session import Session
 
@@ -32,6 +33,7 @@ class Batch:
     """The jobs that share a session's slots, in order of arrival.
 
     A job stays in the list of live jobs until :meth:`_end` removes the job, releases its slot and tells its listener.
+    Live jobs run or are parked: at most as many run as there are slots, and a parked job has no slot.
     Each phase of a step selects its jobs from the current list and handles each job once. An error of one job ends
     this job only.
     """
@@ -45,9 +47,10 @@ class Batch:
         step_tokens: int,
         prefix_cache: bool,
         speculation: bool,
+        most_parked: int,
     ) -> None:
         self._session, self._figures, self._wake = session, figures, wake
-        self._step_tokens, self._speculates = step_tokens, speculation
+        self._step_tokens, self._speculates, self._most_parked = step_tokens, speculation, most_parked
         self._slots = Slots(session, prefix_cache)
         self._speculation = Speculation()
         self._masks: Executor | None = None
@@ -60,14 +63,42 @@ class Batch:
         return iter(self._live)
 
     @property
+    def running(self) -> int:
+        """The number of jobs that are not parked."""
+        return sum(not job.parked for job in self._live)
+
+    @property
     def room(self) -> int:
-        """The number of sequences that can still be admitted."""
-        return self._session.max_batch_size - len(self._live)
+        """The number of sequences that can be admitted now."""
+        return self._session.max_batch_size - self.running
+
+    @property
+    def places(self) -> int:
+        """The number of sequences that could be admitted after :meth:`make_room`."""
+        return self.room + sum(job.may_be_parked for job in self._live)
 
     @property
     def waits(self) -> bool:
-        """Whether all jobs wait: for a mask, or for a client to read."""
-        return all(job.waits for job in self._live)
+        """Whether all jobs wait: for a mask, for a client to read, or for a slot."""
+        returning = any(job.returns for job in self._live)
+        return all(job.waits for job in self._live) and not (returning and self.places)
+
+    def make_room(self, wanted: int) -> None:
+        """Give slots of clients that do not read to parked jobs that return, and to ``wanted`` new jobs.
+
+        The jobs with the fewest tokens are parked first, because they cost least to compute again.
+        """
+        returning = [job for job in self._live if job.returns]
+        lagging = sorted((job for job in self._live if job.may_be_parked), key=lambda job: len(job.ids))
+        for job in lagging[: max(0, len(returning) + wanted - self.room)]:
+            self._park(job)
+        for job in returning[: self.room]:
+            job.resume()
+
+    @property
+    def owners(self) -> Sequence[Lease | Kept | None]:
+        """The owner of each slot."""
+        return self._slots.owners
 
     def admit(self, job: Job) -> None:
         job.admitted_at = time.monotonic()
@@ -110,9 +141,7 @@ class Batch:
 
     def _decode_or_verify(self, decoding: Sequence[Job]) -> None:
         """Generate one token per job. If a single job runs and its text repeats, verify a draft of several tokens."""
-        single = (
-            self._speculates and len(decoding) == len(self._live) == 1 and decoding[0].request.mask is None
-        )
+        single = self._speculates and len(decoding) == self.running == 1 and decoding[0].request.mask is None
         if not single:
             self._decode(decoding)
             return
@@ -186,7 +215,7 @@ class Batch:
         return right
 
     def _prefill(self, decoding: int) -> None:
-        waiting = [job for job in self._live if job.rest]
+        waiting = [job for job in self._live if job.rest and not job.parked]
         begun = [job for place, job in enumerate(waiting) if self._begun(job, waiting[:place])]
         budget = prefill_budget(self._step_tokens, decoding)
         for job, count in zip(begun, shares([one.rest for one in begun], budget), strict=True):
@@ -204,7 +233,7 @@ class Batch:
             job.reusable_ids, [other.prompt_ids for other in before]
         ):
             with self._blaming(job):
-                job.lease = self._slots.lease(job.buffer, len(job.reusable_ids))
+                job.begin(self._slots.lease(job.buffer, len(job.reusable_ids)))
         return job.lease is not None
 
     def _feed(self, job: Job, count: int) -> None:
@@ -214,9 +243,13 @@ class Batch:
             row = self._run_prompt(job, job.lease, count)
         if job.rest:
             return
+        if job.started:
+            self._figures.recomputed_tokens += job.goal - cached
+            self._take(job, row)
+            return
         self._figures.prompt_tokens += job.prompt
         self._figures.cached_tokens += cached
-        started = Started(cached, job.prompt, job.scores)
+        job.started, started = True, Started(cached, job.prompt, job.scores)
         if job.request.generates:
             job.ticket.tell(started)
             self._take(job, row)
@@ -224,18 +257,19 @@ class Batch:
             self._end(job, "length", started)
 
     def _run_prompt(self, job: Job, lease: Lease, count: int) -> Logits:
-        """Run the next ``count`` tokens of a prompt, and score the tokens if the request asks for log-probabilities.
+        """Prefill the next ``count`` tokens, and score those of a prompt if the request asks for log-probabilities.
 
         Returns:
             Logits of the last position, float32 [vocab].
         """
-        if job.scores is None:
+        scores = job.to_score
+        if scores is None:
             only: Logits = self._slots.feed(lease, count)[0]
             return only
         step = rows_per_run(self._session.manifest.model.vocab_size, self._session.prefill_chunk)
         for start in range(lease.fed, stop := lease.fed + count, step):
             rows = self._slots.feed(lease, min(step, stop - start), "all")
-            job.scores.take(start, rows)
+            scores.take(start, rows)
         last: Logits = rows[-1]
         return last
 
@@ -323,32 +357,28 @@ class Batch:
     def _end(self, job: Job, outcome: str, event: Event | None = None) -> None:
         """Release the slot and tell the listener. The slot's prefix stays cached unless it may be corrupt."""
         self._live.remove(job)
-        self._figures.ended(outcome, time.monotonic() - job.admitted_at)
-        lease, job.lease = job.lease, None
+        self._figures.ended(outcome, job.slot_seconds)
         pending, job.pending = job.pending, None
         if pending is not None:
             pending.mask.cancel()
-        if lease is not None:
-            try:
-                self._slots.end(lease, keep=outcome not in _SPOILING)
-            except BaseException:
-                logger.exception("slot %d is emptied before its next use", lease.slot)
+        self._release(job, keep=outcome not in _SPOILING)
         if event is not None:
             job.ticket.tell(event)
 
+    def _park(self, job: Job) -> None:
+        """Take the slot of a job until its client reads again. Too many parked jobs: end the one parked for longest."""
+        job.park()
+        self._figures.preemptions += 1
+        self._release(job, keep=True)
+        parked = [one for one in self._live if one.parked]
+        if len(parked) > self._most_parked:
+            longest = min((one for one in parked if one.ticket.lagging), key=lambda one: one.parked_at or 0.0)
+            self._end(longest, "timeout", Failed(unread(longest)))
 
-def overdue(job: Job) -> DeadlineError:
-    return DeadlineError(
-        f"the request was not done by its deadline: {job.count} tokens were generated; "
-        "allow it more time or fewer tokens"
-    )
-
-
-def model_error(error: BaseException) -> ModelError:
-    """The error that the client receives after a failed step; its message has one line."""
-    if isinstance(error, Glm4Error):
-        return ModelError(str(error))
-    if isinstance(error, MemoryError):
-        return ModelError("no memory for a step of the model; send shorter prompts or allow fewer slots")
-    lines = str(error).splitlines() or [""]
-    return ModelError(f"a step of the model failed ({type(error).__name__}: {lines[0][:200]})")
+    def _release(self, job: Job, *, keep: bool) -> None:
+        lease, job.lease = job.lease, None
+        if lease is not None:
+            try:
+                self._slots.end(lease, keep=keep)
+            except BaseException:
+                logger.exception("slot %d is emptied before its next use", lease.slot)

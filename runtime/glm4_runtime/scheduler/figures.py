@@ -14,6 +14,8 @@ class Figures:
     generated_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
     steps: int = 0
     step_seconds: float = 0.0
     model_seconds: float = 0.0
@@ -25,16 +27,19 @@ class Figures:
         self.requests[outcome] += 1
         self.seconds_per_request += (seconds - self.seconds_per_request) * 0.1
 
-    def snapshot(self, queued: int, active: int, slots: int) -> SchedulerStats:
+    def snapshot(self, queued: int, active: int, parked: int, slots: int) -> SchedulerStats:
         return SchedulerStats(
             queued=queued,
             active=active,
+            parked=parked,
             slots=slots,
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
             generated_tokens=self.generated_tokens,
             drafted_tokens=self.drafted_tokens,
             accepted_tokens=self.accepted_tokens,
+            preemptions=self.preemptions,
+            recomputed_tokens=self.recomputed_tokens,
             requests=dict(self.requests),
             steps=self.steps,
             step_seconds=self.step_seconds,

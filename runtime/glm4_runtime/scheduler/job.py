@@ -27,7 +27,7 @@ class Ticket:
     def __init__(self, on_event: Callable[[Event], None], wake: Callable[[], None]) -> None:
         self._on_event, self._wake = on_event, wake
         self._lock = threading.RLock()  # reentrant: a listener may cancel from within an event
-        self._cancelled = self._closed = self._held = False
+        self._cancelled = self._closed = self._held = self._lagging = False
 
     @property
     def cancelled(self) -> bool:
@@ -48,6 +48,25 @@ class Ticket:
     def go_on(self) -> None:
         """Resume generation after :meth:`hold`; may be called from any thread."""
         self._held = False
+        self._wake()
+
+    @property
+    def lagging(self) -> bool:
+        """Whether :meth:`lag` was called last."""
+        return self._lagging
+
+    def lag(self) -> None:
+        """State that the client does not read; may be called from any thread.
+
+        The request goes on while no other request needs its slot. If another one does, the request is parked.
+        """
+        if not self._lagging:
+            self._lagging = True
+            self._wake()
+
+    def catch_up(self) -> None:
+        """State that the client reads again after :meth:`lag`; may be called from any thread."""
+        self._lagging = False
         self._wake()
 
     def cancel(self) -> None:
@@ -92,11 +111,16 @@ class Pending:
 class Job:
     """Prompt and output of one request.
 
+    A parked request has no slot. After its return, prefill runs its prompt and its output so far once more.
+
     Attributes:
         prompt: number of tokens of the prompt.
+        started: whether the prompt was read, and :class:`Started` was sent.
+        goal: number of tokens that prefill puts into the slot: the prompt, after a return also the output so far.
+        parked_at: ``time.monotonic()`` at which the request was parked. None: it is not parked.
         scores: log-probabilities of the prompt, filled during prefill. None: the request does not ask for them.
         buffer: tokens of prompt and output, int64 [prompt + limit].
-        lease: the slot, from the start of prefill to the end of the job.
+        lease: the slot, from the start of prefill until the job ends or is parked.
         pending: the last token, while the mask after it is being computed.
     """
 
@@ -105,7 +129,8 @@ class Job:
         self.prompt = len(request.prompt_ids)
         self.buffer = np.empty(self.prompt + continuation.limit, np.int64)
         self.buffer[: self.prompt] = request.prompt_ids
-        self._count = self.prompt
+        self._count = self.goal = self.prompt
+        self.started = False
         self.scores = (
             None
             if request.prompt_logprobs is None
@@ -114,6 +139,7 @@ class Job:
         self.lease: Lease | None = None
         self.pending: Pending | None = None
         self.admitted_at = time.monotonic()
+        self.parked_at: float | None = None
 
     @property
     def ids(self) -> Ids:
@@ -125,10 +151,15 @@ class Job:
         return self.buffer[: self.prompt]
 
     @property
+    def to_score(self) -> PromptScores | None:
+        """Where the scores of the prompt go while it is read for the first time. None: nothing is to be scored."""
+        return None if self.started else self.scores
+
+    @property
     def reusable_ids(self) -> Ids:
-        """The part of the prompt that may come from the prefix cache. Empty if the prompt is scored, because scores
+        """The tokens that may come from the prefix cache. None of them if the prompt is to be scored, because scores
         need the logits of every position."""
-        return self.prompt_ids if self.scores is None else self.prompt_ids[:0]
+        return self.ids if self.to_score is None else self.ids[:0]
 
     @property
     def count(self) -> int:
@@ -146,14 +177,14 @@ class Job:
 
     @property
     def rest(self) -> int:
-        """Number of prompt tokens that are not in the slot yet."""
-        return max(0, self.prompt - self.fed)
+        """Number of tokens that prefill has yet to run."""
+        return max(0, self.goal - self.fed)
 
     @property
     def decodes(self) -> bool:
         """Whether the job takes part in the next decode step."""
         held_back = self.pending is not None and not self.pending.runs_ahead
-        fed = self._count > self.prompt and self.fed == self._count - 1
+        fed = not self.rest and self.fed == self._count - 1
         return fed and not held_back and not self.ticket.held
 
     @property
@@ -163,8 +194,45 @@ class Job:
 
     @property
     def waits(self) -> bool:
-        """Whether the job can do nothing until its mask is ready or :meth:`Ticket.go_on` is called."""
-        return not (self.rest or self.decodes or self.settles)
+        """Whether the job can do nothing until its mask is ready, its client reads, or it leaves the parked ones."""
+        return not (self.settles or (not self.parked and (self.rest or self.decodes)))
+
+    @property
+    def parked(self) -> bool:
+        return self.parked_at is not None
+
+    @property
+    def may_be_parked(self) -> bool:
+        return self.started and self.ticket.lagging and not self.parked
+
+    @property
+    def returns(self) -> bool:
+        """Whether the job is parked, and may have a slot again.
+
+        A token whose mask is not ready may be the last one. After a failed run with such a token, the job waits for
+        the mask.
+        """
+        blocked = self.pending is not None and not self.pending.runs_ahead
+        return self.parked and not self.ticket.lagging and not blocked
+
+    def begin(self, lease: Lease) -> None:
+        """Take a slot, into which prefill puts all tokens so far."""
+        self.lease, self.goal = lease, self._count
+
+    def park(self) -> None:
+        self.parked_at = time.monotonic()
+        if self.pending is not None:
+            self.pending.logits = None  # computed again after the return
+
+    def resume(self) -> None:
+        assert self.parked_at is not None
+        self.admitted_at += time.monotonic() - self.parked_at
+        self.parked_at = None
+
+    @property
+    def slot_seconds(self) -> float:
+        """Seconds since the job was admitted, without those for which it was parked."""
+        return (time.monotonic() if self.parked_at is None else self.parked_at) - self.admitted_at
 
     def append(self, token: int) -> None:
         self.buffer[self._count] = token

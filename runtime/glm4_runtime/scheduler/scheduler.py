@@ -10,10 +10,12 @@ from collections.abc import Callable
 from glm4_runtime.errors import Glm4Error, QueueFullError, RequestError, StoppedError
 from glm4_runtime.generate import Continuation
 from glm4_runtime.scheduler.api import MOST_TOP_LOGPROBS, Event, Failed, Request, SchedulerStats
-from glm4_runtime.scheduler.batch import Batch, model_error, overdue
+from glm4_runtime.scheduler.batch import Batch
+from glm4_runtime.scheduler.failures import model_error, overdue
 from glm4_runtime.scheduler.figures import Figures
 from glm4_runtime.scheduler.job import Job, Ticket
 from glm4_runtime.scheduler.policy import retry_after
+from glm4_runtime.scheduler.view import SchedulerView, view_of
 from glm4_runtime.session import Session
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class Scheduler:
         self._queue: deque[Job] = deque()
         self._closed_at: float | None = None  # when the remaining requests fail
         self._thread: threading.Thread | None = None
+        self._asleep = False
         self._batch = Batch(
             session,
             self._figures,
@@ -62,6 +65,7 @@ class Scheduler:
             step_tokens=step_tokens,
             prefix_cache=prefix_cache,
             speculation=speculation,
+            most_parked=max_queue,
         )
 
     def start(self) -> None:
@@ -125,7 +129,19 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """The current statistics; callable from any thread."""
-        return self._figures.snapshot(len(self._queue), len(self._batch), self._session.max_batch_size)
+        batch = self._batch
+        return self._figures.snapshot(
+            len(self._queue), batch.running, len(batch) - batch.running, self._session.max_batch_size
+        )
+
+    def view(self) -> SchedulerView:
+        """All requests and all slots, for debugging and for checks between two steps."""
+        return view_of(self._queue, self._batch, self._batch.owners)
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the thread waits for a change or a deadline."""
+        return self._asleep
 
     def _wake(self) -> None:
         """Wake the thread after a change; callable from any thread."""
@@ -141,7 +157,9 @@ class Scheduler:
             if self._done():
                 break
             if not more:
+                self._asleep = True
                 self._news.wait(self._patience())
+                self._asleep = False
         self._end_everything(StoppedError("the scheduler stopped before the request was done"))
 
     def step(self) -> bool:
@@ -155,7 +173,7 @@ class Scheduler:
             # A bug, or a panic in an extension: the thread must survive it.
             logger.exception("a step failed as a whole; the requests in it are failed")
             self._batch.fail_all(model_error(error), "failed")
-        return bool(self._queue and self._batch.room) or not self._batch.waits
+        return bool(self._queue and self._batch.places) or not self._batch.waits
 
     def _leave_queue(self) -> None:
         """Remove cancelled and overdue requests from the queue."""
@@ -169,6 +187,7 @@ class Scheduler:
             job.ticket.tell(Failed(overdue(job)))
 
     def _admit(self) -> None:
+        self._batch.make_room(len(self._queue))
         with self._lock:
             for _ in range(min(self._batch.room, len(self._queue))):
                 self._batch.admit(self._queue.popleft())

@@ -55,6 +55,11 @@ class Slots:
         self._owners: list[Lease | Kept | None] = [None] * session.max_batch_size
         self._uses = itertools.count()
 
+    @property
+    def owners(self) -> Sequence[Lease | Kept | None]:
+        """The owner of each slot; None: nobody."""
+        return tuple(self._owners)
+
     def lease(self, ids: Ids, reusable: int) -> Lease:
         """Give the sequence ``ids`` a slot, and reuse the longest prefix of its first ``reusable`` tokens that a slot
         holds.

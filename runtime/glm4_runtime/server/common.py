@@ -14,6 +14,7 @@ from glm4_runtime.errors import DeadlineError
 from glm4_runtime.sampling import SamplingParams
 from glm4_runtime.scheduler import Request, Started
 from glm4_runtime.server import log, schema
+from glm4_runtime.server.connections import is_blocked
 from glm4_runtime.server.errors import ApiError, api_error, encode
 from glm4_runtime.server.served_model import ClientGoneError, RunningReplies, ServedModel
 from glm4_runtime.structured import AnswerFormat
@@ -84,7 +85,7 @@ async def answered(
     log.record()["user"] = body.user or body.safety_identifier
     if served.options.log_prompts:
         log.record()["prompts"] = list(planned.prompts)
-    reply = answer(served, body, planned, served.generate(planned.requests))
+    reply = answer(served, body, planned, served.generate(planned.requests, is_blocked(http.scope)))
     if body.stream:
         return await event_stream(reply.chunks(http, ending))
     return await reply.whole(http)

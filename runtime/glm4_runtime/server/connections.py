@@ -5,18 +5,28 @@ request or half of one, a client that does not read its answer, and too many cli
 """
 
 import asyncio
+import contextlib
+import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 # Maximum seconds for a closing connection to send its last bytes.
 _LINGER = 5.0
+# Unsent bytes that the server, and the system, keep for a connection. More would hide for long that a client does not
+# read: a token takes about 200 bytes.
+_UNSENT = 16 * 1024
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 )
+
+
+_STATE = "connection"
 
 
 class Phase(Enum):
@@ -124,6 +134,7 @@ class Connection(H11Protocol):
     def __init__(self, connections: Connections, **options: Any) -> None:
         super().__init__(**options)
         self._connections = connections
+        self.app_state = {**self.app_state, _STATE: self}  # the "state" of each request's scope
         self.phase = Phase.HEADER
         self.since = time.monotonic()
         self._unread_since: float | None = None
@@ -136,6 +147,11 @@ class Connection(H11Protocol):
         self._closing_since = self._closing_since or now
         return now - self._closing_since
 
+    @property
+    def blocked(self) -> bool:
+        """Whether the client has to read before more can be sent; callable from any thread."""
+        return self._unread_since is not None
+
     def unread_for(self, now: float) -> float:
         """Seconds since the client last read enough of its answer."""
         return 0 if self._unread_since is None else now - self._unread_since
@@ -144,6 +160,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        _keep_few_unsent(transport)
         if not self._connections.opened(self):
             transport.write(_FULL)
             transport.close()
@@ -185,3 +202,18 @@ class Connection(H11Protocol):
             self.since = time.monotonic()
         self.phase = phase
         self._connections.changed(self)
+
+
+def is_blocked(scope: Scope) -> Callable[[], bool]:
+    """A function that says whether the connection of a request is full. Always False without a :class:`Connection`."""
+    connection = scope.get("state", {}).get(_STATE)
+    return (lambda: connection.blocked) if isinstance(connection, Connection) else (lambda: False)
+
+
+def _keep_few_unsent(transport: asyncio.Transport) -> None:
+    transport.set_write_buffer_limits(high=_UNSENT)
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # Linux and macOS
+        with contextlib.suppress(OSError):  # a socket of another family
+            transport.get_extra_info("socket").setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT
+            )

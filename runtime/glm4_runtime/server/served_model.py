@@ -227,11 +227,17 @@ class ServedModel:
         assert conversation is not None
         return await self._lanes.render(lambda: conversation.render(messages, tools, add_generation_prompt))
 
-    def generate(self, requests: Sequence[Request]) -> "RunningReplies":
-        """Start all requests, or none. Raises the errors of :meth:`Scheduler.submit`."""
+    def generate(
+        self, requests: Sequence[Request], blocked: Callable[[], bool] = lambda: False
+    ) -> "RunningReplies":
+        """Start all requests, or none. Raises the errors of :meth:`Scheduler.submit`.
+
+        Args:
+            blocked: whether the client's connection is full; called on the scheduler's thread.
+        """
         self.require_running()
         assert self._scheduler is not None
-        return RunningReplies(self._scheduler, requests, self.metrics, self._unread)
+        return RunningReplies(self._scheduler, requests, self.metrics, UnreadOfOne(self._unread, blocked))
 
     async def pooled(self, work: Callable[[], T], deadline: float) -> T:
         """Run ``work`` (embedding or classification) on the session's only thread, in order of arrival.
@@ -271,7 +277,7 @@ class RunningReplies:
         scheduler: Scheduler,
         requests: Sequence[Request],
         metrics: Metrics,
-        unread: Unread,
+        unread: UnreadOfOne,
     ) -> None:
         self.began = time.perf_counter()
         self.first_token: float | None = None
@@ -281,7 +287,7 @@ class RunningReplies:
         self._last = [self.began] * len(requests)
         self._open = set(range(len(requests)))
         self._tickets: list[Ticket] = []
-        self._unread = UnreadOfOne(unread)
+        self._unread = unread
         try:
             for index, request in enumerate(requests):
                 self._tickets.append(scheduler.submit(request, self._receiver(index)))

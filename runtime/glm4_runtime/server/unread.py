@@ -1,6 +1,11 @@
-"""Counts generated tokens that clients have not read, and pauses requests if the count is too high."""
+"""Counts generated tokens that clients have not read.
+
+A request whose client does not read may lose its slot to a waiting request. If all clients together leave too much
+unread, requests are paused.
+"""
 
 import threading
+from collections.abc import Callable
 
 from glm4_runtime.scheduler import Event, Generated, Ticket
 
@@ -8,6 +13,8 @@ from glm4_runtime.scheduler import Event, Generated, Ticket
 _MOST = 2**18
 # A request with fewer unread tokens is never paused.
 _FEW = 2048
+# A client with more unread tokens lags, if its connection is full too.
+_LAG = 32
 
 
 class Unread:
@@ -53,8 +60,12 @@ def size(event: Event) -> int:
 class UnreadOfOne:
     """Unread tokens of one HTTP request."""
 
-    def __init__(self, everyone: Unread) -> None:
-        self._everyone = everyone
+    def __init__(self, everyone: Unread, blocked: Callable[[], bool]) -> None:
+        """
+        Args:
+            blocked: whether the client's connection is full; called on the scheduler's thread.
+        """
+        self._everyone, self._blocked = everyone, blocked
         self._put = self._taken = 0
         self._closed = False
 
@@ -63,17 +74,24 @@ class UnreadOfOne:
         count = size(event)
         self._put += count
         self._everyone.put += count
-        if ticket is not None and self._everyone.too_many and self._put - self._taken > self._everyone.few:
+        unread = self._put - self._taken
+        if ticket is None:
+            return
+        if unread > _LAG and self._blocked():
+            ticket.lag()
+        if self._everyone.too_many and unread > self._everyone.few:
             self._everyone.hold(ticket)
 
     def take(self, event: Event, tickets: list[Ticket]) -> None:
         count = size(event)
         self._taken += count
         self._everyone.take(count)
-        if self._put - self._taken <= self._everyone.few / 2:
-            for ticket in tickets:
-                if ticket.held:
-                    self._everyone.let_go(ticket)
+        unread = self._put - self._taken
+        for ticket in tickets:
+            if ticket.lagging and unread <= _LAG / 2:
+                ticket.catch_up()
+            if ticket.held and unread <= self._everyone.few / 2:
+                self._everyone.let_go(ticket)
 
     def close(self, tickets: list[Ticket]) -> None:
         """Remove this request's unread tokens from the total. Requires that :meth:`put` is not called any more."""

@@ -14,7 +14,7 @@ from glm4_runtime.generate import Token
 from glm4_runtime.scheduler import Generated, Request
 from glm4_runtime.server import served_model
 from glm4_runtime.server.served_model import RunningReplies
-from glm4_runtime.server.unread import Unread
+from glm4_runtime.server.unread import Unread, UnreadOfOne
 
 MODEL = "glm4-tiny"
 PATIENCE = 60  # seconds after which a test holds that nothing will happen any more
@@ -34,7 +34,7 @@ class ByHand:
     """A scheduler, and the ticket of its requests, that gives an event when the test says so."""
 
     def __init__(self):
-        self.listeners, self.held = [], False
+        self.listeners, self.held, self.lagging = [], False, False
 
     def submit(self, _request, on_event):
         self.listeners.append(on_event)
@@ -49,6 +49,12 @@ class ByHand:
     def go_on(self):
         self.held = False
 
+    def lag(self):
+        self.lagging = True
+
+    def catch_up(self):
+        self.lagging = False
+
     def give(self, count=1, top=0, last=False):
         """``count`` tokens, in turn of the sequences."""
         for number in range(count):
@@ -56,8 +62,9 @@ class ByHand:
             self.listeners[number % len(self.listeners)](Generated(token, ((1, -0.5),) * top))
 
 
-def job_of(scheduler, unread, count=1):
-    return RunningReplies(scheduler, [Request((1, 2), SamplingParams())] * count, NoFigures(), unread)
+def job_of(scheduler, unread, count=1, blocked=lambda: False):
+    requests = [Request((1, 2), SamplingParams())] * count
+    return RunningReplies(scheduler, requests, NoFigures(), UnreadOfOne(unread, blocked))
 
 
 @pytest.mark.parametrize(("top", "fit"), [(0, 100), (3, 25), (20, 4)])
@@ -115,6 +122,28 @@ def test_only_those_with_much_unread_are_held_and_only_while_there_is_too_much()
         assert unread.put - unread.taken == 41
         gone.close()
         assert unread.put - unread.taken == 41
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("top", "fit"), [(0, 32), (3, 8), (20, 1)])
+def test_a_client_lags_while_its_connection_is_full_and_tokens_are_unread(top, fit):
+    async def run():
+        scheduler, full = ByHand(), [True]
+        events = job_of(scheduler, Unread(), blocked=lambda: full[0]).events()
+        scheduler.give(fit, top)
+        assert not scheduler.lagging
+        scheduler.give(1, top)
+        assert scheduler.lagging
+        for _ in range(fit // 2):
+            await anext(events)
+        assert scheduler.lagging
+        for _ in range(fit - fit // 2 + 1):
+            await anext(events)
+        assert not scheduler.lagging
+        full[0] = False  # however much is unread: it is the server that is late
+        scheduler.give(100, top)
+        assert not scheduler.lagging
 
     asyncio.run(run())
 
@@ -201,3 +230,34 @@ def test_the_deadline_frees_the_slots_of_streams_that_nobody_reads(demo_bundle, 
         assert answer.status_code == 200
         for stream in streams:
             stream.close()
+
+
+def test_streams_that_nobody_reads_leave_their_slots_to_others(demo_bundle, server_of):
+    """Twelve over four slots. Half of them read after all, and get the whole answer."""
+    with server_of(demo_bundle, request_timeout=PATIENCE) as server:
+        with_small_buffers(server)
+        streams = [unread_stream(server, max_tokens=300, logprobs=5) for _ in range(12)]
+        wait_until(lambda: metric(server, "glm4_parked_requests") == 8)
+        asked = {"model": MODEL, "prompt": "x", "max_tokens": 4}
+        for _ in range(5):
+            answer = httpx.post(f"{server.url}/v1/completions", json=asked, timeout=PATIENCE)
+            assert answer.status_code == 200
+        assert (
+            9 <= metric(server, "glm4_preemptions_total") <= 13
+        )  # nobody's tokens are computed again and again
+        assert metric(server, 'glm4_sequences_total{outcome="length"}') == 5
+        for stream in streams[::2]:
+            stream.settimeout(PATIENCE)
+            answer = b"".join(iter(lambda stream=stream: stream.recv(65536), b""))
+            assert answer.replace(b" ", b"").count(b'"finish_reason":"length"') == 1
+            assert b"[DONE]" in answer
+        assert metric(server, "glm4_recomputed_tokens_total") > 0
+        for stream in streams:
+            stream.close()
+
+
+def test_the_system_keeps_little_of_an_unread_answer(demo_bundle, server_of, tickets):
+    """With the system's own sizes of buffers at the server, and few bytes at the client."""
+    with server_of(demo_bundle) as server, closing(unread_stream(server, max_tokens=1900)):
+        wait_until(lambda: tickets and tickets[0].lagging)
+        assert metric(server, "glm4_generated_tokens_total") < 900

@@ -252,7 +252,7 @@ import glm4_deploy.commands.export, glm4_exporters.weights, glm4_deploy.calibrat
 
 checkpoint, graph = sys.argv[1:]
 
-def traced(source, form, prepared):
+def traced(plan, prepared):
     model = ir.load(graph)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):

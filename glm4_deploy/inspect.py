@@ -1,7 +1,7 @@
 """What a checkpoint or a bundle is, read from headers and manifests: no weight is touched."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +9,15 @@ from glm4_deploy.end_tokens import end_tokens
 from glm4_deploy.folders import require_either
 from glm4_runtime.bundle import MANIFEST, REPORT, Manifest, read_manifest
 from glm4_runtime.bundle.element_types import bits
+from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.bundle.files import checked_at_opening
 from glm4_runtime.bundle.json_file import read_object
-from glm4_runtime.errors import BundleError
+from glm4_runtime.errors import BundleError, Glm4Error
+from glm4_runtime.side_files import check_bundle
 
 if TYPE_CHECKING:
     from glm4_exporters.config import Glm4Config
+    from glm4_runtime.tokenizer import Tokenizer
 
 # Memory sizes that people have, in GiB; what fits is worked out for each.
 MEMORIES = (8, 12, 16, 24, 32, 40, 48, 80, 141)
@@ -41,6 +44,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
     from glm4_deploy.quantized_source import quantization
+    from glm4_deploy.side_files import compare_side_files
     from glm4_exporters.architecture import parameter_count
     from glm4_exporters.checkpoint import Checkpoint
     from glm4_exporters.targets import TARGETS
@@ -68,6 +72,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
             "targets": {name: list(target.precisions) for name, target in TARGETS.items()},
             "end_tokens": end_tokens(path, config.eos_token_id),
             "files": sorted(checkpoint.side_files()),
+            "warnings": _warnings(lambda: compare_side_files(checkpoint), "export refuses this checkpoint"),
         }
 
 
@@ -101,7 +106,24 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "end_tokens": end_tokens(path, manifest.model.eos_token_ids),
         "manifest": json.loads((path / MANIFEST).read_text("utf-8")),
         "report": _read_report(report) if report.is_file() else None,
+        "warnings": _warnings(
+            lambda: check_bundle(path, manifest, _tokenizer(path, manifest)), "no command opens this bundle"
+        ),
     }
+
+
+def _warnings(compare: Callable[[], list[str]], consequence: str) -> list[str]:
+    """The warnings about side files; if a comparison refuses the files, its error and the consequence."""
+    try:
+        return compare()
+    except Glm4Error as error:
+        return [f"{consequence}: {error}"]
+
+
+def _tokenizer(path: Path, manifest: Manifest) -> "Tokenizer | None":
+    from glm4_runtime.tokenizer import Tokenizer
+
+    return Tokenizer.from_folder(path) if TOKENIZER in manifest.files else None
 
 
 def _read_report(path: Path) -> Any:

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,12 @@ def readable_size(count: float) -> str:
             break
         count /= 1024
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def print_warnings(warnings: Iterable[str]) -> None:
+    """Print warnings on stderr, one line each."""
+    for warning in warnings:
+        print(f"glm4-deploy: warning: {warning}", file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:

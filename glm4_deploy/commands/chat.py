@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from glm4_deploy import folders, interrupts, streams
+from glm4_deploy import folders, interrupts, show, streams
 from glm4_deploy.commands.text import TEXT_ARGUMENT
 from glm4_deploy.typed import is_command, message_reader
 from glm4_runtime.errors import RequestError
@@ -78,6 +78,7 @@ def command(
     with Session.open(
         bundle, provider=provider, threads=threads, max_seq_len=max_seq_len, max_batch_size=1
     ) as session:
+        show.print_warnings(session.warnings)
         dialogue = Dialogue(session, params, system)
         if sys.stdin.isatty():
             click.echo(_HELP, err=True)

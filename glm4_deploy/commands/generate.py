@@ -99,6 +99,7 @@ def command(
     with Session.open(
         bundle, provider=provider, threads=threads, max_seq_len=max_seq_len, max_batch_size=1, verify=verify
     ) as session:
+        show.print_warnings(() if as_json else session.warnings)
         ids, ends = _prompt(bundle, session, text, chat, system)
         if not params.ignore_eos:
             params = replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
@@ -121,6 +122,7 @@ def command(
                 "prompt_tokens": len(ids),
                 "provider": session.provider,
                 "skipped_providers": session.skipped,
+                "warnings": session.warnings,
                 "load_seconds": round(start - opening, 3),
                 "first_token_seconds": round(first - start, 4),
                 "tokens_per_second": round(decode / (end - first), 2) if decode > 0 and end > first else None,

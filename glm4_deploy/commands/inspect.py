@@ -23,9 +23,9 @@ def command(path: Path, revision: str | None, as_json: bool) -> None:
     if as_json:
         show.print_json(facts)
     elif facts["kind"] == "bundle":
-        show.print_rows(f"bundle {path}", _bundle_rows(facts))
+        show.print_rows(f"bundle {path}", _bundle_rows(facts) + _warning_rows(facts))
     else:
-        show.print_rows(f"checkpoint {path}", _checkpoint_rows(facts))
+        show.print_rows(f"checkpoint {path}", _checkpoint_rows(facts) + _warning_rows(facts))
 
 
 def _facts(path: Path, revision: str | None) -> dict[str, Any]:
@@ -33,6 +33,10 @@ def _facts(path: Path, revision: str | None) -> dict[str, Any]:
         return inspect(hub.local_folder(path, revision))
     with hub.headers_only(path.as_posix(), revision) as folder:
         return inspect(folder) | {"path": path.as_posix()}
+
+
+def _warning_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("warning", warning) for warning in facts["warnings"]]
 
 
 def _checkpoint_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:

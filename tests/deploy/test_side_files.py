@@ -1,10 +1,12 @@
 """Files beside the weights are compared with the configuration and with each other: before an export's work, and when a
 bundle is opened."""
 
+import io
 import json
 import shutil
 from pathlib import Path
 
+import httpx
 import pytest
 from bundles import rehash
 
@@ -17,6 +19,7 @@ from glm4_runtime.bundle import read_manifest
 from glm4_runtime.chat_prompts import ChatPrompts
 from glm4_runtime.errors import BundleError, CheckpointError, ConfigError, Glm4Error
 from glm4_runtime.server.options import ServerOptions
+from glm4_runtime.server.run import serving
 from glm4_runtime.server.served_model import ServedModel
 from glm4_runtime.side_files import check_bundle
 
@@ -226,6 +229,61 @@ def test_a_bundle_is_checked_again_when_it_is_opened(bundle, name):
     if name == "token beyond":
         reason = "tokenizer.json has the token id 2048, but config.json has a vocabulary of 2048"
     assert reason.replace("but config.json", "but manifest.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["end beyond", "padding", "length", "two templates"])
+def test_commands_say_once_what_is_odd_about_a_bundle(bundle, run, monkeypatch, name):
+    file, changes, reason = WARNED[name]
+    reason = reason.replace("but config.json", "but manifest.json").replace(
+        "which end nothing: config.json", ""
+    )
+    reason = "end at" if name == "end beyond" else reason  # of a bundle another comparison complains
+    edit(bundle, file, **changes)
+    listed(bundle, file)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    generating = ("generate", bundle, "x", "--max-tokens", 2)
+    for command in (generating, ("chat", bundle, "--max-tokens", 2), ("inspect", bundle)):
+        code, said, told = run(*command)
+        assert code == 0
+        assert (said + told).count(reason) == 1, (command, said, told)
+    for command in ((*generating, "--json"), ("inspect", bundle, "--json")):
+        code, said, told = run(*command)
+        warnings = json.loads(said)["warnings"]
+        assert [warning for warning in warnings if reason in warning] == warnings
+        assert len(warnings) == 1
+        assert reason not in told
+
+
+def test_a_server_logs_once_what_is_odd_about_a_bundle(bundle, capsys):
+    edit(bundle, "tokenizer_config.json", model_max_length=512)
+    listed(bundle, "tokenizer_config.json")
+    with serving(Session.open(bundle), ServerOptions(port=0)) as server:
+        assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    told = [line for line in lines if line["event"] == "side_files"]
+    assert [line["level"] for line in told] == ["warning"]
+    assert "model_max_length 512" in told[0]["warning"]
+
+
+@pytest.mark.parametrize("name", ["token beyond", "pad beyond", "decoder of another"])
+def test_inspect_says_what_would_be_refused(checkpoint, bundle, run, name):
+    file, changes, _ = REFUSED[name]
+    for folder in (checkpoint, bundle):
+        edit(folder, file, **changes)
+    listed(bundle, file)
+    for folder, consequence in ((checkpoint, "export refuses"), (bundle, "no command opens")):
+        code, said, _ = run("inspect", folder)
+        assert code == 0
+        (line,) = [line for line in said.splitlines() if line.lstrip().startswith("warning")]
+        assert consequence in line
+        assert file in line
+
+
+def test_inspect_of_a_checkpoint_says_what_is_odd(checkpoint, run):
+    assert json.loads(run("inspect", checkpoint, "--json")[1])["warnings"] == []
+    edit(checkpoint, "tokenizer_config.json", model_max_length=512)
+    assert run("inspect", checkpoint)[1].count("model_max_length 512") == 1
+    assert "model_max_length 512" in json.loads(run("inspect", checkpoint, "--json")[1])["warnings"][0]
 
 
 def test_a_server_refuses_a_template_of_another_tokenizer(bundle):

@@ -89,6 +89,8 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             log.write("listening", model=self._served.name, url=self.url)
+            for warning in self._served.session.warnings:
+                log.write("side_files", "warning", warning=warning)
             self._tell_of_template()
 
     def _tell_of_template(self) -> None:

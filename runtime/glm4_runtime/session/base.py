@@ -48,6 +48,7 @@ class Session(abc.ABC):
         self.skipped: dict[str, str] = {}
         self._slots = SlotTable(max_batch_size)
         self._tokenizer: Tokenizer | None = None
+        self._warnings: tuple[str, ...] | None = None
 
     @staticmethod
     def open(
@@ -307,9 +308,17 @@ class Session(abc.ABC):
         """
         if self._tokenizer is None and TOKENIZER in self.manifest.files:
             tokenizer = Tokenizer.from_folder(self.folder)
-            check_bundle(self.folder, self.manifest, tokenizer)
+            self._warnings = tuple(check_bundle(self.folder, self.manifest, tokenizer))
             self._tokenizer = tokenizer
         return self._tokenizer
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Unusual values of the bundle's side files, one line each. Reads the tokenizer; raises its errors."""
+        tokenizer = self.tokenizer
+        if self._warnings is None:
+            self._warnings = tuple(check_bundle(self.folder, self.manifest, tokenizer))
+        return self._warnings
 
     def __enter__(self) -> Self:
         return self

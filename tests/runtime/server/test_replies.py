@@ -1,6 +1,10 @@
 """Replies from a script, where the demo model would never give them: thoughts, several calls, odd cuts."""
 
-import httpx
+import json
+import socket
+import threading
+import time
+
 import openai
 import pytest
 from bundles import rehash
@@ -8,8 +12,10 @@ from bundles import rehash
 from glm4_runtime.errors import DeadlineError, ModelError, QueueFullError, RequestError, StoppedError
 from glm4_runtime.scheduler import Failed
 from glm4_runtime.server import log
+from glm4_runtime.server.served_model import ServedModel
 
 MODEL = "glm4-tiny"
+PATIENCE = 60  # seconds after which a test holds that nothing will happen any more
 WHO = [{"role": "user", "content": "Who are you?"}]
 ASKED = {"model": MODEL, "messages": WHO}
 TOOLS = [{"type": "function", "function": {"name": name}} for name in ("get_time", "get_weather")]
@@ -196,23 +202,55 @@ def test_of_several_replies_none_runs_on_when_one_fails(scripted):
     assert scheduler.tickets[0].cancelled.is_set()
 
 
+def asking(server, route, stream):
+    """A connection that has sent a request."""
+    path = {"chat": "/v1/chat/completions", "text": "/v1/completions"}[route]
+    asked = {"messages": WHO} if route == "chat" else {"prompt": "x"}
+    body = json.dumps({"model": MODEL, "stream": stream} | asked)
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=PATIENCE)
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    return connection
+
+
+def wait_until(true):
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("route", ["chat", "text"])
 def test_who_leaves_frees_the_slot(scripted, stream, route):
     scheduler, server, _ = scripted(["\nHe", "llo", None, "never"])
-    path = {"chat": "/v1/chat/completions", "text": "/v1/completions"}[route]
-    body = {"model": MODEL, "stream": stream} | ({"messages": WHO} if route == "chat" else {"prompt": "x"})
-    lines = []
+    with asking(server, route, stream) as connection:
+        wait_until(lambda: scheduler.tickets)
+        received = b""
+        while stream and b"llo" not in received:
+            received += connection.recv(65536)
+        assert not scheduler.tickets[0].cancelled.is_set()
+    assert scheduler.tickets[0].cancelled.wait(PATIENCE)
 
-    def ask():
-        with httpx.stream("POST", server.url + path, json=body, timeout=0.3) as response:
-            for line in response.iter_lines():
-                lines.append(line)  # noqa: PERF402  what came before the time-out counts
 
-    with pytest.raises(httpx.ReadTimeout):
-        ask()
-    assert ("He" in "".join(lines)) == stream
-    assert scheduler.tickets[0].cancelled.wait(5)
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_while_the_prompt_is_encoded_gets_no_slot_for_long(scripted, monkeypatch, stream):
+    scheduler, server, _ = scripted([None, "never"])
+    encodes, go = threading.Event(), threading.Event()
+    encode = ServedModel.encode
+
+    def slow(*arguments):
+        encodes.set()
+        go.wait(PATIENCE)
+        return encode(*arguments)
+
+    monkeypatch.setattr(ServedModel, "encode", slow)
+    with asking(server, "text", stream):
+        assert encodes.wait(PATIENCE)
+    go.set()
+    wait_until(lambda: scheduler.tickets)
+    assert scheduler.tickets[0].cancelled.wait(PATIENCE)
 
 
 def test_what_a_request_asks_reaches_the_scheduler(scripted):

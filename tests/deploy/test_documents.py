@@ -4,9 +4,10 @@ import functools
 import re
 from pathlib import Path
 
+import click
 import pytest
 
-from glm4_deploy.cli import COMMANDS
+from glm4_deploy.cli import COMMANDS, cli
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -15,6 +16,7 @@ FOLDERS = ("", "benchmarks", "demo", "docs", "exporters", "glm4_deploy", "plugin
 FILE = re.compile(
     r"[\w.-]+\.(?:py|md|cpp|h|sh)|(?:\.\./|[a-z][\w.-]*/)[\w./-]*\w\.(?:py|md|toml|json|jsonl|svg|txt)"
 )
+NO_FOLDERS = re.compile(r"(bundle|out)/.*")  # names that a user chooses
 NO_FILES = re.compile(r"OUT\.md|llama\.cpp")  # a name that a user chooses, and a peer's
 
 
@@ -57,6 +59,43 @@ def test_the_documents_name_every_command_and_none_else():
     texts = "\n".join(path.read_text("utf-8") for path in DOCUMENTS if path.name != "CHANGELOG.md")
     named = re.findall(r"^    glm4-deploy ([a-z-]+)|`glm4-deploy ([a-z-]+)", texts, re.MULTILINE)
     assert {a or b for a, b in named} == COMMANDS.keys()
+
+
+def test_options_beside_a_command_are_options_of_the_command():
+    """In a line that runs a command, up to the comment; \\ continues a line."""
+    context = click.Context(cli)
+    known = {
+        name: {
+            option for p in cli.get_command(context, name).params for option in (*p.opts, *p.secondary_opts)
+        }
+        for name in COMMANDS
+    }
+    seen = 0
+    for path in DOCUMENTS:
+        text = path.read_text("utf-8").replace("\\\n", " ")
+        lines = [line for line in text.splitlines() if line.startswith("    ")]
+        for line in lines + re.findall(r"`([^`\n]+)`", text):
+            run = re.match(r"\s*(?:\S*/)?glm4-deploy ([a-z-]+)([^#]*)", line)
+            for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", run[2]) if run else ():
+                assert option in known[run[1]] | {"--help"}, f"{path.name}: {run[0]}"
+                seen += 1
+    assert seen > 30
+
+
+def test_make_has_every_named_target():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    for path in DOCUMENTS:
+        text = path.read_text("utf-8")
+        named = set(re.findall(r"^    make ([a-z-]+)|`make ([a-z-]+)", text, re.MULTILINE))
+        assert {a or b for a, b in named} <= targets, path.name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_named_folders_exist(document):
+    code = re.findall(r"`([^`\n]+)`", document.read_text("utf-8"))
+    named = {name for part in code for name in part.split() if re.fullmatch(r"[a-z][\w.]*(/[\w.]+)*/", name)}
+    missing = {name for name in named if not any(f"/{name}" in file for file in files())}
+    assert not {name for name in missing if not NO_FOLDERS.fullmatch(name)}
 
 
 def test_symbols_that_the_guide_to_additions_names_are_in_the_files_beside_them():

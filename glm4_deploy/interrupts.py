@@ -95,12 +95,6 @@ def forgive() -> None:
     _received = None
 
 
-def expected() -> None:
-    """The signal was handled in another way, as by a server, so the command's own exit code counts."""
-    global _received
-    _received = None
-
-
 def _ending() -> list[signal.Signals]:
     """The signals that end a command. SIGHUP only if it was not ignored, as by ``nohup`` or a service manager."""
     hangups = [number for number in HANGUPS if signal.getsignal(number) is not signal.SIG_IGN]

@@ -43,6 +43,7 @@ INPUTS = (
     "past_lengths",
     "query_lengths",
 )
+# The specification's names of the outputs; implementations return them in this order.
 OUTPUTS = ("attn_output", "present_key", "present_value")
 
 FloatingArray = npt.NDArray[np.floating]

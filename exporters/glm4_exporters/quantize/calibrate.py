@@ -57,7 +57,6 @@ class InputStatistics:
     absmax: Magnitudes
     mean_abs: Magnitudes
     mean_square: Magnitudes
-    token_absmax: Magnitudes  # percentiles 0, 1 ... 100 of the largest |x| of a token
 
 
 @dataclass(frozen=True)
@@ -289,14 +288,14 @@ class _InputMeter:
         self._absmax = torch.zeros(channels)
         self._sum_abs = torch.zeros(channels, dtype=torch.float64)
         self._sum_square = torch.zeros(channels, dtype=torch.float64)
-        self._token_absmax: list[Tensor] = []
+        self._tokens = 0
         self._rows: list[Tensor] = []
 
     def add(self, x: Tensor, positions: Tensor) -> None:
         """Add x [S, channels]; the rows at ``positions`` are sampled."""
         size = x.abs()
         self._absmax = torch.maximum(self._absmax, size.amax(0))
-        self._token_absmax.append(size.amax(1))
+        self._tokens += len(x)
         self._sum_abs += size.sum(0, dtype=torch.float64)
         self._sum_square += size.square_().sum(0, dtype=torch.float64)
         self._rows.append(x[positions])
@@ -305,12 +304,10 @@ class _InputMeter:
         return torch.cat(self._rows)
 
     def statistics(self) -> InputStatistics:
-        tokens = torch.cat(self._token_absmax).numpy()
         return InputStatistics(
             absmax=self._absmax.numpy(),
-            mean_abs=(self._sum_abs / len(tokens)).float().numpy(),
-            mean_square=(self._sum_square / len(tokens)).float().numpy(),
-            token_absmax=np.percentile(tokens, np.arange(101)).astype(np.float32),
+            mean_abs=(self._sum_abs / self._tokens).float().numpy(),
+            mean_square=(self._sum_square / self._tokens).float().numpy(),
         )
 
 

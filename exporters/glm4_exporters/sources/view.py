@@ -13,7 +13,6 @@ from glm4_exporters.config import DTYPES, Glm4Config
 from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import QuantizedMatrix, SourceFormat
 
-WEIGHT = ".weight"
 QKV_PARTS, QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.qkv_proj"
 # Scales of an int8 or float8 KV cache. They are not used.
 CACHE_SCALES = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point", ".q_scale", ".output_scale")

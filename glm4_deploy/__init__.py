@@ -1,4 +1,4 @@
-"""glm4-deploy: GLM-4-0414 checkpoints to ONNX, proved right, served. What you type, as Python."""
+"""glm4-deploy: GLM-4-0414 checkpoints to ONNX, proved right, served. The commands as Python functions."""
 
 
 def __getattr__(name: str) -> str:

@@ -1,14 +1,13 @@
-"""The place of a bundle: what an export may replace, the folder it writes in, and the step that publishes.
+"""The place of a bundle: checks before an export, the hidden folder for writing, and the step that publishes.
 
     .NAME.RANDOM.partial/    beside the bundle's place, while an export runs
-        lock                 locked. The system frees the lock when the export ends in any way; a kill leaves the
-        folder
-        bundle/              the new bundle; after an exchange of the two, the old one
+        lock                 locked while the export runs. The system frees the lock even after a kill
+        bundle/              the new bundle; after the exchange with the old bundle, the old bundle
         replaced/            the old bundle, between two renames, if folders cannot be exchanged
 
-The next export to the same place removes the remains of a killed one. Locks work between all processes on a file
-system, also in other containers. On NFS they work between hosts, unless it is mounted with ``nolock`` or
-``local_lock``: then two hosts must not export to one place at the same time.
+A killed export leaves this folder. The next export to the same place removes it. Locks work between all processes on a
+file system, also in other containers. On NFS, locks work between hosts, unless the mount has the option ``nolock`` or
+``local_lock``. With such a mount, two hosts must not export to one place at the same time.
 """
 
 import errno
@@ -112,7 +111,7 @@ class Destination:
             self.place.rename(folder.with_name(REPLACED))
             folder.rename(self.place)
 
-    # What may be there ----------------------------------------------------------------------------
+    # Checks of the place ----------------------------------------------------------------------------
 
     def _occupied(self) -> bool:
         return self.place.is_dir() and any(self.place.iterdir())

@@ -30,7 +30,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Extra:
-    """An extra of this package: what it lacks here, and the command that installs it."""
+    """An extra of this package: its missing packages, and the command that installs them."""
 
     name: str
     installed: bool

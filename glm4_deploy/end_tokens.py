@@ -1,4 +1,4 @@
-"""The tokens that end a text: the model's own, and those with which a chat template ends a turn."""
+"""The tokens that end a text: the model's own, and the tokens with which a chat template ends a turn."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Finds out what a path is: a checkpoint, a bundle, or something that users confuse with them."""
+"""Finds the kind of a path: a checkpoint, a bundle, or another kind that users confuse with these."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ SAVE = "convert it: from_pretrained(...).save_pretrained(...)"
 
 @dataclass(frozen=True)
 class Kind:
-    """A row of the table: the name of the kind, and what to do if a checkpoint is needed."""
+    """A row of the table: the name of the kind, and advice for a command that needs a checkpoint."""
 
     what: str
     advice: str
@@ -56,10 +56,10 @@ def kind_of(path: Path) -> tuple[str, str]:
 
 
 def require_checkpoint(path: Path) -> None:
-    """Refuse a path that is no checkpoint, and say what it is. Names on the hub are not checked here.
+    """Refuse a path that is no checkpoint, and name its kind. Names on the hub are not checked here.
 
     Raises:
-        CheckpointError: with what to do instead.
+        CheckpointError: with advice.
     """
     kind, inner = kind_of(path)
     if kind in ("checkpoint", "quantized", "nothing"):
@@ -68,10 +68,10 @@ def require_checkpoint(path: Path) -> None:
 
 
 def require_bundle(path: Path) -> None:
-    """Refuse a path that is no bundle, and say what it is.
+    """Refuse a path that is no bundle, and name its kind.
 
     Raises:
-        BundleError: with what to do instead.
+        BundleError: with advice.
     """
     kind, inner = kind_of(path)
     if kind in ("bundle", "engine"):

@@ -45,7 +45,7 @@ def is_hub_name(path: str | Path) -> bool:
 
 
 def local_folder(path: str | Path, revision: str | None = None, progress: Progress = silent) -> Path:
-    """The folder itself, or a downloaded folder if ``path`` is a name on the hub.
+    """``path`` if it is a folder, or the downloaded folder if ``path`` is a name on the hub.
 
     Raises:
         CheckpointError: the name is not on the hub, the hub cannot be reached, or it holds no safetensors.
@@ -110,7 +110,7 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _fetch(name: str, revision: str | None, files: Iterable[str], progress: Progress) -> Path:
-    """Download those of ``files`` that the repository has; returns the snapshot's folder."""
+    """Download ``files``, except for files that the repository lacks. Returns the snapshot's folder."""
     hub = _library()
     patterns = [glob.escape(file) for file in files]
     with _told(name, revision):

@@ -1,4 +1,4 @@
-"""What a checkpoint or a bundle is, read from headers and manifests: no weight is touched."""
+"""Describes a checkpoint or a bundle, from headers and manifests. Reads no weight."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from glm4_exporters.config import Glm4Config
     from glm4_runtime.tokenizer import Tokenizer
 
-# Memory sizes that people have, in GiB; what fits is worked out for each.
+# Usual memory sizes in GiB. For each, the fitting precisions are listed.
 MEMORIES = (8, 12, 16, 24, 32, 40, 48, 80, 141)
 SHOWN_PRECISIONS = {
     "fp32": "fp32",
@@ -34,7 +34,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """Describe a checkpoint folder or a bundle folder.
 
     Raises:
-        Glm4Error: it is neither, or what it is is damaged.
+        Glm4Error: the folder is neither of the two, or it is damaged.
     """
     path = Path(path)
     if require_either(path) in ("bundle", "engine"):
@@ -77,7 +77,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def weight_bytes(config: "Glm4Config", task: str) -> dict[str, int]:
-    """What the weights take in each precision, by its label."""
+    """Bytes of the weights in each precision, by the precision's label."""
     from glm4_exporters.architecture import expected_tensors
     from glm4_exporters.form import choose_form
 

@@ -23,7 +23,7 @@ def lock(path: Path) -> int:
     Raises:
         BlockingIOError: another process holds the lock.
         FileNotFoundError: the file was removed meanwhile, so the lock has no effect.
-        OSError: there are no locks: ENOSYS or what the file system says.
+        OSError: there are no locks: ENOSYS, or the file system's own error.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:

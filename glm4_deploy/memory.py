@@ -56,10 +56,10 @@ def _of_groups(root: Path, process: Path) -> Iterator[int]:
 
 
 def _along(mount: Path, mounted: str, group: str, version: _Version) -> Iterator[int]:
-    """The room in the group and in those above it, up to ``mounted``, the highest that a container sees."""
+    """The room in bytes in the group and in each group above, up to ``mounted``, the highest that a container sees."""
     try:
         folder = mount / Path(group).relative_to(mounted)
-    except ValueError:  # the path is the host's, and the mount is the group itself
+    except ValueError:  # the path is the host's, and the mount is this group
         folder = mount
     for place in (folder, *folder.parents):
         if not place.is_relative_to(mount):

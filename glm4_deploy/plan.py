@@ -32,7 +32,7 @@ class ExportOptions:
     """The options of an export. Every field except ``parity`` changes the bundle and its cache key."""
 
     target: str = DEFAULT_TARGET
-    precision: str | None = None  # None: what the checkpoint is quantized to, else int8
+    precision: str | None = None  # None: the checkpoint's own quantization, else int8
     task: str | None = None  # default: the checkpoint's own
     max_seq_len: int | None = None  # default: the model's positions
     max_batch_size: int = DEFAULT_BATCH
@@ -128,7 +128,7 @@ def make_plan(source: Checkpoint, options: ExportOptions) -> Plan:
     """Decide everything about the export of a checkpoint.
 
     Raises:
-        ExportError: the options do not fit each other, the model or this machine; says what would.
+        ExportError: the options do not fit each other, the model or this machine. The message says which would.
     """
     kept = options.precision is None and source.source is not None and not source.adapters
     form = _with_cache(source, options, _kept_form(source, options) if kept else _form(source, options))

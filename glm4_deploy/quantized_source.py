@@ -1,4 +1,4 @@
-"""What another tool's quantization of a checkpoint is, for ``inspect`` and for the report of an export."""
+"""Describes another tool's quantization of a checkpoint, for ``inspect`` and for the report of an export."""
 
 from collections import Counter
 from typing import Any
@@ -9,10 +9,10 @@ from glm4_exporters.sources import QuantizedMatrix
 
 
 def quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """How another tool quantized the checkpoint; None where none did.
+    """How another tool quantized the checkpoint. None: the checkpoint is not quantized.
 
-    ``matrices`` counts the stored matrices by the way in which they are stored, ``left`` names those that are not
-    quantized, and ``input_scales`` counts the matrices that bring a scale for their input.
+    ``matrices`` counts the stored matrices by kind of storage. ``left`` names the matrices that are not quantized.
+    ``input_scales`` counts the matrices with a scale for their input.
     """
     if checkpoint.source is None:
         return None
@@ -32,7 +32,7 @@ def quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def source_report(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any] | None:
-    """:func:`quantization`, and what the export made of it; None where the checkpoint is not quantized."""
+    """:func:`quantization`, and how the export stores the numbers. None: the checkpoint is not quantized."""
     found = quantization(checkpoint)
     if found is None:
         return None

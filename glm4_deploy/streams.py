@@ -118,7 +118,7 @@ def _named_charsets() -> list[str]:
     """The encodings in the locale's variables, in order of priority: gb18030 from zh_CN.GB18030@stroke."""
     names = [os.environ.get(variable, "") for variable in ("LC_ALL", "LC_CTYPE", "LANG")]
     if names[1] in COERCED:
-        names[1] = ""  # Python sets it itself if a locale is not installed
+        names[1] = ""  # set by Python if a locale is not installed
     found = []
     for name in names:
         with contextlib.suppress(LookupError):  # no encoding, or an unknown one

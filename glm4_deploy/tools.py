@@ -32,7 +32,7 @@ def require_installed(plan: Plan) -> None:
     """Refuse a plan whose packages are missing, before the work.
 
     Raises:
-        ExportError: what is missing, and how to install it.
+        ExportError: the missing packages, and how to install them.
     """
     tool_versions()
     if not plan.options.parity:

@@ -58,7 +58,7 @@ def require_folder(folder: Path) -> None:
 
 
 def open_shards(folder: Path) -> list[SafetensorsFile]:
-    """Open the safetensors files of a folder, the only one or those of its index. Reads their headers only.
+    """Open the safetensors files of a folder: the single file, or all files that the index names. Reads headers only.
 
     Raises:
         CheckpointError: files are missing or damaged, or the index and the files' headers disagree.

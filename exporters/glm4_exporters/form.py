@@ -22,11 +22,11 @@ class Form:
     Attributes:
         precision: its name. For kept numbers: the precision whose limits of accuracy apply.
         activations: element type of activations and of weights that have no format.
-        groups: what each group of tensors is stored as, for the manifest.
+        groups: the stored type or format of each group of tensors, for the manifest.
         formats: by canonical name of the matrix.
         table: how the embedding is looked up; None: the lookup table is not quantized. A tied head still may be.
         kv_cache: element type of the cache; None for a task without one.
-        kept: whether the numbers of a quantized checkpoint are stored as they are.
+        kept: whether the numbers of a quantized checkpoint are stored unchanged.
     """
 
     target: Target
@@ -92,7 +92,7 @@ def choose_form(
         recipe: formats of single matrices, in place of the precision's own.
 
     Raises:
-        ExportError: a combination that cannot be exported; says what can.
+        ExportError: a combination that cannot be exported. The message names combinations that can.
     """
     target, precision = require_target(target_name, precision_name)
     chosen = _activations(target, precision, precision_name, activations)

@@ -300,8 +300,8 @@ def _cut(graph: onnx.GraphProto) -> list[Piece]:
     return [Piece(_name(group), tuple(groups[group])) for group in sorted(groups)]
 
 
-# The place of a node: layer, and stage in the layer. The largest matrices are pieces of their own, because the
-# runtime needs five times the size of a float16 weight while it widens and packs the weight.
+# The place of a node: layer, and stage in the layer. Each of the largest matrices is a separate piece. While the runtime
+# widens and packs a float16 weight, it needs five times the weight's size.
 EMBEDDING_PLACE, NORM_PLACE, HEAD_PLACE = (-1, 0), (sys.maxsize, 0), (sys.maxsize, 1)
 STAGES = ("attention", "gate_up", "down")
 
@@ -355,7 +355,7 @@ def _widen_casts(graph: onnx.GraphProto) -> None:
 
 
 def _widen_constants(graph: onnx.GraphProto) -> None:
-    """Widen the bfloat16 constants inside the graph itself."""
+    """Widen the bfloat16 constants inside the graph."""
     for tensor in graph.initializer:
         if (
             tensor.data_type == onnx.TensorProto.BFLOAT16

@@ -17,7 +17,7 @@ from glm4_exporters.config import Glm4Config
 
 
 class Attend(Protocol):
-    """Attention between the projections. An object, so that it can have a cache or build a graph."""
+    """Attention between the projections. An object may have a cache, or build a graph."""
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, /) -> Tensor:
         """query [B, S, Hq * D], key and value [B, S, Hkv * D], before RoPE -> [B, S, Hq * D]."""
@@ -40,10 +40,10 @@ class Glm4RMSNorm(nn.Module):
 def inverse_frequencies(config: Glm4Config) -> tuple[Tensor, float]:
     """Frequencies [R / 2] in float32, and the factor on cos and sin.
 
-    ``default``: theta^(-2i / R), factor 1. ``yarn``: section 3.2 and 3.4 of "YaRN: Efficient Context
-    Window Extension of Large Language Models" (Peng et al., 2023): frequencies that turn less than
-    beta_slow times in the original context are divided by ``factor``, those that turn more than
-    beta_fast times are kept, a linear ramp between.
+    ``default``: theta^(-2i / R), factor 1. ``yarn``: sections 3.2 and 3.4 of "YaRN: Efficient Context Window
+    Extension of Large Language Models" (Peng et al., 2023). A frequency that turns less than beta_slow times in the
+    original context is divided by ``factor``. A frequency that turns more than beta_fast times is kept. Between the
+    two is a linear ramp.
     """
     rope, dim = config.rope, config.rotary_dim
     wavelengths = rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)

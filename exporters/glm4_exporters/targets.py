@@ -73,13 +73,13 @@ class Precision:
 
 @dataclass(frozen=True)
 class Target:
-    """One row: what a bundle is made for, and how.
+    """One row: the runtime of a bundle, and how the bundle is made for this runtime.
 
     Attributes:
         name: the name that a user types.
         dialect: name of the graph's set of operators, for the manifest.
         attention: lowerings of attention, keys of ``ATTENTION`` in ``passes``, tried in order. Empty if our operator
-            runs as it is.
+            stays in the graph.
         norms: ``standard``, or ``skip``: one operator for a residual sum and the norm after it.
         runtime: the runtime of the bundle: ONNX Runtime, or the TensorRT that builds an engine from the graph.
         precisions: the precisions that it supports.
@@ -197,7 +197,7 @@ _ROWS = (
 )
 TARGETS = {row.name: row for row in _ROWS}
 
-# Formats that a recipe may name: those that every target supports, without the replacements of single targets.
+# Formats that a recipe may name: every target supports them. Replacements of single targets are left out.
 RECIPE_FORMATS = tuple(
     name
     for name, form in FORMATS.items()
@@ -209,7 +209,7 @@ def require_target(target: str, precision: str) -> tuple[Target, Precision]:
     """The rows of both tables.
 
     Raises:
-        ExportError: an unknown name, or a pair that cannot be exported; lists what can.
+        ExportError: an unknown name, or a pair that cannot be exported. The message lists the possible ones.
     """
     if target not in TARGETS:
         raise ExportError(f"unknown target {target!r}; the targets are {', '.join(TARGETS)}")

@@ -187,8 +187,8 @@ class Glm4ForSequenceClassification(_Glm4ForTask):
     ) -> ModelOutput:
         """Label logits [B, labels] at the last token that is not padding; the others are :meth:`Glm4Model.forward`'s.
 
-        The loss is the configuration's ``problem_type``, or follows from the labels: regression for one
-        label, cross entropy for integers, binary cross entropy per label for floats.
+        ``problem_type`` of the configuration chooses the loss. Without it, the labels choose: regression for one label,
+        cross entropy for integers, and binary cross entropy per label for floats.
         """
         output = self.model(input_ids, **arguments)
         every = self.score(output.last_hidden_state)

@@ -3,9 +3,9 @@
 The file holds the graph's weights in the graph's order, each at a multiple of 4096 bytes, so that a runtime can map
 the file. A stored matrix is written as the parts of its format.
 Memory is a fixed set of buffers, independent of the model's size. The calling thread casts a block while other
-threads read the next block, hash the source, hash the file and write. Encoding uses one thread per core. Two things
-wait in memory until their place in the file comes: later parts of a matrix, usually its scales, and the codes of a
-matrix that is stored transposed. If a format needs the largest magnitude of a matrix, the matrix is read twice.
+threads read the next block, hash the source, hash the file and write. Encoding uses one thread per core. Later parts of
+a matrix, usually its scales, wait in memory until their place in the file comes. So do the codes of a matrix that is
+stored transposed. If a format needs the largest magnitude of a matrix, the matrix is read twice.
 """
 
 import contextlib

@@ -142,7 +142,7 @@ def _standard_input() -> str:
 def _prompt(
     bundle: Path, session: "Session", text: str, chat: bool, system: str | None
 ) -> tuple[list[int], tuple[int, ...]]:
-    """The prompt's ids, and those of the tokens that end a turn of the chat."""
+    """The prompt's token ids, and the ids of the tokens that end a turn of the chat."""
     tokenizer = session.tokenizer
     if tokenizer is None:
         raise BundleError(f"{bundle} has no tokenizer.json; add it to the checkpoint and export again")

@@ -144,7 +144,7 @@ def _bundle_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _ends(tokens: dict[str, Any]) -> str:
-    """The tokens that end a text, and those that end a turn of a chat besides."""
+    """The tokens that end a text, and the additional tokens that end a turn of a chat."""
     own = ", ".join(f"{name} ({token})" if name else token for token, name in tokens["model"].items())
     return own + (f"; a chat also at {', '.join(tokens['chat'])}" if tokens["chat"] else "")
 

@@ -107,11 +107,11 @@ class Tiles:
     min_tiles: int = 1
 
 
-# Streaming multiprocessors by compute capability, for exports without the GPU: those of the largest product.
+# Number of streaming multiprocessors by compute capability, for exports without the GPU: the number of the largest product.
 _PROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
 
-# Block sizes that compile without spills and fit the shared memory of a block: 163 KiB on 8.0, 227 on 9.0 and 10.0,
-# 99 on 8.6, 8.9 and 12.0. Only 9.0 and 10.0 multiply from shared memory. The others keep operands in registers, so
+# Block sizes that compile without spills and fit the shared memory of a block. A block has 163 KiB on 8.0, 227 KiB on 9.0
+# and 10.0, and 99 KiB on 8.6, 8.9 and 12.0. Only 9.0 and 10.0 multiply from shared memory. The others keep operands in registers, so
 # their blocks are narrower. The last choice of each list needs less than 48 KiB, which every launch may use.
 _WIDE = Tiles(128, 128, 2, 64, 4, 64, 5, 8)
 _TALL = Tiles(128, 64, 3, 64, 3, 64, 5, 8)

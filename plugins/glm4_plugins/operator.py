@@ -1,7 +1,7 @@
 """``glm4::PartialRopeGqaAttention``: inputs, outputs, and its specification in NumPy.
 
-Shapes, with B sequences, S new positions each, C cache capacity, Hq query heads, Hkv key-value heads,
-D the head size and R the rotated part of it:
+Shapes: B sequences, S new positions in each, C positions of the cache, Hq query heads, Hkv key-value heads, D channels
+of a head, of which R are rotated.
 
     query          [B, S, Hq * D]     before RoPE
     key, value     [B, S, Hkv * D]    before RoPE
@@ -14,9 +14,9 @@ D the head size and R the rotated part of it:
     present_key    [B, Hkv, C, D]     the past with rows past_lengths ... past_lengths + S - 1 written
     present_value  [B, Hkv, C, D]
 
-Row i of sequence b stands at position ``past_lengths[b] + i``; it is rotated there, stored there, and
-attends to the keys ``0 ... past_lengths[b] + i``. Rows from ``query_lengths[b]`` on are unspecified in
-``attn_output``, and what they write lies past the end of the sequence, where nothing reads.
+Row i of sequence b has the position ``past_lengths[b] + i``. The row is rotated for this position, stored at this
+position, and attends to the keys ``0 ... past_lengths[b] + i``. Rows from ``query_lengths[b]`` on are unspecified in
+``attn_output``. These rows write past the end of the sequence, where no row reads.
 
 The operator is functional. Whether a present shares the memory of its past depends on the implementation.
 :func:`partial_rope_gqa_attention` is the specification: tests compare every implementation with it.
@@ -73,7 +73,7 @@ def output_shapes(
     past_key: tuple[int, ...] | None,
     attributes: AttentionAttributes,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape rule: shapes of ``attn_output`` and of each ``present``, from those of the inputs.
+    """The shape rule: shapes of ``attn_output`` and of each ``present``, from the inputs' shapes.
 
     Raises:
         ValueError: an input's shape does not fit the others.

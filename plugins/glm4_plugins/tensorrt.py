@@ -1,13 +1,13 @@
 """The TensorRT plugins of the operator; importing this module registers them.
 
-Three plugins share one kernel: ``glm4::PartialRopeGqaAttention`` and, with two more inputs, the scales of an int8 or
-fp8 cache, the same name with the suffix ``Int8`` or ``Fp8``. All are compiled ahead of time: the engine stores PTX
-and symbolic launch expressions, and needs neither Python nor Triton to run.
+Three plugins share one kernel: ``glm4::PartialRopeGqaAttention``, and the same name with the suffix ``Int8`` or ``Fp8``.
+The latter two have two more inputs, the scales of an int8 or fp8 cache. All are compiled ahead of time: the engine
+stores PTX and symbolic launch expressions, and needs neither Python nor Triton to run.
 
 TensorRT chooses a kernel by types and tactic, never by shape. It provides no workspace and zeroes no memory. So
-scratch memory is an output (``partials``), and the memory that must be zero is an input (``counters``) aliased to an
-output, zero before and after each launch. There is one tactic, because TensorRT would time several tactics with
-arbitrary inputs. The attribute ``tiles`` gives the block sizes.
+scratch memory is an output (``partials``). Memory that must be zero is an input (``counters``) aliased to an output; the
+kernel sets it back to zero. There is one tactic, because TensorRT would time several tactics with arbitrary inputs. The
+attribute ``tiles`` gives the block sizes.
 """
 
 from collections.abc import Callable, Mapping

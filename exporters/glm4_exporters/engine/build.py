@@ -3,9 +3,9 @@
 The builder runs in its own process (``worker``), for three reasons. A failed assertion of the parser ends only
 this process. An interrupt can end it at once. Its memory is measured separately.
 
-Two builds of one graph have the same size but not always the same bytes (TensorRT-RTX 1.7): the builder orders
-the cache tensors by their addresses in memory, and its threads share the heap. Neither one thread nor addresses
-that are not randomised made ten builds equal.
+Two builds of one graph have the same size but not always the same bytes (TensorRT-RTX 1.7). The builder orders the
+cache tensors by their addresses in memory, and its threads share the heap. Ten builds differed even with one thread,
+and also with fixed addresses.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ class BuiltEngine:
     Attributes:
         capabilities: of the GPU that built the engine, if the engine is for this GPU only.
         layers, float32: as in :class:`~glm4_runtime.bundle.EngineInfo`.
-        kernels: per profile, the built engine's layers by type, those of attention by the kernel's name.
+        kernels: per profile, the number of the built engine's layers by type. Attention layers have the kernel's name.
         peak_rss_bytes: of the process, with the mapped weights; ``peak_anonymous_bytes`` is without them.
         warnings: problems that did not stop the build, one line each.
     """

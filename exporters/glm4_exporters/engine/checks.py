@@ -15,7 +15,7 @@ from glm4_plugins.launch import KernelShape, choices, unsupported
 from glm4_runtime.errors import ExportError
 from glm4_runtime.install import install_command
 
-# What to use on a GPU that TensorRT-RTX does not support, such as 9.0 and 10.0.
+# Advice for a GPU that TensorRT-RTX does not support, such as 9.0 and 10.0.
 OTHER_GPUS = "Other GPUs run --target tensorrt, exported on them, or --target ort --precision fp16"
 
 
@@ -123,7 +123,7 @@ def _require_gpu(target: str, precision: str) -> None:
 
 
 def require_plugin(config: Glm4Config, activations: str, max_batch: int, capability: str) -> None:
-    """Refuse what our attention plugin has no kernel for.
+    """Refuse a model or a GPU for which our attention plugin has no kernel.
 
     Raises:
         ExportError: the model's heads, or the GPU.

@@ -1,4 +1,4 @@
-"""Checks of a parsed TensorRT network: the layers are those of the model and the graph, and each weight is stored once."""
+"""Checks of a parsed TensorRT network: no layer of the model and the graph is missing, and each weight is stored once."""
 
 import re
 from collections import Counter

@@ -32,8 +32,11 @@ class EngineOptions:
 def engine_capabilities(
     kind_name: str, precision: str, options: EngineOptions
 ) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
-    """Capabilities to pass to the builder (empty: its default), those that the engine runs on, and whether later ones
-    work too."""
+    """
+    Returns:
+        The capabilities to pass to the builder (empty: its default), the capabilities that the engine runs on, and
+        whether the engine also runs on later GPUs.
+    """
     kind = ENGINE_KINDS[kind_name]
     if options.sm:
         chosen = tuple(sorted(set(options.sm), key=int))

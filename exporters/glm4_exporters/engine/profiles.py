@@ -3,8 +3,8 @@
 from glm4_runtime.bundle import ENGINE, EngineProfile, Limits
 from glm4_runtime.bundle.manifest_checks import CAPACITY_STEP
 
-# Above this capacity TensorRT-RTX 1.7 has no attention kernel for exactly one query: 20480 built and 24576 did
-# not, for 4 to 48 heads of 64 and 128. For one or two queries it takes the kernel of the prefill, at any capacity.
+# Above this capacity TensorRT-RTX 1.7 has no attention kernel for exactly one query. With 4 to 48 heads of 64 and 128,
+# 20480 built and 24576 did not. A profile of one or two queries uses the kernel of the prefill, at any capacity.
 ONE_QUERY_CAPACITY = 16384
 PREFILL_WIDTH = 512  # most new positions of one run
 LOGITS_WIDTH = 128  # most positions of one run that get logits: 151552 of them in float32 take 78 MB

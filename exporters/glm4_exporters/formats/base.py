@@ -32,7 +32,7 @@ class Part:
     Attributes:
         dtype: element type by ONNX's name in lower case, as ``int4`` or ``float8e4m3fn``.
         shape: [rows, width], [rows, blocks], [rows] or [].
-        scaled_by: name of the part that scales this one; None if the numbers are the values themselves.
+        scaled_by: name of the part that scales this one; None if the numbers are the values.
     """
 
     dtype: str

@@ -19,7 +19,7 @@ def quantize(
 
     Args:
         weight: float32 [rows, width].
-        scale_type: what scales are stored as.
+        scale_type: the type in which scales are stored.
         importance: float32 [width], the weight of each input's squared error: the mean of x^2.
 
     Returns:

@@ -41,7 +41,7 @@ PRODUCTS: Mapping[str, tuple[Callable[[], Pass], ...]] = {
 STORED: Mapping[str, tuple[Callable[[Mapping[str, StoredFormat]], Pass], ...]] = {
     "standard": (partial(QuantizeWeights, "standard"),),
     "fused": (partial(QuantizeWeights, "fused"),),
-    "packed": (PackedProducts, partial(QuantizeWeights, "fused")),  # of what PackedProducts leaves
+    "packed": (PackedProducts, partial(QuantizeWeights, "fused")),  # the second pass handles the rest
 }
 NORMS: Mapping[str, tuple[Callable[[], Pass], ...]] = {"standard": (), "skip": (SkipNorm,)}
 

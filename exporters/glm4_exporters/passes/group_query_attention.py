@@ -40,7 +40,7 @@ def _head_size(node: ir.Node) -> int:
 
 
 class _SharedInputs:
-    """What all layers read: ``seqlens_k`` [B] and ``total_sequence_length``, a scalar, both int32.
+    """Values that all layers read: ``seqlens_k`` [B] and ``total_sequence_length``, a scalar, both int32.
 
     ``positions`` [B, S] int64 exists only if the kernel does not rotate.
     """

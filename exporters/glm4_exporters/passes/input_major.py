@@ -5,10 +5,13 @@
 
 and int4 with its scales [out, in / block] -> [in / block, out], the blocks on axis 0 in place of 1.
 
-TensorRT-RTX 1.7 keeps in memory the whole engine and every weight whose layout it changed. Four layers of the
-9B's widths in int8 (an engine of 2.69 GB) took 4.32 GB of anonymous memory with [out, in], and 3.02 GB with
-[in, out]. In int4 (2.33 GB) it was 4.51 and 3.04 GB. With [in, out], both profiles share one copy of gate and
-up as one product, so SplitProducts is not needed for them.
+During a build, TensorRT-RTX 1.7 keeps the whole engine in memory, and also every weight whose layout it changed.
+Measured with four layers of the 9B's widths, anonymous memory for [out, in] and for [in, out]:
+
+    int8   engine of 2.69 GB   4.32 and 3.02 GB
+    int4   engine of 2.33 GB   4.51 and 3.04 GB
+
+With [in, out], both profiles share one copy of gate and up as one product, so SplitProducts is not needed for them.
 """
 
 from dataclasses import dataclass, replace

@@ -25,7 +25,7 @@ class NativeAttention(ir.passes.InPlacePass):
 
 
 class _SharedTables:
-    """What all layers read: positions [B, S], the mask [B, 1, S, C], and where the cache is written [B]."""
+    """Values that all layers read: positions [B, S], the mask [B, 1, S, C], and write positions in the cache [B]."""
 
     def __init__(self, graph: ir.Graph, first: ir.Node) -> None:
         b = Builder(graph, "attention")

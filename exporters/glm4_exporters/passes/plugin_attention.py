@@ -26,7 +26,7 @@ class PluginAttention(ir.passes.InPlacePass):
     The graph gets an int32 input ``counters`` and an output ``present_counters``. The session binds both to one
     buffer, which it zeroes once. Each layer uses the buffer and leaves it zero for the next.
 
-    Nodes without a past, those of classifiers and encoders, are left for the native lowering.
+    Classifiers and encoders have nodes without a past. These nodes are left for the native lowering.
 
     ``processors`` are the GPU's streaming multiprocessors; ``small_tiles`` keeps a block's shared memory below 48 KiB.
 
@@ -75,7 +75,7 @@ class PluginAttention(ir.passes.InPlacePass):
             processors=self.tiles.blocks,
             tiles=self.tile_choice,
             phase=PHASES[self.phase],
-            # what TensorRT's parser looks for: the plugin's name in full, and its ahead-of-time form
+            # TensorRT's parser looks for the plugin's full name, and for its ahead-of-time form
             plugin_namespace=DOMAIN,
             plugin_version="1",
             aot=1,

@@ -49,7 +49,7 @@ def _form_of(node: ir.Node) -> _Form | None:
 class QuantizeCache(ir.passes.InPlacePass):
     """Add the layer's scales to every attention node with a cache; its past and present become int8.
 
-    The kernels round to even, saturate, and attend over the stored values, also those of the new tokens. So a
+    The kernels round to even, saturate, and attend over stored values, also for the new tokens. So a
     prompt in chunks gives the same result as a prompt in one run.
     """
 

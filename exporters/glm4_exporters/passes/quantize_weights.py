@@ -19,7 +19,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
 
     ``fused`` products multiply by MatMulNBits and look up by GatherBlockQuantized, where the format has blocks of
     integers. ``standard`` products, and all other formats, put DequantizeLinear in front of the product. Tables that
-    no operator looks up in their stored form stay as they are: DequantizeLinear would dequantize them whole.
+    no operator looks up in their stored form are not replaced: DequantizeLinear would dequantize the whole table.
 
     Args:
         products: a name in ``LOWERINGS``.

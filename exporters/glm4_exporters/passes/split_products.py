@@ -1,7 +1,7 @@
 """Replace a product whose result is split by one product per part, for engines with several profiles.
 
-TensorRT-RTX 1.7 changes the layout of the fused gate and up weights for one of two profiles, and stores both:
-5.0 GB for 4.1 GB of weights in four layers of the 9B's widths. Separate parts are stored once.
+TensorRT-RTX 1.7 changes the layout of the fused gate and up weights for one of two profiles, and stores both layouts.
+Four layers of the 9B's widths took 5.0 GB for 4.1 GB of weights. Separate parts are stored once.
 """
 
 import onnx_ir as ir
@@ -10,7 +10,7 @@ from glm4_exporters.passes.builder import Builder, fixed, scope_of
 
 
 class SplitProducts(ir.passes.InPlacePass):
-    """Give each output of a Split a product of its own, over its rows of the weight and of the weight's scales.
+    """Compute each output of a Split by a separate product, from its rows of the weight and of the weight's scales.
 
     A part is a range of rows in the data file, so nothing is written again.
     """
@@ -65,7 +65,7 @@ def _dequantizers(value: ir.Value | None) -> list[ir.Node]:
 
 
 def _rows(graph: ir.Graph, value: ir.Value, start: int, count: int, part: int) -> ir.Value:
-    """Some rows of an initializer from ``start`` on, as an initializer of its own."""
+    """Some rows of an initializer from ``start`` on, as a new initializer."""
     whole = value.const_value
     assert whole is not None
     assert value.shape is not None

@@ -89,7 +89,7 @@ def add_dequantize(b: Builder, weight: ir.Value, form: StoredFormat, parts: dict
     plain, dtype = source.matrix.parts, weight.dtype
 
     def values(name: str) -> ir.Value:
-        """A part times the part that scales it, which may be scaled itself."""
+        """A part times its scales. The scales may have scales too."""
         scaled_by, value = plain[name].scaled_by, parts[name]
         if scaled_by is None:
             return value if value.dtype == dtype else b.op("Cast", value, to=int(dtype))

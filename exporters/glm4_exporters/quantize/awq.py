@@ -1,11 +1,11 @@
 """Smoothing scales for low-bit weights: channels with large activations are rounded more finely.
 
 The method of "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration" (Lin et al.,
-2023): s grows with the mean |x| of a channel, its exponent chosen per site by the error that quantizing
-W s, and dividing by s again, causes in the product with the sampled input. Each matrix is quantized in its own
-format. Beside the paper's scales, those that also shrink with the channel's largest weight are tried.
+2023): s is a power of the mean |x| of a channel. The exponent of a site is the one with the least error of
+X (Q(W s) / s)^T, where X is the sampled input and Q quantizes each matrix in its own format. The search also tries
+scales that are divided by a power of the channel's largest weight; these are not in the paper.
 
-    search = Awq(config, quantize_dequantize=rounded)
+    search = AwqSearch(config, quantize_dequantize=rounded)
     calibrate(checkpoint, sequences, search)
     search.smoothing.apply(name, block, first_row)      # before the block is quantized
 """
@@ -28,7 +28,7 @@ class QuantizeDequantize(Protocol):
     """Quantizes rows of a matrix and dequantizes them again."""
 
     def __call__(self, name: str, weight: Tensor, importance: Tensor) -> Tensor:
-        """Rows [n, channels] of a matrix, by name, and the mean x^2 per channel of what it reads -> [n, channels]."""
+        """Rows [n, channels] of the matrix ``name``, and mean x^2 [channels] of its input -> rows [n, channels]."""
 
 
 @dataclass

@@ -3,9 +3,9 @@
     calibration = calibrate(checkpoint, sequences, *consumers, progress=progress)
 
 A consumer is called for every *site*: one input and the matrices that read it, while their float32 weights are in
-memory. The sites of a layer are q, k and v; o_proj; gate_up; down_proj; and after the last layer the head. The data
-of a site have a bounded size for any model and text: statistics per channel, and samples of the input's rows and of
-the matrices' rows.
+memory. The sites of a layer are q, k and v; o_proj; gate_up; down_proj; and after the last layer the head. The data of
+a site are statistics per channel, and samples of the input's rows and of the matrices' rows. Their size is bounded for
+any model and text.
 
 The result, a :class:`Calibration`, has the statistics of all sites, of the KV cache, and of values that may overflow
 in fp16. It is small.
@@ -35,12 +35,9 @@ Magnitudes = npt.NDArray[np.float32]
 SAMPLED_TOKENS = 512
 SAMPLED_WEIGHT_ROWS = 1024
 SCORES_BLOCK = 1 << 24  # number of attention scores in memory at a time
-MOST_STATE_BYTES = (
-    1 << 30
-)  # bytes of all tokens' hidden states, and also of the longest sequence's activations
-CALIBRATION_MLP_COPIES = (
-    5  # copies in memory together: gate, up, silu(gate), their product and its magnitudes
-)
+MOST_STATE_BYTES = 1 << 30  # for all tokens' hidden states, and for the longest sequence's activations
+# Copies in memory at the same time: gate, up, silu(gate), their product, and the product's magnitudes.
+CALIBRATION_MLP_COPIES = 5
 TEXT_SEED = 0
 
 # The values whose maximum is kept per layer. ``scores`` are scaled and masked; ``product`` is silu(gate) * up;
@@ -80,14 +77,14 @@ class Site:
 
 
 class Consumer(Protocol):
-    """Called once per site, layer by layer. It keeps its results itself."""
+    """Called once per site, layer by layer. The consumer keeps its own results."""
 
     def __call__(self, site: Site) -> None: ...
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of one layer: per site, of the cache [Hkv, D] as it is stored, and the largest values.
+    """Statistics of one layer: of each site, of the stored cache [Hkv, D], and the largest values.
 
     ``key_radius`` is the length of a rotated pair: the largest |K| that it can have at any position.
     """

@@ -78,7 +78,7 @@ def round_matrices(
     """Round every matrix of ``form`` whose format allows GPTQ, except the embedding.
 
     Args:
-        smoothing: what the weights are multiplied by first.
+        smoothing: factors that the weights are multiplied by first.
         norm_bits: k by the scope of each norm whose input that scales by 2^-k.
 
     Raises:

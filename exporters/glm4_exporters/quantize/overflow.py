@@ -5,10 +5,10 @@
     remedy.weights.apply(name, block, first_row) # powers of two, for every tensor that is written
     ScaleEps(remedy.norm_bits)(model)            # before the graph is lowered
 
-Values, o_proj's output, up, silu(gate) * up and down_proj's output are linear in the rows of a matrix, and the next
-operation that is not linear is a norm. Scale the rows by 2^-k and the norm's eps by 2^-2k: then the norm's output is
-the same, to the bit except for subnormal numbers. Attention scores, gate, the norms' outputs and the residual cannot
-be scaled: if they overflow, fp16 is refused.
+Values, o_proj's output, up, silu(gate) * up and down_proj's output are linear in the rows of a matrix. The next
+operation that is not linear is a norm. If the rows are scaled by 2^-k and the norm's eps by 2^-2k, the norm's output
+has the same bits, except for subnormal numbers. Attention scores, gate, the norms' outputs and the residual cannot be
+scaled. If one of these overflows, fp16 is refused.
 """
 
 import math
@@ -122,7 +122,7 @@ def require_range(calibration: Calibration, smoothing: Smoothing | None = None) 
     """Refuse fp16 if scores, gate, norm outputs or residual overflow.
 
     Raises:
-        GateError: naming the layers and what overflows.
+        GateError: names the layers and the values that overflow.
     """
     found = [
         f"{name} of layer {index} ({largest[name]:.4g})"

@@ -4,7 +4,7 @@
 
 For each matrix, a stream of hidden states with this matrix quantized starts at its layer and runs through the rest of
 the model. One layer's weights are in memory, and all streams pass through them. The streams are in a temporary file.
-The head runs in blocks of rows, and the KL divergence from the clean model is summed per block, so that no full row
+The head runs in blocks of rows, and each block adds its part of the KL divergence from the exact model. So no full row
 of logits is in memory.
 """
 

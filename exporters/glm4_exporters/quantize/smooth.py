@@ -3,23 +3,24 @@
 A matrix computes X W^T = (X / s) (W s)^T for any s > 0 per channel. In this architecture the operation before the
 matrix can produce X / s instead of X, so the graph stays the same:
 
-    site       its input is made by                                     what is divided by s
+    site       operation before the matrix                              tensor that is divided by s
     qkv        input_layernorm                                          its weight
     o_proj     values, averaged by attention: one s per channel of a    v_proj's rows and bias
                KV head, shared by the query heads that read it
     gate_up    post_attention_layernorm                                 its weight
     down_proj  silu(gate) * up, linear in up                            the second half of gate_up's rows
-    lm_head    model.norm, where the head is not tied                   its weight
+    lm_head    model.norm, if the head is not tied                      its weight
 
-:class:`Smoothing` holds the multipliers by tensor name; the writer of weights applies them to blocks of rows. :class:`SmoothQuant` is a consumer of ``calibrate`` that chooses s for W8A8:
+:class:`Smoothing` has the multipliers by tensor name, and the writer of weights applies them to blocks of rows.
+:class:`SmoothQuant` is a consumer of ``calibrate`` that chooses s for W8A8:
 
     search = SmoothQuant(config)
     calibration = calibrate(checkpoint, sequences, search)
     search.smoothing.apply(name, block, first_row)      # for every tensor that is written
-    search.smoothing.input_absmax(calibration, name)    # what the smoothed model's matrices read
+    search.smoothing.input_absmax(calibration, name)    # largest inputs of the smoothed model's matrix
 
-The scales are those of "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language
-Models" (Xiao et al., 2022), equation 4, with alpha chosen per site by the error of the quantized product.
+Equation 4 of "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models" (Xiao et al.,
+2022) gives the scales. Alpha is chosen per site, by the least error of the quantized product.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -35,9 +36,8 @@ from glm4_exporters.quantize.calibrate import Calibration, Magnitudes, Site
 
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FLOOR = 1e-4  # lower bound, as a share of the largest channel: a channel near 0 in the calibration may be larger later
-LARGEST_SCALE = (
-    2.0**12
-)  # scales lie in 1 / LARGEST_SCALE ... LARGEST_SCALE, so that norm weights keep their digits in fp16
+# Scales are 1 / LARGEST_SCALE ... LARGEST_SCALE, so that norm weights keep their digits in fp16.
+LARGEST_SCALE = 2.0**12
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Smoothing:
         return {*self.rows, *self.columns}
 
     def apply(self, name: str, block: Tensor, first_row: int) -> Tensor:
-        """Scale rows of a tensor, from ``first_row`` on: float32 if scaled, otherwise ``block`` itself."""
+        """Scale the rows of a tensor from ``first_row`` on. Returns float32, or ``block`` if the tensor has no scale."""
         if name in self.columns:
             block = block.float() * torch.from_numpy(self.columns[name])
         if name in self.rows:
@@ -148,13 +148,13 @@ class Choice:
 
 @dataclass
 class ScaleSearch:
-    """A consumer of ``calibrate`` that tries scales per site, and keeps those with the lowest measured error.
+    """A consumer of ``calibrate`` that tries several scales for each site, and keeps the scales with the least error.
 
     Attributes:
         config: of the checkpoint.
         wanted: (names of a site's matrices) -> whether to scale the site.
         smoothing: the scales found so far, folded.
-        choices: what was found, in the order of the walk.
+        choices: the choice at each site, in the order of the walk.
     """
 
     config: Glm4Config

@@ -29,9 +29,9 @@ class StaticSmoothQuant(SmoothQuant):
     """Searches scales for 8-bit weights per row and inputs with one fixed scale.
 
     Attributes:
-        rounds_input: whether the matrix of this name reads its input under the scale; else as it is.
-        quantize_dequantize: of the matrices that read their input as it is; None: their rows stay exact.
-        input_scales: by name of each matrix that rounds its input, the step of what it reads.
+        rounds_input: whether the matrix of this name rounds its input.
+        quantize_dequantize: for matrices that do not round their input. None: their rows stay exact.
+        input_scales: the step of the rounded input, by name of the matrix that reads it.
     """
 
     rounds_input: Callable[[str], bool] = lambda _name: True

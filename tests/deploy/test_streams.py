@@ -74,7 +74,7 @@ def test_nothing_is_written_into_a_file_that_took_the_place_of_a_closed_stream(t
     (tmp_path / "program.py").write_text("""
 import sys
 from glm4_deploy import cli, streams
-streams.prepare()
+streams.prepare_streams()
 with open(sys.argv[1], "wb") as file:
     assert file.fileno() > 2
     print("a message", file=sys.stderr)
@@ -218,7 +218,7 @@ def test_output_that_the_terminal_cannot_show_is_escaped(tmp_path, gb18030):
 
 def test_json_is_json_in_every_encoding(tmp_path, gb18030):
     """The labels of a classifier may be in any language; an escape of one half of a pair is JSON, too."""
-    program = "from glm4_deploy import show, streams; streams.prepare(); show.print_json('\\u4f60\\U00020bb7\\ud800')"
+    program = "from glm4_deploy import show, streams; streams.prepare_streams(); show.print_json('\\u4f60\\U00020bb7\\ud800')"
     for environment in ({"PYTHONIOENCODING": "ascii"}, {"LANG": "C.UTF-8"}, gb18030, {"LC_ALL": "POSIX"}):
         done = subprocess.run(
             [sys.executable, "-c", program],

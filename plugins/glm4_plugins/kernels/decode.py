@@ -1,4 +1,4 @@
-"""Few new tokens: all rows fit one product, and the keys of a sequence are shared among blocks."""
+"""Decode: all rows fit one matrix product, and blocks share the keys of a sequence."""
 
 import triton
 import triton.language as tl
@@ -13,9 +13,13 @@ def decode_piece(
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SCALE: tl.constexpr,
     ROWS: tl.constexpr, DECODE_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles ``first_tile ... first_tile + tiles - 1`` of the ``own`` that one head has, and the new tokens with the last.
+    """Attend to tiles ``first_tile ... first_tile + tiles - 1`` of one head, which has ``own`` tiles.
 
-    Returns the rows' running maximum [ROWS], sum [ROWS] and output [ROWS, HEAD_DIM].
+    A tile is DECODE_N cached keys. The new tokens belong to the last tile.
+
+    Returns:
+        Per row: maximum [ROWS] of the scores in base 2, sum of the weights [ROWS], and weighted sum of the values
+        [ROWS, HEAD_DIM], all float32.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     KV_ROW: tl.constexpr = KV_HEADS * HEAD_DIM
@@ -40,9 +44,9 @@ def decode_piece(
 
 @triton.jit
 def touch(cache, first, stop, N: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Ask for the rows ``first ... first + N - 1`` before ``stop`` of one head, and do not wait.
+    """Load one element of each 32 bytes of the cache rows ``first ... first + N - 1`` before ``stop`` of one head.
 
-    The memory brings them into the second-level cache while queries turn. It moves 32 bytes at a time.
+    The loads bring the rows into the second-level cache while the block rotates queries. The result is not used.
     """
     STEP: tl.constexpr = 256 // cache.dtype.element_ty.primitive_bitwidth
     keys = first + tl.arange(0, N)
@@ -56,7 +60,13 @@ def attend_one_by_one(
     row_tokens, past, new, top, total, acc,
     HALF: tl.constexpr, KV_ROW: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Attend to each new token of one head and append it: one for the released models, 16 for heads of one group."""
+    """Attend to the new tokens of one head, one by one, and append each to the cache.
+
+    The released models have one new token here. A model with GROUP = 1 has up to 16.
+
+    Returns:
+        The updated ``top`` [M], ``total`` [M] and ``acc`` [M, HEAD_DIM], as :func:`decode_piece` describes them.
+    """
     for token in tl.range(0, new):
         tokens = token + tl.arange(0, 1)
         turning, passing, v = new_tokens(

@@ -1,4 +1,4 @@
-"""Pieces of a head, computed by several blocks, become one: whoever counts last joins them."""
+"""Joins the pieces of a head that several blocks computed. The block that counts last does the work."""
 
 import triton
 import triton.language as tl
@@ -11,30 +11,33 @@ def join_pieces(
     partials, counters, programs, first, last, live, top, total, acc,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Store this block's piece; the block that counts last in a group joins the group's pieces, in their order.
+    """Store this block's piece. The block that counts last in a group joins the group's pieces, in order of blocks.
 
-    The blocks ``first ... last`` have a piece each, of which ``live`` rows count. No block waits for another, and none reads what may still
-    change: a counter tells whether all of a group have stored. Two levels are enough for any number of blocks.
+    Each of the blocks ``first ... last`` has one piece, of which the first ``live`` rows are used. No block waits for
+    another block. A counter tells whether all blocks of a group have stored their pieces, so no block reads a piece
+    too early. Two levels of groups are enough for any number of blocks.
 
-    Returns whether this block has the whole, and then the whole: maximum, sum and output.
+    Returns:
+        Whether this block has joined all pieces, and the joined maximum [ROWS], sum [ROWS] and output
+        [ROWS, HEAD_DIM], float32.
     """
     count, rank = last - first + 1, tl.program_id(0) - first
-    # Groups of 8, 16 or 32, a power of two so that nothing is divided; of few pieces one group, joined at once.
+    # Groups of 8, 16 or 32 pieces: powers of two need no division. Few pieces are one group, joined at once.
     shift = tl.where(count <= 256, 4, 5) - ((count > 16) & (count <= 64)).to(tl.int32)
     groups = (count + (1 << shift) - 1) >> shift
-    leader, stride, level = rank, 1, 0  # the block speaks for ``stride`` pieces from ``leader`` on
+    leader, stride, level = rank, 1, 0  # this block's result covers ``stride`` pieces from ``leader`` on
     group = rank >> shift << shift
     members = tl.minimum(count - group, 1 << shift)
     finished = count == 1
     going = count > 1
     while going:
-        tl.debug_barrier()  # every thread has read before one of them stores there
+        tl.debug_barrier()  # all threads have read before any thread stores
         store_piece(partials, programs, first + leader, first, live, top, total, acc, ROWS, HEAD_DIM)
-        tl.debug_barrier()  # every thread has stored before one of them counts
+        tl.debug_barrier()  # all threads have stored before any thread counts
         counter = counters + level * (2 * programs) + slot_of(first + group, first)
         going = tl.atomic_add(counter, 1) == members - 1
         if going:
-            tl.store(counter, 0)  # as the next launch expects it
+            tl.store(counter, 0)  # the next launch expects zero
             top, total, acc = joined(
                 partials, programs, first, first + group, stride, members, live, ROWS, HEAD_DIM, AT_ONCE
             )
@@ -46,9 +49,10 @@ def join_pieces(
 
 @triton.jit
 def slot_of(block, first):
-    """Where a block stores its piece of a head that begins in block ``first``.
+    """The slot, int64, in which a block stores its piece of a head whose first piece is in block ``first``.
 
-    A block has at most two pieces that are not whole: one that another began, and one that another ends.
+    A block has at most two pieces that need joining. One is of a head that an earlier block began, the other of a head
+    that a later block ends.
     """
     return (2 * block + (block == first).to(tl.int32)).to(tl.int64)
 
@@ -57,7 +61,8 @@ def slot_of(block, first):
 def store_piece(
     partials, programs, block, first, live, top, total, acc, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
-    """Outputs as they would be alone [ROWS, HEAD_DIM], and base-2 logarithms of the sums of weights [ROWS]."""
+    """Store a piece in ``partials``, float32: its normalised output [ROWS, HEAD_DIM], and log2 of its sum of weights
+    [ROWS]."""
     rows, channels = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM)
     slot, mask = slot_of(block, first), rows < live
     seen = tl.where(total > 0.0, total, 1.0)
@@ -74,7 +79,11 @@ def joined(
     partials, programs, first, start, stride, members, live,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The pieces of every ``stride``-th block from ``start`` on, ``members`` of them, joined in this order."""
+    """Join ``members`` pieces, of every ``stride``-th block from ``start`` on, in this order.
+
+    Returns:
+        Maximum [ROWS] in base 2, sum of weights [ROWS] and weighted output [ROWS, HEAD_DIM], float32.
+    """
     rows, channels = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM)
     weights = partials + programs.to(tl.int64) * (2 * ROWS * HEAD_DIM)
     top = tl.full((ROWS,), LOWEST, tl.float32)
@@ -86,7 +95,7 @@ def joined(
         for i in tl.static_range(AT_ONCE):
             there = rows < tl.where(member + i < members, live, 0)
             slot = slot_of(start + (member + i) * stride, first)
-            # .cg: another SM wrote these, so the first-level cache is no place to look.
+            # .cg bypasses the first-level cache, because another SM wrote these values.
             log = tl.load(weights + slot * ROWS + rows, mask=there, other=LOWEST, cache_modifier=".cg")
             piece = tl.load(
                 partials + (slot * ROWS + rows)[:, None] * HEAD_DIM + channels[None, :],

@@ -1,4 +1,4 @@
-"""Many new tokens: a block owns rows and walks over keys, by products of two matrices at a time."""
+"""Prefill: many new tokens. A block owns rows and reads the keys tile by tile."""
 
 import triton
 import triton.language as tl
@@ -22,11 +22,13 @@ def prefill(
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, APPEND_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A block for BLOCK_M rows of each head: it walks over the cache, then over the new tokens."""
+    """Attention of BLOCK_M rows of one sequence and kv head: over the cached keys, then over the new keys.
+
+    One block per BLOCK_M rows, sequence and kv head. Arguments as of the kernel's entry.
+    """
     HALF: tl.constexpr = HEAD_DIM // 2
     KV_ROW: tl.constexpr = KV_HEADS * HEAD_DIM
-    CACHE: tl.constexpr = past_key.dtype.element_ty
-    # The last rows see the most keys: they go first, so that no block starts late with the longest walk.
+    # The last rows see the most keys. Their blocks start first, so that the longest work does not start late.
     items = batch * KV_HEADS
     program = tl.program_id(0)
     block = tl.cdiv(sequence * GROUP, BLOCK_M) - 1 - program // items
@@ -54,11 +56,39 @@ def prefill(
     q_turning, q_passing = queries(
         query + query_head, cos, sin, key_scale, rows, past, new, BLOCK_M, HALF, GROUP, GROUP * KV_ROW
     )
+    total, acc = attend_to_all(
+        q_turning, q_passing, key, value, past_key, past_value, cos, sin, key_scale, value_scale,
+        new_head, cache_head, rows, first_token, token_end, past, new,
+        GROUP, KV_HEADS, HEAD_DIM, SCALE, BLOCK_M, BLOCK_N, STAGES,
+    )  # fmt: skip
+    write_output(
+        attn_output + query_head, value_scale, rows, new, sequence, total, acc, HALF, GROUP, GROUP * KV_ROW
+    )
+
+
+@triton.jit
+def attend_to_all(
+    q_turning, q_passing, key, value, past_key, past_value, cos, sin, key_scale, value_scale,
+    new_head, cache_head, rows, first_token, token_end, past, new,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attend to all keys that the rows of a block see: the cached keys of one head, then the new keys.
+
+    ``rows`` [BLOCK_M] belong to the new tokens ``first_token ... token_end - 1``. ``new_head`` and ``cache_head`` are the
+    head's offsets, in elements, in ``key`` and ``value`` and in the cache.
+
+    Returns:
+        Sum of weights [BLOCK_M] and weighted sum of values [BLOCK_M, HEAD_DIM], float32.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    KV_ROW: tl.constexpr = KV_HEADS * HEAD_DIM
+    CACHE: tl.constexpr = past_key.dtype.element_ty
     top = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
 
-    # A block of padding alone walks over nothing.
+    # A block with padding only reads no keys.
     cached = tl.where(first_token < new, past, 0)
     whole = cached // BLOCK_N * BLOCK_N
     top, total, acc = attend_to_cache(
@@ -70,7 +100,7 @@ def prefill(
         top, total, acc, BLOCK_N, HALF, SCALE, 1, True,
     )  # fmt: skip
 
-    # Tiles of new tokens that every row sees, then those on the diagonal.
+    # First the tiles of new tokens that all rows see, then the tiles on the diagonal, which need a mask.
     whole = tl.where(first_token < new, (first_token + 1) // BLOCK_N * BLOCK_N, 0)
     top, total, acc = attend_to_new(
         q_turning, q_passing, key + new_head, value + new_head, cos, sin, key_scale, value_scale,
@@ -80,9 +110,7 @@ def prefill(
         q_turning, q_passing, key + new_head, value + new_head, cos, sin, key_scale, value_scale,
         whole, token_end, rows // GROUP, new, past, top, total, acc, BLOCK_N, HALF, KV_ROW, SCALE, 1, True, CACHE,
     )  # fmt: skip
-    write_output(
-        attn_output + query_head, value_scale, rows, new, sequence, total, acc, HALF, GROUP, GROUP * KV_ROW
-    )
+    return total, acc
 
 
 @triton.jit
@@ -90,7 +118,7 @@ def append_rows(
     key, value, cos, sin, key_scale, value_scale, present_key, present_value, first_row, past, new,
     BLOCK_M: tl.constexpr, APPEND_N: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, KV_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Append the new tokens whose first row is among BLOCK_M rows from ``first_row``; pointers are to one head."""
+    """Append to the cache the new tokens of one head whose first row is among the BLOCK_M rows from ``first_row`` on."""
     tokens = tl.cdiv(first_row, GROUP) + tl.arange(0, APPEND_N)
     owned = (tokens * GROUP < first_row + BLOCK_M) & (tokens < new)
     turning, passing, v = new_tokens(
@@ -107,9 +135,14 @@ def extend_piece(
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, APPEND_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles ``first_tile ... first_tile + tiles - 1`` of the ``own`` that one head has: cached keys, then new ones.
+    """Attend to tiles ``first_tile ... first_tile + tiles - 1`` of one head, which has ``own`` tiles.
 
-    Returns the rows' running maximum [BLOCK_M], sum [BLOCK_M] and output [BLOCK_M, HEAD_DIM].
+    A tile is BLOCK_N keys: first the tiles of cached keys, then the tiles of new keys. The block with the last tile
+    appends the new tokens of its rows.
+
+    Returns:
+        Per row: maximum [BLOCK_M] of the scores in base 2, sum of the weights [BLOCK_M], and weighted sum of the
+        values [BLOCK_M, HEAD_DIM], all float32.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     KV_ROW: tl.constexpr = KV_HEADS * HEAD_DIM

@@ -1,4 +1,4 @@
-"""The keys of all sequences are shared evenly among the blocks, wherever sequences begin and end."""
+"""Divides the keys of all sequences evenly among the blocks. A block may begin or end inside a sequence."""
 
 import triton
 import triton.language as tl
@@ -17,28 +17,19 @@ def split(
     MAX_BATCH: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, MIN_TILES: tl.constexpr,
     DECODING: tl.constexpr, APPEND_N: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Each head of a sequence has an item per ROWS rows, each item tiles of N keys; laid end to end, they are shared.
+    """Attention with keys shared among blocks. Arguments as of the kernel's entry.
 
-    With DECODING one item has all rows, and its last tile the new tokens; else new tokens have tiles of their own.
+    Each kv head of a sequence has one item of work for each ROWS rows. Each item consists of tiles of N keys. All tiles
+    are numbered in order of items, and each block takes a range of equal length.
+    With DECODING, one item has all rows of a head, and its last tile includes the new tokens. Otherwise the new tokens
+    have tiles of their own.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     KV_ROW: tl.constexpr = KV_HEADS * HEAD_DIM
     program, programs = tl.program_id(0), tl.num_programs(0)
-    # Every block counts all tiles, and all count alike.
-    sequences = tl.arange(0, MAX_BATCH)
-    live = sequences < batch
-    pasts, news = clamped(
-        tl.load(past_lengths + sequences, mask=live, other=0),
-        tl.load(query_lengths + sequences, mask=live, other=0), sequence, capacity,
-    )  # fmt: skip
-    pasts = tl.where(news > 0, pasts, 0)  # padding alone attends to nothing
-    tiles = tl.maximum(tl.cdiv(pasts, N), 1)
-    items = tl.full((MAX_BATCH,), KV_HEADS, tl.int32)
-    if not DECODING:
-        tiles = tl.maximum(tl.cdiv(pasts, N) + tl.cdiv(news, N), 1)
-        items = KV_HEADS * tl.maximum(tl.cdiv(news * GROUP, ROWS), 1)
-    weights = tl.where(live, tiles * items, 0)
-    ends = tl.cumsum(weights, 0)
+    sequences, live, pasts, news, tiles, weights, ends = counted(
+        past_lengths, query_lengths, batch, sequence, capacity, GROUP, KV_HEADS, MAX_BATCH, ROWS, N, DECODING
+    )
     all_tiles = tl.sum(weights, 0)
     share = tl.maximum(tl.cdiv(all_tiles, programs), MIN_TILES)
     start = program * share
@@ -92,14 +83,58 @@ def split(
                 HALF, GROUP, GROUP * KV_ROW,
             )  # fmt: skip
             if not DECODING:
-                # Rows of padding alone have no item: the last rows of their head write them too.
-                if first_row + ROWS >= new * GROUP:
-                    for padding in tl.range(first_row + ROWS, sequence * GROUP, ROWS):
-                        write_output(
-                            attn_output + query_head, v_scale, padding + tl.arange(0, ROWS), 0, sequence,
-                            total, acc, HALF, GROUP, GROUP * KV_ROW,
-                        )  # fmt: skip
+                write_padding(
+                    attn_output + query_head, v_scale, first_row + ROWS, new, sequence, total, acc,
+                    HALF, GROUP, GROUP * KV_ROW, ROWS,
+                )  # fmt: skip
         start = piece_stop
+
+
+@triton.jit
+def counted(
+    past_lengths, query_lengths, batch, sequence, capacity,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, MAX_BATCH: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
+    DECODING: tl.constexpr,
+):  # fmt: skip
+    """Count the tiles of every sequence.
+
+    Returns:
+        int32 arrays [MAX_BATCH] by sequence: its number, whether the batch has it (bool), cached tokens, new tokens,
+        tiles of one item, tiles of all items, and number of the first tile after the sequence.
+    """
+    # Every block counts all tiles, so all blocks agree on the ranges.
+    sequences = tl.arange(0, MAX_BATCH)
+    live = sequences < batch
+    pasts, news = clamped(
+        tl.load(past_lengths + sequences, mask=live, other=0),
+        tl.load(query_lengths + sequences, mask=live, other=0), sequence, capacity,
+    )  # fmt: skip
+    pasts = tl.where(news > 0, pasts, 0)  # a sequence of padding attends to no key
+    tiles = tl.maximum(tl.cdiv(pasts, N), 1)
+    items = tl.full((MAX_BATCH,), KV_HEADS, tl.int32)
+    if not DECODING:
+        tiles = tl.maximum(tl.cdiv(pasts, N) + tl.cdiv(news, N), 1)
+        items = KV_HEADS * tl.maximum(tl.cdiv(news * GROUP, ROWS), 1)
+    weights = tl.where(live, tiles * items, 0)
+    ends = tl.cumsum(weights, 0)
+    return sequences, live, pasts, news, tiles, weights, ends
+
+
+@triton.jit
+def write_padding(
+    attn_output, value_scale, end_row, new, sequence, total, acc,
+    HALF: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Write zeros into the padding rows of a head from ``end_row`` on, if the item that ends there has the last rows.
+
+    Padding rows have no item of their own.
+    """
+    if end_row >= new * GROUP:
+        for padding in tl.range(end_row, sequence * GROUP, ROWS):
+            write_output(
+                attn_output, value_scale, padding + tl.arange(0, ROWS), 0, sequence,
+                total, acc, HALF, GROUP, ROW,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -107,7 +142,12 @@ def item_at(
     tile, sequences, live, pasts, news, tiles, weights, ends,
     GROUP: tl.constexpr, ROWS: tl.constexpr, KV_HEADS: tl.constexpr, DECODING: tl.constexpr,
 ):  # fmt: skip
-    """The item that ``tile`` is of: sequence, head, first row, cached and new tokens, tiles, and its first tile."""
+    """The item that contains ``tile``.
+
+    Returns:
+        int32 numbers: sequence, kv head, first row, cached tokens, new tokens, number of tiles, and number of the first
+        tile.
+    """
     b = tl.sum((live & (ends <= tile)).to(tl.int32), 0)
     mine = sequences == b
     past, new = tl.sum(tl.where(mine, pasts, 0), 0), tl.sum(tl.where(mine, news, 0), 0)
@@ -115,7 +155,7 @@ def item_at(
     before = tl.sum(tl.where(mine, ends - weights, 0), 0)
     if DECODING:
         item = 0
-        for i in tl.static_range(1, KV_HEADS):  # sooner known than by a division
+        for i in tl.static_range(1, KV_HEADS):  # faster than a division
             item += (tile - before >= i * own).to(tl.int32)
         return b, item, 0, past, new, own, before + item * own
     item = (tile - before) // own

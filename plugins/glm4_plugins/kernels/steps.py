@@ -1,37 +1,43 @@
-"""What prefill and decode share: loading and turning tokens, and one step of the online softmax."""
+"""Steps that prefill and decode share: loading and rotating tokens, and one step of the online softmax."""
 
 import triton
 import triton.language as tl
 
-# Below every score, yet finite: a row that has seen no key yet must not compute -inf - -inf.
+# Lower than every score, but finite: a row that has seen no key yet must not compute -inf - -inf.
 LOWEST = tl.constexpr(-1.0e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
-# 1.5 * 2^23: a small number plus this loses its fraction, rounded to even.
+# 1.5 * 2^23. Adding and subtracting this constant rounds a small number to the nearest integer, ties to even.
 ROUND = tl.constexpr(12582912.0)
 
 
 @triton.jit
 def clamped(past, new, sequence, capacity):
-    """Lengths that keep every access within the cache, whatever was passed: some callers time made-up inputs."""
+    """Numbers of cached and new tokens, limited so that every access stays inside the cache.
+
+    TensorRT times kernels on invented inputs, so any lengths may arrive.
+    """
     past = tl.minimum(tl.maximum(past, 0), capacity)
     return past, tl.minimum(tl.maximum(new, 0), tl.minimum(sequence, capacity - past))
 
 
 @triton.jit
 def load_rows(rows, mask, FIRST: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr):
-    """``SIZE`` elements of each row from ``FIRST`` on; ``rows`` [...] are pointers to the rows' first elements."""
+    """Elements ``FIRST ... FIRST + SIZE - 1`` of each row, [..., SIZE].
+
+    ``rows`` [...] are pointers to the rows' first elements. With MASKED, rows outside ``mask`` [...] are zeros.
+    """
     pointers = tl.expand_dims(rows, -1) + (FIRST + tl.arange(0, SIZE))
     if MASKED:
-        # Rows that were never written may hold NaN, which weight zero does not silence.
+        # Rows that were never written may contain NaN, and zero times NaN is NaN.
         return tl.load(pointers, mask=tl.expand_dims(mask, -1), other=0.0)
     return tl.load(pointers)
 
 
 @triton.jit
 def rotate(x, cos, sin, positions, mask, N: tl.constexpr, HALF: tl.constexpr):
-    """RoPE on the pairs (2i, 2i + 1) of ``x`` [N, HALF] at ``positions`` [N]; float32.
+    """RoPE on the pairs (2i, 2i + 1) of ``x`` [N, HALF] at ``positions`` [N]. Returns float32 [N, HALF].
 
-    Pairs are neighbours in memory, so splitting and joining them moves nothing between threads.
+    The two numbers of a pair are neighbours in memory, so no data moves between threads.
     """
     offsets = positions[:, None] * (HALF // 2) + tl.arange(0, HALF // 2)[None, :]
     c = tl.load(cos + offsets, mask=mask[:, None], other=1.0).to(tl.float32)
@@ -42,7 +48,7 @@ def rotate(x, cos, sin, positions, mask, N: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def quantized(x, scale, CACHE: tl.constexpr):
-    """``x`` in steps of ``scale`` [channels], as the type CACHE holds it, saturated; still float32."""
+    """``x`` [N, channels] / ``scale`` [channels], rounded and saturated to the type CACHE. Returns float32."""
     x = x.to(tl.float32) / scale[None, :]
     if CACHE == tl.int8:
         x = tl.minimum(tl.maximum(x, -127.0), 127.0)
@@ -55,10 +61,12 @@ def new_tokens(
     key, value, cos, sin, key_scale, value_scale, tokens, mask, past,
     N: tl.constexpr, HALF: tl.constexpr, ROW: tl.constexpr, MASKED: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """Keys (two halves) and values of new tokens, as the cache will hold them, in the inputs' type.
+    """Keys and values of the new ``tokens`` [N] of one head, rounded as the cache stores them, in the inputs' type.
 
-    ``key`` and ``value`` point to the first new token of one sequence and head; ``key_scale`` and
-    ``value_scale`` to that head's scales, or are None.
+    ``key`` and ``value`` point to the head's first new token. The scales point to the head's scales, or are None.
+
+    Returns:
+        Turning half of the keys after RoPE [N, HALF], passing half [N, HALF], and values [N, HEAD_DIM].
     """
     keys, values = key + tokens * ROW, value + tokens * ROW
     turning = load_rows(keys, mask, 0, HALF, MASKED)
@@ -75,7 +83,7 @@ def new_tokens(
 
 @triton.jit
 def append(present_key, present_value, rotated, passing, v, positions, mask, HALF: tl.constexpr):
-    """Store new keys and values of one head at ``positions`` of its cache."""
+    """Store keys (``rotated``, ``passing`` [N, HALF]) and values [N, HEAD_DIM] at ``positions`` [N] of a head's cache."""
     rows = positions[:, None] * (2 * HALF)
     channels = tl.arange(0, HALF)[None, :]
     cached = present_key.dtype.element_ty
@@ -89,7 +97,10 @@ def queries(
     query, cos, sin, key_scale, rows, past, new,
     M: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
-    """Rotated queries of ``rows`` [M] as two halves; ``query`` points to one sequence's first head of the group."""
+    """Queries of ``rows`` [M]: the turning half after RoPE and the passing half, [M, HALF] each, in the input's type.
+
+    ``query`` points to the first head of the group in one sequence. With ``key_scale``, queries are multiplied by it.
+    """
     tokens = rows // GROUP
     mask = tokens < new
     pointers = query + tokens * ROW + (rows % GROUP) * (2 * HALF)
@@ -105,12 +116,16 @@ def queries(
 
 @triton.jit
 def attend(q_turning, q_passing, k_turning, k_passing, v, visible, top, total, acc, SCALE: tl.constexpr):
-    """One step of the online softmax; returns the running maximum, sum and output.
+    """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867) over N keys.
 
-    Queries [..., M, HALF], keys [..., N, HALF], values [..., N, 2 * HALF]; ``visible`` [..., M, N] or None.
-    A leading dimension holds independent parts of the keys.
+    Queries [..., M, HALF], keys [..., N, HALF], values [..., N, 2 * HALF]; ``visible`` bool [..., M, N], or None if all
+    keys are visible. A leading dimension is for independent parts of the keys.
+
+    Returns:
+        Updated, in float32: the maximum ``top`` [..., M] in base 2, the sum of weights ``total`` [..., M], and the
+        weighted sum of values ``acc`` [..., M, 2 * HALF].
     """
-    # The half that is multiplied as loaded goes first, so that the tensor cores work while the other turns.
+    # The passing half is multiplied first, so that the tensor cores work while the turning half is rotated.
     scores = tl.dot(q_passing, tl.trans(k_passing))
     scores = tl.dot(q_turning, tl.trans(k_turning), scores)
     if visible is not None:
@@ -127,7 +142,10 @@ def attend_to_cache(
     q_turning, q_passing, past_key, past_value, start, stop, past, top, total, acc,
     N: tl.constexpr, HALF: tl.constexpr, SCALE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the cached keys ``start ... stop - 1`` of one head; with MASKED, to those before ``past`` only."""
+    """Attend to the cached keys ``start ... stop - 1`` of one head, N at a time. Returns as :func:`attend`.
+
+    With MASKED, keys from ``past`` on are not visible.
+    """
     for first in tl.range(start, stop, N, num_stages=STAGES):
         keys = first + tl.arange(0, N)
         mask = keys < past
@@ -152,7 +170,10 @@ def attend_to_new(
     N: tl.constexpr, HALF: tl.constexpr, ROW: tl.constexpr, SCALE: tl.constexpr, STAGES: tl.constexpr,
     MASKED: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the new tokens ``start ... stop - 1`` of one head; with MASKED, each row to those up to its own."""
+    """Attend to the new tokens ``start ... stop - 1`` of one head, N at a time. Returns as :func:`attend`.
+
+    With MASKED, a row sees the tokens up to its own, ``row_tokens`` [M].
+    """
     for first in tl.range(start, stop, N, num_stages=STAGES):
         tokens = first + tl.arange(0, N)
         k_turning, k_passing, v = new_tokens(
@@ -174,7 +195,10 @@ def write_output(
     attn_output, value_scale, rows, new, sequence, total, acc,
     HALF: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
-    """Normalise and store ``rows``; those of padding as zeros, lest they carry NaN into what follows."""
+    """Divide ``acc`` [M, HEAD_DIM] by ``total`` [M], and store the rows in ``attn_output``. Rows of padding are zeros.
+
+    Without the zeros, later operators could read NaN from padding.
+    """
     tokens = rows // GROUP
     channels = tl.arange(0, 2 * HALF)
     output = acc * (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]

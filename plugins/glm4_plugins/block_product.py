@@ -1,7 +1,8 @@
 """``glm4::BlockQuantizedMatMul``: y = x Wᵀ + bias in integers, for a W of 8- or 4-bit numbers under a scale per block.
 
-Inputs: x float32 [..., width]; numbers uint8 [panels, blocks, block * 64 * bits / 8]; scales bfloat16
-[panels, blocks, 64]; optionally bias float32 [columns]. Attributes: columns, width, bits (8 or 4), block_size, and
+Inputs: x float32 [..., width]; numbers uint8 [panels, blocks, block * 64 * bits / 8]; scales bfloat16, float16 or
+float32 [panels, blocks, 64]; optionally bias float32 [columns]; optionally zeros int8 [panels, blocks, 64], each
+block's zero point minus 2^(bits - 1). Attributes: columns, width, bits (8 or 4), block_size, and
 gated (0 or 1). Output: float32 [..., columns]; gated, silu(first half of the columns) * second half.
 
 The library for ONNX Runtime's CPU provider is built with the package; ``cpu/product.h`` describes its layout.
@@ -13,6 +14,7 @@ import ctypes
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +57,7 @@ def block_product(
     numbers: npt.NDArray[np.uint8],
     scales: Floats,
     bias: Floats | None = None,
+    zeros: npt.NDArray[np.int8] | None = None,
     *,
     columns: int,
     bits: int,
@@ -73,9 +76,11 @@ def block_product(
     inverse = np.divide(127, largest, out=np.zeros_like(largest), where=largest > 1e-30)
     rounded = np.rint(rows * inverse).astype(np.int64)
     weights = unpack_codes(numbers, bits).reshape(-1, numbers.shape[1], block_size)
+    if zeros is not None:
+        weights = weights - _by_column(zeros)[..., None]
     dots = np.einsum("mbk,nbk->mnb", rounded, weights).astype(np.float64)
-    by_column = scales.astype(np.float64).transpose(0, 2, 1).reshape(-1, numbers.shape[1])
-    y = np.einsum("mnb,mb,nb->mn", dots, largest[..., 0].astype(np.float64) / 127, by_column)[:, :columns]
+    steps = largest[..., 0].astype(np.float64) / 127, _by_column(scales.astype(np.float64))
+    y = np.einsum("mnb,mb,nb->mn", dots, *steps)[:, :columns]
     if bias is not None:
         y = y + bias
     if gated:
@@ -83,6 +88,11 @@ def block_product(
         y = gate / (1 + np.exp(-gate)) * up
     result: Floats = y.astype(np.float32).reshape(*x.shape[:-1], -1)
     return result
+
+
+def _by_column(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """[panels, blocks, 64] -> [panels * 64, blocks]."""
+    return stored.transpose(0, 2, 1).reshape(-1, stored.shape[1])
 
 
 def library() -> Path | None:

@@ -4,14 +4,22 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
+from cpu_operators import needs_cpu_operators
 
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
 from glm4_exporters.checkpoint import Checkpoint
+from glm4_plugins.block_product import OPERATOR, block_product, library, unpack_codes
 from glm4_runtime.errors import ExportError
 
 DATA = Path(__file__).parents[1] / "data" / "quantized"
+OF_INTEGERS = sorted(
+    path.name
+    for path in DATA.iterdir()
+    if path.is_dir() and path.name not in ("original", "gptq-4-act-order") and "fp8" not in path.name
+)
 NAME = "model.layers.0.mlp.down_proj.weight"  # 128 rows, 256 inputs
 
 
@@ -39,6 +47,17 @@ def fours(data, columns):
     return np.stack([data & 15, data >> 4], -1).reshape(-1, columns)
 
 
+def array(part):
+    tensor, data = part
+    return np.frombuffer(data, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tensor.dims)
+
+
+def by_column(values, shape=None):
+    """[panels, blocks, 64] -> [panels * 64, blocks]."""
+    panels = values.reshape(shape or values.shape)
+    return panels.transpose(0, 2, 1).reshape(-1, panels.shape[1])
+
+
 @pytest.mark.parametrize("folder", ["awq-4", "gptq-4-asym", "compressed-tensors-w4a16-asym"])
 @pytest.mark.parametrize("target", ["native", "ort", "cpu"])
 def test_numbers_scales_and_zero_points(tmp_path, folder, target):
@@ -49,11 +68,20 @@ def test_numbers_scales_and_zero_points(tmp_path, folder, target):
     else:  # inputs are rounded to 8 bits
         assert result.parity.mean_kl < 2e-3
     rows, parts = rows_of(folder), stored(tmp_path / "b")
+    scales = rows.scales.contiguous().view(torch.int16).numpy()
+    if target == "cpu":
+        assert (unpack_codes(array(parts["codes"]), 4) == rows.numbers.numpy()).all()
+        assert parts["zeros"][0].data_type == onnx.TensorProto.INT8
+        assert (by_column(array(parts["zeros"])) == rows.zeros.numpy()).all()
+        assert (
+            by_column(np.frombuffer(parts["scales"][1], np.int16), parts["scales"][0].dims) == scales
+        ).all()
+        return
     shift = 0 if target == "native" else 8  # native stores them signed
     groups = rows.scales.shape[1]
     assert (fours(parts["codes"][1], 256) == ((rows.numbers.numpy() + shift) & 15)).all()
     assert (fours(parts["zeros"][1], groups) == ((rows.zeros.numpy() + shift) & 15)).all()
-    assert parts["scales"][1] == rows.scales.contiguous().view(torch.int16).numpy().tobytes()
+    assert parts["scales"][1] == scales.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -66,10 +94,45 @@ def test_other_numbers_on_native(tmp_path, folder):
     assert parts["codes"][1] == rows.numbers.view(torch.uint8).numpy().tobytes()
 
 
-def test_symmetric_numbers_on_our_own_product(tmp_path):
-    export(DATA / "compressed-tensors-w4-groups-of-32", tmp_path / "b", ExportOptions(target="cpu"))
-    graph = onnx.load(tmp_path / "b" / "model.onnx", load_external_data=False).graph
-    assert sum(node.op_type == "BlockQuantizedMatMul" for node in graph.node) == 12
+@needs_cpu_operators
+@pytest.mark.parametrize("folder", OF_INTEGERS)
+def test_products_have_their_meaning_on_target_cpu(tmp_path, folder):
+    """Every product of the bundle, on the inputs that it had, against the operator's meaning in NumPy."""
+    export(DATA / folder, tmp_path / "b", ExportOptions(target="cpu", parity=False))
+    model = onnx.load(tmp_path / "b" / "model.onnx")
+    products = [node for node in model.graph.node if node.op_type == OPERATOR]
+    with Checkpoint.load(DATA / folder) as checkpoint:
+        assert len(products) == sum(view.quantized for view in checkpoint.views.by_name.values())
+    wanted = [(node.input[0], node.output[0]) for node in products]
+    values = run_with_outputs(model, tmp_path / "b", sorted({name for pair in wanted for name in pair}))
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node, (x, y) in zip(products, wanted, strict=True):
+        of = {each.name: each.i for each in node.attribute}
+        parts = [arrays[name] if name else None for name in node.input[1:]]
+        optional = dict(zip(("bias", "zeros"), parts[2:], strict=False))
+        sizes = {"columns": of["columns"], "bits": of["bits"], "block_size": of["block_size"]}
+        expected = block_product(values[x], parts[0], parts[1], gated=bool(of["gated"]), **optional, **sizes)
+        np.testing.assert_allclose(values[y], expected, rtol=1e-5, atol=1e-5, err_msg=node.name)
+
+
+def run_with_outputs(model, folder, names):
+    """Values of a causal LM's graph on 8 tokens, by name."""
+    for name in names:
+        model.graph.output.append(onnx.ValueInfoProto(name=name))
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.register_custom_ops_library(str(library()))
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    sizes = {"batch": 1, "sequence": 8, "positions": 1, "capacity": 16}
+    feeds = {}
+    for each in session.get_inputs():
+        shape = [sizes.get(axis, axis) for axis in each.shape]
+        feeds[each.name] = np.zeros(shape, np.float32 if "float" in each.type else np.int64)
+        if "int32" in each.type:
+            feeds[each.name] = feeds[each.name].astype(np.int32)
+    feeds["input_ids"] += np.arange(4, 12)
+    feeds["query_lengths"] += 8
+    return dict(zip(names, session.run(names, feeds), strict=True))
 
 
 @pytest.mark.parametrize(

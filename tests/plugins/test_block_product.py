@@ -2,7 +2,7 @@
 
 import ctypes
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  NumPy learns bfloat16 from it
 import numpy as np
 import pytest
 import torch
@@ -14,6 +14,8 @@ from glm4_plugins.block_product import block_product, kernels, library, pack, st
 
 pytestmark = needs_cpu_operators
 
+SCALE_TYPES = ("bfloat16", "float16", "float32")
+ONNX_TYPES = {"bfloat16": 16, "float16": 10, "float32": 1, "float64": 11}
 KERNELS = ("avx512-vnni", "avx2", "portable")
 
 
@@ -21,15 +23,16 @@ KERNELS = ("avx512-vnni", "avx2", "portable")
 def product():
     function = ctypes.CDLL(str(library())).glm4_product
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [ctypes.c_char_p, pointer, integer, pointer, pointer, pointer, integer, integer]
-    function.argtypes += [ctypes.c_int] * 3 + [pointer]
+    function.argtypes = [ctypes.c_char_p, pointer, integer, pointer, pointer, ctypes.c_int, pointer, pointer]
+    function.argtypes += [integer, integer] + [ctypes.c_int] * 3 + [pointer]
 
     def run(name, x, matrix, bias=None, gated=False):
         y = np.full((len(x), matrix.columns >> gated), np.nan, np.float32)
-        arrays = [x, matrix.numbers, matrix.scales, bias, y]
-        x_at, numbers, scales, bias_at, out = (None if a is None else a.ctypes.data for a in arrays)
+        arrays = [x, matrix.numbers, matrix.scales, matrix.zeros, bias, y]
+        x_at, numbers, scales, *optional, out = (None if a is None else a.ctypes.data for a in arrays)
         sizes = matrix.columns, x.shape[1], matrix.bits, matrix.block, int(gated)
-        code = function(name and name.encode(), x_at, len(x), numbers, scales, bias_at, *sizes, out)
+        kind = ONNX_TYPES[matrix.scales.dtype.name]
+        code = function(name and name.encode(), x_at, len(x), numbers, scales, kind, *optional, *sizes, out)
         if code == 1:
             pytest.skip(f"this processor does not run {name}")
         return code if code else y
@@ -40,20 +43,24 @@ def product():
 class Matrix:
     """Random numbers and scales, as they are stored."""
 
-    def __init__(self, columns, width, bits, block, seed=0):
+    def __init__(self, columns, width, bits, block, seed=0, scales="bfloat16", zeros=False):
         rng = np.random.default_rng(seed)
         self.columns, self.bits, self.block = columns, bits, block
         shape = stored_shape(columns, width, bits, block)
         numbers = rng.integers(0, 1 << bits, (columns, shape[1] * block), np.uint8)
         numbers[:, width:] = 1 << bits - 1
         self.numbers = np.ascontiguousarray(pack(numbers, bits, block))
-        self.scales = (rng.standard_normal((*shape[:2], 64)) * 0.02).astype(ml_dtypes.bfloat16)
+        by_block = (*shape[:2], 64)
+        self.scales = (rng.standard_normal(by_block) * 0.02).astype(scales)
+        half = 1 << bits - 1
+        self.zeros = rng.integers(-half, half, by_block, np.int8) if zeros else None
 
     def meaning(self, x, **options):
         return block_product(
             x,
             self.numbers,
             self.scales.astype(np.float32),
+            zeros=self.zeros,
             columns=self.columns,
             bits=self.bits,
             block_size=self.block,
@@ -117,6 +124,60 @@ def test_every_number_of_rows(product, bits, rows):
         np.testing.assert_array_equal(product(name, x, matrix), together)
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("scales", SCALE_TYPES)
+@pytest.mark.parametrize(("columns", "width", "bits", "block", "rows"), SHAPES[1:])
+def test_zero_points_and_every_type_of_scales(product, columns, width, bits, block, rows, scales, zeros):
+    matrix = Matrix(columns, width, bits, block, scales=scales, zeros=zeros)
+    rng = np.random.default_rng(rows)
+    x, bias = (rng.standard_normal(size).astype(np.float32) for size in ((rows, width), columns))
+    together = product("portable", x, matrix, bias)
+    np.testing.assert_allclose(together, matrix.meaning(x, bias=bias), rtol=2e-5, atol=1e-4)
+    for name in (None, "avx2"):
+        np.testing.assert_array_equal(product(name, x, matrix, bias), together)
+        np.testing.assert_array_equal(product(name, x[3:4], matrix, bias), together[3:4])
+
+
+def test_random_shapes_with_zero_points(product):
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        columns, width, rows = (int(rng.integers(1, most)) for most in (200, 400, 60))
+        bits, block = int(rng.choice([4, 8])), 8 * int(rng.integers(1, 33))
+        matrix = Matrix(columns, width, bits, block, seed, str(rng.choice(SCALE_TYPES)), zeros=True)
+        x = rng.standard_normal((rows, width)).astype(np.float32)
+        together = product("portable", x, matrix)
+        np.testing.assert_allclose(together, matrix.meaning(x), rtol=2e-5, atol=1e-4, err_msg=str(seed))
+        for name in (None, "avx2"):
+            np.testing.assert_array_equal(product(name, x, matrix), together, err_msg=str(seed))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_extremes_of_numbers_and_zero_points_are_exact(product, name, bits, sign):
+    """The largest sums of a block: 1024 products of 127 and of the largest distance from the zero point."""
+    matrix = Matrix(64, 1024, bits, 1024, scales="float32", zeros=True)
+    most = (1 << bits) - 1
+    matrix.numbers[:] = 0xFF if sign > 0 else 0
+    matrix.zeros[:] = -(1 << bits - 1) if sign > 0 else (1 << bits - 1) - 1
+    matrix.scales[:] = 1
+    x = np.full((1, 1024), 127, np.float32)
+    assert (product(name, x, matrix) == sign * 1024 * 127 * most).all()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_float16_scale_is_read_exactly(product, name):
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    matrix = Matrix(1 << 16, 8, 8, 8, scales="float16")
+    matrix.scales[:] = halves.reshape(matrix.scales.shape)
+    matrix.numbers[:] = 128
+    matrix.numbers.reshape(-1, 2, 64, 4)[:, 0, :, 0] = 129  # 1 for the first input, 0 for the others
+    x = np.full((1, 8), 127, np.float32)
+    with np.errstate(invalid="ignore"):
+        expected = halves.astype(np.float32) * 127
+    np.testing.assert_array_equal(product(name, x, matrix)[0], expected)
+
+
 def test_gates_agree_bit_by_bit(product):
     matrix = Matrix(384, 256, 4, 32)
     x = np.random.default_rng(1).standard_normal((50, 256)).astype(np.float32) * 3
@@ -147,7 +208,8 @@ def test_zeros_and_the_smallest_numbers(product, name):
 
 def test_impossible_products_are_refused(product):
     x = np.zeros((1, 128), np.float32)
-    for wrong in ({"bits": 5}, {"block": 12}, {"block": 2048}, {"columns": 0}):
+    wrong_scales = {"scales": np.zeros((1, 1, 64), np.float64)}
+    for wrong in (wrong_scales, {"bits": 5}, {"block": 12}, {"block": 2048}, {"columns": 0}):
         matrix = Matrix(64, 128, 8, 128)
         vars(matrix).update(wrong)
         assert product(None, x, matrix) == 2, wrong

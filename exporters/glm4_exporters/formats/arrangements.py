@@ -86,7 +86,10 @@ class _Unsigned(Arrangement):
 
 
 class _Panels(Arrangement):
-    """Panels of 64 rows, the last padded with zeros: codes uint8 [panels, blocks, bytes], scales [panels, blocks, 64]."""
+    """Panels of 64 rows, the last padded with zeros: codes uint8 [panels, blocks, bytes], scales [panels, blocks, 64].
+
+    Zero points are int8 [panels, blocks, 64].
+    """
 
     def part(self, name: str, part: Part, form: StoredFormat) -> Part:
         assert isinstance(form, IntegerCodes)
@@ -94,7 +97,8 @@ class _Panels(Arrangement):
         rows, columns = part.shape
         if name == CODES:
             return Part("uint8", stored_shape(rows, columns, form.bits, form.block), part.scaled_by)
-        return replace(part, shape=(-(-rows // PANEL), columns, PANEL))
+        dtype = "int8" if name == ZEROS else part.dtype
+        return replace(part, dtype=dtype, shape=(-(-rows // PANEL), columns, PANEL))
 
     def pack(self, name: str, values: Tensor, part: Part, form: StoredFormat) -> Tensor:
         assert isinstance(form, IntegerCodes)

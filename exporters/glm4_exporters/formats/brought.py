@@ -29,11 +29,6 @@ class Brought(IntegerCodes):
     codes: str = ""
     inputs: InputRounding | None = None
 
-    @property
-    def in_panels(self) -> bool:
-        """Whether the operator BlockQuantizedMatMul can read the codes: no zero points, and bfloat16 scales."""
-        return not self.zeros and self.scales == "bfloat16"
-
     def parts(self, rows: int, width: int, scale_type: str) -> dict[str, Part]:
         """The stored tensors by name. The scales keep the checkpoint's type; ``scale_type`` is ignored."""
         by_block = (rows,) if self.block is None else (rows, self.blocks(width))

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from glm4_exporters.formats.arrangements import PANELS
 from glm4_exporters.formats.base import CODES, SCALES, StoredFormat
-from glm4_exporters.formats.brought import Brought
+from glm4_exporters.formats.brought import ZEROS
 from glm4_exporters.formats.integers import IntegerCodes
 from glm4_exporters.passes.builder import Builder, fixed, scope_of
 from glm4_exporters.passes.stored import store
@@ -34,7 +34,6 @@ class PackedProducts(ir.passes.InPlacePass):
                 weight is None
                 or not isinstance(form, IntegerCodes)
                 or form.block is None
-                or (isinstance(form, Brought) and not form.in_panels)
                 or len(weight.uses()) > 1
             ):
                 continue
@@ -54,10 +53,11 @@ class PackedProducts(ir.passes.InPlacePass):
         gate = _gate_after(old[-1], columns)
         new = Builder(graph, scope_of(gate[-1] if gate else node))
         parts = store(graph, weight, form, PANELS)
-        inputs = [node.inputs[0], parts[CODES], parts[SCALES], *([] if added is None else [added[1]])]
+        bias = None if added is None else added[1]
+        optional = [bias, parts[ZEROS]] if ZEROS in parts else [bias] if bias is not None else []
         new.op(
             OPERATOR,
-            *inputs,
+            *(node.inputs[0], parts[CODES], parts[SCALES], *optional),
             domain=DOMAIN,
             columns=columns,
             width=width,

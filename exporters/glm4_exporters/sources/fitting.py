@@ -1,7 +1,7 @@
 """Chooses a target's format that stores the numbers of a quantized checkpoint unchanged. Needs no torch."""
 
-import math
 from collections import Counter
+from collections.abc import Iterable
 
 from glm4_exporters.architecture import EMBEDDING
 from glm4_exporters.checkpoint import Checkpoint
@@ -13,7 +13,9 @@ from glm4_exporters.sources.view import View
 from glm4_exporters.targets import ACTIVATIONS, GROUPS, TARGETS, Target
 from glm4_runtime.errors import ExportError
 
-LONGEST_BLOCK, SHORTEST_BLOCK = 128, 16  # of MatMulNBits, powers of two
+# Sizes of the blocks that a target's product reads, by the name of its products. Longer blocks would round the inputs
+# more coarsely.
+BLOCKS = {"fused": (16, 32, 64, 128), "packed": range(8, 129, 8)}
 PLAIN, AGAIN = "float32", "int8"
 NVFP4_SCALES = "float32"  # a float8 scale times the matrix' float32 scale
 
@@ -95,7 +97,7 @@ def brought_format(view: View, target: Target) -> Brought | None:
     storage = storages.pop()
     if target.products.name == "standard":
         return _standard(storage, view.header.shape[1])
-    return _in_blocks(storage)
+    return _in_blocks(storage, BLOCKS[target.products.name])
 
 
 def keeping_targets(view: View) -> list[str]:
@@ -114,12 +116,12 @@ def _standard(storage: Storage, width: int) -> Brought | None:
     return Brought(storage.bits, group, scales=storage.scales, zeros=storage.zeros, codes=codes)
 
 
-def _in_blocks(storage: Storage) -> Brought | None:
-    """A format for MatMulNBits, whose blocks are powers of two. The scale of a larger group is repeated."""
+def _in_blocks(storage: Storage, sizes: Iterable[int]) -> Brought | None:
+    """A format in blocks of one of some sizes. The scale of a larger group is repeated for each block."""
     if storage.kind == "float8":
         return None
-    block = LONGEST_BLOCK if storage.group is None else math.gcd(storage.group, LONGEST_BLOCK)
-    if block < SHORTEST_BLOCK:
+    block = max((size for size in sizes if (storage.group or size) % size == 0), default=0)
+    if not block:
         return None
     if storage.kind == "float4":
         return Brought(8, block, scales=NVFP4_SCALES)

@@ -56,11 +56,15 @@ inline __m256 wide_scales(const uint16_t* scales) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
-void multiply_panel(const Weights& w, const Rounded& x, int rows, int64_t panel, float* sums) {
+template <bool kPlain>
+void multiply(const Weights& w, const Rounded& x, int rows, int64_t panel, float* sums) {
   const int64_t blocks = w.blocks();
   for (int64_t b = 0; b < blocks; ++b) {
     const uint8_t* numbers = w.numbers + size_t(panel * blocks + b) * w.block_bytes();
-    const uint16_t* scales = w.scales + size_t(panel * blocks + b) * kPanel;
+    const size_t at = size_t(panel * blocks + b) * kPanel;
+    const uint16_t* scales = static_cast<const uint16_t*>(w.scales) + at;
+    Widened wide;
+    if (!kPlain) widen_block(w, at, &wide);
     for (int m = 0; m < rows; ++m) {
       const int64_t place = b * kRows + m;
       const int8_t* in = x.numbers + place * w.block;
@@ -77,17 +81,28 @@ void multiply_panel(const Weights& w, const Rounded& x, int rows, int64_t panel,
           }
         }
         const __m256i start = _mm256_set1_epi32(x.starts[place]);
+        const __m256i sum = _mm256_set1_epi32(-(x.starts[place] >> (w.bits - 1)));  // of the block's numbers of x
         for (int v = 0; v < kVectors; v += 2) {
           // Adds each pair, for eight columns. hadd interleaves its operands; the permutation restores the order.
           const __m256i mixed = _mm256_hadd_epi32(pairs[v], pairs[v + 1]);
-          const __m256i dots = _mm256_add_epi32(_mm256_permute4x64_epi64(mixed, 0xd8), start);
-          float* at = sums + m * kPanel + n + v * 4;
-          const __m256 scale = _mm256_mul_ps(x_scale, wide_scales(scales + n + v * 4));
-          _mm256_storeu_ps(at, _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), scale, _mm256_loadu_ps(at)));
+          __m256i dots = _mm256_add_epi32(_mm256_permute4x64_epi64(mixed, 0xd8), start);
+          const int column = n + v * 4;
+          if (!kPlain) {
+            const __m256i zeros = _mm256_load_si256(reinterpret_cast<const __m256i*>(wide.zeros + column));
+            dots = _mm256_sub_epi32(dots, _mm256_mullo_epi32(zeros, sum));
+          }
+          float* to = sums + m * kPanel + column;
+          const __m256 w_scale = kPlain ? wide_scales(scales + column) : _mm256_load_ps(wide.scales + column);
+          const __m256 scale = _mm256_mul_ps(x_scale, w_scale);
+          _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), scale, _mm256_loadu_ps(to)));
         }
       }
     }
   }
+}
+
+void multiply_panel(const Weights& w, const Rounded& x, int rows, int64_t panel, float* sums) {
+  (w.plain() ? multiply<true> : multiply<false>)(w, x, rows, panel, sums);
 }
 
 }  // namespace

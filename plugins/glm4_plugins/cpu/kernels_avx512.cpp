@@ -52,9 +52,26 @@ inline void dot(__m512i (&sums)[kM][kVectors], const __m512i* w, const int8_t* x
   }
 }
 
-template <int kM, int kBits>
-inline void multiply_block(const uint8_t* numbers, const uint16_t* scales, int block, const int8_t* x,
-                           const float* x_scales, const int32_t* starts, float* sums) {
+// A block of a panel. The numbers may be unpacked. `at` is the index of the block's first scale.
+struct Block {
+  const Weights& w;
+  const uint8_t* numbers;
+  size_t at;
+};
+
+inline __m512 widened(const Weights& w, size_t at) {
+  if (w.scale_type == ScaleType::kFloat32) return _mm512_loadu_ps(static_cast<const float*>(w.scales) + at);
+  const auto* from = static_cast<const uint16_t*>(w.scales) + at;
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  if (w.scale_type == ScaleType::kFloat16) return _mm512_cvtph_ps(half);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+template <int kM, int kBits, bool kPlain>
+inline void multiply_block(const Block& b, const int8_t* x, const float* x_scales, const int32_t* starts,
+                           float* sums) {
+  const uint8_t* numbers = b.numbers;
+  const int block = b.w.block;
   __m512i dots[kM][kVectors];
   GLM4_UNROLL
   for (int m = 0; m < kM; ++m)
@@ -84,8 +101,25 @@ inline void multiply_block(const uint8_t* numbers, const uint16_t* scales, int b
   __m512 wide[kVectors];  // loaded only here, because the loop above needs all registers
   GLM4_UNROLL
   for (int v = 0; v < kVectors; ++v) {
-    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + v * 16));
+    if (!kPlain) {
+      wide[v] = widened(b.w, b.at + v * 16);
+      continue;
+    }
+    const auto* from = static_cast<const uint16_t*>(b.w.scales) + b.at + v * 16;
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     wide[v] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  if (!kPlain && b.w.zeros != nullptr) {
+    GLM4_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const auto* from = reinterpret_cast<const __m128i*>(b.w.zeros + b.at + v * 16);
+      const __m512i zeros = _mm512_cvtepi8_epi32(_mm_loadu_si128(from));
+      GLM4_UNROLL
+      for (int m = 0; m < kM; ++m) {
+        const __m512i sum = _mm512_set1_epi32(-(starts[m] >> (b.w.bits - 1)));  // of the block's numbers of x
+        dots[m][v] = _mm512_sub_epi32(dots[m][v], _mm512_mullo_epi32(zeros, sum));
+      }
+    }
   }
   GLM4_UNROLL
   for (int m = 0; m < kM; ++m) {
@@ -111,17 +145,17 @@ void unpack(const uint8_t* numbers, int block, uint8_t* bytes) {
     }
 }
 
-template <int kBits>
+template <int kBits, bool kPlain>
 void multiply(const Weights& w, const Rounded& x, int rows, int64_t panel, float* sums) {
   const int64_t blocks = w.blocks();
   const uint8_t* numbers = w.numbers + size_t(panel * blocks) * w.block_bytes();
-  const uint16_t* scales = w.scales + size_t(panel * blocks) * kPanel;
+  size_t at = size_t(panel * blocks) * kPanel;
   alignas(64) uint8_t bytes[kBits == 4 ? kUnpacked * kPanel : 1];
-  for (int64_t b = 0; b < blocks; ++b, numbers += w.block_bytes(), scales += kPanel) {
+  for (int64_t b = 0; b < blocks; ++b, numbers += w.block_bytes(), at += kPanel) {
     const int8_t* xs = x.numbers + b * kRows * w.block;
     auto tile = [&](auto bits, auto count, const uint8_t* from, int m) {
-      multiply_block<count(), bits()>(from, scales, w.block, xs + m * w.block, x.scales + b * kRows + m,
-                                      x.starts + b * kRows + m, sums + m * kPanel);
+      multiply_block<count(), bits(), kPlain>({w, from, at}, xs + m * w.block, x.scales + b * kRows + m,
+                                              x.starts + b * kRows + m, sums + m * kPanel);
     };
     auto tiles = [&](auto bits, const uint8_t* from) {
       int m = 0;
@@ -144,7 +178,10 @@ void multiply(const Weights& w, const Rounded& x, int rows, int64_t panel, float
 }
 
 void multiply_panel(const Weights& w, const Rounded& x, int rows, int64_t panel, float* sums) {
-  (w.bits == 8 ? multiply<8> : multiply<4>)(w, x, rows, panel, sums);
+  if (w.plain())
+    (w.bits == 8 ? multiply<8, true> : multiply<4, true>)(w, x, rows, panel, sums);
+  else
+    (w.bits == 8 ? multiply<8, false> : multiply<4, false>)(w, x, rows, panel, sums);
 }
 
 }  // namespace

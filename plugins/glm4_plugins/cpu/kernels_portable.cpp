@@ -25,12 +25,14 @@ void multiply_panel(const Weights& w, const Rounded& x, int rows, int64_t panel,
   const int64_t blocks = w.blocks();
   for (int64_t b = 0; b < blocks; ++b) {
     const uint8_t* numbers = w.numbers + size_t(panel * blocks + b) * w.block_bytes();
-    const uint16_t* scales = w.scales + size_t(panel * blocks + b) * kPanel;
+    Widened wide;
+    widen_block(w, size_t(panel * blocks + b) * kPanel, &wide);
     for (int m = 0; m < rows; ++m) {
       const int64_t place = b * kRows + m;
       const int8_t* in = x.numbers + place * w.block;
       int32_t dots[kPanel];
-      for (int n = 0; n < kPanel; ++n) dots[n] = x.starts[place];
+      const int32_t start = x.starts[place], sum = -(start >> (w.bits - 1));  // of the block's numbers of x
+      for (int n = 0; n < kPanel; ++n) dots[n] = start - wide.zeros[n] * sum;
       for (int k = 0; k < w.block; ++k) {
         const int g = k / 4, j = k % 4;
         const uint8_t* four = w.bits == 8 ? numbers + g * 256 : numbers + g / 2 * 256;
@@ -38,12 +40,7 @@ void multiply_panel(const Weights& w, const Rounded& x, int rows, int64_t panel,
         for (int n = 0; n < kPanel; ++n) dots[n] += ((four[n * 4 + j] >> shift) & mask) * in[k];
       }
       float* out = sums + m * kPanel;
-      for (int n = 0; n < kPanel; ++n) {
-        const uint32_t bits = uint32_t(scales[n]) << 16;
-        float scale;
-        std::memcpy(&scale, &bits, sizeof scale);
-        out[n] = std::fma(float(dots[n]), x.scales[place] * scale, out[n]);
-      }
+      for (int n = 0; n < kPanel; ++n) out[n] = std::fma(float(dots[n]), x.scales[place] * wide.scales[n], out[n]);
     }
   }
 }

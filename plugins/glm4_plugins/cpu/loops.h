@@ -45,6 +45,51 @@ void round_row(const Weights& w, const float* x, const Rounded& to, int row) {
   }
 }
 
+// Scales and zero points of one block of a panel, as the sums need them.
+struct Widened {
+  alignas(64) float scales[kPanel];
+  alignas(64) int32_t zeros[kPanel];
+};
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// float16 -> float32, exactly, without arithmetic on subnormal numbers, which a session may flush to zero.
+inline float float_of_half(uint16_t half) {
+  const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
+  const uint32_t normal = (rest << 13) + (rest >= 0x7c00 ? 224u << 23 : 112u << 23);
+  const uint32_t small = bits_of(float(int32_t(rest)) * 5.9604644775390625e-8f);  // 2^-24
+  return float_of((rest < 0x0400 ? small : normal) | sign);
+}
+
+// `at`: index of the block's first column among all scales.
+inline void widen_block(const Weights& w, size_t at, Widened* to) {
+  const auto* halves = static_cast<const uint16_t*>(w.scales) + at;
+  switch (w.scale_type) {
+    case ScaleType::kBfloat16:
+      for (int n = 0; n < kPanel; ++n) to->scales[n] = float_of(uint32_t(halves[n]) << 16);
+      break;
+    case ScaleType::kFloat16:
+      for (int n = 0; n < kPanel; ++n) to->scales[n] = float_of_half(halves[n]);
+      break;
+    case ScaleType::kFloat32:
+      std::memcpy(to->scales, static_cast<const float*>(w.scales) + at, sizeof to->scales);
+  }
+  if (w.zeros == nullptr)
+    std::memset(to->zeros, 0, sizeof to->zeros);
+  else
+    for (int n = 0; n < kPanel; ++n) to->zeros[n] = w.zeros[at + n];
+}
+
 inline float exponential(float x) {
   // e^x = 2^n e^r, where n is the integer nearest to x / ln 2. e^r is a Taylor polynomial on |r| <= ln 2 / 2.
   x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);

@@ -19,7 +19,7 @@ struct ShapeInfo;
 struct Domain;
 struct SessionOptions;
 
-enum ElementType { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kBfloat16 = 16 };
+enum ElementType { kAnyType = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kFloat16 = 10, kBfloat16 = 16 };
 enum Presence { kRequired = 0, kOptional = 1 };
 constexpr int kInvalidArgument = 2;
 
@@ -29,6 +29,9 @@ class Api {
 
   Status* error(const char* message) const { return call<Status*(int, const char*)>(0)(kInvalidArgument, message); }
   Status* data(Value* value, void** out) const { return call<Status*(Value*, void**)>(51)(value, out); }
+  Status* element_type(const ShapeInfo* info, int* out) const {
+    return call<Status*(const ShapeInfo*, int*)>(60)(info, out);
+  }
   Status* rank(const ShapeInfo* info, size_t* out) const {
     return call<Status*(const ShapeInfo*, size_t*)>(61)(info, out);
   }

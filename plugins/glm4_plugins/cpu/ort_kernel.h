@@ -33,9 +33,9 @@ struct OneThread : Threads {
     if (ort::Status* failed = (expression)) return failed;    \
   } while (0)
 
-// Reads data and shape of an input. Data is null if an optional input is absent.
+// Reads data, shape and, if `type` is given, the element type of an input. Data is null if an optional input is absent.
 inline ort::Status* read_input(const ort::Api& api, const ort::Context* context, size_t index, void** data,
-                               std::vector<int64_t>* shape) {
+                               std::vector<int64_t>* shape, int* type = nullptr) {
   const ort::Value* value = nullptr;
   GLM4_RETURN(api.input(context, index, &value));
   *data = nullptr;
@@ -48,6 +48,7 @@ inline ort::Status* read_input(const ort::Api& api, const ort::Context* context,
     shape->resize(rank);
     failed = api.shape(info, shape->data(), rank);
   }
+  if (failed == nullptr && type != nullptr) failed = api.element_type(info, type);
   api.release(info);
   if (failed == nullptr) failed = api.data(const_cast<ort::Value*>(value), data);
   return failed;

@@ -7,7 +7,8 @@
 // W [columns, width] is stored in panels of 64 columns, padded with zeros. For each panel and block, the numbers are
 // [block / 4][64 columns][4 inputs], unsigned with the zero point in the middle of the range. With 4 bits, a byte holds
 // two numbers: the low half from one group of 4 inputs, the high half from the next group. The shape is then
-// [block / 8][64][4]. Scales are bfloat16 [panels][blocks][64].
+// [block / 8][64][4]. Scales are [panels][blocks][64]. Zero points, if any, are int8 [panels][blocks][64]: the distance
+// of a block's zero point from the middle of the range.
 #pragma once
 
 #include <cstddef>
@@ -18,10 +19,14 @@ namespace glm4 {
 constexpr int kPanel = 64;   // columns
 constexpr int kRows = 48;    // rows of x multiplied with a panel together; rows and sums fit a core's private cache
 
+enum class ScaleType { kBfloat16, kFloat16, kFloat32 };
+
 struct Weights {
   const uint8_t* numbers;
-  const uint16_t* scales;  // bfloat16
-  const float* bias;       // [columns], or null
+  const void* scales;
+  ScaleType scale_type;
+  const int8_t* zeros;  // or null
+  const float* bias;    // [columns], or null
   int64_t columns, width;
   int bits, block;
 
@@ -29,6 +34,8 @@ struct Weights {
   int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
   size_t block_bytes() const { return size_t(block) * kPanel * bits / 8; }
   int zero() const { return 1 << (bits - 1); }
+  // Whether the kernels read the scales as they are stored. Other weights are widened first, a block at a time.
+  bool plain() const { return zeros == nullptr && scale_type == ScaleType::kBfloat16; }
 };
 
 // kRows quantized rows of x: numbers [blocks][kRows][block], scales and starts [blocks][kRows]. A start is the initial

@@ -1,7 +1,8 @@
 // glm4::BlockQuantizedMatMul for ONNX Runtime's CPU provider, and a C function for the same product.
 //
-// Inputs: x float32 [..., width]; numbers uint8 [panels, blocks, block * 64 * bits / 8]; scales bfloat16
-// [panels, blocks, 64]; optional bias float32 [columns]. Attributes: columns, width, bits, block_size, gated.
+// Inputs: x float32 [..., width]; numbers uint8 [panels, blocks, block * 64 * bits / 8]; scales bfloat16, float16 or
+// float32 [panels, blocks, 64]; optional bias float32 [columns]; optional zero points int8 [panels, blocks, 64], the
+// distances from the middle of the range. Attributes: columns, width, bits, block_size, gated.
 // Output: float32 [..., columns]. If gated: silu(first half of the columns) * second half, [..., columns / 2].
 #include <cstdlib>
 #include <cstring>
@@ -112,6 +113,15 @@ const char* refusal(const Weights& w, bool gated) {
   return nullptr;
 }
 
+bool read_scale_type(int element_type, ScaleType* out) {
+  switch (element_type) {
+    case ort::kBfloat16: *out = ScaleType::kBfloat16; return true;
+    case ort::kFloat16: *out = ScaleType::kFloat16; return true;
+    case ort::kFloat: *out = ScaleType::kFloat32; return true;
+    default: return false;
+  }
+}
+
 struct Kernel {
   ort::Api api;
   Weights w;
@@ -127,7 +137,7 @@ ort::Status* create(const ort::Operator*, const void* table, const ort::KernelIn
   GLM4_RETURN(api.attribute(info, "block_size", &block));
   GLM4_RETURN(api.attribute(info, "gated", &gated));
   if (bits < 0 || bits > 8 || block < 0 || block > 1024) return api.error("BlockQuantizedMatMul: bits or block_size");
-  const Weights w = {nullptr, nullptr, nullptr, columns, width, int(bits), int(block)};
+  const Weights w = {nullptr, nullptr, ScaleType::kBfloat16, nullptr, nullptr, columns, width, int(bits), int(block)};
   if (const char* why = refusal(w, gated != 0)) return api.error(why);
   *out = new (std::nothrow) Kernel{api, w, gated != 0};
   return *out != nullptr ? nullptr : api.error("BlockQuantizedMatMul: no memory");
@@ -136,19 +146,24 @@ ort::Status* create(const ort::Operator*, const void* table, const ort::KernelIn
 ort::Status* compute(void* kernel, ort::Context* context) {
   const Kernel& self = *static_cast<const Kernel*>(kernel);
   Weights w = self.w;
-  void *x, *numbers, *scales, *bias;
-  std::vector<int64_t> shape, stored, scaled, biased;
+  void *x, *numbers, *scales, *bias, *zeros;
+  std::vector<int64_t> shape, stored, scaled, biased, shifted;
+  int scale_type = ort::kAnyType;
   GLM4_RETURN(read_input(self.api, context, 0, &x, &shape));
   GLM4_RETURN(read_input(self.api, context, 1, &numbers, &stored));
-  GLM4_RETURN(read_input(self.api, context, 2, &scales, &scaled));
+  GLM4_RETURN(read_input(self.api, context, 2, &scales, &scaled, &scale_type));
   GLM4_RETURN(read_input(self.api, context, 3, &bias, &biased));
+  GLM4_RETURN(read_input(self.api, context, 4, &zeros, &shifted));
   if (shape.empty() || shape.back() != w.width) return self.api.error("BlockQuantizedMatMul: x is not as wide as W");
   if (stored != std::vector<int64_t>{w.panels(), w.blocks(), int64_t(w.block_bytes())} ||
       scaled != std::vector<int64_t>{w.panels(), w.blocks(), kPanel} ||
-      (bias != nullptr && biased != std::vector<int64_t>{w.columns}))
+      (bias != nullptr && biased != std::vector<int64_t>{w.columns}) || (zeros != nullptr && shifted != scaled))
     return self.api.error("BlockQuantizedMatMul: the stored matrix has not the shape that its attributes say");
+  if (!read_scale_type(scale_type, &w.scale_type))
+    return self.api.error("BlockQuantizedMatMul: scales must be bfloat16, float16 or float32");
   w.numbers = static_cast<const uint8_t*>(numbers);
-  w.scales = static_cast<const uint16_t*>(scales);
+  w.scales = scales;
+  w.zeros = static_cast<const int8_t*>(zeros);
   w.bias = static_cast<const float*>(bias);
   int64_t rows = 1;
   for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
@@ -175,11 +190,12 @@ const ort::Operator kProductOperator = [] {
   };
   op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.name = [](const ort::Operator*) { return "BlockQuantizedMatMul"; };
-  op.input_count = [](const ort::Operator*) { return size_t(4); };
+  op.input_count = [](const ort::Operator*) { return size_t(5); };
   op.input_type = [](const ort::Operator*, size_t i) {
-    return i == 1 ? int(ort::kUint8) : i == 2 ? int(ort::kBfloat16) : int(ort::kFloat);
+    constexpr int types[] = {ort::kFloat, ort::kUint8, ort::kAnyType, ort::kFloat, ort::kInt8};
+    return types[i];
   };
-  op.input_presence = [](const ort::Operator*, size_t i) { return i == 3 ? int(ort::kOptional) : int(ort::kRequired); };
+  op.input_presence = [](const ort::Operator*, size_t i) { return i < 3 ? int(ort::kRequired) : int(ort::kOptional); };
   op.output_count = [](const ort::Operator*) { return size_t(1); };
   op.output_type = [](const ort::Operator*, size_t) { return int(ort::kFloat); };
   op.output_presence = [](const ort::Operator*, size_t) { return int(ort::kRequired); };
@@ -188,15 +204,15 @@ const ort::Operator kProductOperator = [] {
 
 }  // namespace glm4
 
-// The product on one thread. kernels: name of the kernels; null: the fastest.
+// The product on one thread. kernels: name of the kernels; null: the fastest. scale_type: ONNX's number of the type.
 // Returns 0: done, 1: the processor does not support the kernels, 2: invalid sizes, 3: out of memory.
 GLM4_EXPORT int glm4_product(const char* kernels, const float* x, int64_t rows, const uint8_t* numbers,
-                             const uint16_t* scales, const float* bias, int64_t columns, int64_t width, int bits,
-                             int block, int gated, float* y) {
+                             const void* scales, int scale_type, const int8_t* zeros, const float* bias,
+                             int64_t columns, int64_t width, int bits, int block, int gated, float* y) {
   const glm4::Kernels* chosen = glm4::choose_kernels(kernels);
   if (chosen == nullptr) return 1;
-  const glm4::Weights w = {numbers, scales, bias, columns, width, bits, block};
-  if (rows < 0 || glm4::refusal(w, gated != 0) != nullptr) return 2;
+  glm4::Weights w = {numbers, scales, glm4::ScaleType::kBfloat16, zeros, bias, columns, width, bits, block};
+  if (rows < 0 || !glm4::read_scale_type(scale_type, &w.scale_type) || glm4::refusal(w, gated != 0) != nullptr) return 2;
   glm4::Scratch scratch;
   glm4::Product product = {chosen, w, gated != 0, x, y, rows, &scratch};
   try {

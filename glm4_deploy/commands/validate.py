@@ -46,8 +46,8 @@ SHOWN = 5  # rows of the ranking to print; --json and the recipe have all
 @click.option(
     "--against",
     type=click.Path(path_type=Path),
-    metavar="BUNDLE2",
-    help="A second bundle of the same checkpoint, to compare as well.",
+    metavar="BUNDLE2|ORIGINAL",
+    help="A second bundle of the same checkpoint, or the original of a quantized checkpoint, to compare as well.",
 )
 @click.option(
     "--layers", is_flag=True, help="Compare every sub-block of every layer, and name the first that is wrong."
@@ -135,9 +135,9 @@ def command(
         raise click.UsageError("--junit writes the gate's checks, so it does not go with --no-gate.")
     if bits is not None and sensitivity is None:
         raise click.UsageError("--bits needs --sensitivity.")
-    for path in (bundle, against):
-        if path is not None:
-            folders.require_bundle(path)
+    folders.require_bundle(bundle)
+    if against is not None and folders.kind_of(against)[0] not in ("checkpoint", "quantized"):
+        folders.require_bundle(against)
     folders.require_checkpoint(reference)
     try:
         from glm4_deploy.validate import ValidateOptions, validate  # brings torch and onnx
@@ -228,6 +228,10 @@ def _rows(report: "Report") -> list[tuple[str, str]]:
         if len(report.comparisons) > 1:
             rows.append(("", f"{comparison.actual} compared with {comparison.expected}:"))
         rows += _comparison_rows(comparison)
+    if report.losses is not None:
+        from glm4_deploy.validate.original import losses_line
+
+        rows.append(("losses", losses_line(report.losses)))
     if report.blocks is not None:
         culprit = report.culprit
         rows.append(

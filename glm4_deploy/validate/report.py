@@ -48,6 +48,7 @@ class Report:
         unfit_text: whether the reference predicts the text worse than guessing. Then quality is not judged by this
             text.
         checks: of the gate, for the first comparison.
+        losses: with the original of a quantized checkpoint: the losses of its quantization, of the export, and of both.
     """
 
     reference: Side
@@ -67,6 +68,7 @@ class Report:
     worst: list[WorstPosition] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     sensitivity: Sensitivity | None = None
+    losses: dict[str, Any] | None = None
     seconds: float = 0.0
     estimated_bytes: int = 0
     peak_rss_bytes: int = 0
@@ -115,6 +117,7 @@ class Report:
             "task": self.task,
             "text": {"source": self.text, "tokens": self.tokens, "sequences": self.sequences},
             "comparisons": [comparison.as_dict() for comparison in self.comparisons],
+            "losses": self.losses,
             "layers": self.blocks and _layers(self.blocks, self.culprit),
             "gate": self.gate and {"name": self.gate, "checks": [_check(check) for check in self.checks]},
             "sensitivity": self.sensitivity and self.sensitivity.as_dict(),

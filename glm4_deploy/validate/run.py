@@ -3,6 +3,7 @@
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,7 @@ from glm4_deploy.validate.comparison import NO_TARGET, Comparison, worst_positio
 from glm4_deploy.validate.gates import load_gate, row_of
 from glm4_deploy.validate.greedy import add_greedy
 from glm4_deploy.validate.memory import Work, require_memory
+from glm4_deploy.validate.original import is_checkpoint, losses, open_original, original_comparisons
 from glm4_deploy.validate.report import Report, Side, WorstPosition
 from glm4_deploy.validate.side_by_side import Bundle, walk
 from glm4_deploy.validate.text import Text, choose_text, hex_of_bytes
@@ -34,7 +36,7 @@ class ValidateOptions:
     Attributes:
         adapters: folders of LoRA adapters to merge into the reference, and a factor for each.
         text: .txt, .jsonl or .ids; default: the built-in corpus.
-        against: a second bundle of the same checkpoint.
+        against: a second bundle of the same checkpoint, or the original of a quantized checkpoint.
         layers: compare every sub-block.
         gate: ``strict``, ``default``, ``loose`` or a TOML file; None measures without judging.
         max_tokens, length: tokens of text in total, and in one sequence.
@@ -68,18 +70,26 @@ def validate(
         RequestError: options that do not fit together, or a comparison that does not fit into memory.
     """
     start = time.monotonic()
-    bundles = [_open(Path(folder)) for folder in (bundle, options.against) if folder is not None]
+    with_original = is_checkpoint(options.against)
+    folders = [bundle] if options.against is None or with_original else [bundle, options.against]
+    bundles = [_open(Path(folder)) for folder in folders]
     first = bundles[0].manifest
     gate = None if options.gate is None else load_gate(options.gate, first)
-    with Checkpoint.load(reference, first.task, options.adapters) as checkpoint:
+    with ExitStack() as files:
+        checkpoint = files.enter_context(Checkpoint.load(reference, first.task, options.adapters))
         for one in bundles:
             _require_same_model(one, bundles[0], checkpoint)
+        original = None
+        if options.against is not None and with_original:
+            original = files.enter_context(open_original(options.against, checkpoint))
         text = _choose_text(checkpoint, bundles, options)
-        work = Work([len(ids) for ids in text.sequences], len(bundles), options.layers)
+        work = Work([len(ids) for ids in text.sequences], len(bundles) + with_original, options.layers)
         available = available_memory() if options.memory is None else options.memory
         needed = require_memory(checkpoint.config, first.task, work, available)
         comparisons = _comparisons(bundles)
-        walked = walk(checkpoint, bundles, text, options.layers, comparisons, progress)
+        if original is not None:
+            comparisons += original_comparisons(first, row_of(first))
+        walked = walk(checkpoint, bundles, text, options.layers, comparisons, progress, original)
         notes = _notes(bundles, text, walked.arithmetic)
         if options.greedy and first.task == "causal-lm":
             notes += add_greedy(checkpoint, bundles, text, comparisons, available, progress)
@@ -88,7 +98,7 @@ def validate(
     report = Report(
         reference=Side("reference", str(reference), f"{first.task}, float32", "float32"),
         bundle=_side("bundle", bundles[0], walked.arithmetic[0]),
-        against=_side("against", bundles[1], walked.arithmetic[1]) if len(bundles) > 1 else None,
+        against=_against(options.against, bundles, walked.arithmetic),
         task=first.task,
         text=text.source,
         tokens=text.tokens,
@@ -99,6 +109,8 @@ def validate(
         notes=notes,
         estimated_bytes=needed,
     )
+    if with_original:
+        report.losses = losses(comparisons)
     report.unfit_text = text.is_text and _guesses(comparisons[0], checkpoint.config.vocab_size)
     if report.unfit_text:
         report.notes.append(_unfit(comparisons[0], text, checkpoint.config.vocab_size))
@@ -184,6 +196,14 @@ def _side(name: str, one: Bundle, arithmetic: str) -> Side:
     cache = f", KV cache {manifest.kv_cache}" if manifest.kv_cache not in (None, manifest.activations) else ""
     what = f"{manifest.target}, {manifest.precision}, activations {manifest.activations}{cache}"
     return Side(name, str(one.folder), what, arithmetic)
+
+
+def _against(path: Path | None, bundles: Sequence[Bundle], arithmetic: Sequence[str]) -> Side | None:
+    if path is None or len(bundles) > 1:
+        return None if path is None else _side("against", bundles[1], arithmetic[1])
+    return Side(
+        "original", str(path), f"{bundles[0].manifest.task}, float32, before its quantization", "float32"
+    )
 
 
 def _notes(bundles: Sequence[Bundle], text: Text, arithmetic: Sequence[str]) -> list[str]:

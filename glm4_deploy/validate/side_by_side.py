@@ -41,13 +41,20 @@ def walk(
     layers: bool,
     comparisons: Sequence[Comparison],
     progress: Progress,
+    original: Checkpoint | None = None,
 ) -> Walked:
-    """Run all models over the text. With ``layers``, also compare every sub-block of the first bundle."""
+    """Run all models over the text. With ``layers``, also compare every sub-block of the first bundle.
+
+    Args:
+        original: the checkpoint before its quantization.
+    """
     sequences = text.sequences
     graphs = [BundleGraph(one.folder, one.manifest, checkpoint, sequences) for one in bundles]
     reference = Reference(checkpoint, sequences, tapped=layers)
     chunks = list(_chunks(checkpoint, text))
-    step = _Steps(progress, (checkpoint.config.num_hidden_layers + len(chunks)) * (1 + len(graphs)))
+    unquantized = None if original is None else Reference(original, sequences, tapped=False)
+    models = 1 + len(graphs) + (unquantized is not None)
+    step = _Steps(progress, (checkpoint.config.num_hidden_layers + len(chunks)) * models)
 
     blocks = []
     for graph in graphs:
@@ -55,6 +62,9 @@ def walk(
     for _ in range(checkpoint.config.num_hidden_layers):
         taps = reference.layer()
         step()
+        if unquantized is not None:
+            unquantized.layer()
+            step()
         for graph in graphs:
             blocks += graph.layer(taps if layers and graph is graphs[0] else None)
             step()
@@ -66,6 +76,9 @@ def walk(
         expected = reference.outputs(chunk)
         step()
         outputs = {"reference": expected}
+        if unquantized is not None:
+            outputs["original"] = unquantized.outputs(chunk)
+            step()
         for name, graph in zip(("bundle", "against"), graphs, strict=False):
             outputs[name] = graph.outputs(chunk)
             step()

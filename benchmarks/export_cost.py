@@ -5,7 +5,8 @@
 
 Each round copies the checkpoint (``cp --reflink=never`` and ``sync``), then exports it in each precision,
 with the page cache dropped before each (as root). The ratio is that of the medians, the trace left out:
-it takes seconds and does not grow with the weights. Peak memory is the kernel's own figure for the
+it takes seconds and does not grow with the weights. ``--kept QUANTIZED`` exports this checkpoint as well, without a
+precision (make_awq.py makes one). Peak memory is the kernel's own figure for the
 process ("Maximum resident set size" of ``/usr/bin/time -v``), mapped pages counted.
 """
 
@@ -22,6 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import click
+
+KEPT = "kept"  # the numbers of a quantized checkpoint
 
 
 def drop_caches() -> None:
@@ -48,10 +51,8 @@ def export_once(source: Path, target: Path, precision: str, kind: str) -> dict[s
         "export",
         source,
         target,
-        "--target",
-        kind,
-        "--precision",
-        precision,
+        *("--target", kind),
+        *(("--precision", precision) if precision != KEPT else ()),
         "--no-parity",
         "--json",
     ]
@@ -75,6 +76,11 @@ def export_once(source: Path, target: Path, precision: str, kind: str) -> dict[s
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
 @click.argument("work", type=click.Path(path_type=Path))
+@click.option(
+    "--kept",
+    type=click.Path(path_type=Path, exists=True),
+    help="A quantized checkpoint to export as it is, too.",
+)
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--precision", "precisions", multiple=True, default=("bf16", "fp16"), show_default=True)
 @click.option("--target", "kind", default="ort", show_default=True)
@@ -83,6 +89,7 @@ def export_once(source: Path, target: Path, precision: str, kind: str) -> dict[s
 def main(
     checkpoint: Path,
     work: Path,
+    kept: Path | None,
     rounds: int,
     precisions: tuple[str, ...],
     kind: str,
@@ -90,19 +97,21 @@ def main(
     out: Path | None,
 ) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    copies, exports = [], {precision: [] for precision in precisions}
+    copies, exports = [], {precision: [] for precision in (*precisions, *([KEPT] if kept else []))}
     for number in range(rounds):
         click.echo(f"round {number + 1} of {rounds}", err=True)
         if copy:
             copies.append(copy_seconds(checkpoint, work / "copy"))
-        for precision in precisions:
-            exports[precision].append(export_once(checkpoint, work / "bundle", precision, kind))
+        for precision, runs in exports.items():
+            source = kept if kept is not None and precision == KEPT else checkpoint
+            runs.append(export_once(source, work / "bundle", precision, kind))
     size = sum(path.stat().st_size for path in checkpoint.iterdir() if path.is_file())
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "command": " ".join(
             [f"python benchmarks/export_cost.py CHECKPOINT WORK --rounds {rounds} --target {kind}"]
             + ["--no-copy"] * (not copy)
+            + ["--kept QUANTIZED"] * (kept is not None)
             + [f"--precision {precision}" for precision in precisions]
         ),
         "machine": {

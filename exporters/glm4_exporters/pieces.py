@@ -339,10 +339,12 @@ def _of_rows(piece: Piece, start: int, rows: int) -> Piece:
 
 
 def _computes_in_bfloat16(graph: onnx.GraphProto) -> bool:
-    """Whether the graph computes in bfloat16: casts, and scales of our own product, do not count."""
+    """Whether the graph computes in bfloat16: casts, lookups, and scales of our own product, do not count."""
     narrow = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.BFLOAT16}
     return any(
-        narrow.intersection(node.input) for node in graph.node if node.op_type not in ("Cast", OPERATOR)
+        narrow.intersection(node.input)
+        for node in graph.node
+        if node.op_type not in ("Cast", "Gather", OPERATOR)
     )
 
 

@@ -1,5 +1,7 @@
 """Numbers and scales of quantized checkpoints go into a bundle bit for bit."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +9,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from checkpoints import ARCHITECTURE_OF_TASK, LABELS
 from cpu_operators import needs_cpu_operators
+from safetensors.torch import load_file, save_file
 
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
+from glm4_exporters.architecture import MATRICES
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_plugins.block_product import OPERATOR, block_product, library, unpack_codes
 from glm4_runtime.errors import ExportError
@@ -23,15 +28,15 @@ OF_INTEGERS = sorted(
 NAME = "model.layers.0.mlp.down_proj.weight"  # 128 rows, 256 inputs
 
 
-def stored(bundle):
-    """The bytes of each part of the matrix in the bundle's file."""
+def stored(bundle, name=NAME):
+    """The bytes of each part of a matrix in the bundle's file."""
     parts = {}
     for tensor in onnx.load(bundle / "model.onnx", load_external_data=False).graph.initializer:
-        if tensor.name.startswith(f"{NAME}."):
+        if tensor.name.startswith(f"{name}."):
             place = {entry.key: entry.value for entry in tensor.external_data}
             with (bundle / place["location"]).open("rb") as file:
                 file.seek(int(place["offset"]))
-                parts[tensor.name.removeprefix(f"{NAME}.")] = tensor, file.read(int(place["length"]))
+                parts[tensor.name.removeprefix(f"{name}.")] = tensor, file.read(int(place["length"]))
     return parts
 
 
@@ -82,6 +87,81 @@ def test_numbers_scales_and_zero_points(tmp_path, folder, target):
     assert (fours(parts["codes"][1], 256) == ((rows.numbers.numpy() + shift) & 15)).all()
     assert (fours(parts["zeros"][1], groups) == ((rows.zeros.numpy() + shift) & 15)).all()
     assert parts["scales"][1] == scales.tobytes()
+
+
+@pytest.mark.parametrize("target", ["native", "ort", "cpu"])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_matrices_that_are_not_quantized_keep_their_16_bits(tmp_path, target, name):
+    result = export(DATA / "awq-4", tmp_path / "b", ExportOptions(target=target, parity=False))
+    assert result.manifest.tensor_precisions["embedding"] == "float16"
+    assert result.manifest.tensor_precisions["head"] == "float16"
+    (tensor, data), own = (
+        stored(tmp_path / "b", name)["codes"],
+        load_file(DATA / "awq-4" / "model.safetensors"),
+    )
+    assert tensor.data_type == onnx.TensorProto.FLOAT16
+    assert data == own[name].numpy().tobytes()
+
+
+def edited(source, folder, change, **config):
+    """A copy of a folder with other tensors: ``change`` edits them in place."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    settings = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("target", ["native", "cpu"])
+def test_a_tied_head_of_a_quantized_checkpoint(tmp_path, target):
+    tied = {"tie_word_embeddings": True}
+    folder = edited(DATA / "awq-4", tmp_path / "c", lambda tensors: tensors.pop("lm_head.weight"), **tied)
+    result = export(folder, tmp_path / "b", ExportOptions(target=target))
+    assert result.parity.relative_error < (1e-6 if target == "native" else 2e-2)
+    assert list(stored(tmp_path / "b", "model.embed_tokens.weight")) == ["codes"]  # once
+    assert not stored(tmp_path / "b", "lm_head.weight")
+
+
+@pytest.mark.parametrize("task", ["sequence-classification", "token-classification"])
+@pytest.mark.parametrize("target", ["native", "cpu"])
+def test_a_classification_head_of_a_quantized_checkpoint(tmp_path, target, task):
+    def classify(tensors):
+        tensors["score.weight"] = tensors.pop("lm_head.weight")[:3].clone()
+        if task == "token-classification":
+            tensors["score.bias"] = tensors["score.weight"][:, 0].clone()
+
+    config = {"architectures": [ARCHITECTURE_OF_TASK[task]], "id2label": LABELS}
+    folder = edited(DATA / "compressed-tensors-w4a16-asym", tmp_path / "c", classify, **config)
+    result = export(folder, tmp_path / "b", ExportOptions(target=target))
+    assert result.source["stored"] == "kept bit for bit"
+    assert result.parity.relative_error < (1e-6 if target == "native" else 5e-2)
+
+
+@pytest.mark.parametrize("target", ["native", "ort", "cpu"])
+def test_a_folder_of_quantized_and_plain_matrices(tmp_path, target):
+    """A layer that the tool left as it was, with gate and up stored apart."""
+
+    def unquantize(tensors):
+        with Checkpoint.load(DATA / "original") as original:
+            for module in MATRICES:
+                name = f"model.layers.1.{module}"
+                for suffix in ("qweight", "qzeros", "scales"):
+                    del tensors[f"{name}.{suffix}"]
+                tensors[f"{name}.weight"] = original.read(f"{name}.weight").half()
+        gate, up = tensors.pop("model.layers.1.mlp.gate_up_proj.weight").chunk(2)
+        tensors["model.layers.1.mlp.gate_proj.weight"] = gate.clone()
+        tensors["model.layers.1.mlp.up_proj.weight"] = up.clone()
+
+    settings = json.loads((DATA / "awq-4" / "config.json").read_text())["quantization_config"]
+    settings["modules_to_not_convert"] = ["lm_head", "model.layers.1"]
+    folder = edited(DATA / "awq-4", tmp_path / "c", unquantize, quantization_config=settings)
+    result = export(folder, tmp_path / "b", ExportOptions(target=target))
+    assert result.parity.relative_error < (1e-6 if target == "native" else 2e-2)
+    whole = stored(tmp_path / "b", "model.layers.1.mlp.gate_up_proj.weight")["codes"]
+    assert whole[0].data_type == onnx.TensorProto.FLOAT16
+    assert "scales" in stored(tmp_path / "b", "model.layers.0.mlp.gate_up_proj.weight")
 
 
 @pytest.mark.parametrize(

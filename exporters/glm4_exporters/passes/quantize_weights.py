@@ -9,6 +9,7 @@ from glm4_exporters.formats.arrangements import ROWS, UNSIGNED
 from glm4_exporters.formats.base import CODES, SCALES, StoredFormat
 from glm4_exporters.formats.brought import ZEROS
 from glm4_exporters.formats.integers import IntegerCodes
+from glm4_exporters.formats.narrow import Narrow
 from glm4_exporters.passes.builder import Builder, fixed, scope_of
 from glm4_exporters.passes.stored import add_dequantize, store
 from glm4_runtime.bundle.graph_checks import MICROSOFT
@@ -106,6 +107,28 @@ def _dequantized(b: Builder, _node: ir.Node, weight: ir.Value, form: StoredForma
     return b.op("Transpose", wide, perm=[1, 0])
 
 
+def _widened(b: Builder, node: ir.Node, weight: ir.Value, form: StoredFormat) -> ir.Value:
+    """FusedMatMul by a weight [N, K], or its Transpose -> the same of a Cast. ONNX Runtime casts while it loads."""
+    inputs = [
+        add_dequantize(b, weight, form, store(b.graph, weight, form, ROWS)) if value is weight else value
+        for value in node.inputs
+    ]
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    return b.op(node.op_type, *inputs, domain=node.domain, **attributes)
+
+
+def _widened_lookup(b: Builder, node: ir.Node, weight: ir.Value, form: StoredFormat) -> ir.Value:
+    """Gather from a table [V, K] -> Gather, and a Cast of the rows."""
+    assert weight.dtype is not None
+    rows = b.op("Gather", store(b.graph, weight, form, ROWS)[CODES], node.inputs[1], axis=0)
+    rows.name = f"{weight.name}.rows"  # the Cast's result takes the name of the old Gather's
+    return b.op("Cast", rows, to=int(weight.dtype))
+
+
+def _is_narrow(form: StoredFormat, _width: int) -> bool:
+    return isinstance(form, Narrow)
+
+
 def _in_blocks(form: StoredFormat, _width: int) -> bool:
     return isinstance(form, IntegerCodes) and form.block is not None
 
@@ -139,13 +162,19 @@ class _Row:
 
 
 # By the name of a target's products. The first row that accepts the node and its format is used.
+_NARROW = (
+    _Row((MICROSOFT, "FusedMatMul"), 1, _is_narrow, _widened),
+    _Row(("", "Transpose"), 0, _is_narrow, _widened),
+    _Row(("", "Gather"), 0, _is_narrow, _widened_lookup),
+)
 LOWERINGS = {
     "fused": (
+        *_NARROW,
         _Row((MICROSOFT, "FusedMatMul"), 1, _in_blocks, _block_product),
         _Row((MICROSOFT, "FusedMatMul"), 1, _any, _dequantized_product),
         _Row(("", "Gather"), 0, _in_whole_blocks, _lookup),
     ),
-    "standard": (_Row(("", "Transpose"), 0, _any, _dequantized),),
+    "standard": (*_NARROW, _Row(("", "Transpose"), 0, _any, _dequantized)),
 }
 
 

@@ -3,10 +3,11 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from glm4_exporters.architecture import EMBEDDING
+from glm4_exporters.architecture import EMBEDDING, HEAD
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.form import Form
 from glm4_exporters.formats.brought import Brought
+from glm4_exporters.formats.narrow import Narrow
 from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import QuantizedMatrix, Storage
 from glm4_exporters.sources.view import View
@@ -17,13 +18,15 @@ from glm4_runtime.errors import ExportError
 # more coarsely.
 BLOCKS = {"fused": (16, 32, 64, 128), "packed": range(8, 129, 8)}
 PLAIN, AGAIN = "float32", "int8"
+NARROW = ("bfloat16", "float16")
 NVFP4_SCALES = "float32"  # a float8 scale times the matrix' float32 scale
 
 
 def keep_form(source: Checkpoint, target_name: str, activations: str | None) -> Form:
     """The form in which a target stores a quantized checkpoint with unchanged numbers and scales.
 
-    Tensors that are not quantized, and the embedding, are stored as float32 with unchanged values.
+    Matrices that are not quantized are stored in the checkpoint's 16-bit type. A quantized embedding, norms and biases
+    are stored as float32. All values are unchanged.
 
     Raises:
         ExportError: the target cannot store a matrix unchanged. The message names targets that can.
@@ -35,7 +38,7 @@ def keep_form(source: Checkpoint, target_name: str, activations: str | None) -> 
             f"the numbers of a quantized checkpoint are kept with fp32 activations, not {activations}; "
             f"leave --activations out, or say --precision {AGAIN} to quantize the values again"
         )
-    target, formats = TARGETS[target_name], {}
+    target, formats = TARGETS[target_name], dict[str, Brought]()
     for name, view in source.views.by_name.items():
         canonical = source.canonical(name)
         if canonical == EMBEDDING or len(view.header.shape) != 2 or not view.quantized:
@@ -45,15 +48,40 @@ def keep_form(source: Checkpoint, target_name: str, activations: str | None) -> 
             raise ExportError(_refusal(source, name, view, target))
         formats[canonical] = found
     words = Counter(_word(form) for form in formats.values())
+    narrow = _narrow(source)
     layers = ", ".join(word for word, _ in words.most_common()) or PLAIN
+    head = EMBEDDING if source.config.tie_word_embeddings else HEAD
+    groups = {group: _type(narrow.get(name)) for group, name in (("embedding", EMBEDDING), ("head", head))}
     return Form(
         target,
         _precision(formats),
         PLAIN,
-        dict.fromkeys(GROUPS, PLAIN) | {"layers": layers},
-        formats,
+        dict.fromkeys(GROUPS, PLAIN) | groups | {"layers": layers},
+        {**formats, **narrow},
+        table=narrow.get(EMBEDDING),
         kept=True,
     )
+
+
+def _narrow(source: Checkpoint) -> dict[str, Narrow]:
+    """Formats of the matrices that are not quantized and have a 16-bit type, by canonical name."""
+    types = {
+        name: _stored_type(source, name) for name, header in source.tensors.items() if len(header.shape) == 2
+    }
+    return {source.canonical(name): Narrow(dtype) for name, dtype in types.items() if dtype in NARROW}
+
+
+def _stored_type(source: Checkpoint, name: str) -> str | None:
+    """The type of a matrix that is not quantized. None: it is quantized, or its parts have several types."""
+    if name not in source.views.by_name:
+        return source.dtype_of(name)
+    stored = [piece.stored for piece in source.views.by_name[name].pieces]
+    types = {piece.dtype if isinstance(piece, TensorHeader) else None for piece in stored}
+    return types.pop() if len(types) == 1 else None
+
+
+def _type(form: Narrow | None) -> str:
+    return PLAIN if form is None else form.dtype
 
 
 def _precision(formats: dict[str, Brought]) -> str:

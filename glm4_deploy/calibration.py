@@ -11,6 +11,7 @@ prepared.report         # for report.json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from glm4_deploy.texts import LINES, cut_text, random_sequences, read_sequences
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 SEQUENCE, SEQUENCES = 512, 64  # tokens of a sequence, and number of sequences to read
 
 BUILT_IN_LENGTH = 64
+NO_SCALES: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,16 @@ def needs_text(form: Form, given: bool) -> bool:
 
 
 def prepare(
-    source: Checkpoint, form: Form, text: CalibrationText | None, progress: Progress = silent
+    source: Checkpoint,
+    form: Form,
+    text: CalibrationText | None,
+    progress: Progress = silent,
+    brought: Mapping[str, float] = NO_SCALES,
 ) -> Prepared:
     """Run the reference over the text once, and decide scales, importance and remedies.
+
+    Args:
+        brought: the checkpoint's own scales for the inputs of all products that round them. Then none is searched.
 
     Raises:
         GateError: fp16 activations cannot hold what this model computes.
@@ -101,7 +110,7 @@ def prepare(
     from glm4_exporters.weights import Edits
 
     if text is None:
-        return Prepared(Edits())
+        return Prepared(Edits(), input_scales=brought)
     from glm4_exporters.quantize.calibrate import calibrate
     from glm4_exporters.quantize.gptq import round_matrices, those_that_fit
     from glm4_exporters.quantize.kv_cache import MARGIN, cache_scales
@@ -109,7 +118,7 @@ def prepare(
     from glm4_exporters.quantize.smooth import Smoothing
 
     awq = _awq(source, form) if text.given else None
-    static = _static(source, form)
+    static = None if brought else _static(source, form)
     searches = [search for search in (awq, static) if search is not None]
     calibration = calibrate(source, text.sequences, *searches, progress=progress)
     smoothing = Smoothing()
@@ -148,7 +157,9 @@ def prepare(
         remedy.norm_bits,
         scales,
         calibration,
-        _input_scales(form, calibration, smoothing, static, remedy),
+        _remedied(dict(brought), remedy)
+        if brought
+        else _input_scales(form, calibration, smoothing, static, remedy),
         report,
     )
 

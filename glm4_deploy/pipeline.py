@@ -112,11 +112,19 @@ def require_destination(checkpoint: str | Path, bundle: str | Path, force: bool)
 def _prepare(plan: Plan, source: Checkpoint, clock: Clock, progress: Progress) -> "Prepared":
     from glm4_deploy.calibration import needs_text, prepare, read_text
 
+    brought = _brought_scales(source, plan)
     if not needs_text(plan.form, plan.calibration is not None):
-        return _keeping(source, plan, prepare(source, plan.form, None))
+        return _keeping(source, plan, prepare(source, plan.form, None, brought=brought))
     with clock("calibrate"):
         text = read_text(source, plan.calibration, plan.limits.max_seq_len)
-        return _keeping(source, plan, prepare(source, plan.form, text, progress))
+        return _keeping(source, plan, prepare(source, plan.form, text, progress, brought))
+
+
+def _brought_scales(source: Checkpoint, plan: Plan) -> dict[str, float]:
+    """The input scales that a quantized checkpoint brings; empty where the user gives text to find others."""
+    from glm4_exporters.sources.inputs import brought_scales
+
+    return {} if plan.calibration is not None else brought_scales(source, plan.form.rounded_inputs) or {}
 
 
 def _keeping(source: Checkpoint, plan: Plan, prepared: "Prepared") -> "Prepared":

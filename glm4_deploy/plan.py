@@ -20,6 +20,7 @@ from glm4_exporters.engine.profiles import engine_capacity
 from glm4_exporters.form import Form, choose_form
 from glm4_exporters.quantize.recipe import read_recipe
 from glm4_exporters.sources.fitting import keep_form
+from glm4_exporters.sources.inputs import brought_scales
 from glm4_exporters.targets import RECIPE_FORMATS
 from glm4_runtime.bundle import AdapterInfo, Limits
 from glm4_runtime.errors import ExportError
@@ -149,7 +150,7 @@ def _form(source: Checkpoint, options: ExportOptions) -> Form:
     recipe = read_recipe(Path(options.recipe), RECIPE_FORMATS) if options.recipe is not None else None
     asked = options.target, options.precision or DEFAULT_PRECISION, options.activations
     form = choose_form(source.config, source.task, *asked, recipe)
-    if form.needs_text and options.calibration is None:
+    if form.needs_text and options.calibration is None and not brought_scales(source, form.rounded_inputs):
         raise ExportError(
             f"precision {form.precision} needs --calibration FILE (.txt, .jsonl or .ids): its activations' scales "
             "are found on text like that which the model will see"

@@ -37,4 +37,6 @@ def source_report(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any] | None:
     if found is None:
         return None
     again = f"requantized to {plan.form.precision} from the values that the numbers stand for"
+    if plan.calibration is None and plan.form.rounded_inputs:
+        again += ", with the checkpoint's scales for inputs"
     return found | {"stored": "kept bit for bit" if plan.form.kept else again}

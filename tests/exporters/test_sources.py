@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import random_tensors, tiny_config
-from safetensors.torch import load_file, save_file
+from quantized_folders import mutated
+from safetensors.torch import save_file
 
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
@@ -234,47 +235,6 @@ def test_quantized_weights_without_a_configuration(tmp_path):
     (tmp_path / "c" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"copy config\.json from the tool's output"):
         Checkpoint.load(tmp_path / "c")
-
-
-def mutated(folder, target, chance):
-    """A copy of a folder with one thing changed: a tensor's type, shape, name or values, or the configuration."""
-    shutil.copytree(folder, target)
-    tensors = load_file(target / "model.safetensors")
-    config = json.loads((target / "config.json").read_text())
-    parts = sorted(name for name in tensors if not name.endswith(("proj.bias", "norm.weight")))
-    name = chance.choice(parts)
-    tensor = tensors.pop(name)
-    change = chance.randrange(8)
-    if change == 0:
-        tensors[name] = tensor.flatten()[: max(1, tensor.numel() // 2)].clone()
-    elif change == 1:
-        tensors[name] = tensor.to(chance.choice([torch.int32, torch.int64, torch.float64, torch.uint8]))
-    elif change == 2:
-        tensors[name] = torch.cat([tensor.flatten(), tensor.flatten()[:1]])
-    elif change == 3:
-        tensors[name + chance.choice(["x", ".weight", "_scale"])] = tensor
-    elif change == 4:
-        raw = tensor.clone().reshape(-1).view(torch.uint8)
-        for _ in range(8):
-            raw[chance.randrange(len(raw))] = chance.choice([0x7F, 0xFF, 0x80, 0])
-        tensors[name] = raw.view(tensor.dtype).reshape(tensor.shape)
-    elif change >= 6:
-        tensors[name] = tensor
-        change_value(config["quantization_config"], chance)
-    (target / "config.json").write_text(json.dumps(config))
-    save_file(tensors, target / "model.safetensors")
-    return target
-
-
-def change_value(settings, chance):
-    """Another value at some place of the configuration, or none."""
-    key = chance.choice(sorted(settings))
-    if isinstance(settings[key], dict) and settings[key] and chance.random() < 0.9:
-        change_value(settings[key], chance)
-    else:
-        settings[key] = chance.choice(
-            [None, True, -1, 0, 3, 4, 8, 64, "x", [], ["re:("], [1, 2], {}, {"a": 1}, 1e30]
-        )
 
 
 def mutate(tmp_path, count, seed):

@@ -16,11 +16,13 @@ from typing import Any
 from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# Maximum seconds for a closing connection to send its last bytes.
+# Maximum seconds for a connection to send its last bytes, while its client reads none.
 _LINGER = 5.0
 # Unsent bytes that the server, and the system, keep for a connection. More would hide for long that a client does not
 # read: a token takes about 200 bytes.
 _UNSENT = 16 * 1024
+# Bytes of an answer that a client has to read within its time.
+_PROGRESS = 4096
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 )
@@ -46,12 +48,14 @@ class ConnectionLimits:
             longest.
         header: maximum seconds until the header of a request is complete.
         request: maximum seconds from the header of a request to the end of its answer.
-        send: maximum seconds for which a client may leave its answer unread.
+        answer: seconds after a complete request in which its answer is computed, at the most.
+        send: maximum seconds for which a client may leave its answer unread. After ``answer`` seconds, only a few.
     """
 
     most: int
     header: float
     request: float
+    answer: float
     send: float
 
 
@@ -102,13 +106,15 @@ class Connections:
         """End the connections that have exceeded a limit."""
         now = time.monotonic()
         for connection in list(self._open):
+            connection.note_progress(now)
             reason = self._overdue(connection, now)
             if reason is not None:
                 self._end(connection, reason)
 
     def _overdue(self, connection: "Connection", now: float) -> str | None:
         limits = self._limits
-        if connection.closing_for(now) > _LINGER or connection.unread_for(now) > limits.send:
+        patience = _LINGER if connection.answering_for(now) > limits.answer else limits.send
+        if connection.closing_for(now) > _LINGER or connection.unread_for(now) > patience:
             return "send"
         spent = now - connection.since
         if connection.phase is Phase.HEADER and spent > limits.header:
@@ -138,6 +144,8 @@ class Connection(H11Protocol):
         self.phase = Phase.HEADER
         self.since = time.monotonic()
         self._unread_since: float | None = None
+        self._unsent = 0  # bytes at the last progress
+        self._answering_since: float | None = None
         self._closing_since: float | None = None
 
     def closing_for(self, now: float) -> float:
@@ -151,6 +159,19 @@ class Connection(H11Protocol):
     def blocked(self) -> bool:
         """Whether the client has to read before more can be sent; callable from any thread."""
         return self._unread_since is not None
+
+    def answering_for(self, now: float) -> float:
+        """Seconds since the current request was complete."""
+        return 0 if self._answering_since is None else now - self._answering_since
+
+    def note_progress(self, now: float) -> None:
+        """Look whether the client has read enough since the last call or the last progress. Long answers are written at
+        once, so that :meth:`resume_writing` comes only at their end."""
+        unsent = self.transport.get_write_buffer_size()
+        if self._unread_since is None or unsent > self._unsent:
+            self._unsent = unsent
+        elif unsent <= self._unsent - _PROGRESS:
+            self._unsent, self._unread_since = unsent, now
 
     def unread_for(self, now: float) -> float:
         """Seconds since the client last read enough of its answer."""
@@ -201,6 +222,7 @@ class Connection(H11Protocol):
         if phase in (Phase.HEADER, Phase.IDLE) or self.phase is Phase.IDLE:
             self.since = time.monotonic()
         self.phase = phase
+        self._answering_since = time.monotonic() if phase is Phase.ANSWER else None
         self._connections.changed(self)
 
 

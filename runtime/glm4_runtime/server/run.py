@@ -122,6 +122,7 @@ def _limits(options: ServerOptions) -> ConnectionLimits:
         most=_affordable(_MOST_CONNECTIONS),
         header=options.header_timeout,
         request=options.header_timeout + options.body_timeout + options.request_timeout + _GRACE,
+        answer=options.request_timeout,
         send=options.send_timeout,
     )
 

@@ -8,7 +8,7 @@ import time
 import httpx
 import pytest
 
-from glm4_runtime.server import run
+from glm4_runtime.server import connections, run
 
 MODEL = "glm4-tiny"
 HALF = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-A: "
@@ -128,6 +128,33 @@ def test_an_answer_that_nobody_reads_ends_the_connection(scripted, connect):
         time.sleep(0.1)
     assert name in httpx.get(f"{server.url}/metrics").text
     assert scheduler.tickets[0].cancelled.wait(5)
+
+
+def test_a_long_answer_may_be_read_slowly(scripted, connect):
+    """Five times as long as a client may read nothing."""
+    _, server, _ = scripted(["x" * 3_000_000], send_timeout=1.0)
+    body = b'{"model": "glm4-tiny", "prompt": "x"}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    connection = connect(server, head + b"Content-Length: %d\r\n\r\n" % len(body) + body, SO_RCVBUF=65536)
+    received, began = 0, time.monotonic()
+    while data := connection.recv(30_000):
+        received += len(data)
+        time.sleep(0.05)
+    assert received > 3_000_000
+    assert time.monotonic() - began > 3
+
+
+def test_an_answer_that_is_over_is_not_kept_for_who_does_not_read(scripted, connect, monkeypatch):
+    """Not for as long as an answer that still grows."""
+    monkeypatch.setattr(connections, "_LINGER", 0.2)
+    _, server, _ = scripted(["x" * 1_000_000] * 20, request_timeout=1.0, send_timeout=3600.0)
+    body = b'{"model": "glm4-tiny", "prompt": "x", "stream": true}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connect(server, head + b"Content-Length: %d\r\n\r\n" % len(body) + body, SO_RCVBUF=4096)
+    end = time.monotonic() + 60
+    while 'glm4_connections_ended_total{limit="send"} 1.0' not in httpx.get(f"{server.url}/metrics").text:
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.alone

@@ -1,7 +1,7 @@
 """Builds a TensorRT engine from an ONNX graph.
 
-The builder runs in its own process (``worker``), for three reasons. A failed assertion of the parser ends only
-this process. An interrupt can end it at once. Its memory is measured separately.
+The builder runs in a separate process (``worker``), for three reasons. A failed assertion of the parser ends only this
+process. An interrupt can end the builder at once. The builder's memory is measured separately.
 
 Two builds of one graph have the same size but not always the same bytes (TensorRT-RTX 1.7). The builder orders the
 cache tensors by their addresses in memory, and its threads share the heap. Ten builds differed even with one thread,
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glm4_exporters.engine.kinds import ENGINE_KINDS
 from glm4_runtime.bundle import EngineProfile, FileEntry, TensorSpec
 from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
@@ -137,7 +138,7 @@ def _environment(kind: str) -> dict[str, str]:
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "PYTHONWARNINGS": "ignore",
-        "POLYGRAPHY_USE_TENSORRT_RTX": str(int(kind == "tensorrt-rtx")),
+        "POLYGRAPHY_USE_TENSORRT_RTX": str(int(ENGINE_KINDS[kind].rtx)),
     }
 
 

@@ -18,6 +18,7 @@ class EngineKind:
         default: capabilities that an engine runs on if none is named; also all later ones.
         times: whether it times kernels during a build. This needs a GPU, and makes a timing cache useful.
         attention: possible ways to run attention, the default first.
+        rtx: whether Polygraphy must load TensorRT-RTX (``POLYGRAPHY_USE_TENSORRT_RTX``).
         index: text after "install PACKAGE", if its libraries are not on the public index.
     """
 
@@ -27,6 +28,7 @@ class EngineKind:
     default: tuple[str, ...]
     times: bool
     attention: tuple[str, ...]
+    rtx: bool = False
     index: str = ""
 
 
@@ -38,6 +40,7 @@ ENGINE_KINDS = {
         ("80", "86", "89", "120"),
         times=False,
         attention=("native",),  # it has no plugins, and an unknown node ends the process
+        rtx=True,
     ),
     "tensorrt": EngineKind(
         "tensorrt",

@@ -44,7 +44,7 @@ FOLDER_KINDS = {
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """The name of a row of KINDS, and the folder or file found inside. "nothing" if the path does not exist."""
+    """The name of a row of FOLDER_KINDS, and the folder or file found inside. "nothing" if the path does not exist."""
     try:
         if path.is_file():
             return _kind_of_file(path)

@@ -1,7 +1,7 @@
 """``config.json`` of a GLM-4-0414 checkpoint, translated once into a frozen :class:`Glm4Config`.
 
-A field that affects the computation has no default. transformers' defaults for the norm's epsilon, the number of
-positions and the bias differ from the values of the released checkpoints.
+A field that affects the computation has no default. transformers has defaults, but its norm epsilon, number of positions
+and bias are not those of the released checkpoints.
 """
 
 import math
@@ -82,7 +82,7 @@ class Glm4Config:
     id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # the i-th label's name
     problem_type: str | None = None
     architectures: tuple[str, ...] = ()
-    dtype: str | None = None  # from config.json; each tensor's header has the type that counts
+    dtype: str | None = None  # from config.json; each tensor's stored type is in its header
 
     def __post_init__(self) -> None:
         self._check_sizes()

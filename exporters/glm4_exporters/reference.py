@@ -84,7 +84,7 @@ def rotary_tables(config: Glm4Config, positions: Tensor) -> tuple[Tensor, Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (2i, 2i + 1) of the first R dims of x [B, heads, S, D]; the other dims pass through."""
+    """Rotate the pairs (2i, 2i + 1) of the first R dims of x [B, heads, S, D]; the other dims are unchanged."""
     rotary_dim = 2 * cos.shape[-1]
     even, odd = x[..., 0:rotary_dim:2], x[..., 1:rotary_dim:2]
     turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)

@@ -167,7 +167,7 @@ def _original_positions(mapping: Mapping[str, Any], values: ConfigValues, positi
 
 
 def _require_used(rope: Mapping[str, Any], section: str, used: Collection[str], refusal: str) -> None:
-    """Refuse keys that neither every type nor this type uses."""
+    """Refuse keys that are neither common to all types nor in ``used``."""
     extra = {key for key, value in rope.items() if value is not None} - COMMON_KEYS
     require_value(extra <= set(used), f"{section} holds {listed(sorted(extra - set(used)))}, {refusal}")
 

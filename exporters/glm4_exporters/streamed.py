@@ -3,7 +3,7 @@
 The functions take lists of float32 hidden states [1, S, H], one per sequence. Calibration, sensitivity and comparison
 all walk the layers this way:
 
-    hidden = embed(checkpoint, sequences)
+    hidden = embed_sequences(checkpoint, sequences)
     for layer in layers(checkpoint, progress):
         hidden = [layer(x, attend) for x, attend in zip(hidden, attends)]
     outputs = finish(checkpoint, hidden, progress)

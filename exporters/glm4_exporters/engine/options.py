@@ -34,8 +34,8 @@ def engine_capabilities(
 ) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
     """
     Returns:
-        The capabilities to pass to the builder (empty: its default), the capabilities that the engine runs on, and
-        whether the engine also runs on later GPUs.
+        The capabilities to pass to the builder (empty: its default), the capabilities of the engine's GPUs, and whether
+        the engine also runs on later GPUs.
     """
     kind = ENGINE_KINDS[kind_name]
     if options.sm:

@@ -49,7 +49,7 @@ CACHE_STATISTICS = ("key_absmax", "key_radius", "value_absmax")
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """One matrix input over all calibration tokens; the first three are per channel."""
+    """Statistics of one matrix input over all calibration tokens, per channel [channels]."""
 
     absmax: Magnitudes
     mean_abs: Magnitudes

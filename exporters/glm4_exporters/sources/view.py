@@ -63,7 +63,7 @@ class Views:
         return Views({name: view for name, view in self.by_name.items() if name not in names}, self.used)
 
     def seen(self, headers: Mapping[str, TensorHeader], expected: Collection[str]) -> dict[str, TensorHeader]:
-        """Headers of the views, and of the stored tensors that no view uses or that are ``expected`` themselves."""
+        """Headers of the views, of the stored tensors that no view uses, and of the ``expected`` stored tensors."""
         plain = {name: each for name, each in headers.items() if name not in self.used or name in expected}
         return plain | {name: view.header for name, view in self.by_name.items()}
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -86,3 +87,14 @@ def test_native_parses_with_tensorrt_rtx(tmp_path, activations):
     assert kinds["ATTENTION_INPUT"] + kinds["ATTENTION"] >= 2
     assert kinds["ROTARY_EMBEDDING"] == 4
     assert network.num_inputs == 8
+
+
+def test_each_pass_has_its_own_test_file():
+    import glm4_exporters.passes as package
+
+    folder = Path(package.__file__).parent
+    passes = {path.stem for path in folder.glob("*.py") if "ir.passes." in path.read_text("utf-8")} - {
+        "__init__"
+    }
+    assert len(passes) > 12
+    assert not {name for name in passes if not Path(__file__).with_name(f"test_{name}.py").exists()}

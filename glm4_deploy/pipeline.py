@@ -19,6 +19,7 @@ from glm4_exporters.peak_memory import peak_memory
 from glm4_runtime.bundle import GRAPH, WEIGHTS, Manifest, write_manifest
 from glm4_runtime.bundle.ascii_path import ascii_path
 from glm4_runtime.bundle.graph_checks import check_graph
+from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
 
 if TYPE_CHECKING:  # torch and onnx are imported when needed, so that --print-key is quick
@@ -138,6 +139,12 @@ def _keeping(source: Checkpoint, plan: Plan, prepared: "Prepared") -> "Prepared"
         for name, form in plan.form.formats.items()
         if isinstance(form, Brought)
     }
+    scaled = sorted(kept.keys() & prepared.edits.smoothing.names)
+    if scaled:
+        raise ExportError(
+            f"this model overflows fp16, and its remedy would scale {scaled[0]}, whose numbers are kept; take "
+            "--target cpu, ort or native, or say --precision int8 --activations bf16"
+        )
     edits = dataclasses.replace(prepared.edits, found={**prepared.edits.found, **kept})
     return dataclasses.replace(prepared, edits=edits) if kept else prepared
 

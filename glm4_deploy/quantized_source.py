@@ -5,6 +5,7 @@ from typing import Any
 
 from glm4_deploy.plan import Plan
 from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.formats.brought import Brought
 from glm4_exporters.sources import QuantizedMatrix
 
 
@@ -39,4 +40,24 @@ def source_report(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any] | None:
     again = f"requantized to {plan.form.precision} from the values that the numbers stand for"
     if plan.calibration is None and plan.form.rounded_inputs:
         again += ", with the checkpoint's scales for inputs"
-    return found | {"stored": "kept bit for bit" if plan.form.kept else again}
+    return found | {"stored": _kept(checkpoint, plan) if plan.form.kept else again}
+
+
+def _kept(checkpoint: Checkpoint, plan: Plan) -> str:
+    """Whether zero points were subtracted from the numbers, and how much larger the matrices are then."""
+    forms = {
+        name: form for name, form in plan.form.formats.items() if isinstance(form, Brought) and form.folded
+    }
+    if not forms:
+        return "kept bit for bit"
+    views = {name: checkpoint.views.by_name[checkpoint.name_of(name)] for name in forms}
+    stored = {
+        piece.stored.module: piece.stored.nbytes
+        for view in views.values()
+        for piece in view.pieces
+        if isinstance(piece.stored, QuantizedMatrix)
+    }
+    shapes = {name: view.header.shape for name, view in views.items()}
+    nbytes = sum(form.nbytes(shapes[name][0], shapes[name][1], "") for name, form in forms.items())
+    growth = nbytes / sum(stored.values())
+    return f"kept, with zero points subtracted in 8 bits: {len(forms)} matrices take {growth:.2f} times their bytes"

@@ -219,7 +219,11 @@ def run_with_outputs(model, folder, names):
     ("folder", "target", "said"),
     [
         ("compressed-tensors-fp8", "ort", "take --target native, or say --precision int8"),
-        ("gptq-4", "tensorrt-rtx", "take --target ort or cpu or native, or say --precision int8"),
+        (
+            "compressed-tensors-nvfp4a16",
+            "tensorrt-rtx",
+            "take --target ort or cpu or native, or say --precision int8",
+        ),
         (
             "gptq-4-act-order",
             "ort",

@@ -22,11 +22,13 @@ class Brought(IntegerCodes):
         scales: element type of the scales.
         zeros: whether each block has a zero point, stored in the type of the codes.
         codes: element type of the codes. Empty: signed integers of ``bits`` bits.
+        folded: whether the zero points of 4-bit numbers are subtracted from the codes, which are 8-bit then.
     """
 
     scales: str = "bfloat16"
     zeros: bool = False
     codes: str = ""
+    folded: bool = False
     inputs: InputRounding | None = None
 
     def parts(self, rows: int, width: int, scale_type: str) -> dict[str, Part]:

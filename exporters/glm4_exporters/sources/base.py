@@ -76,6 +76,10 @@ class Rows:
             values -= self._spread(self.zeros.float())
         return values.mul_(self._spread(self.scales.float()))
 
+    def without_zeros(self) -> "Tensor":
+        """The numbers minus their zero points, int8 [rows, width]: in -15 ... 15 for 4-bit numbers."""
+        return self.numbers if self.zeros is None else self.numbers - self._spread(self.zeros)
+
     def _spread(self, by_group: "Tensor") -> "Tensor":
         """Expand [rows, groups] to [rows, width], or to [rows, 1] for a single group."""
         width, count = self.numbers.shape[1], by_group.shape[1]

@@ -11,12 +11,13 @@ from glm4_exporters.formats.narrow import Narrow
 from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import QuantizedMatrix, Storage
 from glm4_exporters.sources.view import View
-from glm4_exporters.targets import ACTIVATIONS, GROUPS, TARGETS, Target
+from glm4_exporters.targets import ACTIVATIONS, TARGETS, Target
 from glm4_runtime.errors import ExportError
 
 # Sizes of the blocks that a target's product reads, by the name of its products. Longer blocks would round the inputs
 # more coarsely.
 BLOCKS = {"fused": (16, 32, 64, 128), "packed": range(8, 129, 8)}
+ENGINE_BLOCKS = (16, 32, 64, 128)
 PLAIN, AGAIN = "float32", "int8"
 NARROW = ("bfloat16", "float16")
 NVFP4_SCALES = "float32"  # a float8 scale times the matrix' float32 scale
@@ -33,11 +34,6 @@ def keep_form(source: Checkpoint, target_name: str, activations: str | None) -> 
     """
     if target_name not in TARGETS:
         raise ExportError(f"unknown target {target_name!r}; the targets are {', '.join(TARGETS)}")
-    if activations is not None and ACTIVATIONS.get(activations) != PLAIN:
-        raise ExportError(
-            f"the numbers of a quantized checkpoint are kept with fp32 activations, not {activations}; "
-            f"leave --activations out, or say --precision {AGAIN} to quantize the values again"
-        )
     target, formats = TARGETS[target_name], dict[str, Brought]()
     for name, view in source.views.by_name.items():
         canonical = source.canonical(name)
@@ -48,15 +44,17 @@ def keep_form(source: Checkpoint, target_name: str, activations: str | None) -> 
             raise ExportError(_refusal(source, name, view, target))
         formats[canonical] = found
     words = Counter(_word(form) for form in formats.values())
-    narrow = _narrow(source)
-    layers = ", ".join(word for word, _ in words.most_common()) or PLAIN
+    chosen = _activations(target, {form.scales for form in formats.values()}, activations)
+    narrow = _narrow(source) if chosen == PLAIN else {}
+    layers = ", ".join(word for word, _ in words.most_common()) or chosen
     head = EMBEDDING if source.config.tie_word_embeddings else HEAD
-    groups = {group: _type(narrow.get(name)) for group, name in (("embedding", EMBEDDING), ("head", head))}
+    kinds = {"embedding": narrow.get(EMBEDDING), "head": narrow.get(head)}
+    groups = {group: chosen if form is None else form.dtype for group, form in kinds.items()}
     return Form(
         target,
         _precision(formats),
-        PLAIN,
-        dict.fromkeys(GROUPS, PLAIN) | groups | {"layers": layers},
+        chosen,
+        groups | {"layers": layers},
         {**formats, **narrow},
         table=narrow.get(EMBEDDING),
         kept=True,
@@ -80,8 +78,21 @@ def _stored_type(source: Checkpoint, name: str) -> str | None:
     return types.pop() if len(types) == 1 else None
 
 
-def _type(form: Narrow | None) -> str:
-    return PLAIN if form is None else form.dtype
+def _activations(target: Target, scales: set[str], asked: str | None) -> str:
+    """The type of activations: float32, or for TensorRT the type of the scales, because its products have one type."""
+    chosen = PLAIN if target.engine is None else next(iter(scales), "float16")
+    if len(scales) > 1 and target.engine is not None:
+        raise ExportError(
+            f"target {target.name} needs scales of one type, and this checkpoint has {' and '.join(sorted(scales))}; "
+            f"take --target cpu, ort or native, or say --precision {AGAIN} to quantize the values again"
+        )
+    if asked is not None and ACTIVATIONS.get(asked) != chosen:
+        name = next(name for name, dtype in ACTIVATIONS.items() if dtype == chosen)
+        raise ExportError(
+            f"target {target.name} keeps the numbers of this checkpoint with {name} activations, not {asked}; "
+            f"leave --activations out, or say --precision {AGAIN} to quantize the values again"
+        )
+    return chosen
 
 
 def _precision(formats: dict[str, Brought]) -> str:
@@ -92,8 +103,9 @@ def _precision(formats: dict[str, Brought]) -> str:
 
 
 def _word(form: Brought) -> str:
-    zeros = " with zero points" if form.zeros else ""
-    return f"{'fp8' if form.codes else f'int{form.bits}'} in blocks of {form.block}{zeros}"
+    zeros = " with zero points" if form.zeros else ", zero points subtracted" if form.folded else ""
+    scales = "a scale per row" if form.block is None else f"in blocks of {form.block}"
+    return f"{'fp8' if form.codes else f'int{form.bits}'} {scales}{zeros}".replace("int8 a", "int8, a")
 
 
 def _refusal(source: Checkpoint, name: str, view: View, target: Target) -> str:
@@ -120,9 +132,11 @@ def brought_format(view: View, target: Target) -> Brought | None:
     stored = [piece.stored for piece in view.pieces]
     storages = {matrix.storage for matrix in stored if isinstance(matrix, QuantizedMatrix)}
     plain = [matrix for matrix in stored if not isinstance(matrix, QuantizedMatrix)]
-    if len(storages) != 1 or plain or target.engine is not None:
+    if len(storages) != 1 or plain:
         return None
     storage = storages.pop()
+    if target.engine is not None:
+        return _for_engine(storage, view.header.shape[1])
     if target.products.name == "standard":
         return _standard(storage, view.header.shape[1])
     return _in_blocks(storage, BLOCKS[target.products.name])
@@ -142,6 +156,19 @@ def _standard(storage: Storage, width: int) -> Brought | None:
     if width % group or (storage.bits == 4 and width % 2):
         return None  # ONNX Runtime takes whole blocks only, and a byte holds two 4-bit codes
     return Brought(storage.bits, group, scales=storage.scales, zeros=storage.zeros, codes=codes)
+
+
+def _for_engine(storage: Storage, width: int) -> Brought | None:
+    """A format for TensorRT: no zero points, scales in 16 bits, and whole blocks. 4-bit q - z fits 8 bits."""
+    if storage.kind != "int" or storage.scales not in NARROW or (storage.zeros and storage.bits == 8):
+        return None
+    bits = 8 if storage.zeros else storage.bits
+    if storage.group is None and bits == 8:
+        return Brought(bits, None, scales=storage.scales, folded=storage.zeros)
+    block = max((size for size in ENGINE_BLOCKS if (storage.group or width) % size == 0), default=0)
+    if not block or width % block:
+        return None
+    return Brought(bits, block, scales=storage.scales, folded=storage.zeros)
 
 
 def _in_blocks(storage: Storage, sizes: Iterable[int]) -> Brought | None:

@@ -76,7 +76,8 @@ class KeptMatrix:
     def _encoded(self, rows: Rows) -> Encoded:
         form, width = self._form, rows.numbers.shape[1]
         short = form.stored_width(width) - width
-        numbers = torch.nn.functional.pad(rows.numbers, (0, short)) if short else rows.numbers
+        own = rows.without_zeros() if form.folded else rows.numbers
+        numbers = torch.nn.functional.pad(own, (0, short)) if short else own
         parts = {CODES: numbers, SCALES: self._by_block(rows.scales, rows)}
         if form.zeros:
             assert rows.zeros is not None

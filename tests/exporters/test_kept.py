@@ -13,6 +13,7 @@ from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.formats.arrangements import PANELS
 from glm4_exporters.formats.base import CODES, SCALES
 from glm4_exporters.formats.brought import ZEROS, Brought
+from glm4_exporters.sources.bits import unpack as unpack_words
 from glm4_exporters.sources.fitting import keep_form
 from glm4_exporters.sources.kept import KeptMatrix
 from glm4_exporters.targets import TARGETS
@@ -103,6 +104,15 @@ def test_changed_folders_are_kept_exactly_or_refused(tmp_path):
 def test_500_changed_folders_are_kept_exactly_or_refused(tmp_path):
     found = mutations(tmp_path, 500, seed=12)
     assert min(found[True], found[False]) > 250
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (1, 5), (1, 1), (3, 5)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_transposed_words_are_unpacked(shape, bits):
+    words = torch.arange(shape[0] * shape[1] * 8, dtype=torch.int32).reshape(*shape[::-1], 8)[..., 0].t()
+    assert torch.equal(
+        unpack_words(words, bits), unpack_words(torch.tensor(words.tolist(), dtype=torch.int32), bits)
+    )
 
 
 def random_folders(tmp_path, seeds):

@@ -13,7 +13,8 @@ def unpack(words: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Te
     Args:
         order: position in an int32 of each number. None: ascending order.
     """
-    data = words.contiguous().view(torch.uint8)  # little-endian
+    # A copy: torch calls a transposed [n, 1] contiguous, but does not view its numbers as bytes.
+    data = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # little-endian
     if bits == 4:
         data = torch.stack((data & 15, data >> 4), -1).flatten(-2)
     if order is None:

@@ -1,5 +1,6 @@
 """A request whose client does not read gives its slot to a waiting request, and goes on later as if nothing had been."""
 
+import dataclasses
 import time
 
 import pytest
@@ -106,9 +107,11 @@ def test_a_request_that_has_not_begun_is_not_parked(scheduler):
     assert scheduler.stats().preemptions == 0
 
 
-def test_kept_contents_are_not_computed_again(scheduler):
-    """Another slot became free at the same time, so that nobody needed the parked request's tokens to go."""
-    listener, ticket = submit(scheduler, request(30))
+@pytest.mark.parametrize("scored", [None, 0])
+def test_kept_contents_are_not_computed_again(scheduler, scored):
+    """Another slot became free at the same time, so that nobody needed the parked request's tokens to go. A prompt is
+    scored once."""
+    listener, ticket = submit(scheduler, dataclasses.replace(request(30), prompt_logprobs=scored))
     _, leaves = submit(scheduler, request(30, (3, 4)))
     until(scheduler, listener, 2)
     ticket.lag()

@@ -15,11 +15,11 @@ _DERIVED: Row = _ALL["derived"]
 _CACHE: Row = _ALL["int8_cache"]
 
 PARITY: Mapping[str, Row] = _ALL["parity"]
-BANDS: Mapping[str, Row] = _ALL["band"]
+BAND_LIMITS: Mapping[str, Row] = _ALL["band"]
 GPU_CHECK: Row = _ALL["gpu_check"]
 PARITY_INT8_CACHE = (_DERIVED["parity_kl"], _DERIVED["parity_top1"])
 
-PRECISIONS = tuple(_ALL["gate"])
+GATED_PRECISIONS = tuple(_ALL["gate"])
 CACHE_SUFFIX = "+kv-int8"
 GATES = ("strict", "default", "loose")
 
@@ -39,7 +39,7 @@ PERFECT = {
 
 def named_gate(name: str) -> dict[str, dict[str, float]]:
     """The limits of a gate in ``GATES``, by precision and metric. ``CACHE_SUFFIX`` marks rows with an int8 KV cache."""
-    rows = {precision: dict(_ALL["gate"][precision]) for precision in PRECISIONS}
+    rows = {precision: dict(_ALL["gate"][precision]) for precision in GATED_PRECISIONS}
     rows |= {precision + CACHE_SUFFIX: _with_int8_cache(row) for precision, row in rows.items()}
     return {precision: _complete(name, row) for precision, row in rows.items()}
 

@@ -23,7 +23,7 @@ from glm4_exporters.eager_attention import Attention
 from glm4_exporters.reference import Glm4DecoderLayer, Glm4RMSNorm, rotary_tables
 from glm4_runtime.progress import Progress, silent
 
-Logits = npt.NDArray[np.float32]
+Outputs = npt.NDArray[np.float32]
 
 LAYER_READ_BYTES = 64 << 20
 
@@ -31,7 +31,7 @@ LAYER_READ_BYTES = 64 << 20
 @torch.inference_mode()
 def reference_outputs(
     checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], progress: Progress = silent
-) -> list[Logits]:
+) -> list[Outputs]:
     """The reference model's outputs in float32: [positions, outputs] per sequence."""
     hidden = embed_sequences(checkpoint, sequences)
     attends = [full_attention(checkpoint.config, len(ids)) for ids in sequences]
@@ -73,7 +73,7 @@ def layers(checkpoint: Checkpoint, progress: Progress = silent) -> Iterator[Glm4
     progress("run the reference's layers", count, count)
 
 
-def finish(checkpoint: Checkpoint, hidden: Sequence[Tensor], progress: Progress = silent) -> list[Logits]:
+def finish(checkpoint: Checkpoint, hidden: Sequence[Tensor], progress: Progress = silent) -> list[Outputs]:
     """Final norm and head: hidden states [1, S, H] to the task's outputs, [positions, outputs] per sequence."""
     states = final_norm(checkpoint, hidden)
     if checkpoint.task == "encoder":
@@ -99,7 +99,7 @@ def head_name(checkpoint: Checkpoint) -> str:
     return EMBEDDING if checkpoint.config.tie_word_embeddings else HEAD
 
 
-def _vocabulary_head(checkpoint: Checkpoint, states: list[Tensor], progress: Progress) -> list[Logits]:
+def _vocabulary_head(checkpoint: Checkpoint, states: list[Tensor], progress: Progress) -> list[Outputs]:
     """States [n, H] times the head's rows, a block of rows at a time."""
     vocab = checkpoint.config.vocab_size
     logits = [np.empty((len(x), vocab), np.float32) for x in states]

@@ -29,7 +29,7 @@ class Band:
     drift: float
 
 
-BANDS = {arithmetic: Band(**limits) for arithmetic, limits in thresholds.BANDS.items()}  # finest first
+BANDS = {arithmetic: Band(**limits) for arithmetic, limits in thresholds.BAND_LIMITS.items()}  # finest first
 ORDER = tuple(BANDS)
 
 

@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from glm4_deploy.metrics import POSITIONS_AT_ONCE, Logits, kl_divergence, log_softmax, near_ties
+from glm4_deploy.metrics import POSITIONS_AT_ONCE, Logits, Vector, kl_divergence, log_softmax, near_ties
 from glm4_deploy.validate.drift import ErrorSum
 from glm4_deploy.validate.statistics import SUMMARIES, Estimate, perplexity, perplexity_ratio
 
 TOP = 5
 NO_TARGET = -1
 
-Vector = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -23,13 +22,13 @@ class Positions:
     """Measurements at positions of one sequence; ``target`` is the next token, -1 at the end."""
 
     sequence: int
-    index: Integers
-    target: Integers
+    index: Indices
+    target: Indices
     expected_log: Vector  # of the target
     actual_log: Vector
     kl: Vector
-    expected_best: Integers
-    actual_best: Integers
+    expected_best: Indices
+    actual_best: Indices
     expected_probability: Vector  # probability that each model gives to its own best token
     actual_probability: Vector
     top5: Vector  # share of common tokens among each model's five best
@@ -37,7 +36,7 @@ class Positions:
 
 
 def compare_positions(
-    sequence: int, index: Integers, target: Integers, expected: Logits, actual: Logits, activations: str
+    sequence: int, index: Indices, target: Indices, expected: Logits, actual: Logits, activations: str
 ) -> Positions:
     """Two models' logits [positions, vocabulary] at the same positions."""
     rows = np.arange(len(index))
@@ -104,7 +103,7 @@ class Comparison:
     _error: ErrorSum = field(default_factory=ErrorSum)
     _agree: list[npt.NDArray[np.bool_]] = field(default_factory=list)
 
-    def add(self, sequence: int, index: Integers, target: Integers, expected: Logits, actual: Logits) -> None:
+    def add(self, sequence: int, index: Indices, target: Indices, expected: Logits, actual: Logits) -> None:
         """Outputs [positions, outputs] at some positions of a sequence."""
         self._error.add(expected, actual)
         if self.task == "causal-lm":

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from glm4_deploy.metrics import POSITIONS_AT_ONCE
 
-Values = Mapping[str, npt.NDArray[Any]]
+Tensors = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class BlockError:
         return f"{where} (with {', '.join(self.covers)})" if self.covers else where
 
 
-def compare(wanted: Sequence[Values], found: Sequence[Values]) -> Error:
+def compare(wanted: Sequence[Tensors], found: Sequence[Tensors]) -> Error:
     """The error over all sequences and all values of a tap."""
     total = ErrorSum()
     for one, two in zip(wanted, found, strict=True):

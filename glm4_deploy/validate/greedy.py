@@ -12,7 +12,7 @@ from glm4_runtime.errors import RequestError, UnavailableError
 from glm4_runtime.progress import Progress
 
 PROMPTS, PROMPT_TOKENS, TOKENS = 8, 24, 48
-STAGE = "generate"
+GENERATE_STAGE = "generate"
 
 
 def add_greedy(
@@ -35,7 +35,7 @@ def add_greedy(
     notes = []
     total = len(prompts) * (1 + len(bundles))
     for name, one in zip(("bundle", "against"), bundles, strict=False):
-        progress(STAGE, len(texts) * len(prompts), total)
+        progress(GENERATE_STAGE, len(texts) * len(prompts), total)
         try:
             texts[name] = _bundle_texts(one, prompts, tokens)
         except UnavailableError as error:
@@ -45,9 +45,9 @@ def add_greedy(
             notes.append(f"{one.folder} could not generate a greedy text: {error}")
     texts["reference"], start = [], reference_start(checkpoint)
     for prompt in prompts:
-        progress(STAGE, len(bundles) * len(prompts) + len(texts["reference"]), total)
+        progress(GENERATE_STAGE, len(bundles) * len(prompts) + len(texts["reference"]), total)
         texts["reference"].append(_continue(start(), prompt, tokens))
-    progress(STAGE, total, total)
+    progress(GENERATE_STAGE, total, total)
     for comparison in comparisons:
         if comparison.expected in texts and comparison.actual in texts:
             pairs = zip(texts[comparison.expected], texts[comparison.actual], strict=True)

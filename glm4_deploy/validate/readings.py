@@ -13,7 +13,6 @@ reader is out of band in both, the reading with fewer sub-blocks out of band is 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +21,8 @@ from glm4_deploy.validate.bands import BANDS, is_out_of_band
 from glm4_deploy.validate.drift import BlockError, compare
 from glm4_deploy.validate.taps import ATTENTION_TAP, HEAD_TAP, NORM_TAP, GraphTap
 from glm4_exporters.config import Glm4Config
+from glm4_exporters.pieces import Array, Values
 
-Array = npt.NDArray[Any]
-Values = dict[str, Array]
 Factor = npt.NDArray[np.float32]  # [channels]
 
 # Keys: sub-blocks whose output channels an export may scale. Values: the reader, which undoes the factor.

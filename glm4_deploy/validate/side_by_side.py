@@ -17,7 +17,7 @@ from glm4_exporters.checkpoint import Checkpoint
 from glm4_runtime.bundle import Manifest
 from glm4_runtime.progress import Progress
 
-STAGE = "compare"
+COMPARE_STAGE = "compare"
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class _Steps:
 
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
-        progress(STAGE, 0, total)
+        progress(COMPARE_STAGE, 0, total)
 
     def __call__(self) -> None:
         self._done += 1
-        self._progress(STAGE, self._done, self._total)
+        self._progress(COMPARE_STAGE, self._done, self._total)
 
 
 class _HeadErrors:

@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Vector = npt.NDArray[np.float64]
+from glm4_deploy.metrics import Vector
 
 BLOCK = 32  # consecutive tokens that are resampled together, because their losses are correlated
 RESAMPLES = 2000

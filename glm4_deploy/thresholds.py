@@ -1,6 +1,6 @@
 """Reads the limits in thresholds.toml and derives the remaining ones. Needs no torch.
 
-Examples: PARITY["int8"]["mean_kl"], BANDS["int8"]["local"], GPU_CHECK["float16"],
+Examples: PARITY["int8"]["mean_kl"], BAND_LIMITS["int8"]["local"], GPU_CHECK["float16"],
 named_gate("strict")["int8+kv-int8"]["kl_mean"].
 """
 

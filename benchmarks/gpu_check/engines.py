@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from benchmarks.make_checkpoint import SIZES, Size, config_of, split_into_shards
 from glm4_deploy.memory import available_memory
 from glm4_deploy.metrics import Logits, kl_divergence
+from glm4_deploy.thresholds import PARITY
 from glm4_exporters.architecture import expected_tensors, parameter_count
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
@@ -35,8 +36,8 @@ CONTEXT, STEPS = 1024, 32  # positions before the first decode step that is time
 PARITY_TOKENS, PARITY_STEPS = 600, 8  # more than one chunk of a prefill
 SHARD_BYTES = 4 << 30
 CALIBRATION = "calibration.ids"
-# Largest mean KL against the eager model in float32: twice what the export's own gate allows the graph.
-LARGEST_KL = {"fp16": 2e-4, "bf16": 2e-3, "int8": 4e-3, "int4": 2e-1, "fp8": 4e-2}
+# Largest mean KL against the eager model in float32: twice parity's limit, which is for the graph alone.
+LARGEST_KL = {name: 2 * limits["mean_kl"] for name, limits in PARITY.items() if "mean_kl" in limits}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -113,23 +113,35 @@ def command(
                 print(token.text, end="", flush=True)
         end = time.monotonic()
     if as_json:
-        decode = len(tokens) - 1
-        show.print_json(
-            {
-                "text": "".join(token.text for token in tokens),
-                "token_ids": [token.id for token in tokens],
-                "finish_reason": tokens[-1].finish_reason if tokens else None,
-                "prompt_tokens": len(ids),
-                "provider": session.provider,
-                "skipped_providers": session.skipped,
-                "warnings": session.warnings,
-                "load_seconds": round(start - opening, 3),
-                "first_token_seconds": round(first - start, 4),
-                "tokens_per_second": round(decode / (end - first), 2) if decode > 0 and end > first else None,
-            }
-        )
+        show.print_json(_report(session, ids, tokens, _Times(opening, start, first, end)))
     else:
         print("" if stream else "".join(token.text for token in tokens))
+
+
+class _Times(NamedTuple):
+    """Times in seconds: before the opening, and of the generation its start, first token and end."""
+
+    opening: float
+    start: float
+    first: float
+    end: float
+
+
+def _report(session: "Session", ids: list[int], tokens: "list[Token]", times: _Times) -> dict[str, Any]:
+    """The output of ``--json``."""
+    decode, seconds = len(tokens) - 1, times.end - times.first
+    return {
+        "text": "".join(token.text for token in tokens),
+        "token_ids": [token.id for token in tokens],
+        "finish_reason": tokens[-1].finish_reason if tokens else None,
+        "prompt_tokens": len(ids),
+        "provider": session.provider,
+        "skipped_providers": session.skipped,
+        "warnings": session.warnings,
+        "load_seconds": round(times.start - times.opening, 3),
+        "first_token_seconds": round(times.first - times.start, 4),
+        "tokens_per_second": round(decode / seconds, 2) if decode > 0 and seconds > 0 else None,
+    }
 
 
 def _standard_input() -> str:

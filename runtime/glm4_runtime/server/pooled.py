@@ -12,12 +12,13 @@ from glm4_runtime.server import log, schema
 from glm4_runtime.server.completions import as_list, encoded
 from glm4_runtime.server.errors import ApiError, Json
 from glm4_runtime.server.served_model import ServedModel
+from glm4_runtime.session import Session
 
 MAX_INPUTS = 256
 
 
 async def embed(served: ServedModel, body: schema.EmbeddingRequest) -> Json:
-    inputs, vectors = await _run(served, body, "encoder", served.session.encode)
+    inputs, vectors = await _run(served, body, "encoder", Session.encode)
     packed = body.encoding_format == "base64"
     data = [
         {"object": "embedding", "index": index, "embedding": _packed(vector) if packed else vector.tolist()}
@@ -29,7 +30,7 @@ async def embed(served: ServedModel, body: schema.EmbeddingRequest) -> Json:
 async def classify(served: ServedModel, body: schema.ClassifyRequest) -> Json:
     task = served.session.manifest.task
     tasks = ("sequence-classification", "token-classification")
-    inputs, results = await _run(served, body, task if task in tasks else tasks[0], served.session.classify)
+    inputs, results = await _run(served, body, task if task in tasks else tasks[0], Session.classify)
     if task == "sequence-classification":
         data = [{"index": index} | _scored(served, logits) for index, logits in enumerate(results)]
     else:
@@ -44,7 +45,7 @@ async def _run(
     served: ServedModel,
     body: schema.EmbeddingRequest | schema.ClassifyRequest,
     task: str,
-    work: Callable[[tuple[int, ...]], Logits],
+    work: Callable[[Session, tuple[int, ...]], Logits],
 ) -> tuple[list[tuple[int, ...]], list[Logits]]:
     served.require_model(body.model)
     if served.session.manifest.task != task:
@@ -52,6 +53,8 @@ async def _run(
             400,
             f"this server's bundle was exported for {served.session.manifest.task}, and this route needs {task}",
         )
+    session = served.session
+    assert isinstance(session, Session)  # other backends only generate
     deadline = time.monotonic() + served.options.request_timeout
     given = as_list(body.input)
     if len(given) > MAX_INPUTS:
@@ -60,7 +63,7 @@ async def _run(
     log.record().update(user=body.user, prompt_tokens=sum(map(len, inputs)))
     if served.options.log_prompts:
         log.record()["prompts"] = given
-    return inputs, [await served.pooled(lambda ids=ids: work(ids), deadline) for ids in inputs]  # type: ignore[misc]
+    return inputs, [await served.pooled(lambda ids=ids: work(session, ids), deadline) for ids in inputs]  # type: ignore[misc]
 
 
 def _packed(vector: Logits) -> str:

@@ -15,9 +15,9 @@ from typing import Any
 
 import uvicorn
 
+from glm4_runtime.backend import Backend, OpenBundle
 from glm4_runtime.chat_template import start_template_worker
 from glm4_runtime.errors import RequestError
-from glm4_runtime.scheduler import Scheduler
 from glm4_runtime.server import log
 from glm4_runtime.server.app import create_app
 from glm4_runtime.server.connections import ConnectionLimits, Connections
@@ -216,7 +216,9 @@ def serve(session: Session, options: ServerOptions, sockets: Sequence[socket.soc
 
 
 @contextlib.contextmanager
-def serving(session: Session, options: ServerOptions, scheduler: Scheduler | None = None) -> Iterator[Server]:
+def serving(
+    session: OpenBundle, options: ServerOptions, scheduler: Backend | None = None
+) -> Iterator[Server]:
     """A server on its own thread during the block; ``scheduler`` as for :class:`ServedModel`."""
     listening = bind(options.host, options.port)
     server = Server(ServedModel(session, options, scheduler))

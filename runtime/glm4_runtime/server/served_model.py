@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from glm4_runtime.backend import Backend, Handle, OpenBundle
 from glm4_runtime.chat_template import ChatTemplate, require_control_tokens
 from glm4_runtime.defaults import read_sampling_defaults
 from glm4_runtime.errors import BundleError, DeadlineError, Glm4Error, RequestError
 from glm4_runtime.prompts import Prompt
-from glm4_runtime.scheduler import Event, Failed, Generated, Request, Scheduler, Started, Ticket
+from glm4_runtime.scheduler import Event, Failed, Generated, Request, Scheduler, Started
 from glm4_runtime.server.conversation import Conversation
 from glm4_runtime.server.errors import ApiError
 from glm4_runtime.server.lanes import Lanes
@@ -43,9 +44,10 @@ class ServedModel:
         draining: whether the server shuts down and refuses new requests.
     """
 
-    def __init__(self, session: Session, options: ServerOptions, scheduler: Scheduler | None = None) -> None:
+    def __init__(self, session: OpenBundle, options: ServerOptions, scheduler: Backend | None = None) -> None:
         """
         Args:
+            session: the bundle. Without ``scheduler`` it must be a :class:`Session`, which then runs all requests.
             scheduler: runs the requests of a causal LM. None: it makes one. :meth:`start` starts it.
 
         Raises:
@@ -64,9 +66,7 @@ class ServedModel:
         self.defaults = read_sampling_defaults(session.folder)
         self.metrics = Metrics(self._stats)
         generates = session.manifest.task == "causal-lm"
-        self._scheduler = (
-            (scheduler or Scheduler(session, max_queue=options.max_queue)) if generates else None
-        )
+        self._scheduler = (scheduler or _local(session, options)) if generates else None
         self._worker = None if generates else ThreadPoolExecutor(1, "glm4-session")
         self._waiting = 0
         self._lanes = Lanes()
@@ -230,10 +230,10 @@ class ServedModel:
     def generate(
         self, requests: Sequence[Request], blocked: Callable[[], bool] = lambda: False
     ) -> "RunningReplies":
-        """Start all requests, or none. Raises the errors of :meth:`Scheduler.submit`.
+        """Start all requests, or none. Raises the errors of :meth:`Backend.submit`.
 
         Args:
-            blocked: whether the client's connection is full; called on the scheduler's thread.
+            blocked: whether the client's connection is full; called on a thread of the backend.
         """
         self.require_running()
         assert self._scheduler is not None
@@ -274,7 +274,7 @@ class RunningReplies:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: Backend,
         requests: Sequence[Request],
         metrics: Metrics,
         unread: UnreadOfOne,
@@ -286,7 +286,7 @@ class RunningReplies:
         self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self._last = [self.began] * len(requests)
         self._open = set(range(len(requests)))
-        self._tickets: list[Ticket] = []
+        self._tickets: list[Handle] = []
         self._unread = unread
         try:
             for index, request in enumerate(requests):
@@ -368,6 +368,11 @@ class RunningReplies:
         histogram = self._metrics.first_token_seconds if first else self._metrics.inter_token_seconds
         histogram.observe(now - self._last[index])
         self._last[index] = now
+
+
+def _local(session: OpenBundle, options: ServerOptions) -> Backend:
+    assert isinstance(session, Session)
+    return Scheduler(session, max_queue=options.max_queue)
 
 
 def _conversation(folder: Path, tokenizer: Tokenizer) -> Conversation | None:

@@ -7,7 +7,8 @@ unread, requests are paused.
 import threading
 from collections.abc import Callable
 
-from glm4_runtime.scheduler import Event, Generated, Ticket
+from glm4_runtime.backend import Handle
+from glm4_runtime.scheduler import Event, Generated
 
 # Most unread tokens of all requests; each entry of ``top_logprobs`` counts as a token. About 100 MB.
 _MOST = 2**18
@@ -26,20 +27,20 @@ class Unread:
     def __init__(self, most: int = _MOST, few: int = _FEW) -> None:
         self.most, self.few = most, few
         self.put = self.taken = 0  # only one thread writes each counter
-        self._held: set[Ticket] = set()
+        self._held: set[Handle] = set()
         self._lock = threading.Lock()
 
     @property
     def too_many(self) -> bool:
         return self.put - self.taken > self.most
 
-    def hold(self, ticket: Ticket) -> None:
+    def hold(self, ticket: Handle) -> None:
         """Pause a request until its own client, or the other clients, have read enough."""
         with self._lock:
             self._held.add(ticket)
             ticket.hold()
 
-    def let_go(self, ticket: Ticket) -> None:
+    def let_go(self, ticket: Handle) -> None:
         with self._lock:
             if ticket in self._held:
                 self._held.remove(ticket)
@@ -69,7 +70,7 @@ class UnreadOfOne:
         self._put = self._taken = 0
         self._closed = False
 
-    def put(self, event: Event, ticket: Ticket | None) -> None:
+    def put(self, event: Event, ticket: Handle | None) -> None:
         """Count an event. Must run before the event is queued, so that the reader sees the pause and can end it."""
         count = size(event)
         self._put += count
@@ -82,7 +83,7 @@ class UnreadOfOne:
         if self._everyone.too_many and unread > self._everyone.few:
             self._everyone.hold(ticket)
 
-    def take(self, event: Event, tickets: list[Ticket]) -> None:
+    def take(self, event: Event, tickets: list[Handle]) -> None:
         count = size(event)
         self._taken += count
         self._everyone.take(count)
@@ -93,7 +94,7 @@ class UnreadOfOne:
             if ticket.held and unread <= self._everyone.few / 2:
                 self._everyone.let_go(ticket)
 
-    def close(self, tickets: list[Ticket]) -> None:
+    def close(self, tickets: list[Handle]) -> None:
         """Remove this request's unread tokens from the total. Requires that :meth:`put` is not called any more."""
         if not self._closed:
             self._closed = True

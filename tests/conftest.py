@@ -84,6 +84,15 @@ def demo_quantized(tmp_path_factory):
     return {name: folder / name for name in ("int8", "int4", "cpu")}
 
 
+@pytest.fixture(scope="session")
+def demo_cpu(tmp_path_factory):
+    """The demo checkpoint for target cpu in int8, with four slots: its tokens never depend on other requests."""
+    folder = tmp_path_factory.mktemp("cpu") / "glm4-tiny"
+    demo = Path(__file__).parents[1] / "demo" / "glm4-tiny"
+    export(demo, folder, ExportOptions(target="cpu", max_batch_size=4, parity=False))
+    return folder
+
+
 @pytest.fixture
 def edited_manifest(tmp_path, tiny_bundles):
     """A function that copies a bundle and changes fields of its manifest."""

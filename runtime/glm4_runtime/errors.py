@@ -85,8 +85,20 @@ class SlotError(RequestError):
     """A slot that does not exist, is not in use, or is too small for the request."""
 
 
+class NotANumberError(RequestError):
+    """The model gave NaN logits."""
+
+
 class ModelError(Glm4Error):
     """The model failed on one request (NaN logits, no memory, a kernel's error). Other requests continue."""
+
+
+class DamagedModelError(ModelError):
+    """The model gave NaN logits, so later results are in doubt, too."""
+
+
+class ReplicaError(Glm4Error):
+    """No replica could finish the request, or a replica has died."""
 
 
 class QueueFullError(Glm4Error):
@@ -95,6 +107,9 @@ class QueueFullError(Glm4Error):
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[type, tuple[str, float]]:
+        return QueueFullError, (str(self), self.retry_after)  # so that it can go to another process
 
 
 class DeadlineError(Glm4Error):

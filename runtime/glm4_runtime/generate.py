@@ -133,6 +133,19 @@ class Continuation:
                 reason = "stop"
         return Token(taken.id, text, taken.logprob, reason)
 
+    def repeat(self, tokens: Sequence[int]) -> None:
+        """Take the tokens of an earlier run, with which it had not ended. A mask is not changed.
+
+        Raises:
+            RequestError: the request ends at or before the last of them.
+        """
+        for token in tokens:
+            self.sampler.accept(token)
+            if self.add(Taken(token, math.nan)).finish_reason is not None:
+                raise RequestError(
+                    f"{len(tokens)} tokens were generated already, but the request ends after {self.count}"
+                )
+
     def ended_by_mask(self, token: Token) -> Token:
         """The token that :meth:`add` returned, as the last one, because the mask allows no further token."""
         return replace(token, text=token.text + self._shown.finish(), finish_reason="stop")

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glm4_runtime.arrays import FloatArray
-from glm4_runtime.errors import RequestError
+from glm4_runtime.errors import NotANumberError, RequestError
 
 # Up to this many scores are sorted directly. A confident model's top_p set is within its highest few hundred.
 _FEW = 512
@@ -242,6 +242,10 @@ class Sampler:
         scores = np.asarray(logits, dtype=np.float32)
         if scores.shape != (self.vocab_size,):
             raise ValueError(f"logits have shape {scores.shape}, not ({self.vocab_size},)")
+        if np.isnan(scores.max()):  # NaN if any is NaN
+            raise NotANumberError(
+                "the model gave NaN logits: the bundle overflows or is damaged; validate it"
+            )
         _refuse_degenerate(scores)
         return scores
 

@@ -73,16 +73,30 @@ class ReplyFormat:
     enveloped: bool = False
 
 
+@dataclass(frozen=True)
+class Grammar:
+    """What a mask is compiled from; ``thinking``: whether the reply starts inside the thinking."""
+
+    reply: ReplyFormat
+    thinking: bool
+
+
 class GrammarMask:
-    """The tokens that may come next in one sequence; implements ``TokenMask``."""
+    """The tokens that may come next in one sequence; implements ``TokenMask``.
+
+    Attributes:
+        grammar: with it, another process can compile the same mask.
+    """
 
     def __init__(
         self,
+        grammar: Grammar,
         matcher: llguidance.LLMatcher,
         vocab_size: int,
         share: "_TimeShare",
         observe: Callable[[float], None] | None = None,
     ) -> None:
+        self.grammar = grammar
         self._matcher = matcher
         self._share = share
         self._observe = observe
@@ -98,6 +112,12 @@ class GrammarMask:
             self._compute()
         if self._observe is not None:
             self._observe(time.perf_counter() - start)
+
+    def skip(self, tokens: Sequence[int]) -> None:
+        """Take tokens that an earlier run chose, and compute the mask after the last one."""
+        if tokens and not self._matcher.is_stopped():
+            self._matcher.consume_tokens(list(tokens))
+            self._compute()
 
     def apply(self, logits: npt.NDArray[np.float32]) -> None:
         """Set the forbidden tokens in ``logits`` [vocab] to -inf, in place.
@@ -123,7 +143,7 @@ class GrammarMask:
     def copy(self) -> "GrammarMask":
         """A copy of the state for another sequence. Raises :class:`QueueFullError` if there is too little memory."""
         share = self._share.another()
-        return GrammarMask(self._matcher.deep_copy(), len(self._bias), share, self._observe)
+        return GrammarMask(self.grammar, self._matcher.deep_copy(), len(self._bias), share, self._observe)
 
     def _compute(self) -> None:
         if not self._matcher.is_stopped():
@@ -210,7 +230,7 @@ class GrammarCompiler:
                 matcher = run_with_stack(lambda: compiled(self._tokens, grammar), COMPILING_STACK)
             except ValueError as error:
                 raise RequestError(f"this format cannot be enforced: {error}") from error
-        return GrammarMask(matcher, self._vocab_size, share, self._observe)
+        return GrammarMask(Grammar(reply, thinking), matcher, self._vocab_size, share, self._observe)
 
 
 def _grammars(reply: ReplyFormat, thinking: bool) -> list[dict[str, Any]]:

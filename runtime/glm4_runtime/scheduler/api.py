@@ -22,7 +22,9 @@ class Request:
         prompt_logprobs: how many of the likeliest tokens to report for each prompt token, 0 ... 20, beside its own
             log-probability. None: no report. A reported prompt runs completely and reuses no prefix.
         generates: whether to generate tokens; if not, the request ends with :class:`Started`.
-        mask: the allowed next tokens; it belongs to this request only.
+        mask: the allowed next tokens, after ``generated``; it belongs to this request only.
+        generated: tokens of an earlier run of this request, which the listener has. Generation goes on after them as if
+            it had not stopped; ``params.seed`` must be that of the earlier run. There is no :class:`Started` then.
         deadline: the ``time.monotonic()`` at which the request fails with :class:`DeadlineError`, also in the queue.
     """
 
@@ -33,6 +35,7 @@ class Request:
     prompt_logprobs: int | None = None
     generates: bool = True
     mask: TokenMask | None = None
+    generated: tuple[int, ...] = ()
     deadline: float | None = None
 
 

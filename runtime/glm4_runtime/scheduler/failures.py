@@ -1,6 +1,6 @@
 """The errors that a request receives when it fails."""
 
-from glm4_runtime.errors import DeadlineError, Glm4Error, ModelError
+from glm4_runtime.errors import DamagedModelError, DeadlineError, Glm4Error, ModelError, NotANumberError
 from glm4_runtime.scheduler.job import Job
 
 
@@ -20,6 +20,8 @@ def unread(job: Job) -> DeadlineError:
 
 def model_error(error: BaseException) -> ModelError:
     """The error that the client receives after a failed step; its message has one line."""
+    if isinstance(error, NotANumberError):
+        return DamagedModelError(str(error))
     if isinstance(error, Glm4Error):
         return ModelError(str(error))
     if isinstance(error, MemoryError):

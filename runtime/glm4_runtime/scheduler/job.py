@@ -115,8 +115,9 @@ class Job:
 
     Attributes:
         prompt: number of tokens of the prompt.
-        started: whether the prompt was read, and :class:`Started` was sent.
-        goal: number of tokens that prefill puts into the slot: the prompt, after a return also the output so far.
+        started: whether the prompt was read, and :class:`Started` was sent, by this or an earlier run of the request.
+        goal: number of tokens that prefill puts into the slot: the prompt, after a return or an earlier run also the output
+            so far.
         parked_at: ``time.monotonic()`` at which the request was parked. None: it is not parked.
         scores: log-probabilities of the prompt, filled during prefill. None: the request does not ask for them.
         buffer: tokens of prompt and output, int64 [prompt + limit].
@@ -129,8 +130,9 @@ class Job:
         self.prompt = len(request.prompt_ids)
         self.buffer = np.empty(self.prompt + continuation.limit, np.int64)
         self.buffer[: self.prompt] = request.prompt_ids
-        self._count = self.goal = self.prompt
-        self.started = False
+        self._count = self.goal = self.prompt + len(request.generated)
+        self.buffer[self.prompt : self._count] = request.generated
+        self.started = bool(request.generated)
         self.scores = (
             None
             if request.prompt_logprobs is None

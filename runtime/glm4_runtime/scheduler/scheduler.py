@@ -58,6 +58,7 @@ class Scheduler:
         self._closed_at: float | None = None  # when the remaining requests fail
         self._thread: threading.Thread | None = None
         self._asleep = False
+        self._step_began: float | None = None
         self._batch = Batch(
             session,
             self._figures,
@@ -103,6 +104,7 @@ class Scheduler:
             logprobs=request.logprobs,
             top_logprobs=request.top_logprobs,
         )
+        continuation.repeat(request.generated)
         job = Job(request, continuation, Ticket(on_event, self._wake))
         with self._lock:
             if self._closed_at is not None:
@@ -143,6 +145,12 @@ class Scheduler:
         """Whether the thread waits for a change or a deadline."""
         return self._asleep
 
+    @property
+    def step_seconds(self) -> float:
+        """How long the current step has been running; 0 between steps. Callable from any thread."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
     def _wake(self) -> None:
         """Wake the thread after a change; callable from any thread."""
         self._news.set()
@@ -165,6 +173,7 @@ class Scheduler:
     def step(self) -> bool:
         """Admit requests while there is room, and run all once. False if there is nothing to do before a change or a
         deadline."""
+        self._step_began = time.monotonic()
         try:
             self._leave_queue()
             self._admit()
@@ -173,6 +182,8 @@ class Scheduler:
             # A bug, or a panic in an extension: the thread must survive it.
             logger.exception("a step failed as a whole; the requests in it are failed")
             self._batch.fail_all(model_error(error), "failed")
+        finally:
+            self._step_began = None
         return bool(self._queue and self._batch.places) or not self._batch.waits
 
     def _leave_queue(self) -> None:

@@ -58,6 +58,11 @@ class ScriptedScheduler:
     def stats(self):
         return SchedulerStats(1, 2, 4, 50, 20, 30, 8, 6, {"stop": 3}, 9, 0.5, 0.25)
 
+    def stats_by_replica(self):
+        return {}
+
+    ready = True
+
     def _run(self):
         while (item := self._work.get()) is not None:
             self._play(*item)

@@ -1,6 +1,6 @@
 """The interface between the HTTP server and whatever generates: the local scheduler, or replicas on a cluster."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -59,6 +59,13 @@ class Backend(Protocol):
 
     def stats(self) -> SchedulerStats:
         """The current statistics; with replicas, their sums. Callable from any thread."""
+
+    def stats_by_replica(self) -> Mapping[str, SchedulerStats]:
+        """The statistics of each replica that is alive, by its name; empty if the backend has no replicas."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be run now, and not refused for lack of a replica."""
 
 
 class OpenBundle(Protocol):

@@ -6,10 +6,12 @@ from typing import get_type_hints
 import pytest
 
 from glm4_runtime.backend import Backend, Handle, OpenBundle
+from glm4_runtime.cluster.fleet import Fleet
+from glm4_runtime.cluster.migration import Migration
 from glm4_runtime.scheduler import Scheduler, Ticket
 from glm4_runtime.session import Session
 
-IMPLEMENTED = ((Backend, Scheduler), (Handle, Ticket))
+IMPLEMENTED = ((Backend, Scheduler), (Handle, Ticket), (Backend, Fleet), (Handle, Migration))
 
 
 def _methods(kind):
@@ -17,7 +19,7 @@ def _methods(kind):
 
 
 @pytest.mark.parametrize(("interface", "kind"), IMPLEMENTED)
-def test_the_local_scheduler_has_each_method_with_the_same_arguments(interface, kind):
+def test_a_backend_has_each_method_with_the_same_arguments(interface, kind):
     assert _methods(interface)
     for name, method in _methods(interface).items():
         assert inspect.signature(getattr(kind, name)).parameters == inspect.signature(method).parameters, name

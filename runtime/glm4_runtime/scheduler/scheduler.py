@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from glm4_runtime.errors import Glm4Error, QueueFullError, RequestError, StoppedError
 from glm4_runtime.generate import Continuation
@@ -135,6 +135,14 @@ class Scheduler:
         return self._figures.snapshot(
             len(self._queue), batch.running, len(batch) - batch.running, self._session.max_batch_size
         )
+
+    def stats_by_replica(self) -> Mapping[str, SchedulerStats]:
+        """Empty: a scheduler has no replicas."""
+        return {}
+
+    @property
+    def ready(self) -> bool:
+        return self._closed_at is None
 
     def view(self) -> SchedulerView:
         """All requests and all slots, for debugging and for checks between two steps."""

@@ -143,8 +143,17 @@ def _add_operations(app: FastAPI, served: ServedModel) -> None:
     @app.get("/health", tags=["operations"], summary="Whether new requests are taken.")
     @app.get("/health/ready", tags=["operations"], summary="Whether new requests are taken.")
     async def ready() -> Response:
-        served.require_running()
+        served.require_ready()
         return Json({"status": "ready"})
+
+    @app.get("/health/replicas", tags=["operations"], summary="The replicas that are alive, and their load.")
+    async def replicas() -> Response:
+        found = served.stats_by_replica()
+        load = {
+            name: {"active": one.active, "queued": one.queued, "slots": one.slots}
+            for name, one in found.items()
+        }
+        return Json({"replicas": load})
 
     @app.get("/metrics", tags=["operations"], summary="Figures for Prometheus.")
     async def metrics() -> Response:

@@ -6,7 +6,14 @@ from typing import Any
 
 from starlette.responses import Response
 
-from glm4_runtime.errors import DeadlineError, Glm4Error, QueueFullError, RequestError, StoppedError
+from glm4_runtime.errors import (
+    DeadlineError,
+    Glm4Error,
+    QueueFullError,
+    ReplicaError,
+    RequestError,
+    StoppedError,
+)
 
 # status -> type and code
 _KINDS = {
@@ -73,6 +80,8 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(504, "the request took longer than this server allows")
     if isinstance(error, StoppedError):
         return ApiError(503, str(error))
+    if isinstance(error, ReplicaError):
+        return ApiError(503, str(error), code="no_replica", retry_after=1)
     if isinstance(error, RequestError):
         return ApiError(400, str(error), foreign=True)
     return ApiError(500, "the server failed on this request; its log says why")

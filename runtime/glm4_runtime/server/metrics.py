@@ -1,6 +1,6 @@
 """Metrics for Prometheus: the server's own measurements, and the scheduler's current counters."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -44,8 +44,22 @@ _SCHEDULER = (
 )
 
 
+# fields of SchedulerStats that each replica reports, under names of their own, so that no sum counts twice
+_BY_REPLICA = (
+    "queued",
+    "active",
+    "slots",
+    "prompt_tokens",
+    "cached_tokens",
+    "generated_tokens",
+    "model_seconds",
+)
+
+
 class Metrics:
-    def __init__(self, stats: Callable[[], Any]) -> None:
+    def __init__(
+        self, stats: Callable[[], Any], by_replica: Callable[[], Mapping[str, Any]] = lambda: {}
+    ) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "glm4_http_requests", "Requests answered.", ("route", "status"), registry=self._registry
@@ -61,6 +75,7 @@ class Metrics:
         )
         self.mask_seconds = self._histogram("mask", "One token of a reply with a prescribed form.", _MASK)
         self._registry.register(_SchedulerCollector(stats))
+        self._registry.register(_ReplicaCollector(by_replica))
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"glm4_{name}_seconds", text, buckets=buckets, registry=self._registry)
@@ -91,6 +106,20 @@ class _SchedulerCollector(Collector):
         for outcome, count in stats.requests.items():
             outcomes.add_metric([outcome], count)
         yield outcomes
+
+
+class _ReplicaCollector(Collector):
+    def __init__(self, by_replica: Callable[[], Mapping[str, Any]]) -> None:
+        self._by_replica = by_replica
+
+    def collect(self) -> Iterator[Metric]:
+        found = self._by_replica()
+        for field, name, family, text in _SCHEDULER if found else ():
+            if field in _BY_REPLICA:
+                metric = family(name.replace("glm4_", "glm4_replica_"), text, labels=["replica"])
+                for replica, stats in found.items():
+                    metric.add_metric([replica], float(getattr(stats, field)))
+                yield metric
 
 
 class _ConnectionCollector(Collector):

@@ -14,7 +14,7 @@ from glm4_runtime.chat_template import ChatTemplate, require_control_tokens
 from glm4_runtime.defaults import read_sampling_defaults
 from glm4_runtime.errors import BundleError, DeadlineError, Glm4Error, RequestError
 from glm4_runtime.prompts import Prompt
-from glm4_runtime.scheduler import Event, Failed, Generated, Request, Scheduler, Started
+from glm4_runtime.scheduler import Event, Failed, Generated, Request, Scheduler, SchedulerStats, Started
 from glm4_runtime.server.conversation import Conversation
 from glm4_runtime.server.errors import ApiError
 from glm4_runtime.server.lanes import Lanes
@@ -64,7 +64,7 @@ class ServedModel:
         self.draining = self._hurried = False
         self.turn_token = _turn_token(self.tokenizer)
         self.defaults = read_sampling_defaults(session.folder)
-        self.metrics = Metrics(self._stats)
+        self.metrics = Metrics(self._stats, self.stats_by_replica)
         generates = session.manifest.task == "causal-lm"
         self._scheduler = (scheduler or _local(session, options)) if generates else None
         self._worker = None if generates else ThreadPoolExecutor(1, "glm4-session")
@@ -132,6 +132,10 @@ class ServedModel:
         if self._worker is not None:
             self._worker.shutdown(cancel_futures=True)
 
+    def stats_by_replica(self) -> Mapping[str, SchedulerStats]:
+        """The statistics of each replica that is alive; empty without replicas."""
+        return {} if self._scheduler is None else self._scheduler.stats_by_replica()
+
     def _stats(self) -> Any:
         return None if self._scheduler is None else self._scheduler.stats()
 
@@ -150,6 +154,12 @@ class ServedModel:
     def require_running(self) -> None:
         if self.draining:
             raise ApiError(503, "the server is shutting down", retry_after=self.options.drain_timeout)
+
+    def require_ready(self) -> None:
+        """Raises :class:`ApiError` (503) if no request would be taken now."""
+        self.require_running()
+        if self._scheduler is not None and not self._scheduler.ready:
+            raise ApiError(503, "no replica is ready", code="no_replica", retry_after=1)
 
     def require_grammars(self) -> GrammarCompiler:
         """The grammar compiler. Raises :class:`ApiError` (400) if the bundle does not generate text."""

@@ -1,0 +1,295 @@
+"""The backend of a server with replicas: one queue for each replica, and migration of requests from dead replicas."""
+
+import contextlib
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from glm4_runtime.cluster.migration import Migration
+from glm4_runtime.cluster.order import Action, Identity, Order, ReplicaReport, order_of, total
+from glm4_runtime.cluster.router import Router, Standing
+from glm4_runtime.errors import BundleError, DeadlineError, QueueFullError, ReplicaError, StoppedError
+from glm4_runtime.scheduler import Event, Request, SchedulerStats
+
+logger = logging.getLogger(__name__)
+
+# Seconds for which requests wait for a replica while none is alive.
+PATIENCE = 120.0
+# Seconds between two looks at a drain.
+_TICK = 0.05
+
+
+class Replica(Protocol):
+    """One replica as the fleet sees it. Only :meth:`report` blocks or raises.
+
+    Attributes:
+        slots: requests that it runs together.
+    """
+
+    name: str
+    slots: int
+    identity: Identity
+
+    def submit(self, number: int, order: Order) -> None:
+        """Run an order."""
+
+    def act(self, number: int, action: Action) -> None:
+        """Change an order that was submitted. Does nothing if the order has ended."""
+
+    def report(self) -> ReplicaReport:
+        """Wait for events, at most a second, and return them.
+
+        Raises:
+            ReplicaError: the replica has died, or does not answer.
+        """
+
+    def close(self) -> None:
+        """End the replica with all its orders, without waiting for them."""
+
+
+@dataclass
+class Lane:
+    """The requests of one replica. ``running`` ones were submitted, by the numbers of their orders."""
+
+    replica: Replica
+    running: dict[int, Migration] = field(default_factory=dict)
+    waiting: deque[Migration] = field(default_factory=deque)
+    stats: SchedulerStats | None = None
+
+    @property
+    def standing(self) -> Standing:
+        return Standing(self.replica.slots, len(self.running), len(self.waiting))
+
+    def next(self) -> Migration | None:
+        """Remove and return the next request that may run.
+
+        A request whose client does not read keeps no other one from the replica, which parks it. Suspects run one at a
+        time, so that a death shows which request was its cause.
+        """
+        reading = sum(not one.lagging for one in self.running.values())
+        if reading >= self.replica.slots:
+            return None
+        tried = any(one.suspect for one in self.running.values())
+        for migration in self.waiting:
+            if not (tried and migration.suspect):
+                self.waiting.remove(migration)
+                return migration
+        return None
+
+
+class Fleet:
+    """Routes requests to replicas, which join and are lost at any time. Implements ``Backend``.
+
+    ``deliver`` and ``lost`` of one replica must be called by one thread.
+    """
+
+    def __init__(self, max_queue: int) -> None:
+        """``max_queue``: most requests that wait for one replica."""
+        self._max_queue = max_queue
+        self._router = Router()
+        self._lock = threading.RLock()
+        self._lanes: dict[str, Lane] = {}
+        self._homeless: deque[Migration] = deque()
+        self._alone_since: float | None = time.monotonic()  # no replica is alive since then
+        self._numbers = itertools.count()
+        self._identity: Identity | None = None
+        self._retired: list[SchedulerStats] = []  # at most one
+        self._closed = False
+        self.migrations = self.deaths = 0
+
+    # The backend ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Nothing is to be done: replicas join when they are ready."""
+
+    def submit(self, request: Request, on_event: Callable[[Event], None]) -> Migration:
+        order_of(request)  # raises what a replica could not take
+        migration = Migration(request, on_event, self._act)
+        with self._lock:
+            if self._closed:
+                raise StoppedError("the server is stopping and takes no more requests")
+            if not self._lanes:
+                raise ReplicaError("no replica is ready; try again in a few seconds")
+            if not self._place(migration, self._max_queue):
+                waiting = sum(len(lane.waiting) for lane in self._lanes.values())
+                raise QueueFullError(f"{waiting} requests are waiting already; try again in 1 s", 1.0)
+        return migration
+
+    def stop(self, drain: float | None = None) -> None:
+        with self._lock:
+            self._closed = True
+        end = None if drain is None else time.monotonic() + drain
+        while self._open() and (end is None or time.monotonic() < end):
+            time.sleep(_TICK)
+        for migration in self._open():
+            migration.fail(StoppedError("the server stopped before the request was done"))
+        with self._lock:
+            lanes, self._lanes = list(self._lanes.values()), {}
+        for lane in lanes:
+            lane.replica.close()
+
+    def stats(self) -> SchedulerStats:
+        with self._lock:
+            waiting = len(self._homeless) + sum(len(lane.waiting) for lane in self._lanes.values())
+            found = total([*self._retired, *self.stats_by_replica().values()])
+        return replace(found, queued=found.queued + waiting)
+
+    # Replicas ---------------------------------------------------------------------------------------
+
+    def stats_by_replica(self) -> Mapping[str, SchedulerStats]:
+        """The last statistics of each replica that is alive."""
+        with self._lock:
+            return {name: lane.stats for name, lane in self._lanes.items() if lane.stats is not None}
+
+    @property
+    def ready(self) -> bool:
+        return bool(self._lanes) and not self._closed
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`stop` was called."""
+        return self._closed
+
+    def join(self, replica: Replica) -> None:
+        """Take a replica that is ready.
+
+        Raises:
+            BundleError: its bundle, code, kernels, target or limits are not those of the other replicas.
+            StoppedError: the fleet is stopping.
+        """
+        with self._lock:
+            if self._closed:
+                raise StoppedError("the server is stopping and takes no more replicas")
+            self._identity = self._identity or replica.identity
+            if different := replica.identity.differences(self._identity):
+                raise BundleError(
+                    f"replica {replica.name} differs from the others in: {', '.join(different)}; "
+                    "give all nodes the same bundle and the same version of glm4-deploy"
+                )
+            self._lanes[replica.name] = Lane(replica)
+            self._alone_since = None
+            homeless, self._homeless = self._homeless, deque()
+            for migration in homeless:
+                self._place(migration, None)
+
+    def deliver(self, name: str, report: ReplicaReport) -> None:
+        """Take a replica's report."""
+        with self._lock:
+            lane = self._lanes.get(name)
+        if lane is None:
+            return
+        for number, event in report.events:
+            migration = lane.running.get(number)
+            if migration is not None and migration.take(number, event):
+                self._ended(lane, number)
+        with self._lock:
+            lane.stats = report.stats
+            self._pump(lane)
+        self.tick()
+
+    def lost(self, name: str, reason: str) -> None:
+        """Send the requests of a replica that died to others."""
+        with self._lock:
+            lane = self._lanes.pop(name, None)
+            if lane is None:
+                return
+            logger.error("replica %s is lost: %s", name, reason)
+            self.deaths += 1
+            self._router.forget(name)
+            if lane.stats is not None:
+                self._retire(lane.stats)
+            if not self._lanes:
+                self._alone_since = time.monotonic()
+            given_up = [(one, error) for one in lane.running.values() if (error := one.leave(reason))]
+            gone = {id(one) for one, _ in given_up}
+            for one in (*lane.running.values(), *lane.waiting):
+                if id(one) not in gone and not one.closed:
+                    self.migrations += 1
+                    self._place(one, None)
+        for migration, error in given_up:
+            migration.fail(error)
+
+    def tick(self) -> None:
+        """Fail requests that waited beyond their deadline, or for too long without any replica."""
+        now = time.monotonic()
+        with self._lock:
+            waiting = [one for lane in self._lanes.values() for one in lane.waiting] + list(self._homeless)
+            late = [
+                one for one in waiting if one.request.deadline is not None and now >= one.request.deadline
+            ]
+            alone = self._alone_since is not None and now - self._alone_since > PATIENCE
+            left = list(self._homeless) if alone else []
+            for one in (*late, *left):
+                self._remove(one)
+        for one in late:
+            one.fail(DeadlineError("the request waited for a replica until its deadline; allow it more time"))
+        for one in left:
+            one.fail(ReplicaError(f"no replica was ready for {PATIENCE:g} s; try again later"))
+
+    # Queues -----------------------------------------------------------------------------------------
+
+    def _place(self, migration: Migration, most_waiting: int | None) -> bool:
+        """Put a request into a replica's queue. Without replicas it waits for one. False: all queues are full."""
+        standings = {name: lane.standing for name, lane in self._lanes.items()}
+        name = self._router.choose(migration.ids, standings, most_waiting)
+        if name is None:
+            if most_waiting is None:
+                self._homeless.append(migration)
+            return most_waiting is None
+        lane = self._lanes[name]
+        self._router.note(name, migration.ids, lane.replica.slots)
+        lane.waiting.append(migration)
+        self._pump(lane)
+        return True
+
+    def _pump(self, lane: Lane) -> None:
+        """Submit waiting requests while the replica has free slots."""
+        while (migration := lane.next()) is not None:
+            number = next(self._numbers)
+            lane.running[number] = migration
+            lane.replica.submit(number, migration.begin(lane.replica.name, number))
+            if migration.held:
+                lane.replica.act(number, "hold")
+            if migration.lagging:
+                lane.replica.act(number, "lag")
+
+    def _ended(self, lane: Lane, number: int) -> None:
+        with self._lock:
+            migration = lane.running.pop(number, None)
+            if migration is not None and lane.replica.name in self._lanes:
+                self._router.note(lane.replica.name, migration.ids, lane.replica.slots)
+
+    def _act(self, migration: Migration, action: Action) -> None:
+        """Pass an action on to the replica. Must not be called with a lock of a migration held by another thread."""
+        with self._lock:
+            lane = self._lanes.get(migration.replica or "")
+            if lane is None or migration.number not in lane.running:
+                if action == "cancel":
+                    self._remove(migration)
+                return
+            lane.replica.act(migration.number, action)
+            if action == "cancel":
+                del lane.running[migration.number]
+            if action in ("cancel", "lag"):
+                self._pump(lane)
+
+    def _remove(self, migration: Migration) -> None:
+        for queue in (self._homeless, *(lane.waiting for lane in self._lanes.values())):
+            with contextlib.suppress(ValueError):
+                queue.remove(migration)
+
+    def _open(self) -> Sequence[Migration]:
+        with self._lock:
+            lanes = list(self._lanes.values())
+            found = [one for lane in lanes for one in (*lane.running.values(), *lane.waiting)]
+            return [one for one in (*found, *self._homeless) if not one.closed]
+
+    def _retire(self, stats: SchedulerStats) -> None:
+        """Keep what a lost replica counted, so that no sum shrinks. Its gauges become 0."""
+        gone = replace(stats, queued=0, active=0, slots=0)
+        self._retired = [total([*self._retired, gone])]

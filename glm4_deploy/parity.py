@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from glm4_deploy.greedy import fits_whole, reference_start
 from glm4_deploy.memory import available_memory
-from glm4_deploy.metrics import Logits, kl_divergence, near_ties
-from glm4_deploy.texts import LINES
+from glm4_deploy.metrics import Logits, kl_divergence, log_softmax, near_ties
+from glm4_deploy.texts import LINES, OWN_TEXT, prefix_of, read_sequences
 from glm4_deploy.thresholds import PARITY, PARITY_INT8_CACHE
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.pieces import GraphPieces
@@ -60,7 +60,16 @@ class Parity:
     greedy_agreement: int | None  # number of equal tokens from the start
     greedy_gap: float | None  # difference of the reference's two logits at the first differing token
     arithmetic: str  # "as exported", or the type used instead
+    text: str = "random token ids"  # source of the text
+    reference_perplexity: float | None = None  # of the reference on the text
+    fit_text: bool = True  # False for random ids, and if the reference predicts the text worse than guessing
+    label_agreement: float | None = None  # of classifiers
     near_ties: int = 0  # positions with another best token, whose logits differ only by rounding
+
+    @property
+    def agreement(self) -> float:
+        """Share of positions with the same best token, near ties included."""
+        return (self.top1_agreement or 0.0) + self.near_ties / self.positions
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,7 +79,8 @@ def measure_parity(
     bundle: Path, manifest: Manifest, checkpoint: Checkpoint, progress: Progress = silent
 ) -> Parity:
     """Compare a bundle's folder with its checkpoint; both are streamed."""
-    sequences = sample_sequences(bundle, manifest)
+    sample = choose_sample(bundle, manifest, checkpoint.folder / OWN_TEXT)
+    sequences = sample.sequences
     expected = reference_outputs(checkpoint, sequences, progress)
     pieces = GraphPieces(bundle)
     inputs = [graph_inputs(manifest, ids) for ids in sequences]
@@ -78,7 +88,8 @@ def measure_parity(
     name = manifest.outputs[0].name
     actual = [batch[name].reshape(-1, batch[name].shape[-1]) for batch in outputs]
     greedy = _greedy(bundle, manifest, checkpoint, sequences[0], progress)
-    return _compare(manifest, expected, actual, greedy, pieces.arithmetic)
+    found = _compare(manifest, expected, actual, greedy, pieces.arithmetic)
+    return _on_text(found, manifest, sample, expected, actual)
 
 
 def limits_of(manifest: Manifest) -> ParityLimits:
@@ -115,8 +126,7 @@ def check_parity(parity: Parity, manifest: Manifest) -> None:
         if limits.mean_kl is not None:
             hold("mean KL", parity.mean_kl, limits.mean_kl, parity.mean_kl > limits.mean_kl)
         if limits.top1 is not None:
-            agreement = parity.top1_agreement + parity.near_ties / parity.positions
-            hold("top-1 agreement", agreement, limits.top1, agreement < limits.top1)
+            hold("top-1 agreement", parity.agreement, limits.top1, parity.agreement < limits.top1)
     # Two logits that are closer than twice the allowed error may change places.
     if limits.max_abs is not None and parity.greedy_gap is not None:
         hold(
@@ -132,8 +142,36 @@ def check_parity(parity: Parity, manifest: Manifest) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A handful of token sequences.
+
+    Attributes:
+        source: where they are from.
+        prefix: tokens at the start of each that the tokenizer added; None for random ids.
+    """
+
+    sequences: list[list[int]]
+    source: str
+    prefix: int | None
+
+
+def choose_sample(bundle: Path, manifest: Manifest, own: Path) -> Sample:
+    """The text ``own`` of the checkpoint, else our lines where the bundle has a tokenizer, else seeded random ids."""
+    if TOKENIZER not in manifest.files:
+        return Sample(sample_sequences(bundle, manifest), "random token ids", None)
+    tokenizer = Tokenizer.from_folder(bundle)
+    prefix = len(prefix_of(tokenizer))
+    length = min(max(SEQUENCE_LENGTHS), manifest.limits.max_seq_len)
+    if own.is_file() and length > prefix + 2:
+        found = read_sequences(own, tokenizer, length, len(SEQUENCE_LENGTHS), manifest.model.vocab_size)
+        cut = [ids[:most] for ids, most in zip(found, SEQUENCE_LENGTHS, strict=False)]
+        return Sample(cut, own.name, prefix)
+    return Sample(sample_sequences(bundle, manifest), "built-in lines", prefix)
+
+
 def sample_sequences(bundle: Path, manifest: Manifest) -> list[list[int]]:
-    """A few token sequences: our texts if the bundle has a tokenizer, otherwise seeded random ids."""
+    """Our lines if the bundle has a tokenizer, otherwise seeded random ids."""
     rng = np.random.default_rng(20250414)
     vocab, limit = manifest.model.vocab_size, manifest.limits.max_seq_len
     tokenizer = Tokenizer.from_folder(bundle) if TOKENIZER in manifest.files else None
@@ -159,6 +197,37 @@ def graph_inputs(manifest: Manifest, ids: Sequence[int]) -> dict[str, npt.NDArra
         inputs |= {"past_lengths": np.zeros(1, np.int32), "logits_indices": np.arange(count)[None]}
         inputs |= {spec.name: empty for spec in manifest.inputs if spec.name.startswith("past_key_values.")}
     return inputs
+
+
+def _on_text(
+    found: Parity, manifest: Manifest, sample: Sample, expected: list[Logits], actual: list[Logits]
+) -> Parity:
+    """The measurement with what the text and the task add to it."""
+    labels = perplexity = None
+    if manifest.task.endswith("classification"):
+        same = [one.argmax(-1) == other.argmax(-1) for one, other in zip(expected, actual, strict=True)]
+        labels = float(np.concatenate(same).mean())
+    if manifest.task == "causal-lm" and sample.prefix is not None:
+        perplexity = _perplexity(sample, expected)
+    fit = sample.prefix is not None and (perplexity is None or perplexity <= manifest.model.vocab_size)
+    return replace(
+        found,
+        text=sample.source,
+        fit_text=fit,
+        reference_perplexity=perplexity,
+        label_agreement=labels,
+    )
+
+
+def _perplexity(sample: Sample, expected: list[Logits]) -> float | None:
+    """exp of the mean loss of the tokens behind the prefix; None where there is none."""
+    first = max(sample.prefix or 0, 1)
+    losses = [
+        -log_softmax(logits[at - 1 : at].astype(np.float64))[0, ids[at]]
+        for ids, logits in zip(sample.sequences, expected, strict=True)
+        for at in range(first, len(ids))
+    ]
+    return float(np.exp(min(np.mean(losses), 700.0))) if losses else None
 
 
 def _compare(

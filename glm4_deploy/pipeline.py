@@ -194,10 +194,12 @@ def _copy_side_files(source: Checkpoint, folder: Path) -> None:
 
 
 def _prove(folder: Path, manifest: Manifest, source: Checkpoint, progress: Progress) -> "Parity":
+    from glm4_deploy.export_gate import judge, require_passed
     from glm4_deploy.parity import check_parity, measure_parity
 
     parity = measure_parity(folder, manifest, source, progress)
     check_parity(parity, manifest)
+    require_passed(judge(parity, manifest))
     return parity
 
 

@@ -32,6 +32,14 @@ class ExportResult:
     warnings: list[str] = field(default_factory=list)  # about side files that do not fit each other
     source: Mapping[str, Any] | None = None  # how another tool quantized the checkpoint
 
+    def verdict(self) -> dict[str, Any] | None:
+        """What the gate says: name, verdict, text and checks; None without parity."""
+        if self.parity is None:
+            return None
+        from glm4_deploy.export_gate import judge
+
+        return judge(self.parity, self.manifest).as_dict()
+
 
 class Clock:
     """Measures wall seconds per stage."""
@@ -63,6 +71,8 @@ def write_report(folder: Path, options: ExportOptions, result: ExportResult) -> 
     }
     if result.warnings:
         report["warnings"] = result.warnings
+    if result.parity is not None:
+        report["gate"] = result.verdict()
     if result.engine is not None:
         from glm4_deploy.engine_bundle import engine_report
 

@@ -19,6 +19,8 @@ import numpy as np
 from glm4_runtime.errors import TextError
 from glm4_runtime.tokenizer import Tokenizer
 
+OWN_TEXT = "heldout.txt"  # in the checkpoint's folder: text similar to the model's training data
+
 # Our own lines, for commands without a text. They mix kinds of text that tokenizers treat differently.
 LINES = (
     "The river had risen in the night, and by morning the lower fields lay under a sheet of grey water.",

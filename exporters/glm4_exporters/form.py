@@ -110,9 +110,8 @@ def choose_form(
         _require_width(name, matrix_width(config, name), form, target)
         _require_integer_product(name, form, target, chosen)
     groups = _groups(found, table, chosen, EMBEDDING if tied else HEAD)
-    if not any(
-        form.inputs for form in formats.values()
-    ):  # the note describes products that int8-sq does not use
+    # The note is on products that read their input as it is: in an int8-sq model the others.
+    if any(form.inputs is None for name, form in formats.items() if tied or name != EMBEDDING):
         groups |= target.says
     return Form(
         target, precision_name, chosen, groups, formats, None if table is None else require_format(table)

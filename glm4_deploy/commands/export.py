@@ -200,6 +200,7 @@ def _as_json(result: pipeline.ExportResult) -> dict[str, object]:
     return {
         "bundle": str(result.bundle),
         "parity": result.parity and result.parity.as_dict(),
+        "gate": result.verdict(),
         "seconds": result.seconds,
         "peak_rss_bytes": result.peak_rss_bytes,
         "warnings": result.warnings,
@@ -244,5 +245,24 @@ def _rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
             )
         )
     if parity.greedy_agreement is not None:
-        rows.append(("greedy", f"{parity.greedy_agreement} of {parity.greedy_tokens} tokens as PyTorch's"))
+        same = f"{parity.greedy_agreement} of {parity.greedy_tokens} tokens as PyTorch's"
+        rows.append(("greedy", f"{same}, of one prompt (validate judges by the median of several)"))
+    rows += _gate_rows(result)
+    return rows
+
+
+def _gate_rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
+    found, parity = result.verdict(), result.parity
+    if found is None or parity is None:
+        return []
+    rows = [("gate", f"{found['name']}: {found['verdict']} on {found['text']}")]
+    if parity.label_agreement is not None:
+        rows.insert(0, ("labels", f"{100 * parity.label_agreement:.2f} % the same"))
+    if found["verdict"] == "not judged":
+        why = (
+            f"the reference's own perplexity on this text is {parity.reference_perplexity:.0f}, no better than guessing"
+            if parity.reference_perplexity is not None
+            else "random token ids say nothing of quality"
+        )
+        rows.append(("", f"{why}; judge by validate --text FILE"))
     return rows

@@ -1,9 +1,9 @@
 """glm4-deploy validate BUNDLE --reference CHECKPOINT"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -129,22 +129,9 @@ def command(
     as_json: bool,
 ) -> None:
     """Measure how far BUNDLE is from its checkpoint, and fail with exit code 3 where a gate's limit is exceeded."""
-    if no_gate and click.get_current_context().get_parameter_source("gate") is ParameterSource.COMMANDLINE:
-        raise click.UsageError("--gate and --no-gate exclude each other; leave one of them out.")
-    if no_gate and junit is not None:
-        raise click.UsageError("--junit writes the gate's checks, so it does not go with --no-gate.")
-    if bits is not None and sensitivity is None:
-        raise click.UsageError("--bits needs --sensitivity.")
-    folders.require_bundle(bundle)
-    if against is not None and folders.kind_of(against)[0] not in ("checkpoint", "quantized"):
-        folders.require_bundle(against)
-    folders.require_checkpoint(reference)
-    try:
-        from glm4_deploy.validate import ValidateOptions, validate  # brings torch and onnx
-    except ModuleNotFoundError as error:
-        raise RequestError(f"validate needs {error.name}; run {install_command('cpu', 'export')}") from error
-
-    options = ValidateOptions(
+    _require_options_that_fit(no_gate, junit, bits, sensitivity)
+    _require_folders(bundle, against, reference)
+    options = _options(
         text=text,
         against=against,
         layers=layers,
@@ -154,47 +141,101 @@ def command(
         greedy=not no_greedy,
         memory=None if memory is None else int(memory * 2**30),
     )
-    write_html = _html_writer() if html is not None else None
-    for wanted in (html, junit, sensitivity):
-        show.require_writable(wanted)
+    writers = _writers(html, junit)
+    show.require_writable(sensitivity)
     with show.shown_progress() as progress:
         folder = hub.local_folder(reference, revision, progress)
         options = replace(options, adapters=find_adapters(lora, progress))
-        ranking = None
-        if sensitivity is not None:  # first, because it may refuse
-            from glm4_deploy.validate.sensitivity import save_recipe
-
-            ranking = _rank(folder, options, bits, progress)
-            with show.writing(sensitivity) as file:
-                save_recipe(file, ranking)
-        report = validate(bundle, folder, options, progress)
-        report.sensitivity = ranking
-    if html is not None and write_html is not None:
-        with show.writing(html) as file:
-            file.write_text(write_html(report), "utf-8")
-    if junit is not None:
-        from glm4_deploy.validate.junit import junit_xml
-
-        with show.writing(junit) as file:
-            file.write_text(junit_xml(report), "utf-8")
+        report = _measure(bundle, folder, options, progress, sensitivity, bits)
+    _write(report, writers)
     if as_json:
         show.print_json(report.as_dict())
     else:
         show.print_rows(f"{bundle} against {reference}", _rows(report))
-    if report.failed:
-        for check in report.failed:
-            click.echo(f"failed: {check.line}", err=True)
-        raise GateError(
-            f"{bundle} fails gate {report.gate}: {len(report.failed)} of {len(report.checks)} checks"
-        )
+    _exit_by_the_gate(report)
 
 
-def _rank(
+def _require_options_that_fit(
+    no_gate: bool, junit: Path | None, bits: float | None, sensitivity: Path | None
+) -> None:
+    if no_gate and click.get_current_context().get_parameter_source("gate") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--gate and --no-gate exclude each other; leave one of them out.")
+    if no_gate and junit is not None:
+        raise click.UsageError("--junit writes the gate's checks, so it does not go with --no-gate.")
+    if bits is not None and sensitivity is None:
+        raise click.UsageError("--bits needs --sensitivity.")
+
+
+def _require_folders(bundle: Path, against: Path | None, reference: Path) -> None:
+    folders.require_bundle(bundle)
+    if against is not None and folders.kind_of(against)[0] not in ("checkpoint", "quantized"):
+        folders.require_bundle(against)
+    folders.require_checkpoint(reference)
+
+
+def _options(**given: Any) -> "ValidateOptions":
+    try:
+        from glm4_deploy.validate import ValidateOptions  # brings torch and onnx
+    except ModuleNotFoundError as error:
+        raise RequestError(f"validate needs {error.name}; run {install_command('cpu', 'export')}") from error
+    return ValidateOptions(**given)
+
+
+def _writers(html: Path | None, junit: Path | None) -> "dict[Path, Callable[[Report], str]]":
+    """What makes each file that is to be written; both are found before the work."""
+    writers = {}
+    if html is not None:
+        writers[html] = _html_writer()
+    if junit is not None:
+        from glm4_deploy.validate.junit import junit_xml
+
+        writers[junit] = junit_xml
+    for path in writers:
+        show.require_writable(path)
+    return writers
+
+
+def _measure(
+    bundle: Path,
     reference: Path,
     options: "ValidateOptions",
-    bits: float | None,
     progress: Progress,
-) -> "Sensitivity":
+    sensitivity: Path | None,
+    bits: float | None,
+) -> "Report":
+    """The comparison, and then the ranking: what either refuses is refused before the work."""
+    from glm4_deploy.validate import validate
+
+    if sensitivity is None:
+        return validate(bundle, reference, options, progress)
+    from glm4_deploy.validate.sensitivity import mean_bits_of, require_ranking, save_recipe
+
+    mean_bits = mean_bits_of(bits)
+    require_ranking(reference)
+    report = validate(bundle, reference, options, progress)
+    report.sensitivity = _rank(reference, options, mean_bits, progress)
+    with show.writing(sensitivity) as file:
+        save_recipe(file, report.sensitivity)
+    return report
+
+
+def _write(report: "Report", writers: "Mapping[Path, Callable[[Report], str]]") -> None:
+    for path, text_of in writers.items():
+        with show.writing(path) as file:
+            file.write_text(text_of(report), "utf-8")
+
+
+def _exit_by_the_gate(report: "Report") -> None:
+    if not report.failed:
+        return
+    for check in report.failed:
+        click.echo(f"failed: {check.line}", err=True)
+    raise GateError(
+        f"{report.bundle.path} fails gate {report.gate}: {len(report.failed)} of {len(report.checks)} checks"
+    )
+
+
+def _rank(reference: Path, options: "ValidateOptions", mean_bits: float, progress: Progress) -> "Sensitivity":
     from glm4_deploy.validate.sensitivity import rank_tensors
     from glm4_exporters.checkpoint import Checkpoint
 
@@ -204,7 +245,7 @@ def _rank(
             options.text,
             length=options.length,
             max_tokens=min(options.max_tokens, RANKED_TOKENS),
-            mean_bits=bits,
+            mean_bits=mean_bits,
             progress=progress,
         )
 
@@ -254,6 +295,9 @@ def _rows(report: "Report") -> list[tuple[str, str]]:
             )
         )
         rows += [("", f"{loss.name}: KL {loss.kl:.2e} alone in {LOW}") for loss in found.losses[:SHOWN]]
+    if report.at_export is not None:
+        name, verdict, text = (report.at_export.get(key) for key in ("name", "verdict", "text"))
+        rows.append(("at export", f"{name}: {verdict} on {text}"))
     if report.gate is not None:
         rows.append(("gate", f"{report.gate}: {report.verdict}{_left_open(report)}"))
         if report.next_step is not None:

@@ -8,7 +8,7 @@ perplexity_ratio = 1.001
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ class Metric:
 
 
 METRICS = {
-    "perplexity_ratio": Metric("bundle's perplexity over the reference's", TEXT, needs_fit_text=True),
+    "perplexity_ratio": Metric(
+        "bundle's perplexity over the reference's; below 1 is chance and no gain", TEXT, needs_fit_text=True
+    ),
     "kl_mean": Metric("mean KL divergence, nats", TEXT, needs_fit_text=True),
     "kl_p99": Metric("99th percentile of the KL divergence, nats", TEXT, needs_fit_text=True),
     "kl_max": Metric("largest KL divergence, nats", TEXT, needs_fit_text=True),
@@ -44,12 +46,13 @@ METRICS = {
         "median share of a greedy text that is the same from its start", TEXT, True, True
     ),
     "relative_error": Metric("error of the outputs, relative to their size", TEXT + LABELS + STATES),
-    "label_agreement": Metric("share of the same labels", LABELS, True),
+    "label_agreement": Metric("share of the same labels", LABELS, True, True),
     "cosine": Metric("cosine of the hidden states", STATES, True),
     "blocks_out_of_band": Metric(
         "sub-blocks outside the band of their arithmetic, with --layers", TEXT + LABELS + STATES
     ),
 }
+SHARES = ("top1_agreement", "label_agreement")  # of positions
 PRECISION_ROWS = tuple(name + suffix for name in PRECISIONS for suffix in ("", CACHE_SUFFIX))
 NAMES = GATES
 
@@ -105,16 +108,35 @@ class Gate:
     row: str
     limits: Mapping[str, float]
 
-    def check(self, metrics: Mapping[str, float], fit_text: bool = True) -> tuple[Check, ...]:
+    def check(
+        self, metrics: Mapping[str, float], fit_text: bool = True, positions: int | None = None
+    ) -> tuple[Check, ...]:
         """Compare each limit with its measurement.
 
         Args:
             fit_text: False if the reference predicts the text worse than guessing.
+            positions: number of positions. A share that misses its limit by less than two standard deviations may do so
+                by chance, and is not judged.
         """
         return tuple(
-            Check(name, metrics.get(name), limit, fit_text or not METRICS[name].needs_fit_text)
+            Check(name, metrics.get(name), limit, self._judges(name, metrics, fit_text, positions))
             for name, limit in self.limits.items()
         )
+
+    def _judges(self, name: str, metrics: Mapping[str, float], fit_text: bool, positions: int | None) -> bool:
+        value, limit = metrics.get(name), self.limits[name]
+        if positions is not None and value is not None and name in SHARES and value < limit:
+            chance = 2 * math.sqrt(max(limit * (1 - limit), 0.0) / positions)
+            if value >= limit - chance:
+                return False
+        return fit_text or not METRICS[name].needs_fit_text
+
+
+def verdict_of(checks: Sequence[Check], fit_text: bool) -> str:
+    """``failed``, ``not judged`` where the text is unfit, or ``passed``."""
+    if not all(check.passed for check in checks):
+        return "failed"
+    return "passed" if fit_text else "not judged"
 
 
 def row_of(manifest: Manifest) -> str:

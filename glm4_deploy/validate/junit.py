@@ -25,7 +25,7 @@ def junit_xml(report: Report) -> str:
         if not check.measured:
             ElementTree.SubElement(case, "skipped", message="not measured")
         elif not check.judged:
-            ElementTree.SubElement(case, "skipped", message="not judged: the text is unfit")
+            ElementTree.SubElement(case, "skipped", message="not judged: the text is unfit or too short")
         elif not check.passed:
             ElementTree.SubElement(case, "failure", message=check.line, type="gate").text = _why(report)
         ElementTree.SubElement(case, "system-out").text = check.line

@@ -8,7 +8,7 @@ from typing import Any
 from glm4_deploy.validate.bands import BANDS, Culprit
 from glm4_deploy.validate.comparison import Comparison
 from glm4_deploy.validate.drift import BlockError
-from glm4_deploy.validate.gates import Check
+from glm4_deploy.validate.gates import Check, verdict_of
 from glm4_deploy.validate.sensitivity import Sensitivity
 
 
@@ -47,6 +47,7 @@ class Report:
         blocks: errors of all sub-blocks; None without ``--layers``.
         unfit_text: whether the reference predicts the text worse than guessing. Then quality is not judged by this
             text.
+        at_export: what the gate said when the bundle was made, from its report.json.
         checks: of the gate, for the first comparison.
         losses: with the original of a quantized checkpoint: the losses of its quantization, of the export, and of both.
     """
@@ -63,6 +64,7 @@ class Report:
     out_of_band: list[BlockError] = field(default_factory=list)
     culprit: Culprit | None = None
     unfit_text: bool = False
+    at_export: dict[str, Any] | None = None
     gate: str | None = None
     checks: tuple[Check, ...] = ()
     worst: list[WorstPosition] = field(default_factory=list)
@@ -82,9 +84,7 @@ class Report:
     def verdict(self) -> str:
         if self.gate is None:
             return "not gated"
-        if self.failed:
-            return "failed"
-        return "not judged" if self.unfit_text else "passed"
+        return verdict_of(self.checks, not self.unfit_text)
 
     @property
     def next_step(self) -> str | None:
@@ -111,6 +111,7 @@ class Report:
             "verdict": self.verdict,
             "next_step": self.next_step,
             "unfit_text": self.unfit_text,
+            "at_export": self.at_export,
             "reference": asdict(self.reference),
             "bundle": asdict(self.bundle),
             "against": self.against and asdict(self.against),

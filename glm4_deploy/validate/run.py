@@ -1,5 +1,6 @@
 """Validate: runs the reference and the bundles side by side, layer by layer, and compares them."""
 
+import json
 import platform
 import time
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from glm4_deploy.memory import available_memory
 from glm4_deploy.validate.bands import find_culprit, is_out_of_band
@@ -20,12 +22,13 @@ from glm4_deploy.validate.side_by_side import Bundle, walk
 from glm4_deploy.validate.text import Text, choose_text, hex_of_bytes
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.peak_memory import peak_memory
-from glm4_runtime.bundle import GRAPH, WEIGHTS, read_manifest
+from glm4_runtime.bundle import GRAPH, REPORT, WEIGHTS, read_manifest
 from glm4_runtime.errors import BundleError, RequestError
 from glm4_runtime.opening import check_opening
 from glm4_runtime.progress import Progress, silent
 
 WORST, CONTEXT = 10, 32
+NO_GAIN = 0.9999  # a ratio below it asks for a word on what it means
 TOOLS = ("torch", "onnx", "onnxruntime", "numpy")
 
 
@@ -111,16 +114,18 @@ def validate(
     )
     if with_original:
         report.losses = losses(comparisons)
-    report.unfit_text = text.is_text and _guesses(comparisons[0], checkpoint.config.vocab_size)
-    if report.unfit_text:
+    guesses = text.is_text and _guesses(comparisons[0], checkpoint.config.vocab_size)
+    report.unfit_text = guesses or text.is_random
+    if guesses:
         report.notes.append(_unfit(comparisons[0], text, checkpoint.config.vocab_size))
+    report.at_export = _verdict_at_export(bundles[0])
     if options.layers:
         report.culprit = find_culprit(walked.blocks)
         report.out_of_band = [block for block in walked.blocks if is_out_of_band(block)]
         comparisons[0].metrics["blocks_out_of_band"] = len(report.out_of_band)
     if gate is not None:
         report.gate = f"{gate.name}, {gate.row}"
-        report.checks = gate.check(comparisons[0].metrics, not report.unfit_text)
+        report.checks = gate.check(comparisons[0].metrics, not report.unfit_text, text.tokens)
     report.notes += _open_questions(report)
     report.tools = {name: version(name) for name in TOOLS} | {"python": platform.python_version()}
     report.seconds = round(time.monotonic() - start, 1)
@@ -225,6 +230,15 @@ def _notes(bundles: Sequence[Bundle], text: Text, arithmetic: Sequence[str]) -> 
     return notes
 
 
+def _verdict_at_export(bundle: Bundle) -> dict[str, Any] | None:
+    """The gate's entry in the bundle's report.json; None where there is none."""
+    try:
+        found = json.loads((bundle.folder / REPORT).read_text("utf-8"))["gate"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 # After the work -----------------------------------------------------------------------------------
 
 
@@ -243,17 +257,28 @@ def _unfit(comparison: Comparison, text: Text, vocab_size: int) -> str:
 
 
 def _open_questions(report: Report) -> list[str]:
-    """A note if the limit lies inside the interval: then the text is too short."""
+    """Notes on the ratio of perplexities: below 1, and an interval that includes the limit."""
     ratio = report.comparisons[0].ratio
+    if ratio is None:
+        return []
+    notes = []
+    if ratio.value < NO_GAIN:
+        notes.append(
+            f"The bundle's perplexity is {100 * (1 - ratio.value):.2f} % below the reference's: chance and no gain. "
+            "KL divergence and agreement say how far the bundle is from the reference."
+        )
     check = next((check for check in report.checks if check.metric == "perplexity_ratio"), None)
-    if ratio is None or check is None or ratio.low is None or ratio.high is None:
-        return []
-    if not ratio.low < check.limit < ratio.high:
-        return []
-    return [
-        f"The limit of the perplexity ratio, {check.limit:g}, lies inside its interval: more text (--text, "
-        "--max-tokens) would make the verdict sure."
-    ]
+    if (
+        check is not None
+        and ratio.low is not None
+        and ratio.high is not None
+        and ratio.low < check.limit < ratio.high
+    ):
+        notes.append(
+            f"The limit of the perplexity ratio, {check.limit:g}, lies inside its interval: more text (--text, "
+            "--max-tokens) would make the verdict sure."
+        )
+    return notes
 
 
 def _worst(comparison: Comparison, text: Text) -> list[WorstPosition]:

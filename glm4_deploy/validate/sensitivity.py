@@ -8,7 +8,7 @@ from glm4_deploy.validate.text import choose_text
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.formats import Format, require_format
 from glm4_exporters.quantize.recipe import Recipe, keep_sensitive, write_recipe
-from glm4_exporters.quantize.sensitivity import TensorLoss, measure
+from glm4_exporters.quantize.sensitivity import TensorLoss, measure, require_distributions
 from glm4_runtime.errors import RequestError
 from glm4_runtime.progress import Progress, silent
 
@@ -68,17 +68,40 @@ def rank_tensors(
         ExportError: another task than causal-lm, or no room for the walk.
         RequestError: ``mean_bits`` that no mixture of the two formats has.
     """
-    low, high = require_format(LOW), require_format(HIGH)
-    bits = {name: form.bits_per_weight() for name, form in ((LOW, low), (HIGH, high))}
-    wanted = bits[LOW] + EXTRA_BITS if mean_bits is None else mean_bits
+    wanted, bits = mean_bits_of(mean_bits), _bits_per_weight()
+    chosen = choose_text(checkpoint, text, length, max_tokens)
+    losses = measure(checkpoint, chosen.sequences, _round_trip(require_format(LOW)), progress)
+    recipe = keep_sensitive(losses, (LOW, bits[LOW]), (HIGH, bits[HIGH]), wanted)
+    return Sensitivity(losses, recipe, wanted, chosen.source, chosen.tokens)
+
+
+def mean_bits_of(asked: float | None) -> float:
+    """Bits per weight of the recipe; default: half a bit above int4's own.
+
+    Raises:
+        RequestError: a number that no mixture of the two formats has.
+    """
+    bits = _bits_per_weight()
+    wanted = bits[LOW] + EXTRA_BITS if asked is None else asked
     if not bits[LOW] <= wanted <= bits[HIGH]:
         raise RequestError(
             f"{wanted:g} bits per weight cannot be: {LOW} takes {bits[LOW]:g} and {HIGH} {bits[HIGH]:g}"
         )
-    chosen = choose_text(checkpoint, text, length, max_tokens)
-    losses = measure(checkpoint, chosen.sequences, _round_trip(low), progress)
-    recipe = keep_sensitive(losses, (LOW, bits[LOW]), (HIGH, bits[HIGH]), wanted)
-    return Sensitivity(losses, recipe, wanted, chosen.source, chosen.tokens)
+    return wanted
+
+
+def require_ranking(reference: Path) -> None:
+    """Refuse a checkpoint whose matrices cannot be ranked.
+
+    Raises:
+        ExportError: another task than causal-lm.
+    """
+    with Checkpoint.load(reference) as checkpoint:
+        require_distributions(checkpoint)
+
+
+def _bits_per_weight() -> dict[str, float]:
+    return {name: require_format(name).bits_per_weight() for name in (LOW, HIGH)}
 
 
 def save_recipe(path: Path, found: Sensitivity) -> None:

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from glm4_deploy.texts import prefix_of, random_sequences, read_sequences
+from glm4_deploy.texts import OWN_TEXT, prefix_of, random_sequences, read_sequences
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.errors import TextError
 from glm4_runtime.tokenizer import Tokenizer
 
 CORPUS = "corpus.jsonl"
-OWN_TEXT = "heldout.txt"  # in the checkpoint's folder: text similar to the model's training data
 
 
 @dataclass(frozen=True)
@@ -21,6 +20,7 @@ class Text:
 
     Attributes:
         prefix: number of tokens at the start of each sequence that the tokenizer added; they are not predicted.
+        is_random: drawn ids, by which quality is not judged.
         is_text: False for given or random token ids, which show numeric errors only.
     """
 
@@ -29,6 +29,7 @@ class Text:
     tokenizer: Tokenizer | None
     prefix: int
     is_text: bool = True
+    is_random: bool = False
 
     @property
     def tokens(self) -> int:
@@ -50,6 +51,7 @@ def choose_text(checkpoint: Checkpoint, path: Path | None, length: int, max_toke
     # Documents are shorter than full sequences, so more sequences are needed.
     limit = max_tokens // 2
     found: list[list[int]] = []
+    is_random = False
     own = checkpoint.folder / OWN_TEXT
     if path is None and tokenizer is not None and own.is_file():
         path = own
@@ -66,12 +68,12 @@ def choose_text(checkpoint: Checkpoint, path: Path | None, length: int, max_toke
     if not found:
         found = random_sequences(vocab, length, -(-max_tokens // length))
         source = f"random token ids, since {checkpoint.folder} has no {TOKENIZER} of its vocabulary"
-        is_text = False
+        is_text, is_random = False, True
     prefix = len(prefix_of(tokenizer)) if is_text and _all_begin_with(found, prefix_of(tokenizer)) else 0
     sequences = _first_tokens(found, max_tokens)
     if not any(len(ids) > prefix + 1 for ids in sequences):
         raise TextError(f"{max_tokens} tokens of {source} leave nothing to predict; allow more")
-    return Text(sequences, source, tokenizer, prefix, is_text)
+    return Text(sequences, source, tokenizer, prefix, is_text, is_random)
 
 
 def _all_begin_with(sequences: Sequence[Sequence[int]], prefix: Sequence[int]) -> bool:

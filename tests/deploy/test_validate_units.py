@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from importlib.resources import files
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,7 +16,8 @@ from glm4_deploy.thresholds import GATES as NAMES
 from glm4_deploy.validate.bands import BANDS, ORDER, arithmetic_of, find_culprit, is_out_of_band
 from glm4_deploy.validate.drift import BlockError, Error, ErrorSum
 from glm4_deploy.validate.gates import METRICS, PRECISION_ROWS, Check, load_gate
-from glm4_deploy.validate.statistics import perplexity, perplexity_ratio
+from glm4_deploy.validate.run import _open_questions
+from glm4_deploy.validate.statistics import Estimate, perplexity, perplexity_ratio
 from glm4_exporters.targets import PRECISIONS
 from glm4_runtime.bundle import read_manifest
 from glm4_runtime.errors import RequestError
@@ -105,6 +107,15 @@ def test_a_check_holds_a_metric_from_its_own_side():
     assert Check("kl_mean", None, 0.1).passed
     assert not Check("kl_mean", None, 0.1).measured
     assert "must be at least 0.99" in Check("top1_agreement", 0.98, 0.99).line
+
+
+def test_a_perplexity_below_the_references_is_called_chance():
+    report = SimpleNamespace(comparisons=[SimpleNamespace(ratio=Estimate(0.9213, 0.9, 0.95))], checks=())
+    (note,) = _open_questions(report)
+    assert "7.87 % below the reference's: chance and no gain" in note
+    assert "chance and no gain" in Check("perplexity_ratio", 0.9213, 1.001).line  # of JUnit
+    report.comparisons[0].ratio = Estimate(1.002, 1.0, 1.003)
+    assert _open_questions(report) == []
 
 
 # Bands --------------------------------------------------------------------------------------------

@@ -68,12 +68,21 @@ def measure(
     return sorted(losses, key=lambda loss: -loss.kl_per_element)
 
 
-def _matrices(checkpoint: Checkpoint) -> list[str]:
+def require_distributions(checkpoint: Checkpoint) -> None:
+    """Refuse another task than causal-lm.
+
+    Raises:
+        ExportError: naming the task.
+    """
     if checkpoint.task != "causal-lm":
         raise ExportError(
             f"sensitivity compares next-token distributions, which a {checkpoint.task} checkpoint has none of; "
             "rank the causal LM that it was made from"
         )
+
+
+def _matrices(checkpoint: Checkpoint) -> list[str]:
+    require_distributions(checkpoint)
     shapes = expected_tensors(checkpoint.config, checkpoint.task)
     return [name for name, shape in shapes.items() if len(shape) == 2]
 

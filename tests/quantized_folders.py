@@ -101,7 +101,7 @@ def write_quantized(folder, seed):
     parts_of, settings_of, known_bits, smallest = LAYOUTS[chance.choice(sorted(LAYOUTS))]
     bits, dtype = chance.choice(known_bits), chance.choice((torch.float16, torch.bfloat16))
     left = {name for name in MATRICES if chance.random() < 0.15}
-    tensors, values = {}, {}
+    tensors, values, apart = {}, {}, {}
     for name, shape in expected_tensors(Glm4Config.from_dict(config), "causal-lm").items():
         module = name.removesuffix(".weight")
         if len(shape) != 2 or module.partition(".layers.0.")[2] in {*left, ""}:
@@ -116,15 +116,26 @@ def write_quantized(folder, seed):
         scales = (torch.rand(rows, groups) + 0.5).mul(width**-0.5 / (1 << bits)).to(dtype)
         spread = [x.repeat_interleave(width // groups, 1) for x in (zeros, scales.float())]
         values[name] = (numbers - spread[0]).float() * spread[1]
-        for first, count, own in stored_as(module, rows, chance):
-            some = slice(first, first + count)
-            parts = parts_of(numbers[some], zeros[some], scales[some], chance, bits)
+        apart[module] = numbers, zeros, scales
+    if chance.random() < 0.3:
+        join_qkv(apart)
+    for module, arrays in apart.items():
+        for first, count, own in stored_as(module, len(arrays[0]), chance):
+            parts = parts_of(*(array[first : first + count] for array in arrays), chance, bits)
             tensors |= {f"{own}.{part}": value for part, value in parts.items()}
     folder.mkdir(parents=True)
     config |= {"quantization_config": settings_of(bits, group), "torch_dtype": str(dtype)[6:]}
     (folder / "config.json").write_text(json.dumps(config))
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
     return values
+
+
+def join_qkv(apart):
+    """Store q, k and v as one matrix, if all three are quantized."""
+    names = [f"model.layers.0.{name}" for name in QKV]
+    if all(name in apart for name in names):
+        whole = [torch.cat(arrays) for arrays in zip(*(apart.pop(name) for name in names), strict=True)]
+        apart["model.layers.0.self_attn.qkv_proj"] = whole
 
 
 def stored_as(module, rows, chance):

@@ -11,12 +11,14 @@ import pytest
 import torch
 from checkpoints import ARCHITECTURE_OF_TASK, LABELS
 from cpu_operators import needs_cpu_operators
+from quantized_folders import write_quantized
 from safetensors.torch import load_file, save_file
 
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
 from glm4_exporters.architecture import MATRICES
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_plugins.block_product import OPERATOR, block_product, library, unpack_codes
+from glm4_runtime import Session
 from glm4_runtime.errors import ExportError
 
 DATA = Path(__file__).parents[1] / "data" / "quantized"
@@ -25,6 +27,7 @@ OF_INTEGERS = sorted(
     for path in DATA.iterdir()
     if path.is_dir() and path.name not in ("original", "gptq-4-act-order") and "fp8" not in path.name
 )
+IDS = [5, 17, 30, 2, 2, 9, 25, 1]
 NAME = "model.layers.0.mlp.down_proj.weight"  # 128 rows, 256 inputs
 
 
@@ -241,3 +244,38 @@ def test_an_explicit_precision_quantizes_again(tmp_path):
     again = ExportOptions(target="ort", precision="int4")
     assert export(DATA / "gptq-4", tmp_path / "b", again).source["stored"].startswith("requantized to int4")
     assert cache_key(DATA / "gptq-4", again) != cache_key(DATA / "gptq-4", ExportOptions(target="ort"))
+
+
+def logits_of_transformers(folder, values):
+    """Logits on IDS of transformers' own model, with the values of a quantized folder."""
+    from transformers import Glm4ForCausalLM
+
+    plain = folder.with_name("plain")
+    plain.mkdir()
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["quantization_config"]
+    (plain / "config.json").write_text(json.dumps(settings | {"torch_dtype": "float32"}))
+    save_file({name: value.contiguous() for name, value in values.items()}, plain / "model.safetensors")
+    model = Glm4ForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return model(torch.tensor([IDS])).logits[0].numpy()
+
+
+def compare_with_transformers(tmp_path, seed, target):
+    values = write_quantized(tmp_path / "q", seed)
+    export(tmp_path / "q", tmp_path / "b", ExportOptions(target=target, parity=False))
+    expected = logits_of_transformers(tmp_path / "q", values)
+    with Session.open(tmp_path / "b") as session:
+        found = np.concatenate(list(session.score(IDS)))
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error < (1e-5 if target == "native" else 0.05), error  # cpu rounds inputs to 8 bits
+
+
+def test_a_random_folder_gives_the_logits_of_transformers(tmp_path):
+    compare_with_transformers(tmp_path, 3, "native")
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("seed", range(3000, 3030))
+def test_random_folders_give_the_logits_of_transformers(tmp_path, seed):
+    compare_with_transformers(tmp_path, seed, "cpu" if seed % 2 else "native")

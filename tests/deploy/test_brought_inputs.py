@@ -69,6 +69,17 @@ def test_fp8_without_calibration():
     assert found == {f"{name}.weight": scale for name, scale in own.items()}
 
 
+@pytest.mark.more
+@pytest.mark.parametrize(("folder", "precision"), [(STATIC_FP8, "fp8"), (STATIC, "int8-sq")])
+def test_engines_without_calibration(tmp_path, folder, precision):
+    pytest.importorskip("tensorrt_rtx")
+    asked = ExportOptions(target="tensorrt-rtx", precision=precision, max_seq_len=64, max_batch_size=1)
+    result = export(folder, tmp_path / "b", asked)
+    assert result.engine is not None
+    assert result.source["stored"].endswith("with the checkpoint's scales for inputs")
+    assert result.parity.mean_kl < 5e-3
+
+
 @pytest.mark.parametrize("precision", ["int8-sq", "fp8"])
 def test_scales_of_other_types_are_not_used(precision):
     assert brought(STATIC_FP8 if precision == "int8-sq" else STATIC, "tensorrt-rtx", precision) is None

@@ -437,3 +437,14 @@ def test_an_export_goes_on_though_nobody_reads_of_it(tmp_path, tiny_checkpoint, 
         main(["export", str(tiny_checkpoint), str(tmp_path / "bundle"), "--precision", "fp32", "--no-parity"])
     assert ended.value.code == 0
     assert (tmp_path / "bundle" / "manifest.json").is_file()
+
+
+def test_the_shells_completion():
+    command = [str(Path(sys.executable).with_name("glm4-deploy"))]
+    for shell in ("bash", "zsh", "fish"):
+        environment = os.environ | {"_GLM4_DEPLOY_COMPLETE": f"{shell}_source"}
+        source = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert "_GLM4_DEPLOY_COMPLETE" in source.stdout, source.stderr
+    asked = {"COMP_WORDS": "glm4-deploy val", "COMP_CWORD": "1", "_GLM4_DEPLOY_COMPLETE": "bash_complete"}
+    found = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True)
+    assert found.stdout == "plain,validate\n"

@@ -16,6 +16,7 @@ from glm4_runtime.errors import Glm4Error
 COMMANDS = {
     "export": "glm4_deploy.commands.export",
     "validate": "glm4_deploy.commands.validate",
+    "eval": "glm4_deploy.commands.eval",
     "generate": "glm4_deploy.commands.generate",
     "serve": "glm4_deploy.commands.serve",
     "chat": "glm4_deploy.commands.chat",
@@ -27,6 +28,7 @@ COMMANDS = {
 COMMAND_SUMMARIES = {
     "export": "Make a bundle from a checkpoint, and compare it with PyTorch.",
     "validate": "Measure a bundle's accuracy, and check it against limits.",
+    "eval": "Ask bundles the items of tasks, and say which differences are more than chance.",
     "generate": "Continue a prompt with a bundle.",
     "serve": "Serve a bundle with OpenAI's API.",
     "chat": "Chat with a bundle in the terminal.",

@@ -63,7 +63,7 @@ HEAT = LinearSegmentedColormap.from_list("band", ["#eef5f1", "#cfe6da", "#f4d58a
 def perplexity_plot(report: Report) -> str:
     """Change of perplexity against the reference in percent, with its interval and the gate's limit."""
     shown = [one for one in report.comparisons if one.expected == "reference" and one.ratio is not None]
-    with _figure(4.9, 1.2 + 0.6 * len(shown)) as (figure, axes, out):
+    with svg_figure(4.9, 1.2 + 0.6 * len(shown)) as (figure, axes, out):
         for row, comparison in enumerate(shown):
             ratio = comparison.ratio
             assert ratio is not None
@@ -100,7 +100,7 @@ def perplexity_plot(report: Report) -> str:
 
 def kl_plot(comparisons: Sequence[Comparison]) -> str:
     """Histogram of the KL divergence over the positions."""
-    with _figure(4.9, 2.7) as (figure, axes, out):
+    with svg_figure(4.9, 2.7) as (figure, axes, out):
         series = [np.maximum(np.nan_to_num(one.all_kl, nan=1e3, posinf=1e3), 1e-12) for one in comparisons]
         low, high = (
             min(np.quantile(x, 0.002) for x in series),
@@ -130,7 +130,7 @@ def kl_plot(comparisons: Sequence[Comparison]) -> str:
 def drift_plot(report: Report) -> str:
     """Drift through the model, and below it each sub-block's own error."""
     blocks = report.blocks or []
-    with _figure(9.6, 3.6) as (figure, axes, out):
+    with svg_figure(9.6, 3.6) as (figure, axes, out):
         places = np.arange(len(blocks))
         axes.plot(
             places,
@@ -178,7 +178,7 @@ def heat_plot(report: Report) -> str:
         band = BANDS[block.arithmetic]
         worst = max(block.local.relative / band.local, block.local.worst / band.worst)
         share[names.index(block.block), block.layer] = min(worst, 1e6) if math.isfinite(worst) else 1e6
-    with _figure(9.6, 0.9 + 0.27 * len(names)) as (figure, axes, out):
+    with svg_figure(9.6, 0.9 + 0.27 * len(names)) as (figure, axes, out):
         image = axes.pcolormesh(
             np.log10(np.maximum(share, 1e-4)),
             cmap=HEAT,
@@ -230,7 +230,7 @@ def _height(error: float) -> float:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes, io.StringIO]]:
+def svg_figure(width: float, height: float) -> Iterator[tuple[Figure, Axes, io.StringIO]]:
     out = io.StringIO()
     style: Any = STYLE | {"svg.hashsalt": f"{width} {height}"}
     with matplotlib.rc_context(style):

@@ -1,0 +1,163 @@
+"""glm4-deploy eval BUNDLE [BUNDLE ...]"""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from glm4_deploy import hub, show
+from glm4_runtime.errors import GateError, RequestError
+from glm4_runtime.install import install_command
+
+if TYPE_CHECKING:
+    from glm4_deploy.evaluate.engines import Engine
+    from glm4_deploy.evaluate.gates import Gate
+    from glm4_deploy.evaluate.run import Evaluation
+
+
+@click.command("eval")
+@click.argument("engines", nargs=-1, required=True, metavar="BUNDLE...")
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="Also ask the checkpoint, by transformers in float32, and compare with it: a folder, or a name on the hub.",
+)
+@click.option(
+    "--tasks",
+    default="glm4",
+    show_default=True,
+    metavar="NAME,...",
+    help="Tasks: glm4 (generated items, without a network), names of lm-evaluation-harness, *.yaml files or folders.",
+)
+@click.option(
+    "--items",
+    type=click.IntRange(min=2),
+    default=200,
+    show_default=True,
+    metavar="N",
+    help="Items per task at most.",
+)
+@click.option(
+    "--words",
+    type=click.IntRange(min=14),
+    default=200,
+    show_default=True,
+    metavar="N",
+    help="Words in each text of the task glm4_needle.",
+)
+@click.option(
+    "--shots",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Solved examples in each prompt. Default: the task's.",
+)
+@click.option("--chat", is_flag=True, help="Write the prompts with the chat template.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the generated items."
+)
+@click.option(
+    "--gate",
+    "gates",
+    multiple=True,
+    metavar="TEXT",
+    help="Fail with exit code 3 on a loss, as 'int8: -0.5 points at p < 0.05' or 'int8/gsm8k: -0.01 nats at p < 0.01'. Repeatable.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("glm4-eval"),
+    show_default=True,
+    metavar="FOLDER",
+    help="Folder for results.json, report.html, junit.xml, and the answers, from which an interrupted run continues.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print results.json instead of the table.")
+def command(
+    engines: tuple[str, ...],
+    reference: Path | None,
+    tasks: str,
+    items: int,
+    words: int,
+    shots: int | None,
+    chat: bool,
+    seed: int,
+    gates: tuple[str, ...],
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Ask each BUNDLE the items of tasks, and say which differences to the first are more than chance.
+
+    BUNDLE is a bundle's folder or a server's address; LABEL=BUNDLE gives it a name.
+    """
+    show.require_writable(output / "results.json")
+    _prepare_harness()
+    try:
+        from glm4_deploy.evaluate.engines import find_engines
+        from glm4_deploy.evaluate.run import foreseen, run
+        from glm4_deploy.evaluate.task_list import Selection
+    except ModuleNotFoundError as error:
+        raise RequestError(f"eval needs {error.name}; run {install_command('eval', 'validate')}") from error
+    with show.shown_progress() as progress:
+        folder = None if reference is None else hub.local_folder(reference, None, progress)
+    found = find_engines(engines, folder)
+    selection = Selection(_names(tasks), items, words, shots, seed, chat)
+    expected = foreseen(selection)
+    limits = _gates(gates, found, list(expected))
+    for name, (count, least) in expected.items():
+        click.echo(f"{name}: {count} items show a difference of about {100 * least:.1f} points", err=True)
+    with show.shown_progress() as progress:
+        evaluation = run(found, selection, limits, output, progress)
+    _write(evaluation, output)
+    _print(evaluation, output, as_json)
+    if evaluation.failed:
+        for verdict in evaluation.failed:
+            click.echo(f"failed: {verdict.line}", err=True)
+        raise GateError(f"{len(evaluation.failed)} of {len(evaluation.verdicts)} gates failed")
+
+
+def _prepare_harness() -> None:
+    """Before the harness is imported: no warning of forks, and no key for its client of servers."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OPENAI_API_KEY", "none")
+
+
+def _names(tasks: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    if not names:
+        raise click.UsageError("--tasks needs at least one name.")
+    return names
+
+
+def _gates(texts: tuple[str, ...], engines: "list[Engine]", tasks: list[str]) -> "list[Gate]":
+    from glm4_deploy.evaluate.gates import parse_gate
+
+    return [parse_gate(text, [each.label for each in engines], tasks) for text in texts]
+
+
+def _write(evaluation: "Evaluation", output: Path) -> None:
+    from glm4_deploy.evaluate.html import html_page
+    from glm4_deploy.evaluate.junit import junit_xml
+
+    results = json.dumps(evaluation.as_dict(), indent=1, ensure_ascii=False)
+    files = {
+        "results.json": results + "\n",
+        "report.html": html_page(evaluation),
+        "junit.xml": junit_xml(evaluation),
+    }
+    for name, text in files.items():
+        with show.writing(output / name) as file:
+            file.write_text(text, "utf-8")
+
+
+def _print(evaluation: "Evaluation", output: Path, as_json: bool) -> None:
+    from glm4_deploy.evaluate.table import table
+
+    if as_json:
+        show.print_json(evaluation.as_dict())
+        return
+    print(table(evaluation))
+    for verdict in evaluation.verdicts:
+        print(f"{'failed' if verdict.failed else 'passed'}: {verdict.line}")
+    print(f"report: {output / 'report.html'}")

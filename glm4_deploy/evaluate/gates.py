@@ -1,0 +1,56 @@
+"""Gates for differences: ``int8: -0.5 points at p < 0.05``, or of one task ``int8/gsm8k: ...``."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from glm4_runtime.errors import RequestError
+
+FORM = re.compile(
+    r"\s*(?P<engine>[^:/]+?)\s*(?:/\s*(?P<task>[^:/]+?)\s*)?:\s*-\s*(?P<loss>\d+(?:\.\d+)?)\s*(?P<unit>points|nats)\s+at\s+p\s*<\s*(?P<p>0?\.\d+)\s*"
+)
+ANY = "*"
+EXAMPLE = "write for example 'int8: -0.5 points at p < 0.05', or * for every engine"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Fails if an engine is worse than the first by ``loss`` or more, and the p-value is below ``p``.
+
+    Attributes:
+        engine: a label, or ``*`` for every engine.
+        task: a task's name; None: all tasks together.
+        loss: in ``unit``.
+        unit: "points" (percent of the items) or "nats" (mean log-probability of the right answer).
+    """
+
+    text: str
+    engine: str
+    task: str | None
+    loss: float
+    unit: str
+    p: float
+
+    def applies_to(self, label: str) -> bool:
+        return self.engine in (ANY, label)
+
+
+def parse_gate(text: str, labels: Sequence[str], tasks: Sequence[str]) -> Gate:
+    """Read one ``--gate``.
+
+    Raises:
+        RequestError: the text has another form, or no engine has the label, or no task the name.
+    """
+    found = FORM.fullmatch(text)
+    if found is None:
+        raise RequestError(f"--gate {text!r} has another form; {EXAMPLE}")
+    if found["engine"] not in (ANY, *labels[1:]):
+        raise RequestError(
+            f"--gate names {found['engine']!r}, but the engines to compare with {labels[0]} are "
+            f"{', '.join(labels[1:]) or 'none'}"
+        )
+    if found["task"] not in (None, *tasks):
+        raise RequestError(f"--gate names the task {found['task']!r}; the tasks are {', '.join(tasks)}")
+    return Gate(
+        text.strip(), found["engine"], found["task"], float(found["loss"]), found["unit"], float(found["p"])
+    )

@@ -1,0 +1,50 @@
+"""Generated test items: each kind is one file and one row of KINDS.
+
+Items depend on the seed alone. An item is held out if the SHA-256 of its prompt says so: ``demo/train_tasks.py`` never
+trains on held-out items, and ``eval`` asks only held-out items.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+
+from glm4_deploy.evaluate.items import calls, needle, order, records, sums
+from glm4_deploy.evaluate.items.item import Item
+
+HELD_OUT = 64  # of 256 values of the first byte of the SHA-256
+TRIES = 200  # per item, before a kind is called exhausted
+
+KINDS: dict[str, Callable[[random.Random, int], Item]] = {
+    "order": order.item,
+    "sums": sums.item,
+    "needle": needle.item,
+    "calls": calls.item,
+    "records": records.item,
+}
+
+
+def is_held_out(item: Item) -> bool:
+    return sha256(item.prompt.encode()).digest()[0] < HELD_OUT
+
+
+def items(kind: str, seed: int, length: int, held_out: bool = True) -> Iterator[Item]:
+    """Different items without end.
+
+    Args:
+        kind: a name of KINDS.
+        length: the size of an item's text in words, for kinds with long texts. Other kinds ignore it.
+        held_out: the items for tests, or those for training.
+
+    Raises:
+        ValueError: the kind has no further items.
+    """
+    chance, seen = random.Random(f"{kind} {seed}"), set[str]()
+    while True:
+        for _ in range(TRIES):
+            item = KINDS[kind](chance, length)
+            if is_held_out(item) == held_out and item.prompt not in seen:
+                break
+        else:
+            raise ValueError(f"{kind} has no more than {len(seen)} items; ask for fewer")
+        seen.add(item.prompt)
+        yield item

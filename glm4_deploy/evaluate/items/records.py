@@ -1,0 +1,36 @@
+"""Structured output: facts of a sentence as a JSON object with the wanted fields."""
+
+import json
+import random
+
+from glm4_deploy.evaluate.items.calls import CITIES
+from glm4_deploy.evaluate.items.item import Item
+from glm4_deploy.evaluate.items.order import NAMES
+
+TRADES = ("baker", "farmer", "sailor", "nurse", "teacher", "painter", "miller", "lawyer", "cook", "judge")
+SENTENCES = (
+    "{name} is a {trade} of {age} years and lives in {city}.",
+    "In {city} lives {name}, a {trade}, who is {age} years old.",
+    "At {age}, {name} moved to {city} and became a {trade}.",
+)
+
+
+PEOPLE = 3
+
+
+def item(chance: random.Random, _length: int) -> Item:
+    records = [_record(name, chance) for name in chance.sample(NAMES, PEOPLE)]
+    text = " ".join(chance.choice(SENTENCES).format(**record) for record in records)
+    wanted = chance.choice(records)
+    fields = chance.sample(list(wanted), chance.randint(2, len(wanted)))
+    prompt = f"{text} Write {', '.join(fields)} of {wanted['name']} as a JSON object."
+    return Item(prompt, json.dumps({field: wanted[field] for field in fields}))
+
+
+def _record(name: str, chance: random.Random) -> dict[str, str | int]:
+    return {
+        "name": name,
+        "age": chance.randint(18, 99),
+        "city": chance.choice(CITIES),
+        "trade": chance.choice(TRADES),
+    }

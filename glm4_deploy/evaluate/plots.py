@@ -1,0 +1,39 @@
+"""The report's plot: scores with their intervals."""
+
+from glm4_deploy.evaluate.run import Evaluation
+from glm4_deploy.validate.plots import BLUE, GREEN, ORANGE, RED, SOFT, svg_figure
+
+COLOURS = (SOFT, BLUE, ORANGE, GREEN, RED)
+STEP = 0.16  # between the engines of one task, in rows
+
+
+def score_plot(found: Evaluation) -> str:
+    """Scores in percent with 95 % intervals: one row per task, one colour per engine. Empty without scores."""
+    tasks = [task for task in found.tasks if any(r.score for r in found.rows if r.task == task)]
+    if not tasks:
+        return ""
+    labels = [each.label for each in found.engines]
+    with svg_figure(9.6, 1.1 + len(tasks) * (0.3 + 0.17 * len(labels))) as (figure, axes, out):
+        for number, label in enumerate(labels):
+            colour = COLOURS[number % len(COLOURS)]
+            for place, task in enumerate(tasks):
+                estimate = found.row(task, label).score
+                if estimate is None:
+                    continue
+                at = place + STEP * (number - (len(labels) - 1) / 2)
+                axes.plot(
+                    [100 * estimate.low, 100 * estimate.high], [at, at], color=colour, linewidth=4, alpha=0.35,
+                    solid_capstyle="round",
+                )  # fmt: skip
+                axes.plot(
+                    [100 * estimate.value], [at], "o", color=colour, markersize=6,
+                    label=label if place == 0 else None,
+                )  # fmt: skip
+        axes.set_yticks(range(len(tasks)), tasks)
+        axes.set_ylim(-0.6, len(tasks) - 0.4)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("score, % (bar: 95 % interval)")
+        axes.legend(loc="lower center", ncols=5, bbox_to_anchor=(0.5, 1.0), fontsize=9.5)
+        figure.tight_layout()
+    return out.getvalue()

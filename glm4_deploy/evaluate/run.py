@@ -1,0 +1,287 @@
+"""Asks every engine every item, and compares the answers with the first engine's."""
+
+import gc
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM, CacheHook, CachingLM
+from lm_eval.evaluator import evaluate as ask_harness
+from tqdm import tqdm
+
+from glm4_deploy.evaluate.comparison import ALL, Answers, Row, compare, pooled
+from glm4_deploy.evaluate.engines import Engine
+from glm4_deploy.evaluate.gates import Gate
+from glm4_deploy.evaluate.scored import metric_of, scored_items
+from glm4_deploy.evaluate.statistics import detectable
+from glm4_deploy.evaluate.task_list import Selection, load_tasks
+from glm4_runtime.progress import Progress, silent
+
+ASSUMED = 0.05  # share of the items that two engines answer differently, before they are asked
+KEPT = "answers"  # folder of the answers that were given
+TOOLS = ("glm4-deploy", "lm_eval", "numpy", "scipy")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One gate and the row that it judges."""
+
+    gate: Gate
+    row: Row
+    failed: bool
+
+    @property
+    def line(self) -> str:
+        change = self.row.score_change if self.gate.unit == "points" else self.row.nats_change
+        if change is None:
+            return f"{self.row.engine}, {self.row.task}: not measured ({self.gate.text})"
+        value = (
+            f"{100 * change.estimate.value:+.2f} points"
+            if self.gate.unit == "points"
+            else f"{change.estimate.value:+.4f} nats"
+        )
+        return f"{self.row.engine}, {self.row.task}: {value}, p = {change.p:.2g} ({self.gate.text})"
+
+
+@dataclass
+class Evaluation:
+    """The result.
+
+    Attributes:
+        answers: engine's label to task to its answers.
+        rows: one per task and engine, and one per engine for all tasks together.
+        seconds: engine's label to the time of its answers, without those that were kept from an earlier run.
+        kept: engine's label to the number of requests whose answers were kept from an earlier run.
+    """
+
+    engines: list[Engine]
+    selection: Selection
+    answers: dict[str, dict[str, Answers]]
+    rows: list[Row]
+    verdicts: list[Verdict]
+    seconds: dict[str, float]
+    kept: dict[str, int]
+    tools: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> list[Verdict]:
+        return [each for each in self.verdicts if each.failed]
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(row.task for row in self.rows))
+
+    def row(self, task: str, engine: str) -> Row:
+        return next(row for row in self.rows if (row.task, row.engine) == (task, engine))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything needed to repeat the run, as JSON values. Items have their prompts, with the examples in them."""
+        first = self.engines[0].label
+        return {
+            "engines": [
+                {
+                    "label": each.label,
+                    "where": each.where,
+                    "sha256": each.identity,
+                    "seconds": round(self.seconds[each.label], 2),
+                    "kept_requests": self.kept[each.label],
+                }
+                for each in self.engines
+            ],
+            "selection": asdict(self.selection),
+            "rows": [asdict(row) | {"detectable": row.detectable} for row in self.rows],
+            "gates": [
+                {"gate": each.gate.text, "line": each.line, "failed": each.failed} for each in self.verdicts
+            ],
+            "items": {
+                task: [
+                    {
+                        "sha256": item.item,
+                        "prompt": item.prompt,
+                        "expected": item.expected,
+                        "answers": {
+                            label: {
+                                "answer": tasks[task].items[place].answer,
+                                "score": tasks[task].items[place].score,
+                                "nats": tasks[task].items[place].nats,
+                            }
+                            for label, tasks in self.answers.items()
+                        },
+                    }
+                    for place, item in enumerate(answers.items)
+                ]
+                for task, answers in self.answers[first].items()
+            },
+            "tools": self.tools,
+        }
+
+
+def run(
+    engines: Sequence[Engine],
+    selection: Selection,
+    gates: Sequence[Gate],
+    output: Path,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Ask every engine, one after another, so that only one is in memory.
+
+    Args:
+        output: a folder. Answers are kept there, so that an interrupted run continues where it stopped.
+
+    Raises:
+        Glm4Error: a task is unknown, an engine cannot be opened, or an engine fails.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    answers: dict[str, dict[str, Answers]] = {}
+    seconds: dict[str, float] = {}
+    kept: dict[str, int] = {}
+    for engine in engines:
+        start = time.monotonic()
+        with _without_bars():
+            answers[engine.label], kept[engine.label] = _ask(engine, selection, output / KEPT, progress)
+        seconds[engine.label] = time.monotonic() - start
+    rows = _rows(answers)
+    return Evaluation(
+        engines=list(engines),
+        selection=selection,
+        answers=answers,
+        rows=rows,
+        verdicts=_judge(gates, rows, list(answers)[1:]),
+        seconds=seconds,
+        kept=kept,
+        tools={name: version(name) for name in TOOLS},
+    )
+
+
+def foreseen(selection: Selection) -> dict[str, tuple[int, float]]:
+    """For each task: its number of items, and the smallest difference of the score that they are likely to show."""
+    counts = {name: _count(task, selection.items) for name, task in load_tasks(selection).items()}
+    return {name: (count, detectable(ASSUMED, count)) for name, count in counts.items()}
+
+
+def _count(task: Any, most: int) -> int:
+    return min(len(task.eval_docs), most)
+
+
+class _Counting(CacheHook):  # type: ignore[misc]  # the harness has no types
+    """Keeps each answer, and reports how many there are."""
+
+    def __init__(self, caching: CachingLM, report: Callable[[int], None]) -> None:
+        super().__init__(caching)
+        self._report, self._count = report, 0
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        super().add_partial(attr, req, res)
+        self._count += 1
+        self._report(self._count)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide the harness's own progress bars: it passes ``disable=False``, so no setting of tqdm's does."""
+    plain = tqdm.__init__
+
+    def hidden(self: tqdm, *values: Any, **options: Any) -> None:
+        plain(self, *values, **options | {"disable": True})
+
+    tqdm.__init__ = hidden
+    try:
+        yield
+    finally:
+        tqdm.__init__ = plain
+
+
+def _requests(task: Any, most: int) -> int:
+    """About how many requests a task needs: one per choice; for generated answers one more for the right answer."""
+    each = 1
+    if task.OUTPUT_TYPE == "multiple_choice":
+        each = len(task.doc_to_choice(task.eval_docs[0]))
+    elif task.OUTPUT_TYPE == "generate_until":
+        each = 2
+    return each * _count(task, most)
+
+
+def _ask(
+    engine: Engine, selection: Selection, folder: Path, progress: Progress
+) -> tuple[dict[str, Answers], int]:
+    """One engine's answers by task, and how many requests were answered in an earlier run."""
+    stage = f"ask {engine.label}"
+    progress(stage, 0, 0)
+    model = engine.open()
+    name = hashlib.sha256(f"{engine.identity} {selection.chat}".encode()).hexdigest()[:24]
+    caching = CachingLM(model, str(folder / f"{name}.db"))
+    before = len(caching.dbdict)
+    try:
+        tasks = load_tasks(selection)
+        total = sum(_requests(task, selection.items) for task in tasks.values())
+        model.set_cache_hook(
+            _Counting(caching, lambda count: progress(stage, min(count + before, total), total))
+        )
+        samples = ask_harness(
+            lm=caching,
+            task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
+            limit=selection.items,
+            bootstrap_iters=0,
+            log_samples=True,
+            apply_chat_template=selection.chat,
+            fewshot_as_multiturn=selection.chat,
+        )["samples"]
+        found = {task: _answers(samples[task], tasks[task], caching, model) for task in tasks}
+        return found, before
+    finally:
+        caching.dbdict.close()
+        del caching, model
+        gc.collect()
+
+
+def _answers(samples: list[dict[str, Any]], task: Any, caching: CachingLM, model: LM) -> Answers:
+    def log_likelihoods(pairs: Sequence[tuple[str, str]]) -> list[float]:
+        asked = [Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(pairs)]
+        return [float(total) for total, _ in caching.loglikelihood(asked)] if asked else []
+
+    items = scored_items(samples, task.OUTPUT_TYPE, log_likelihoods)
+    tokens = None
+    if task.OUTPUT_TYPE == "generate_until":
+        tokens = fmean(len(model.tok_encode(each.answer, add_special_tokens=False)) for each in items)
+    return Answers(tuple(items), metric_of(samples), tokens)
+
+
+def _rows(answers: dict[str, dict[str, Answers]]) -> list[Row]:
+    first = next(iter(answers))
+    tasks = list(answers[first])
+    rows = [
+        compare(task, label, answers[first][task], answers[label][task], label == first)
+        for task in tasks
+        for label in answers
+    ]
+    if len(tasks) > 1:
+        whole = {label: pooled([answers[label][task] for task in tasks]) for label in answers}
+        rows += [compare(ALL, label, whole[first], whole[label], label == first) for label in answers]
+    return rows
+
+
+def _judge(gates: Sequence[Gate], rows: Sequence[Row], labels: Sequence[str]) -> list[Verdict]:
+    """A gate judges all tasks together, or the one task that there is, or the task that it names."""
+    whole = rows[-1].task
+    return [
+        Verdict(gate, row, _fails(gate, row))
+        for gate in gates
+        for row in rows
+        if row.engine in labels and gate.applies_to(row.engine) and row.task == (gate.task or whole)
+    ]
+
+
+def _fails(gate: Gate, row: Row) -> bool:
+    change = row.score_change if gate.unit == "points" else row.nats_change
+    if change is None:
+        return False
+    loss = -change.estimate.value * (100 if gate.unit == "points" else 1)
+    return loss >= gate.loss and loss > 0 and change.p < gate.p

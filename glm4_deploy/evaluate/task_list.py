@@ -1,0 +1,86 @@
+"""Tasks by name: the shipped ones, a user's YAML file or folder, and the harness's own."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval.tasks import TaskManager
+
+from glm4_runtime.errors import RequestError
+
+SHIPPED = "glm4"
+FOLDER = Path(__file__).parent / "tasks"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which items of which tasks.
+
+    Attributes:
+        names: tasks, groups, ``*.yaml`` files, or folders of these.
+        items: items per task at most.
+        words: words in a text of the task glm4_needle.
+        shots: solved examples in each prompt; None: what the task says.
+        seed: of the generated items and of the choice of examples.
+        chat: whether the chat template writes the prompts.
+    """
+
+    names: tuple[str, ...] = (SHIPPED,)
+    items: int = 200
+    words: int = 200
+    shots: int | None = None
+    seed: int = 0
+    chat: bool = False
+
+
+def load_tasks(selection: Selection) -> dict[str, Any]:
+    """The harness's task objects, by name.
+
+    Raises:
+        RequestError: a name is unknown, a file cannot be read as a task, or data is not on this machine.
+    """
+    files = [Path(name) for name in selection.names if _is_path(name)]
+    missing = next((path for path in files if not path.exists()), None)
+    if missing is not None:
+        raise RequestError(
+            f"there is no file {missing}; give a task's name, a *.yaml file, or a folder of these"
+        )
+    manager = TaskManager(
+        include_path=[str(FOLDER), *(str(path if path.is_dir() else path.parent) for path in files)],
+        include_defaults=any(not name.startswith(SHIPPED) and not _is_path(name) for name in selection.names),
+        metadata={"items": selection.items, "words": selection.words, "seed": selection.seed},
+    )
+    wanted = [spec for name in selection.names for spec in _specs(name)]
+    unknown = sorted(spec for spec in wanted if not _is_path(spec) and spec not in manager.all_tasks)
+    if unknown:
+        raise RequestError(
+            f"there is no task {unknown[0]}; `lm_eval ls tasks` lists the harness's, {SHIPPED} is ours"
+        )
+    try:
+        tasks: dict[str, Any] = manager.load(wanted)["tasks"]
+    except (OSError, ConnectionError) as error:
+        raise RequestError(
+            f"the data of a task cannot be read ({type(error).__name__}); the harness's tasks need a network, {SHIPPED} needs none"
+        ) from error
+    for task in tasks.values():
+        _set_shots(task, selection)
+    return tasks
+
+
+def _set_shots(task: Any, selection: Selection) -> None:
+    if selection.shots is not None:
+        task.set_config(key="num_fewshot", value=selection.shots)
+    elif task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=selection.seed)
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) or os.sep in name
+
+
+def _specs(name: str) -> list[str]:
+    """What the harness loads: a name, or the files of a folder."""
+    path = Path(name)
+    return [str(each) for each in sorted(path.glob("*.y*ml"))] if _is_path(name) and path.is_dir() else [name]

@@ -1,0 +1,23 @@
+"""Checkpoints with a fault of a known size."""
+
+import shutil
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def noisy_copy(checkpoint, folder, layer, size):
+    """A copy of a checkpoint with noise on the rows of q and gate of one layer: ``size`` times their deviation."""
+    shutil.copytree(checkpoint, folder)
+    weights = load_file(folder / "model.safetensors")
+    chance = torch.Generator().manual_seed(0)
+    for name in (
+        f"model.layers.{layer}.self_attn.q_proj.weight",
+        f"model.layers.{layer}.mlp.gate_up_proj.weight",
+    ):
+        whole = weights[name].float()
+        rows = whole[: len(whole) // 2] if "gate_up" in name else whole
+        rows += size * rows.std() * torch.randn(rows.shape, generator=chance)
+        weights[name] = whole.bfloat16()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

@@ -9,7 +9,7 @@ from typing import Any
 
 from glm4_exporters.sources.awq import Awq
 from glm4_exporters.sources.base import (
-    ORIGINAL,
+    TAKE_ORIGINAL,
     QuantizedMatrix,
     Read,
     Rows,
@@ -40,9 +40,9 @@ SOURCES: Mapping[str, Callable[[Settings], SourceFormat]] = {
 SAVE_WHOLE = "load the model in its original precision, save_pretrained it, and export that folder"
 REFUSED = {
     "bitsandbytes": f"bitsandbytes quantizes while it loads; {SAVE_WHOLE}",
-    "gguf": f"GGUF is another program's format; {ORIGINAL}",
-    "hqq": f"HQQ is not read; {ORIGINAL}",
-    "torchao": f"torchao's tensors are Python objects; {ORIGINAL}",
+    "gguf": f"GGUF is another program's format; {TAKE_ORIGINAL}",
+    "hqq": f"HQQ is not read; {TAKE_ORIGINAL}",
+    "torchao": f"torchao's tensors are Python objects; {TAKE_ORIGINAL}",
 }
 
 

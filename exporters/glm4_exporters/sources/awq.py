@@ -9,7 +9,7 @@ from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import (
     FLOATS,
     INT32,
-    ORIGINAL,
+    TAKE_ORIGINAL,
     WHOLE_ROW,
     QuantizedMatrix,
     Read,
@@ -73,7 +73,7 @@ class Awq(SourceFormat):
         groups = groups_of(width, self.group, module)
         if rows % PER_WORD:
             raise CheckpointError(
-                f"{module} has {rows} rows, no multiple of 8, by which AWQ packs; {ORIGINAL}"
+                f"{module} has {rows} rows, no multiple of 8, by which AWQ packs; {TAKE_ORIGINAL}"
             )
         require(tensors["qweight"], f"{module}.qweight", (INT32,), (width, rows // PER_WORD))
         scales = require(tensors.get("scales"), f"{module}.scales", FLOATS, (groups, rows))

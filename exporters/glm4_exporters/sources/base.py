@@ -208,7 +208,7 @@ class Settings:
         return found
 
     def refuse(self, why: str) -> CheckpointError:
-        return CheckpointError(f"{self.place}: {why}; {ORIGINAL}")
+        return CheckpointError(f"{self.place}: {why}; {TAKE_ORIGINAL}")
 
     def _typed(self, key: str, kind: type, wanted: str, default: Any) -> Any:
         found = self.values.get(key)
@@ -219,7 +219,7 @@ class Settings:
         return found
 
 
-ORIGINAL = "give the original checkpoint, which export can quantize itself"
+TAKE_ORIGINAL = "give the original checkpoint, which export can quantize itself"
 
 
 def require(
@@ -264,7 +264,7 @@ def groups_of(width: int, group: int | None, module: str) -> int:
         return 1
     if group < 1 or width % group:
         raise CheckpointError(
-            f"{module} has {width} inputs per row, which groups of {group} do not divide; {ORIGINAL}"
+            f"{module} has {width} inputs per row, which groups of {group} do not divide; {TAKE_ORIGINAL}"
         )
     return width // group
 

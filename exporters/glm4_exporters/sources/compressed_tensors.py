@@ -17,7 +17,7 @@ from glm4_exporters.sources.base import (
     FP8,
     INT8,
     INT32,
-    ORIGINAL,
+    TAKE_ORIGINAL,
     UINT8,
     QuantizedMatrix,
     Read,
@@ -242,4 +242,4 @@ def _require_patterns(settings: Settings, schemes: list[_Scheme]) -> None:
             raise settings.refuse(f"the target {shown(target)} is no pattern: {error}") from error
 
 
-__all__ = ["ORIGINAL", "CompressedTensors"]
+__all__ = ["TAKE_ORIGINAL", "CompressedTensors"]

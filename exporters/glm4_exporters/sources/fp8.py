@@ -7,7 +7,7 @@ weight is multiplied by this scale, in spite of the name. Other scales are ``wei
 from collections.abc import Mapping
 
 from glm4_exporters.safetensors_file import TensorHeader
-from glm4_exporters.sources.base import FP8, ORIGINAL, QuantizedMatrix, Settings, SourceFormat
+from glm4_exporters.sources.base import FP8, TAKE_ORIGINAL, QuantizedMatrix, Settings, SourceFormat
 from glm4_exporters.sources.float8 import float8_blocks, float8_matrix
 from glm4_runtime.errors import CheckpointError, shown
 
@@ -45,5 +45,5 @@ class Fp8(SourceFormat):
         if SCALE_OF_MATRIX in tensors:
             return float8_matrix(module, shape, tensors, SCALE_OF_MATRIX)
         raise CheckpointError(
-            f"{module}.weight is float8 and has no scale ({SCALES_OF_BLOCKS}, {SCALE_OF_MATRIX}); {ORIGINAL}"
+            f"{module}.weight is float8 and has no scale ({SCALES_OF_BLOCKS}, {SCALE_OF_MATRIX}); {TAKE_ORIGINAL}"
         )

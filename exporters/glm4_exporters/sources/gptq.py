@@ -12,7 +12,7 @@ from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import (
     FLOATS,
     INT32,
-    ORIGINAL,
+    TAKE_ORIGINAL,
     WHOLE_ROW,
     QuantizedMatrix,
     Read,
@@ -53,7 +53,7 @@ class GptqMatrix(QuantizedMatrix):
         if plain and bool(zeros[: self.rows].any()):
             raise CheckpointError(
                 f"{self.tensors['qzeros'].file}: {self.module}.qzeros is not the middle everywhere, but "
-                f"quantization_config says sym true; {ORIGINAL}"
+                f"quantization_config says sym true; {TAKE_ORIGINAL}"
             )
         groups = self._groups(read)
 
@@ -105,7 +105,7 @@ class Gptq(SourceFormat):
         groups = groups_of(width, self.group, module)
         if width % per_word or rows % per_word:
             raise CheckpointError(
-                f"{module} [{rows}, {width}] is no multiple of {per_word}, by which GPTQ packs; {ORIGINAL}"
+                f"{module} [{rows}, {width}] is no multiple of {per_word}, by which GPTQ packs; {TAKE_ORIGINAL}"
             )
         require(tensors["qweight"], f"{module}.qweight", (INT32,), (width // per_word, rows))
         scales = require(tensors.get("scales"), f"{module}.scales", FLOATS, (groups, rows))

@@ -18,13 +18,13 @@ from glm4_runtime.workers import frames
 if sys.platform != "win32":
     import resource
 
-Handle = Callable[[Any], Any]
+TaskFunction = Callable[[Any], Any]
 
 # A worker ends after a task if its memory has grown by more than this.
 _KEPT = 32 * 2**20
 
 
-def answer_tasks(handle: Handle, limits_json: str) -> None:
+def answer_tasks(handle: TaskFunction, limits_json: str) -> None:
     """Answer tasks until the parent process closes the pipe.
 
     ``handle`` takes a task and returns its answer. Any exception ends the worker.
@@ -46,7 +46,7 @@ def answer_tasks(handle: Handle, limits_json: str) -> None:
             frames.write(answers, b'{"spent": %b, %b}' % (spent, answer))
 
 
-def _answer(handle: Handle, task: Any, limits: dict[str, Any]) -> bytes:
+def _answer(handle: TaskFunction, task: Any, limits: dict[str, Any]) -> bytes:
     """The key and value of the answer's frame for the task's result."""
     _limit(limits["seconds"], limits["memory"])
     try:

@@ -17,6 +17,9 @@ BYTES_PER_WEIGHT = 14
 HELD_VALUES = (
     6  # hidden-sized values per position that a bundle's walk keeps; the same number for the reference
 )
+# A matrix of the graph is read by probing inputs: its compared rows, and the probe's inputs and outputs at a time.
+MOST_ROWS = 8192  # then the standard error of a column is a ninetieth of its rest
+VALUES_AT_ONCE = 1 << 24
 LOGITS_COPIES = 3  # blocks of the head, joined, and their float64 parts
 LOGITS_BUDGET = 256 << 20  # bytes of one copy of the logits at a time
 
@@ -54,9 +57,8 @@ def estimate(config: Glm4Config, task: str, work: Work) -> dict[str, int]:
     activations += 4 * SCORES_COPIES * config.num_attention_heads * longest**2
 
     tapped = 4 * work.positions * (8 * hidden + 2 * queries + 2 * keys + width)  # all taps of a layer
-    block = (
-        4 * work.positions * width * 2 * (1 + 2 * work.layers)
-    )  # the widest sub-block, in and out, by two readings
+    block = 4 * work.positions * width * 2 * (1 + work.layers)
+    probe = (4 * min(MOST_ROWS, hidden) * width + 3 * 4 * VALUES_AT_ONCE) * work.layers
     positions = min(chunk_of_positions(config), work.positions)
     head = BYTES_PER_WEIGHT * min(HEAD_ROWS, config.vocab_size) * hidden
     logits = 4 * positions * config.vocab_size * (LOGITS_COPIES + sides + work.layers)
@@ -67,6 +69,7 @@ def estimate(config: Glm4Config, task: str, work: Work) -> dict[str, int]:
         + BYTES_PER_WEIGHT * largest
         + activations
         + block
+        + probe
         + tapped * work.layers,
         "the logits": kept + head + logits if task == "causal-lm" else kept,
     }

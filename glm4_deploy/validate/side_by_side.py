@@ -86,7 +86,7 @@ def walk(
             head.add(chunk, expected, outputs["bundle"])
         _add(comparisons, chunk, text, outputs)
     if head is not None:
-        blocks += head.errors()
+        blocks.append(head.error())
     return Walked(blocks, [graph.arithmetic for graph in graphs])
 
 
@@ -103,28 +103,22 @@ class _Steps:
 
 
 class _HeadErrors:
-    """The last sub-block: drift of the outputs, and the head's own error by each reading of its input."""
+    """The last sub-block: drift of the outputs, and the head's own error."""
 
     def __init__(self, graph: BundleGraph) -> None:
-        self._graph, self._drift = graph, ErrorSum()
-        self._readings = [(one, ErrorSum()) for one in graph.readings.open]
+        self._graph, self._drift, self._local = graph, ErrorSum(), ErrorSum()
 
     def add(
         self, chunk: Sequence[SequencePart], expected: Sequence[Logits], actual: Sequence[Logits]
     ) -> None:
-        for wanted, found in zip(expected, actual, strict=True):
-            self._drift.add(wanted, found)
-        for reading, error in self._readings:
-            for wanted, found in zip(expected, self._graph.outputs(chunk, reading), strict=True):
-                error.add(wanted, found)
+        for wanted, own, found in zip(expected, actual, self._graph.outputs(chunk, local=True), strict=True):
+            self._drift.add(wanted, own)
+            self._local.add(wanted, found)
 
-    def errors(self) -> list[BlockError]:
-        """The final norm's, where the head decides how it is read, and the head's."""
-        drift, arithmetic = self._drift.error(), self._graph.head_arithmetic
-        for reading, error in self._readings:
-            reading.errors.append(BlockError(None, HEAD_TAP, (), arithmetic, drift, error.error()))
-        self._graph.readings.settle(min((one for one, _ in self._readings), key=lambda one: one.size))
-        return self._graph.readings.errors()
+    def error(self) -> BlockError:
+        return BlockError(
+            None, HEAD_TAP, (), self._graph.head_arithmetic, self._drift.error(), self._local.error()
+        )
 
 
 def _chunks(checkpoint: Checkpoint, text: Text) -> Iterator[list[SequencePart]]:

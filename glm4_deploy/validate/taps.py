@@ -135,6 +135,11 @@ class GraphTaps:
         self.embedding = GraphTap(EMBEDDING_TAP, self._leaving["model.embed_tokens"])
         self.norm = GraphTap(NORM_TAP, self._leaving["model.norm"])
 
+    def output_of(self, module: str) -> str | None:
+        """The name of a module's only output; None if the graph has none or several."""
+        found = self._leaving.get(module, ())
+        return found[0] if len(found) == 1 else None
+
     def _layer(self, index: int) -> list[GraphTap]:
         found: list[GraphTap] = []
         covered: tuple[str, ...] = ()

@@ -21,7 +21,8 @@ from glm4_deploy.metrics import Logits
 from glm4_deploy.parity import graph_inputs
 from glm4_deploy.validate.bands import arithmetic_of
 from glm4_deploy.validate.drift import BlockError
-from glm4_deploy.validate.readings import Block, Reading, Readings
+from glm4_deploy.validate.readers import Readers
+from glm4_deploy.validate.readings import Block, Readings
 from glm4_deploy.validate.taps import EMBEDDING_TAP, HEAD_TAP, NORM_TAP, GraphTap, GraphTaps, run_tapped
 from glm4_exporters import streamed
 from glm4_exporters.checkpoint import Checkpoint
@@ -89,7 +90,7 @@ class BundleGraph:
     """A bundle's graph on ONNX Runtime's CPU provider.
 
     Attributes:
-        readings: of the reference's values, where they are given: in the scale that the graph gives its own.
+        readings: the reference's values, if given, in the graph's scale.
         head_arithmetic: the numbers that the head computes with; float32 until it has run.
     """
 
@@ -103,7 +104,8 @@ class BundleGraph:
         self._types |= {value.name: value.type.tensor_type.elem_type for value in self._pieces.graph.input}
         self._inputs = [graph_inputs(manifest, ids) for ids in sequences]
         self._own: list[Values] = [{} for _ in sequences]
-        self.readings = Readings(checkpoint.config, len(sequences))
+        readers = Readers(self._pieces, self._taps, checkpoint)
+        self.readings = Readings(checkpoint.config, len(sequences), readers.undone)
         self._steps = self._plan()
         state, name = self._taps.norm.values[0], manifest.outputs[0].name
         self._head = self._pieces.slice(HEAD_TAP, [name], {state})
@@ -119,13 +121,13 @@ class BundleGraph:
         return self._run(sum(step.layer == index for step in self._steps), expected)
 
     def norm(self, expected: Sequence[Tapped] | None) -> list[BlockError]:
-        """Run the final norm; where :attr:`readings` has two, the head decides."""
+        """Run the final norm."""
         return self._run(1, expected)
 
-    def outputs(self, parts: Sequence[SequencePart], reading: Reading | None = None) -> list[Logits]:
-        """As :meth:`Reference.outputs`; with a ``reading``, of the reference's own final states."""
+    def outputs(self, parts: Sequence[SequencePart], local: bool = False) -> list[Logits]:
+        """As :meth:`Reference.outputs`; with ``local``, of the reference's final states."""
         name, state = self._manifest.outputs[0].name, self._taps.norm.values[0]
-        states = self._own if reading is None else self.readings.inputs(reading)
+        states = self.readings.known if local else self._own
         values = []
         for part in parts:
             inputs, array = self._inputs[part.sequence], states[part.sequence][state][:, part.span]
@@ -148,26 +150,27 @@ class BundleGraph:
 
     def _run(self, count: int, expected: Sequence[Tapped] | None) -> list[BlockError]:
         """Run the next sub-blocks; their errors, where the reference's values are given, which are used up."""
+        errors = []
         for step in self._steps[:count]:
-            own, *found = self._run_piece(step.piece, local=expected is not None)
+            own, found = self._run_piece(step.piece, local=expected is not None)
             if expected is not None:
                 reference = [one.pop(step.tap.tap) for one in expected]
-                arithmetic = self._arithmetic(step.piece, own[0])
-                self.readings.add(Block(step.layer, step.tap, arithmetic, reference), own, found)
+                block = Block(step.layer, step.tap, self._arithmetic(step.piece, own[0]), reference)
+                errors.append(self.readings.add(block, own, found))
             for known, new in zip(self._own, own, strict=True):
                 known.update(new)
             self._forget(step.piece)
         del self._steps[:count]
-        return self.readings.errors()
+        return errors
 
-    def _run_piece(self, piece: Piece, local: bool) -> list[list[Values]]:
-        """What a piece gives per sequence: of the bundle's own values and, ``local``, by each open reading."""
-        sides = [self._own, *(self.readings.inputs(one) for one in self.readings.open if local)]
+    def _run_piece(self, piece: Piece, local: bool) -> tuple[list[Values], list[Values]]:
+        """What a piece gives per sequence: of the bundle's own values and, if ``local``, of the reference's."""
+        sides = [self._own, *([self.readings.known] if local else [])]
         values = [
             {**given, **known} for side in sides for given, known in zip(self._inputs, side, strict=True)
         ]
         found, count = self._pieces.run_piece(piece, values), len(self._inputs)
-        return [found[at : at + count] for at in range(0, len(found), count)]
+        return found[:count], found[count:]
 
     def _forget(self, piece: Piece) -> None:
         """Drop the values that no later sub-block reads."""

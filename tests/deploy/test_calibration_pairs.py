@@ -6,6 +6,7 @@ model: an input scale to the input that the edited model gives, a cache scale to
 
 import itertools
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("traced_once")
 
 SEQUENCES = [np.random.default_rng(n).integers(0, 320, 48).tolist() for n in range(4)]
 BITS = 14
+DEMO = Path(__file__).parents[2] / "demo" / "glm4-tiny"
 
 # Where the remedy has to act: the rows that are raised by 2^14.
 HOT = {"": (), "v": ("v",), "up": ("up",), "o_proj": ("o_proj",), "down": ("down",), "all": ("v", "up", "o_proj", "down")}  # fmt: skip
@@ -220,3 +222,32 @@ def test_a_wrong_tensor_is_named_in_a_scaled_bundle(tmp_path, checkpoints, scale
     report = validate(bundle, other, ValidateOptions(text=text, layers=True, gate=None, greedy=False))
     assert (report.culprit.error.layer, report.culprit.error.block) == block
     assert [(one.layer, one.block) for one in report.out_of_band] == [block]
+
+
+@pytest.mark.more
+def test_validate_blames_no_sub_block_of_the_calibrated_demo(tmp_path):
+    """GPTQ's rounding is as large as some of AWQ's factors there, so that outputs alone would decide by chance."""
+    options = ExportOptions("ort", "int4", calibration=str(DEMO.parent / "calibration.jsonl"), parity=False)
+    bundle = export(DEMO, tmp_path / "bundle", options).bundle
+    report = validate(bundle, DEMO, ValidateOptions(layers=True, gate=None, greedy=False, max_tokens=2048))
+    assert (report.culprit, report.out_of_band) == (None, [])
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("size", [1.1, 1.5, 4])
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("model.layers.1.input_layernorm.weight", (1, "input_layernorm")),
+        ("model.layers.0.post_attention_layernorm.weight", (0, "post_attention_layernorm")),
+        ("model.norm.weight", (None, "final_norm")),
+    ],
+)
+def test_a_norm_that_is_wrong_by_a_number_is_named(tmp_path, checkpoints, scaled_bundle, name, block, size):
+    bundle, text = scaled_bundle
+    other = shutil.copytree(checkpoints("all"), tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors[name] = tensors[name] * size
+    save_file(tensors, other / "model.safetensors")
+    report = validate(bundle, other, ValidateOptions(text=text, layers=True, gate=None, greedy=False))
+    assert (report.culprit.error.layer, report.culprit.error.block) == block

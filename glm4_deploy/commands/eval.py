@@ -94,11 +94,12 @@ def command(
     show.require_writable(output / "results.json")
     _prepare_harness()
     try:
+        import glm4_deploy.evaluate.html  # noqa: F401  its packages are needed after the work
         from glm4_deploy.evaluate.engines import find_engines
         from glm4_deploy.evaluate.run import foreseen, run
         from glm4_deploy.evaluate.task_list import Selection
     except ModuleNotFoundError as error:
-        raise RequestError(f"eval needs {error.name}; run {install_command('eval', 'validate')}") from error
+        raise RequestError(f"eval needs {error.name}; run {install_command('eval')}") from error
     with show.shown_progress() as progress:
         folder = None if reference is None else hub.local_folder(reference, None, progress)
     found = find_engines(engines, folder)

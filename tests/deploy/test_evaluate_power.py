@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from noise import noisy_copy
+from noise import noisy_copy, with_noise
 from safetensors.torch import load_file
 from text_task import TEXT, write_text_task
 
@@ -17,7 +17,7 @@ from glm4_deploy.cli import cli
 from glm4_deploy.evaluate.statistics import difference
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_exporters.config import Glm4Config
-from glm4_exporters.reference import Glm4ForCausalLM
+from glm4_exporters.task_models import Glm4ForCausalLM
 from glm4_runtime.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parents[2] / "demo" / "glm4-tiny"
@@ -33,7 +33,7 @@ def results(tmp_path_factory):
     """results.json of the checkpoint in fp32 for two targets, and with a fault of each size."""
     folder = tmp_path_factory.mktemp("power")
     bundles = {"fp32": DEMO, "native": DEMO}
-    for kl, size in noise_sizes(tmp_path_factory.mktemp("sizes")).items():
+    for kl, size in noise_sizes().items():
         bundles[f"kl-{kl}"] = noisy_copy(DEMO, folder / f"checkpoint-{kl}", LAYER, size)
     for label, checkpoint in bundles.items():
         target = "native" if label == "native" else "ort"
@@ -57,36 +57,37 @@ def results(tmp_path_factory):
     return json.loads((output / "results.json").read_text("utf-8"))
 
 
-def noise_sizes(folder):
+def noise_sizes():
     """The size of the noise for each mean KL divergence, on held-out text."""
-    tokenizer = Tokenizer.from_folder(DEMO)
-    text = TEXT.read_text("utf-8")
-    texts = [text[at : at + 1000] for at in range(0, len(text), len(text) // 40)]
-    rows = [torch.tensor([tokenizer.encode(text)]) for text in texts]
-    model = loaded(DEMO)
-    expected = [log_probabilities(model, row) for row in rows]
+    tokenizer, text = Tokenizer.from_folder(DEMO), TEXT.read_text("utf-8")
+    rows = [
+        torch.tensor([tokenizer.encode(text[at : at + 500])]) for at in range(0, len(text), len(text) // 16)
+    ]
+    weights = load_file(DEMO / "model.safetensors")
+    expected = [log_probabilities(loaded(weights), row) for row in rows]
 
     def mean_kl(size):
-        noisy = loaded(noisy_copy(DEMO, folder / f"{size:.9f}", LAYER, size))
-        each = [
-            (p.exp() * (p - log_probabilities(noisy, row))).sum(-1)
+        model = loaded(with_noise(weights, LAYER, size))
+        each = (
+            (p.exp() * (p - log_probabilities(model, row))).sum(-1)
             for p, row in zip(expected, rows, strict=True)
-        ]
-        return float(torch.cat(each, 1).mean())
+        )
+        return float(torch.cat(list(each), 1).mean())
 
     return {kl: bisected(mean_kl, kl) for kl in KL}
 
 
 def bisected(function, wanted, low=0.0, high=4.0):
-    for _ in range(12):
+    for _ in range(9):
         middle = (low + high) / 2
         low, high = (middle, high) if function(middle) < wanted else (low, middle)
     return (low + high) / 2
 
 
-def loaded(folder):
-    model = Glm4ForCausalLM(Glm4Config.from_dict(json.loads((folder / "config.json").read_text("utf-8"))))
-    model.load_state_dict({name: t.float() for name, t in load_file(folder / "model.safetensors").items()})
+def loaded(weights):
+    config = json.loads((DEMO / "config.json").read_text("utf-8"))
+    model = Glm4ForCausalLM(Glm4Config.from_dict(config))
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return model.eval()
 
 

@@ -5,7 +5,7 @@ operator and layout is read alike.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from glm4_deploy.validate.taps import ATTENTION_TAP, HEAD_TAP, NORM_TAP, GraphTa
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.pieces import GraphPieces, Piece
 from glm4_exporters.streamed import head_name
+from glm4_plugins.block_product import OPERATOR
 
 # Keys: sub-blocks whose output channels an export may scale. Values: the matrices that read the output. The rows of
 # v_proj and of up are scaled themselves, so they cannot be compared; of gate_up_proj, the rows of gate are.
@@ -64,10 +65,13 @@ class Readers:
         taps = {one.tap: one for one in ([self._taps.norm] if layer is None else self._taps.layers[layer])}
         source = taps.get(ATTENTION_TAP if tap == "v" else tap)
         output = self._taps.output_of(f"{scope}{module}")
+        has_gate = output is None and module == "mlp.gate_up_proj" and "gate_up" in taps
+        output = taps["gate_up"].values[0] if has_gate else output
         if source is None or output is None:
             return None
-        piece = self._pieces.slice(f"{scope}{module}" if scope else HEAD_TAP, [output], set(source.values))
-        if piece.reads - self._types.keys() - {source.values[0], INDICES}:
+        whole = self._pieces.slice(f"{scope}{module}" if scope else HEAD_TAP, [output], set(source.values))
+        piece = _without_gate(whole) if has_gate else whole
+        if piece is None or piece.reads - self._types.keys() - {source.values[0], INDICES}:
             return None
         bits = taps[SCALED_TAPS[module]].bits if module in SCALED_TAPS else 0
         name = f"{scope}{module}.weight" if scope else head_name(self._checkpoint)
@@ -118,6 +122,17 @@ class Readers:
                 step = float(np.asarray(self._pieces.read(node.input[1]), np.float32).reshape(-1)[0])
                 return step * min(max(round(size / step), 1), LARGEST_CODE)
         return size
+
+
+def _without_gate(piece: Piece) -> Piece | None:
+    """The product alone of a node that has gate and up in one; None for a piece with other nodes too."""
+    if [node.op_type for node in piece.nodes] != [OPERATOR]:
+        return None
+    node = onnx.NodeProto.FromString(piece.nodes[0].SerializeToString())
+    for attribute in node.attribute:
+        if attribute.name == "gated":
+            attribute.i = 0
+    return replace(piece, nodes=(node,))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from checkpoints import random_tensors, tiny_config, write_checkpoint
@@ -251,3 +252,20 @@ def test_a_norm_that_is_wrong_by_a_number_is_named(tmp_path, checkpoints, scaled
     save_file(tensors, other / "model.safetensors")
     report = validate(bundle, other, ValidateOptions(text=text, layers=True, gate=None, greedy=False))
     assert (report.culprit.error.layer, report.culprit.error.block) == block
+
+
+@pytest.mark.parametrize("size", [1, 1.5])
+def test_a_norm_in_front_of_a_product_with_its_gate(tmp_path, size):
+    """Target cpu computes silu(gate) * up in one node, whose product is compared without the gate."""
+    source = write_checkpoint(tmp_path / "source", tiny_config(intermediate_size=128))
+    text = tmp_path / "text.ids"
+    text.write_text("\n".join(" ".join(map(str, ids)) for ids in SEQUENCES))
+    options = ExportOptions("cpu", "int4", calibration=str(text), parity=False)
+    bundle = export(source, tmp_path / "bundle", options).bundle
+    nodes = onnx.load(bundle / "model.onnx", load_external_data=False).graph.node
+    assert any(one.name == "gated" and one.i for node in nodes for one in node.attribute)
+    tensors, name = load_file(source / "model.safetensors"), "model.layers.0.post_attention_layernorm.weight"
+    save_file(tensors | {name: tensors[name] * size}, source / "model.safetensors")
+    report = validate(bundle, source, ValidateOptions(text=text, layers=True, gate=None, greedy=False))
+    named = [(one.layer, one.block) for one in report.out_of_band]
+    assert named == ([] if size == 1 else [(0, "post_attention_layernorm")])

@@ -13,7 +13,7 @@ from glm4_runtime.install import install_command
 
 if TYPE_CHECKING:
     from glm4_deploy.evaluate.engines import Engine
-    from glm4_deploy.evaluate.gates import Gate
+    from glm4_deploy.evaluate.gates import LossGate
     from glm4_deploy.evaluate.run import Evaluation
 
 
@@ -96,7 +96,7 @@ def command(
     try:
         import glm4_deploy.evaluate.html  # noqa: F401  its packages are needed after the work
         from glm4_deploy.evaluate.engines import find_engines
-        from glm4_deploy.evaluate.run import foreseen, run
+        from glm4_deploy.evaluate.run import ask_engines, foreseen
         from glm4_deploy.evaluate.task_list import Selection
     except ModuleNotFoundError as error:
         raise RequestError(f"eval needs {error.name}; run {install_command('eval')}") from error
@@ -109,7 +109,7 @@ def command(
     for name, (count, least) in expected.items():
         click.echo(f"{name}: {count} items show a difference of about {100 * least:.1f} points", err=True)
     with show.shown_progress() as progress:
-        evaluation = run(found, selection, limits, output, progress)
+        evaluation = ask_engines(found, selection, limits, output, progress)
     _write(evaluation, output)
     _print(evaluation, output, as_json)
     if evaluation.failed:
@@ -131,21 +131,21 @@ def _names(tasks: str) -> tuple[str, ...]:
     return names
 
 
-def _gates(texts: tuple[str, ...], engines: "list[Engine]", tasks: list[str]) -> "list[Gate]":
+def _gates(texts: tuple[str, ...], engines: "list[Engine]", tasks: list[str]) -> "list[LossGate]":
     from glm4_deploy.evaluate.gates import parse_gate
 
     return [parse_gate(text, [each.label for each in engines], tasks) for text in texts]
 
 
 def _write(evaluation: "Evaluation", output: Path) -> None:
-    from glm4_deploy.evaluate.html import html_page
-    from glm4_deploy.evaluate.junit import junit_xml
+    from glm4_deploy.evaluate.html import eval_page
+    from glm4_deploy.evaluate.junit import eval_junit
 
     results = json.dumps(evaluation.as_dict(), indent=1, ensure_ascii=False)
     files = {
         "results.json": results + "\n",
-        "report.html": html_page(evaluation),
-        "junit.xml": junit_xml(evaluation),
+        "report.html": eval_page(evaluation),
+        "junit.xml": eval_junit(evaluation),
     }
     for name, text in files.items():
         with show.writing(output / name) as file:

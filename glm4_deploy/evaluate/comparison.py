@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from glm4_deploy.evaluate.scored import Scored
-from glm4_deploy.evaluate.statistics import Difference, Estimate, detectable, difference, score
+from glm4_deploy.evaluate.scored import ScoredItem
+from glm4_deploy.evaluate.statistics import Difference, MeanEstimate, detectable, paired_difference, score
 from glm4_runtime.errors import Glm4Error
 
 ALL = "all tasks"
@@ -20,7 +20,7 @@ class Answers:
         tokens: mean tokens of a generated answer; None if the task generates none.
     """
 
-    items: tuple[Scored, ...]
+    items: tuple[ScoredItem, ...]
     metric: str | None
     tokens: float | None = None
 
@@ -34,7 +34,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Row:
+class TaskRow:
     """One task and one engine, compared with the first engine.
 
     Attributes:
@@ -49,7 +49,7 @@ class Row:
     engine: str
     items: int
     metric: str | None
-    score: Estimate | None
+    score: MeanEstimate | None
     nats: float | None
     tokens: float | None
     score_change: Difference | None = None
@@ -66,7 +66,7 @@ class Row:
         return detectable(max((len(self.lost) + len(self.won)) / self.items, 1 / self.items), self.items)
 
 
-def compare(task: str, engine: str, first: Answers, answers: Answers, is_first: bool) -> Row:
+def compare_answers(task: str, engine: str, first: Answers, answers: Answers, is_first: bool) -> TaskRow:
     """Make the row of one task and one engine.
 
     Raises:
@@ -79,7 +79,7 @@ def compare(task: str, engine: str, first: Answers, answers: Answers, is_first: 
     pairs = list(enumerate(zip(first.items, answers.items, strict=True)))
     scored = len(first.scores) == len(answers.scores) == len(pairs)
     measured = [(a.nats, b.nats) for _, (a, b) in pairs if a.nats is not None and b.nats is not None]
-    return Row(
+    return TaskRow(
         task=task,
         engine=engine,
         items=len(pairs),
@@ -87,10 +87,10 @@ def compare(task: str, engine: str, first: Answers, answers: Answers, is_first: 
         score=score(answers.scores) if scored else None,
         nats=fmean(answers.nats) if answers.nats else None,
         tokens=answers.tokens,
-        score_change=None if is_first or not scored else difference(first.scores, answers.scores),
+        score_change=None if is_first or not scored else paired_difference(first.scores, answers.scores),
         nats_change=None
         if is_first or not measured
-        else difference([a for a, _ in measured], [b for _, b in measured]),
+        else paired_difference([a for a, _ in measured], [b for _, b in measured]),
         lost=tuple(place for place, (a, b) in pairs if _below(b.score, a.score)),
         won=tuple(place for place, (a, b) in pairs if _below(a.score, b.score)),
         changed=sum(a.answer != b.answer for _, (a, b) in pairs),

@@ -14,7 +14,7 @@ EXAMPLE = "write for example 'int8: -0.5 points at p < 0.05', or * for every eng
 
 
 @dataclass(frozen=True)
-class Gate:
+class LossGate:
     """Fails if an engine is worse than the first by ``loss`` or more, and the p-value is below ``p``.
 
     Attributes:
@@ -35,7 +35,7 @@ class Gate:
         return self.engine in (ANY, label)
 
 
-def parse_gate(text: str, labels: Sequence[str], tasks: Sequence[str]) -> Gate:
+def parse_gate(text: str, labels: Sequence[str], tasks: Sequence[str]) -> LossGate:
     """Read one ``--gate``.
 
     Raises:
@@ -51,6 +51,6 @@ def parse_gate(text: str, labels: Sequence[str], tasks: Sequence[str]) -> Gate:
         )
     if found["task"] not in (None, *tasks):
         raise RequestError(f"--gate names the task {found['task']!r}; the tasks are {', '.join(tasks)}")
-    return Gate(
+    return LossGate(
         text.strip(), found["engine"], found["task"], float(found["loss"]), found["unit"], float(found["p"])
     )

@@ -9,21 +9,21 @@ import jinja2
 from markupsafe import Markup
 
 from glm4_deploy import __version__
-from glm4_deploy.evaluate.comparison import Row
+from glm4_deploy.evaluate.comparison import TaskRow
 from glm4_deploy.evaluate.plots import score_plot
 from glm4_deploy.evaluate.run import Evaluation
-from glm4_deploy.evaluate.scored import Scored
+from glm4_deploy.evaluate.scored import ScoredItem
 from glm4_deploy.evaluate.statistics import Difference
 from glm4_deploy.evaluate.table import p_value, percent
-from glm4_deploy.validate.html import STYLE
+from glm4_deploy.validate.html import PAGE_STYLE
 
-TEMPLATE = "report.html.jinja"
-SHOWN = 12  # items per task and engine
-PARTS = 5  # of a long text
+REPORT_TEMPLATE = "report.html.jinja"
+FLIPS_SHOWN = 12  # items per task and engine
+DEPTHS = 5  # of a long text
 
 
 @dataclass(frozen=True)
-class Tile:
+class EngineTile:
     """One engine at the top of the page. ``state`` is a class of the style: passed, failed or not-gated."""
 
     label: str
@@ -49,20 +49,20 @@ class Flip:
     task: str
     engine: str
     lost: bool
-    first: Scored
-    other: Scored
+    first: ScoredItem
+    other: ScoredItem
 
 
-def html_page(found: Evaluation) -> str:
+def eval_page(found: Evaluation) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"percent": percent, "p": p_value}
-    template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text("utf-8"))
+    template = environment.from_string(files(__package__).joinpath(REPORT_TEMPLATE).read_text("utf-8"))
     return template.render(
         found=found,
         version=__version__,
-        style=Markup(STYLE),
+        style=Markup(PAGE_STYLE),
         tiles=[_tile(found, engine.label) for engine in found.engines],
         plot=Markup(score_plot(found)),
         flips=_flips(found),
@@ -70,20 +70,20 @@ def html_page(found: Evaluation) -> str:
     )
 
 
-def _tile(found: Evaluation, label: str) -> Tile:
+def _tile(found: Evaluation, label: str) -> EngineTile:
     row = found.row(found.rows[-1].task, label)
     value = "" if row.score is None else f"{100 * row.score.value:.1f} %"
     if label == found.engines[0].label:
-        return Tile(label, "not-gated", "compared with", value, f"{row.items} items")
+        return EngineTile(label, "not-gated", "compared with", value, f"{row.items} items")
     verdicts = [each for each in found.verdicts if each.row.engine == label]
     failed = any(each.failed for each in verdicts)
     state, word = (
         ("not-gated", "no gate") if not verdicts else ("failed", "failed") if failed else ("passed", "passed")
     )
-    return Tile(label, state, word, value, _says(row))
+    return EngineTile(label, state, word, value, _says(row))
 
 
-def _says(row: Row) -> str:
+def _says(row: TaskRow) -> str:
     parts = []
     if row.score_change is not None:
         parts.append(f"{100 * row.score_change.estimate.value:+.2f} points, {_p(row.score_change)}")
@@ -110,7 +110,7 @@ def _flips(found: Evaluation) -> list[Flip]:
                     found.answers[first][row.task].items[place],
                     found.answers[row.engine][row.task].items[place],
                 )
-                for place in places[:SHOWN]
+                for place in places[:FLIPS_SHOWN]
             ]
     return flips
 
@@ -121,14 +121,14 @@ def _depths(found: Evaluation) -> list[Depth]:
         if not any(item.place for item in answers.items):
             continue
         scores = {label: _by_part(tasks[task].items) for label, tasks in found.answers.items()}
-        parts = [f"{100 * part // PARTS} to {100 * (part + 1) // PARTS} %" for part in range(PARTS)]
+        parts = [f"{100 * part // DEPTHS} to {100 * (part + 1) // DEPTHS} %" for part in range(DEPTHS)]
         tables.append(Depth(task, parts, scores))
     return tables
 
 
-def _by_part(items: Sequence[Scored]) -> list[float | None]:
-    parts: list[list[float]] = [[] for _ in range(PARTS)]
+def _by_part(items: Sequence[ScoredItem]) -> list[float | None]:
+    parts: list[list[float]] = [[] for _ in range(DEPTHS)]
     for item in items:
         if item.place is not None and item.score is not None:
-            parts[min(int(item.place * PARTS), PARTS - 1)].append(item.score)
+            parts[min(int(item.place * DEPTHS), DEPTHS - 1)].append(item.score)
     return [fmean(part) if part else None for part in parts]

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 from glm4_deploy.evaluate.run import Evaluation
 
 
-def junit_xml(found: Evaluation) -> str:
+def eval_junit(found: Evaluation) -> str:
     """One test case per gate and engine. Its name is the task, so that its history continues when a limit changes."""
     counts = {
         "tests": str(len(found.verdicts)),

@@ -3,7 +3,7 @@
 from glm4_deploy.evaluate.run import Evaluation
 from glm4_deploy.validate.plots import BLUE, GREEN, ORANGE, RED, SOFT, svg_figure
 
-COLOURS = (SOFT, BLUE, ORANGE, GREEN, RED)
+ENGINE_COLOURS = (SOFT, BLUE, ORANGE, GREEN, RED)
 STEP = 0.16  # between the engines of one task, in rows
 
 
@@ -15,7 +15,7 @@ def score_plot(found: Evaluation) -> str:
     labels = [each.label for each in found.engines]
     with svg_figure(9.6, 1.1 + len(tasks) * (0.3 + 0.17 * len(labels))) as (figure, axes, out):
         for number, label in enumerate(labels):
-            colour = COLOURS[number % len(COLOURS)]
+            colour = ENGINE_COLOURS[number % len(ENGINE_COLOURS)]
             for place, task in enumerate(tasks):
                 estimate = found.row(task, label).score
                 if estimate is None:

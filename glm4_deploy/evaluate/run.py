@@ -17,9 +17,9 @@ from lm_eval.api.model import LM, CacheHook, CachingLM
 from lm_eval.evaluator import evaluate as ask_harness
 from tqdm import tqdm
 
-from glm4_deploy.evaluate.comparison import ALL, Answers, Row, compare, pooled
+from glm4_deploy.evaluate.comparison import ALL, Answers, TaskRow, compare_answers, pooled
 from glm4_deploy.evaluate.engines import Engine
-from glm4_deploy.evaluate.gates import Gate
+from glm4_deploy.evaluate.gates import LossGate
 from glm4_deploy.evaluate.scored import metric_of, scored_items
 from glm4_deploy.evaluate.statistics import detectable
 from glm4_deploy.evaluate.task_list import Selection, load_tasks
@@ -27,15 +27,15 @@ from glm4_runtime.progress import Progress, silent
 
 ASSUMED = 0.05  # share of the items that two engines answer differently, before they are asked
 KEPT = "answers"  # folder of the answers that were given
-TOOLS = ("glm4-deploy", "lm_eval", "numpy", "scipy")
+NAMED_TOOLS = ("glm4-deploy", "lm_eval", "numpy", "scipy")
 
 
 @dataclass(frozen=True)
 class Verdict:
     """One gate and the row that it judges."""
 
-    gate: Gate
-    row: Row
+    gate: LossGate
+    row: TaskRow
     failed: bool
 
     @property
@@ -65,7 +65,7 @@ class Evaluation:
     engines: list[Engine]
     selection: Selection
     answers: dict[str, dict[str, Answers]]
-    rows: list[Row]
+    rows: list[TaskRow]
     verdicts: list[Verdict]
     seconds: dict[str, float]
     kept: dict[str, int]
@@ -79,7 +79,7 @@ class Evaluation:
     def tasks(self) -> list[str]:
         return list(dict.fromkeys(row.task for row in self.rows))
 
-    def row(self, task: str, engine: str) -> Row:
+    def row(self, task: str, engine: str) -> TaskRow:
         return next(row for row in self.rows if (row.task, row.engine) == (task, engine))
 
     def as_dict(self) -> dict[str, Any]:
@@ -124,10 +124,10 @@ class Evaluation:
         }
 
 
-def run(
+def ask_engines(
     engines: Sequence[Engine],
     selection: Selection,
-    gates: Sequence[Gate],
+    gates: Sequence[LossGate],
     output: Path,
     progress: Progress = silent,
 ) -> Evaluation:
@@ -157,7 +157,7 @@ def run(
         verdicts=_judge(gates, rows, list(answers)[1:]),
         seconds=seconds,
         kept=kept,
-        tools={name: version(name) for name in TOOLS},
+        tools={name: version(name) for name in NAMED_TOOLS},
     )
 
 
@@ -254,21 +254,21 @@ def _answers(samples: list[dict[str, Any]], task: Any, caching: CachingLM, model
     return Answers(tuple(items), metric_of(samples), tokens)
 
 
-def _rows(answers: dict[str, dict[str, Answers]]) -> list[Row]:
+def _rows(answers: dict[str, dict[str, Answers]]) -> list[TaskRow]:
     first = next(iter(answers))
     tasks = list(answers[first])
     rows = [
-        compare(task, label, answers[first][task], answers[label][task], label == first)
+        compare_answers(task, label, answers[first][task], answers[label][task], label == first)
         for task in tasks
         for label in answers
     ]
     if len(tasks) > 1:
         whole = {label: pooled([answers[label][task] for task in tasks]) for label in answers}
-        rows += [compare(ALL, label, whole[first], whole[label], label == first) for label in answers]
+        rows += [compare_answers(ALL, label, whole[first], whole[label], label == first) for label in answers]
     return rows
 
 
-def _judge(gates: Sequence[Gate], rows: Sequence[Row], labels: Sequence[str]) -> list[Verdict]:
+def _judge(gates: Sequence[LossGate], rows: Sequence[TaskRow], labels: Sequence[str]) -> list[Verdict]:
     """A gate judges all tasks together, or the one task that there is, or the task that it names."""
     whole = rows[-1].task
     return [
@@ -279,7 +279,7 @@ def _judge(gates: Sequence[Gate], rows: Sequence[Row], labels: Sequence[str]) ->
     ]
 
 
-def _fails(gate: Gate, row: Row) -> bool:
+def _fails(gate: LossGate, row: TaskRow) -> bool:
     change = row.score_change if gate.unit == "points" else row.nats_change
     if change is None:
         return False

@@ -8,7 +8,7 @@ LogLikelihoods = Callable[[Sequence[tuple[str, str]]], list[float]]
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredItem:
     """One item's answer.
 
     Attributes:
@@ -30,7 +30,7 @@ class Scored:
 
 def scored_items(
     samples: Sequence[dict[str, Any]], kind: str, log_likelihoods: LogLikelihoods
-) -> list[Scored]:
+) -> list[ScoredItem]:
     """The answers to one task.
 
     Args:
@@ -42,7 +42,7 @@ def scored_items(
     samples = [each for each in samples if each["filter"] == samples[0]["filter"]]
     nats = NATS[kind](samples, log_likelihoods)
     return [
-        Scored(
+        ScoredItem(
             item=each["doc_hash"],
             score=_score(each),
             nats=likelihood,

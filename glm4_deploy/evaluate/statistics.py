@@ -5,14 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy import stats
 
-Vector = npt.NDArray[np.float64]
+from glm4_deploy.metrics import Vector
+from glm4_deploy.validate.statistics import CONFIDENCE, SEED
 
-CONFIDENCE = 0.95
-RESAMPLES = 10_000
-SEED = 20250414
+DRAWS = 10_000
 POWER = 0.8  # chance to find the difference that `detectable` names
 LEVEL = 0.05
 # Log-probabilities that differ less are called equal: other batch sizes change them by about 1e-5 in fp32.
@@ -20,7 +18,7 @@ ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MeanEstimate:
     """A number and its 95 % interval."""
 
     value: float
@@ -38,21 +36,21 @@ class Difference:
         test: name of the test that gave p.
     """
 
-    estimate: Estimate
+    estimate: MeanEstimate
     p: float
     test: str
 
 
-def score(values: Sequence[float]) -> Estimate:
+def score(values: Sequence[float]) -> MeanEstimate:
     """Mean of the items' scores. Interval: Wilson's for right and wrong, else from resampling the items."""
     x = np.asarray(values, np.float64)
     if _is_binary(x):
         interval = stats.binomtest(int(x.sum()), len(x)).proportion_ci(CONFIDENCE, "wilson")
-        return Estimate(float(x.mean()), float(interval.low), float(interval.high))
+        return MeanEstimate(float(x.mean()), float(interval.low), float(interval.high))
     return _mean(x)
 
 
-def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
     """Compare two engines on the same items.
 
     p is McNemar's exact test for right and wrong (McNemar, "Note on the sampling error of the difference between
@@ -84,14 +82,14 @@ def detectable(differing: float, items: int) -> float:
     return max(float(z * math.sqrt(differing / items)), 6 / items)
 
 
-def _mean(x: Vector) -> Estimate:
+def _mean(x: Vector) -> MeanEstimate:
     """The mean, with the percentiles of the means of resampled items (the paired bootstrap, for differences)."""
     if np.ptp(x) == 0:
-        return Estimate(float(x[0]), float(x[0]), float(x[0]))
+        return MeanEstimate(float(x[0]), float(x[0]), float(x[0]))
     chance, tail = np.random.default_rng(SEED), (1 - CONFIDENCE) / 2
     means = _chunked(lambda count: x[chance.integers(0, len(x), (count, len(x)))].mean(-1), len(x))
     low, high = np.quantile(means, (tail, 1 - tail))
-    return Estimate(float(x.mean()), float(low), float(high))
+    return MeanEstimate(float(x.mean()), float(low), float(high))
 
 
 def sign_flip_p(x: Vector) -> float:
@@ -105,9 +103,9 @@ def sign_flip_p(x: Vector) -> float:
 
 
 def _chunked(draw: Callable[[int], Vector], items: int) -> Vector:
-    """RESAMPLES numbers, drawn so many at a time that memory stays below about 100 MB."""
-    at_once = max(1, min(RESAMPLES, 5_000_000 // items))
-    left, parts = RESAMPLES, []
+    """DRAWS numbers, drawn so many at a time that memory stays below about 100 MB."""
+    at_once = max(1, min(DRAWS, 5_000_000 // items))
+    left, parts = DRAWS, []
     while left > 0:
         parts.append(draw(min(at_once, left)))
         left -= at_once

@@ -1,8 +1,8 @@
 """The result as one table of text."""
 
-from glm4_deploy.evaluate.comparison import Row
+from glm4_deploy.evaluate.comparison import TaskRow
 from glm4_deploy.evaluate.run import Evaluation
-from glm4_deploy.evaluate.statistics import Difference, Estimate
+from glm4_deploy.evaluate.statistics import Difference, MeanEstimate
 
 HEADINGS = ("task", "engine", "score", "change", "p", "lost", "won", "log-prob.", "change", "p", "tokens")
 LEFT = 2  # columns that are text
@@ -21,7 +21,7 @@ def table(found: Evaluation) -> str:
     )
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: TaskRow) -> tuple[str, ...]:
     """A row's values as text, in the order of HEADINGS; empty if not measured."""
     first = row.score_change is None and row.nats_change is None
     return (
@@ -37,7 +37,7 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def percent(score: Estimate) -> str:
+def percent(score: MeanEstimate) -> str:
     return f"{100 * score.value:.1f} % ({100 * score.low:.1f} to {100 * score.high:.1f})"
 
 

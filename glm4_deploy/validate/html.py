@@ -14,7 +14,7 @@ from glm4_deploy.validate.report import Report
 from glm4_deploy.validate.statistics import Estimate
 
 TEMPLATE = "report.html.jinja"
-STYLE = files(__package__).joinpath("style.css").read_text("utf-8")  # of all reports
+PAGE_STYLE = files(__package__).joinpath("style.css").read_text("utf-8")  # of all reports
 PLOTS = ("perplexity", "kl", "drift", "heat")  # headings in the template; a report may lack some
 
 
@@ -39,7 +39,7 @@ def html_page(report: Report) -> str:
     template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text("utf-8"))
     return template.render(
         report=report,
-        style=Markup(STYLE),
+        style=Markup(PAGE_STYLE),
         version=__version__,
         tiles=_tiles(report),
         checks=[_check_row(check) for check in report.checks],

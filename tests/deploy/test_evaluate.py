@@ -21,8 +21,8 @@ pytest.importorskip("lm_eval", reason="needs the extra eval")
 from glm4_deploy.cli import cli
 from glm4_deploy.evaluate import answers
 from glm4_deploy.evaluate.gates import parse_gate
-from glm4_deploy.evaluate.items import KINDS, is_held_out, items
-from glm4_deploy.evaluate.statistics import detectable, difference, mcnemar_p, score, sign_flip_p
+from glm4_deploy.evaluate.items import ITEM_KINDS, is_held_out, items
+from glm4_deploy.evaluate.statistics import detectable, mcnemar_p, paired_difference, score, sign_flip_p
 from glm4_deploy.pipeline import ExportOptions, export
 
 DEMO = Path(__file__).parents[2] / "demo" / "glm4-tiny"
@@ -38,7 +38,7 @@ def native_bundle(tmp_path_factory):
 # ------------------------------------------------------------------------------------ items
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ITEM_KINDS)
 def test_items_depend_on_the_seed_alone(kind):
     one, again, other = (list(islice(items(kind, seed, 100), 50)) for seed in (1, 1, 2))
     assert one == again
@@ -46,13 +46,13 @@ def test_items_depend_on_the_seed_alone(kind):
     assert not {item.prompt for item in one} & {item.prompt for item in other} or kind == "order"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ITEM_KINDS)
 def test_items_for_training_are_never_asked(kind):
     assert all(is_held_out(item) for item in islice(items(kind, 0, 100), 200))
     assert not any(is_held_out(item) for item in islice(items(kind, 0, 100, held_out=False), 200))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ITEM_KINDS)
 def test_there_are_enough_items(kind):
     assert len(list(islice(items(kind, 0, 60), 2000))) == 2000
 
@@ -148,7 +148,7 @@ def test_mcnemar_counts_only_items_that_differ():
     """Ten lost and two won of any number: the binomial's two-sided p is 2 * (1 + 12 + 66) / 4096."""
     first = [1.0] * 10 + [0.0] * 2 + [1.0] * 500
     second = [0.0] * 10 + [1.0] * 2 + [1.0] * 500
-    found = difference(first, second)
+    found = paired_difference(first, second)
     assert found.p == pytest.approx(2 * (1 + 12 + 66) / 4096)
     assert found.test == "McNemar"
     assert found.estimate.value == pytest.approx(-8 / 512)
@@ -156,9 +156,9 @@ def test_mcnemar_counts_only_items_that_differ():
 
 
 def test_equal_answers_and_rounding_are_no_difference():
-    assert difference([1.0, 0.0], [1.0, 0.0]).p == 1
+    assert paired_difference([1.0, 0.0], [1.0, 0.0]).p == 1
     nats = -np.abs(np.random.default_rng(0).normal(3, 1, 200))
-    found = difference(nats, nats - 4e-4)
+    found = paired_difference(nats, nats - 4e-4)
     assert (found.p, found.estimate.value) == (1, 0)
 
 

@@ -14,7 +14,7 @@ from text_task import TEXT, write_text_task
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 
 from glm4_deploy.cli import cli
-from glm4_deploy.evaluate.statistics import difference
+from glm4_deploy.evaluate.statistics import paired_difference
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.task_models import Glm4ForCausalLM
@@ -114,7 +114,7 @@ def test_other_bits_of_the_same_quality_are_no_difference(results):
         half = chance.choice(len(answers), len(answers) // 2, replace=False)
         for name, ps in found.items():
             first, other = ([answers[place][label][name] for place in half] for label in ("fp32", "native"))
-            ps.append(difference(first, other).p)
+            ps.append(paired_difference(first, other).p)
     assert all(sum(p < 0.05 for p in ps) <= 10 for ps in found.values())
 
 
@@ -133,5 +133,7 @@ def test_halves_of_the_items_do_not_make_a_difference(results):
             for pair, keep in zip(pairs, chance.random(len(pairs)) < 0.5, strict=True)
         ]
         for name in alarms:
-            alarms[name] += difference([a[name] for a, _ in swapped], [b[name] for _, b in swapped]).p < 0.05
+            alarms[name] += (
+                paired_difference([a[name] for a, _ in swapped], [b[name] for _, b in swapped]).p < 0.05
+            )
     assert all(count <= 18 for count in alarms.values())  # 5 % of 200, and three standard deviations

@@ -1,4 +1,4 @@
-"""Generated test items: each kind is one file and one row of KINDS.
+"""Generated test items: each kind is one file and one row of ITEM_KINDS.
 
 Items depend on the seed alone. An item is held out if the SHA-256 of its prompt says so: ``demo/train_tasks.py`` never
 trains on held-out items, and ``eval`` asks only held-out items.
@@ -14,7 +14,7 @@ from glm4_deploy.evaluate.items.item import Item
 HELD_OUT = 64  # of 256 values of the first byte of the SHA-256
 TRIES = 200  # per item, before a kind is called exhausted
 
-KINDS: dict[str, Callable[[random.Random, int], Item]] = {
+ITEM_KINDS: dict[str, Callable[[random.Random, int], Item]] = {
     "order": order.item,
     "sums": sums.item,
     "needle": needle.item,
@@ -31,7 +31,7 @@ def items(kind: str, seed: int, length: int, held_out: bool = True) -> Iterator[
     """Different items without end.
 
     Args:
-        kind: a name of KINDS.
+        kind: a name of ITEM_KINDS.
         length: the size of an item's text in words, for kinds with long texts. Other kinds ignore it.
         held_out: the items for tests, or those for training.
 
@@ -41,7 +41,7 @@ def items(kind: str, seed: int, length: int, held_out: bool = True) -> Iterator[
     chance, seen = random.Random(f"{kind} {seed}"), set[str]()
     while True:
         for _ in range(TRIES):
-            item = KINDS[kind](chance, length)
+            item = ITEM_KINDS[kind](chance, length)
             if is_held_out(item) == held_out and item.prompt not in seen:
                 break
         else:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from glm4_deploy.evaluate.items.item import Item
-from glm4_deploy.evaluate.items.order import NAMES
+from glm4_deploy.evaluate.items.order import PERSONS
 
 CITIES = (
     "London", "Paris", "Berlin", "Rome", "Boston", "Tokyo", "Madrid", "Oslo", "Cairo", "Athens", "Vienna", "Lima",
@@ -37,7 +37,7 @@ FUNCTIONS: tuple[tuple[str, str, tuple[tuple[str, dict[str, Any], Value], ...], 
         "send_money",
         "Send money to a person.",
         (
-            ("to", STRING, lambda chance: chance.choice(NAMES)),
+            ("to", STRING, lambda chance: chance.choice(PERSONS)),
             ("amount", INTEGER, lambda chance: chance.randint(100, 99_999)),
         ),
         ("Send {amount} to {to}.", "Please pay {to} {amount}."),
@@ -67,7 +67,7 @@ FUNCTIONS: tuple[tuple[str, str, tuple[tuple[str, dict[str, Any], Value], ...], 
     (
         "call_person",
         "Call a person.",
-        (("name", STRING, lambda chance: chance.choice(NAMES)),),
+        (("name", STRING, lambda chance: chance.choice(PERSONS)),),
         ("Call {name}.", "I must speak to {name}."),
     ),
 )

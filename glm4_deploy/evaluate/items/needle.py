@@ -4,11 +4,11 @@ import random
 
 from glm4_deploy.evaluate.items.item import Item
 
-COLOURS = (
+ADJECTIVES = (
     "amber", "black", "blue", "brown", "gold", "green", "grey", "ivory", "olive", "orange", "pink", "purple", "red",
     "ruby", "silver", "teal", "violet", "white", "yellow", "copper",
 )  # fmt: skip
-THINGS = (
+NOUNS = (
     "anchor", "arrow", "barrel", "basket", "bell", "boat", "bridge", "candle", "castle", "chair", "clock", "crown",
     "door", "drum", "feather", "flag", "gate", "hammer", "harbour", "house", "kettle", "key", "lamp", "letter",
     "mill", "mirror", "pearl", "river", "rope", "ship", "stone", "sword", "table", "tower", "wagon", "wheel",
@@ -18,7 +18,7 @@ WORDS_PER_LINE = 8
 
 def item(chance: random.Random, length: int) -> Item:
     """The text has one line per code, and about ``length`` words. Names get a number if there are too few."""
-    names = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS]
+    names = [f"{colour} {thing}" for colour in ADJECTIVES for thing in NOUNS]
     lines = max(2, length // WORDS_PER_LINE)
     if lines > len(names):
         lines = length // (WORDS_PER_LINE + 1)

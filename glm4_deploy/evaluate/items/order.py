@@ -5,7 +5,7 @@ import random
 
 from glm4_deploy.evaluate.items.item import Item
 
-NAMES = (
+PERSONS = (
     "Ada", "Ben", "Carl", "Dora", "Emil", "Fay", "Greta", "Hugo", "Ida", "Jon", "Karin", "Leo", "Mona", "Nils",
     "Olga", "Paul", "Rosa", "Sven", "Tom", "Una", "Vera", "Will",
 )  # fmt: skip
@@ -20,7 +20,7 @@ SIZE = 5
 
 
 def item(chance: random.Random, _length: int) -> Item:
-    people = chance.sample(NAMES, SIZE)
+    people = chance.sample(PERSONS, SIZE)
     comparative, first, last = chance.choice(SCALES)
     told = [f"{a} is {comparative} than {b}." for a, b in itertools.pairwise(people)]
     chance.shuffle(told)

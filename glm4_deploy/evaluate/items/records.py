@@ -5,7 +5,7 @@ import random
 
 from glm4_deploy.evaluate.items.calls import CITIES
 from glm4_deploy.evaluate.items.item import Item
-from glm4_deploy.evaluate.items.order import NAMES
+from glm4_deploy.evaluate.items.order import PERSONS
 
 TRADES = ("baker", "farmer", "sailor", "nurse", "teacher", "painter", "miller", "lawyer", "cook", "judge")
 SENTENCES = (
@@ -19,7 +19,7 @@ PEOPLE = 3
 
 
 def item(chance: random.Random, _length: int) -> Item:
-    records = [_record(name, chance) for name in chance.sample(NAMES, PEOPLE)]
+    records = [_record(name, chance) for name in chance.sample(PERSONS, PEOPLE)]
     text = " ".join(chance.choice(SENTENCES).format(**record) for record in records)
     wanted = chance.choice(records)
     fields = chance.sample(list(wanted), chance.randint(2, len(wanted)))

@@ -3,16 +3,16 @@
 import random
 
 from glm4_deploy.evaluate.items.item import Item
-from glm4_deploy.evaluate.items.order import NAMES
+from glm4_deploy.evaluate.items.order import PERSONS
 
-THINGS = ("coins", "books", "apples", "stamps", "shells", "cards")
+COUNTED = ("coins", "books", "apples", "stamps", "shells", "cards")
 GAINS, LOSSES = ("finds", "buys", "gets"), ("gives away", "loses", "sells")
-MOST = 400
+LARGEST = 400
 
 
 def item(chance: random.Random, _length: int) -> Item:
-    name, things = chance.choice(NAMES), chance.choice(THINGS)
-    have, gain = chance.randint(10, MOST), chance.randint(10, MOST)
+    name, things = chance.choice(PERSONS), chance.choice(COUNTED)
+    have, gain = chance.randint(10, LARGEST), chance.randint(10, LARGEST)
     loss = chance.randint(1, have + gain - 1)
     both, left = have + gain, have + gain - loss
     prompt = (

@@ -9,15 +9,15 @@ from typing import Any
 from datasets import Dataset
 
 from glm4_deploy.evaluate import answers
-from glm4_deploy.evaluate.items import KINDS, items
+from glm4_deploy.evaluate.items import ITEM_KINDS, items
 
 SHOTS = 64  # training items to take examples from
-DEFAULTS = {"items": 200, "seed": 0, "words": 200}
+ITEM_DEFAULTS = {"items": 200, "seed": 0, "words": 200}
 
 
 def _splits(kind: str, **metadata: Any) -> dict[str, Dataset]:
-    """The items of one kind. ``metadata``: the keys of DEFAULTS, and others that are not read."""
-    wanted = DEFAULTS | {name: int(metadata[name]) for name in DEFAULTS if name in metadata}
+    """The items of one kind. ``metadata``: the keys of ITEM_DEFAULTS, and others that are not read."""
+    wanted = ITEM_DEFAULTS | {name: int(metadata[name]) for name in ITEM_DEFAULTS if name in metadata}
     held_out = items(kind, wanted["seed"], wanted["words"])
     trained = items(kind, wanted["seed"], wanted["words"], held_out=False)
     return {
@@ -26,7 +26,7 @@ def _splits(kind: str, **metadata: Any) -> dict[str, Dataset]:
     }
 
 
-order, sums, needle, calls, records = (partial(_splits, kind) for kind in KINDS)
+order, sums, needle, calls, records = (partial(_splits, kind) for kind in ITEM_KINDS)
 
 
 def _scored(

@@ -8,7 +8,7 @@ prepared.cache_scales   # for the lowered graph
 prepared.report         # for report.json
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from glm4_exporters.quantize.calibrate import Calibration
     from glm4_exporters.quantize.kv_cache import CacheScales
     from glm4_exporters.quantize.overflow import Remedy
-    from glm4_exporters.quantize.smooth import Smoothing
+    from glm4_exporters.quantize.smooth import ScaleSearch, Smoothing
     from glm4_exporters.quantize.static import StaticSmoothQuant
     from glm4_exporters.weights import Edits
 
@@ -114,7 +114,7 @@ def prepare(
     from glm4_exporters.quantize.calibrate import calibrate
     from glm4_exporters.quantize.gptq import round_matrices, those_that_fit
     from glm4_exporters.quantize.kv_cache import MARGIN, cache_scales
-    from glm4_exporters.quantize.overflow import Remedy, audit, remedies, require_range
+    from glm4_exporters.quantize.overflow import Remedy, remedies, require_range
     from glm4_exporters.quantize.smooth import Smoothing
 
     awq = _awq(source, form) if text.given else None
@@ -124,18 +124,7 @@ def prepare(
     smoothing = Smoothing()
     for search in searches:
         smoothing = smoothing.then(search.smoothing)
-    report: dict[str, Any] = {
-        "text": text.origin,
-        "tokens": calibration.tokens,
-        "sequences": calibration.sequences,
-        "largest_activations": audit(calibration, smoothing),
-    }
-    if searches:
-        report["scales"] = [
-            {"tensors": list(c.names), "method": c.method, "error_before": c.error_before, "error": c.error}
-            for search in searches
-            for c in search.choices
-        ]
+    report = _report(text, calibration, smoothing, searches)
     if awq is not None:
         report["rounded_on_tokens"] = sum(map(len, those_that_fit(text.sequences, source.config)))
     remedy = Remedy()
@@ -162,6 +151,30 @@ def prepare(
         else _input_scales(form, calibration, smoothing, static, remedy),
         report,
     )
+
+
+def _report(
+    text: CalibrationText,
+    calibration: "Calibration",
+    smoothing: "Smoothing",
+    searches: "Sequence[ScaleSearch]",
+) -> dict[str, Any]:
+    """What ``report.json`` says of the calibration."""
+    from glm4_exporters.quantize.overflow import audit
+
+    report: dict[str, Any] = {
+        "text": text.origin,
+        "tokens": calibration.tokens,
+        "sequences": calibration.sequences,
+        "largest_activations": audit(calibration, smoothing),
+    }
+    if searches:
+        report["scales"] = [
+            {"tensors": list(c.names), "method": c.method, "error_before": c.error_before, "error": c.error}
+            for search in searches
+            for c in search.choices
+        ]
+    return report
 
 
 def _static(source: Checkpoint, form: Form) -> "StaticSmoothQuant | None":

@@ -252,10 +252,15 @@ def _rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
 
 
 def _gate_rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
+    from glm4_deploy.validate.gates import measured_and_limit
+
     found, parity = result.verdict(), result.parity
     if found is None or parity is None:
         return []
     rows = [("gate", f"{found['name']}: {found['verdict']} on {found['text']}")]
+    rows += [
+        ("", measured_and_limit(each["metric"], each["value"], each["limit"])) for each in found["checks"]
+    ]
     if parity.label_agreement is not None:
         rows.insert(0, ("labels", f"{100 * parity.label_agreement:.2f} % the same"))
     if found["verdict"] == "not judged":

@@ -300,6 +300,7 @@ def _rows(report: "Report") -> list[tuple[str, str]]:
         rows.append(("at export", f"{name}: {verdict} on {text}"))
     if report.gate is not None:
         rows.append(("gate", f"{report.gate}: {report.verdict}{_left_open(report)}"))
+        rows += [("", check.brief) for check in report.checks]
         if report.next_step is not None:
             rows.append(("next step", report.next_step))
     rows += [("note" if place == 0 else "", note) for place, note in enumerate(report.notes)]

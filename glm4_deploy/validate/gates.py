@@ -89,10 +89,20 @@ class Check:
         return self.value >= self.limit if METRICS[self.metric].at_least else self.value <= self.limit
 
     @property
+    def brief(self) -> str:
+        return measured_and_limit(self.metric, self.value, self.limit)
+
+    @property
     def line(self) -> str:
         sense = "at least" if METRICS[self.metric].at_least else "at most"
         value = "not measured" if self.value is None else f"{self.value:.6g}"
         return f"{self.metric} is {value}, must be {sense} {self.limit:g} ({METRICS[self.metric].says})"
+
+
+def measured_and_limit(metric: str, value: float | None, limit: float) -> str:
+    """One limit with its measurement, for a table."""
+    sense = "at least" if METRICS[metric].at_least else "at most"
+    return f"{metric} {'not measured' if value is None else f'{value:.6g}'} ({sense} {limit:g})"
 
 
 @dataclass(frozen=True)

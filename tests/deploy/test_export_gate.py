@@ -1,6 +1,7 @@
 """Export and validate have one gate: the same limits, the same words."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,7 @@ def test_export_and_validate_agree_on_the_demo(tmp_path, run):
     code, out, _ = run("export", DEMO, bundle)
     assert code == 0
     assert "default, int8: passed on heldout.txt" in out
+    assert re.search(r"kl_mean \S+ \(at most 0.001\)", out)
     kept = json.loads((bundle / "report.json").read_text())["gate"]
     assert kept["verdict"] == "passed"
     assert {"kl_mean", "top1_agreement"} <= {check["metric"] for check in kept["checks"] if check["judged"]}
@@ -75,6 +77,7 @@ def test_export_and_validate_agree_on_the_demo(tmp_path, run):
     )
     assert code == 0
     assert "default, int8: passed on heldout.txt" in out
+    assert re.search(r"kl_mean \S+ \(at most 0.001\)", out)
     assert "every sub-block is in its band" in out
 
 

@@ -13,7 +13,6 @@ from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.bundle.files import checked_at_opening
 from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import BundleError, Glm4Error
-from glm4_runtime.side_files import check_bundle
 
 if TYPE_CHECKING:
     from glm4_exporters.config import Glm4Config
@@ -95,6 +94,8 @@ def _fitting(sizes: Mapping[str, int], kv_per_token: int, gib: int) -> list[str]
 
 
 def inspect_bundle(path: Path) -> dict[str, Any]:
+    from glm4_runtime.side_files import check_bundle
+
     manifest = read_manifest(path)
     report = path / REPORT
     return {

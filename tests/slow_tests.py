@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 LIST = Path(__file__).with_name("slow.txt")
-LIMIT = 3.0  # seconds
-FAR = 2.5  # times the limit, from which a run says that the list is out of date
+LIMIT = 1.0  # seconds
+FAR = 7.5  # times the limit, from which a run says that the list is out of date
 spent = pytest.StashKey[Counter]()
 
 

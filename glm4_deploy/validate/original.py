@@ -34,7 +34,8 @@ def open_original(path: Path, reference: Checkpoint) -> Checkpoint:
     """
     if reference.source is None:
         raise RequestError(
-            f"{reference.folder} is not quantized, so it has no original to compare with; give --against a bundle"
+            f"{path} is a checkpoint, not a bundle; --against takes one only if the reference is quantized, and "
+            f"{reference.folder} is not. Give a bundle"
         )
     original = Checkpoint.load(path, reference.task)
     wrong = None

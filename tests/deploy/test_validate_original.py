@@ -64,7 +64,7 @@ def test_the_command_says_whose_loss_is_whose(kept):
     [
         (QUANTIZED, DATA / "gptq-4", "gptq-4 is quantized too; give --against the checkpoint before"),
         (QUANTIZED, None, "is another model than"),
-        (ORIGINAL, ORIGINAL, "is not quantized, so it has no original"),
+        (ORIGINAL, ORIGINAL, "only if the reference is quantized"),
     ],
 )
 def test_what_is_no_original(kept, tmp_path, reference, original, said):

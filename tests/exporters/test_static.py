@@ -16,7 +16,7 @@ def site_of(sample, absmax=None):
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(96, sample.shape[1], generator=generator)
     absmax = sample.abs().amax(0).numpy() if absmax is None else absmax
-    statistics = InputStatistics(absmax, *(np.zeros(1, np.float32),) * 3)
+    statistics = InputStatistics(absmax, *(np.zeros(1, np.float32),) * 2)
     return Site(NAMES, statistics, sample, weights, weights.abs().amax(0), (32, 32, 32))
 
 

@@ -146,9 +146,11 @@ def _add_operations(app: FastAPI, served: ServedModel) -> None:
         served.require_ready()
         return Json({"status": "ready"})
 
-    @app.get("/health/replicas", tags=["operations"], summary="The replicas that are alive, and their load.")
+    @app.get("/health/replicas", include_in_schema=False)  # only a backend with replicas has this route
     async def replicas() -> Response:
         found = served.stats_by_replica()
+        if not found:
+            raise ApiError(404, "this server has no replicas; /health/ready says whether it takes requests")
         load = {
             name: {"active": one.active, "queued": one.queued, "slots": one.slots}
             for name, one in found.items()

@@ -1,7 +1,7 @@
 """Generated test items: each kind is one file and one row of ITEM_KINDS.
 
-Items depend on the seed alone. An item is held out if the SHA-256 of its prompt says so: ``demo/train_tasks.py`` never
-trains on held-out items, and ``eval`` asks only held-out items.
+Items depend on the seed alone. The SHA-256 of an item's prompt says whether the item is held out. ``eval`` asks only
+held-out items; the others serve as solved examples.
 """
 
 import random
@@ -33,7 +33,7 @@ def items(kind: str, seed: int, length: int, held_out: bool = True) -> Iterator[
     Args:
         kind: a name of ITEM_KINDS.
         length: the size of an item's text in words, for kinds with long texts. Other kinds ignore it.
-        held_out: the items for tests, or those for training.
+        held_out: the items to ask, or those for examples.
 
     Raises:
         ValueError: the kind has no further items.

@@ -10,19 +10,21 @@ from datasets import Dataset
 
 from glm4_deploy.evaluate import answers
 from glm4_deploy.evaluate.items import ITEM_KINDS, items
+from glm4_deploy.evaluate.task_list import Selection
 
-SHOTS = 64  # training items to take examples from
-ITEM_DEFAULTS = {"items": 200, "seed": 0, "words": 200}
+EXAMPLES = 64  # items to take solved examples from
 
 
 def _splits(kind: str, **metadata: Any) -> dict[str, Dataset]:
-    """The items of one kind. ``metadata``: the keys of ITEM_DEFAULTS, and others that are not read."""
-    wanted = ITEM_DEFAULTS | {name: int(metadata[name]) for name in ITEM_DEFAULTS if name in metadata}
-    held_out = items(kind, wanted["seed"], wanted["words"])
-    trained = items(kind, wanted["seed"], wanted["words"], held_out=False)
+    """The items of one kind. ``metadata`` may have seed, words and items of a Selection; other keys are not read."""
+    usual = Selection()
+    seed, words, count = (
+        int(metadata.get(name, getattr(usual, name))) for name in ("seed", "words", "items")
+    )
+    asked, examples = (items(kind, seed, words, held_out) for held_out in (True, False))
     return {
-        "test": Dataset.from_list([vars(item) for item in islice(held_out, wanted["items"])]),
-        "train": Dataset.from_list([vars(item) for item in islice(trained, SHOTS)]),
+        "test": Dataset.from_list([vars(item) for item in islice(asked, count)]),
+        "train": Dataset.from_list([vars(item) for item in islice(examples, EXAMPLES)]),
     }
 
 

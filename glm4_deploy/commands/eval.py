@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     help="Also ask the checkpoint, by transformers in float32, and compare with it: a folder, or a name on the hub.",
 )
 @click.option(
+    "--revision", metavar="NAME", help="Branch, tag or commit, if the reference is a name on the hub."
+)
+@click.option(
     "--tasks",
     default="glm4",
     show_default=True,
@@ -77,6 +80,7 @@ if TYPE_CHECKING:
 def command(
     engines: tuple[str, ...],
     reference: Path | None,
+    revision: str | None,
     tasks: str,
     items: int,
     words: int,
@@ -101,27 +105,30 @@ def command(
     except ModuleNotFoundError as error:
         raise RequestError(f"eval needs {error.name}; run {install_command('eval')}") from error
     with show.shown_progress() as progress:
-        folder = None if reference is None else hub.local_folder(reference, None, progress)
+        folder = None if reference is None else hub.local_folder(reference, revision, progress)
     found = find_engines(engines, folder)
     selection = Selection(_names(tasks), items, words, shots, seed, chat)
     expected = foreseen(selection)
     limits = _gates(gates, found, list(expected))
     for name, (count, least) in expected.items():
-        click.echo(f"{name}: {count} items show a difference of about {100 * least:.1f} points", err=True)
+        shown = (
+            f"a difference of about {100 * least:.1f} points"
+            if least <= 1
+            else "no difference, there are too few"
+        )
+        click.echo(f"{name}: {count} items show {shown}", err=True)
     with show.shown_progress() as progress:
         evaluation = ask_engines(found, selection, limits, output, progress)
     _write(evaluation, output)
     _print(evaluation, output, as_json)
     if evaluation.failed:
-        for verdict in evaluation.failed:
-            click.echo(f"failed: {verdict.line}", err=True)
         raise GateError(f"{len(evaluation.failed)} of {len(evaluation.verdicts)} gates failed")
 
 
 def _prepare_harness() -> None:
     """Before the harness is imported: no warning of forks, and no key for its client of servers."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OPENAI_API_KEY", "none")
+    os.environ.setdefault("OPENAI_API_KEY", os.environ.get("GLM4_API_KEY", "none"))
 
 
 def _names(tasks: str) -> tuple[str, ...]:
@@ -161,4 +168,6 @@ def _print(evaluation: "Evaluation", output: Path, as_json: bool) -> None:
     print(table(evaluation))
     for verdict in evaluation.verdicts:
         print(f"{'failed' if verdict.failed else 'passed'}: {verdict.line}")
+    for warning in evaluation.warnings:
+        print(f"warning: {warning}")
     print(f"report: {output / 'report.html'}")

@@ -18,11 +18,13 @@ class Answers:
     Attributes:
         metric: name of the task's metric; None if the task has only log-probabilities.
         tokens: mean tokens of a generated answer; None if the task generates none.
+        cut: number of prompts that are longer than the engine has room for.
     """
 
     items: tuple[ScoredItem, ...]
     metric: str | None
     tokens: float | None = None
+    cut: int = 0
 
     @property
     def scores(self) -> list[float]:

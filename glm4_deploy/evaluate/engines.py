@@ -1,6 +1,7 @@
 """The engines to ask: bundles, servers, and a checkpoint as the reference. Each is a model of the harness."""
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def _of_server(label: str, url: str, reference: Path | None) -> Engine:
         raise RequestError(f"{url} gives no tokenizer to the harness; add --reference CHECKPOINT")
     base = url.rstrip("/").removesuffix("/completions").removesuffix("/v1") + "/v1"
     try:
-        listed = httpx.get(f"{base}/models", timeout=PROBE_SECONDS)
+        listed = httpx.get(f"{base}/models", timeout=PROBE_SECONDS, headers=_key())
         listed.raise_for_status()
         model = listed.json()["data"][0]
     except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
@@ -95,9 +96,16 @@ def _of_server(label: str, url: str, reference: Path | None) -> Engine:
         "tokenizer_backend": "huggingface",
         "add_bos_token": True,
         "num_concurrent": 4,
+        **({"max_length": model["max_model_len"]} if "max_model_len" in model else {}),
     }
     identity = hashlib.sha256(f"{base} {model}".encode()).hexdigest()
     return Engine(label or model["id"], base, identity, lambda: _made("local-completions", arguments))
+
+
+def _key() -> dict[str, str]:
+    """The header with GLM4_API_KEY, as ``bench-serve`` sends it. The harness reads the same key from OPENAI_API_KEY."""
+    key = os.environ.get("GLM4_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _of_checkpoint(folder: Path) -> Engine:

@@ -1,11 +1,12 @@
 """Asks every engine every item, and compares the answers with the first engine's."""
 
+import contextlib
 import gc
 import hashlib
 import logging
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +23,12 @@ from glm4_deploy.evaluate.engines import Engine
 from glm4_deploy.evaluate.gates import LossGate
 from glm4_deploy.evaluate.scored import metric_of, scored_items
 from glm4_deploy.evaluate.statistics import detectable
-from glm4_deploy.evaluate.task_list import Selection, load_tasks
+from glm4_deploy.evaluate.task_list import Selection, load_tasks, require_usable
 from glm4_runtime.progress import Progress, silent
 
 ASSUMED = 0.05  # share of the items that two engines answer differently, before they are asked
 KEPT = "answers"  # folder of the answers that were given
+CUTS = ("generate_until", "multiple_choice", "loglikelihood")  # the harness cuts long prompts of these
 NAMED_TOOLS = ("glm4-deploy", "lm_eval", "numpy", "scipy")
 
 
@@ -42,7 +44,7 @@ class Verdict:
     def line(self) -> str:
         change = self.row.score_change if self.gate.unit == "points" else self.row.nats_change
         if change is None:
-            return f"{self.row.engine}, {self.row.task}: not measured ({self.gate.text})"
+            return f"{self.row.engine}, {self.row.task}: {self.gate.unit} are not measured by these tasks ({self.gate.text})"
         value = (
             f"{100 * change.estimate.value:+.2f} points"
             if self.gate.unit == "points"
@@ -58,8 +60,9 @@ class Evaluation:
     Attributes:
         answers: engine's label to task to its answers.
         rows: one per task and engine, and one per engine for all tasks together.
-        seconds: engine's label to the time of its answers, without those that were kept from an earlier run.
+        seconds: engine's label to the time in which it was opened and answered what had not been kept.
         kept: engine's label to the number of requests whose answers were kept from an earlier run.
+        warnings: one line each.
     """
 
     engines: list[Engine]
@@ -69,6 +72,7 @@ class Evaluation:
     verdicts: list[Verdict]
     seconds: dict[str, float]
     kept: dict[str, int]
+    warnings: list[str]
     tools: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -120,6 +124,7 @@ class Evaluation:
                 ]
                 for task, answers in self.answers[first].items()
             },
+            "warnings": self.warnings,
             "tools": self.tools,
         }
 
@@ -157,13 +162,29 @@ def ask_engines(
         verdicts=_judge(gates, rows, list(answers)[1:]),
         seconds=seconds,
         kept=kept,
+        warnings=_warnings(answers),
         tools={name: version(name) for name in NAMED_TOOLS},
     )
 
 
+def _warnings(answers: dict[str, dict[str, Answers]]) -> list[str]:
+    return [
+        f"{found.cut} of {len(found.items)} prompts of {task} do not fit into {label} and lost their beginning"
+        for label, tasks in answers.items()
+        for task, found in tasks.items()
+        if found.cut
+    ]
+
+
 def foreseen(selection: Selection) -> dict[str, tuple[int, float]]:
-    """For each task: its number of items, and the smallest difference of the score that they are likely to show."""
-    counts = {name: _count(task, selection.items) for name, task in load_tasks(selection).items()}
+    """For each task: its number of items, and the smallest difference of the score that they are likely to show.
+
+    Raises:
+        RequestError: a task is unknown or cannot be used.
+    """
+    tasks = load_tasks(selection)
+    require_usable(tasks)
+    counts = {name: _count(task, selection.items) for name, task in tasks.items()}
     return {name: (count, detectable(ASSUMED, count)) for name, count in counts.items()}
 
 
@@ -176,15 +197,15 @@ class _Counting(CacheHook):  # type: ignore[misc]  # the harness has no types
 
     def __init__(self, caching: CachingLM, report: Callable[[int], None]) -> None:
         super().__init__(caching)
-        self._report, self._count = report, 0
+        self._report, self.count = report, 0
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
         super().add_partial(attr, req, res)
-        self._count += 1
-        self._report(self._count)
+        self.count += 1
+        self._report(self.count)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
     """Hide the harness's own progress bars: it passes ``disable=False``, so no setting of tqdm's does."""
     plain = tqdm.__init__
@@ -216,15 +237,12 @@ def _ask(
     stage = f"ask {engine.label}"
     progress(stage, 0, 0)
     model = engine.open()
-    name = hashlib.sha256(f"{engine.identity} {selection.chat}".encode()).hexdigest()[:24]
-    caching = CachingLM(model, str(folder / f"{name}.db"))
-    before = len(caching.dbdict)
+    caching = CachingLM(model, str(_kept_file(folder, engine, selection)))
     try:
         tasks = load_tasks(selection)
         total = sum(_requests(task, selection.items) for task in tasks.values())
-        model.set_cache_hook(
-            _Counting(caching, lambda count: progress(stage, min(count + before, total), total))
-        )
+        hook = _Counting(caching, lambda count: progress(stage, min(count, total), total))
+        model.set_cache_hook(hook)
         samples = ask_harness(
             lm=caching,
             task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
@@ -235,11 +253,30 @@ def _ask(
             fewshot_as_multiturn=selection.chat,
         )["samples"]
         found = {task: _answers(samples[task], tasks[task], caching, model) for task in tasks}
-        return found, before
+        progress(stage, total, total)
+        return found, sum(_requested(tasks[name], found[name]) for name in tasks) - hook.count
     finally:
         caching.dbdict.close()
         del caching, model
         gc.collect()
+
+
+def _requested(task: Any, answers: Answers) -> int:
+    """How many requests a task made: the harness's, and ours for the right answers of generated ones."""
+    return len(task.instances) + (len(answers.nats) if task.OUTPUT_TYPE == "generate_until" else 0)
+
+
+def _kept_file(folder: Path, engine: Engine, selection: Selection) -> Path:
+    """The file of an engine's answers. Answers of another template or version are not used; a damaged file is removed."""
+    told = f"{engine.identity} {selection.chat} {[version(name) for name in NAMED_TOOLS]}"
+    file = folder / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.db"
+    if file.exists():
+        try:
+            with contextlib.closing(sqlite3.connect(file)) as kept:
+                kept.execute("PRAGMA quick_check")
+        except sqlite3.DatabaseError:
+            file.unlink()
+    return file
 
 
 def _answers(samples: list[dict[str, Any]], task: Any, caching: CachingLM, model: LM) -> Answers:
@@ -247,11 +284,18 @@ def _answers(samples: list[dict[str, Any]], task: Any, caching: CachingLM, model
         asked = [Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(pairs)]
         return [float(total) for total, _ in caching.loglikelihood(asked)] if asked else []
 
+    def tokens_of(text: str) -> int:
+        return len(model.tok_encode(text, add_special_tokens=False))
+
     items = scored_items(samples, task.OUTPUT_TYPE, log_likelihoods)
-    tokens = None
-    if task.OUTPUT_TYPE == "generate_until":
-        tokens = fmean(len(model.tok_encode(each.answer, add_special_tokens=False)) for each in items)
-    return Answers(tuple(items), metric_of(samples), tokens)
+    generates = task.OUTPUT_TYPE == "generate_until"
+    room = model.max_length - (task.config.generation_kwargs.get("max_gen_toks", 0) if generates else 0)
+    return Answers(
+        tuple(items),
+        metric_of(samples),
+        fmean(tokens_of(each.answer) for each in items) if generates else None,
+        sum(tokens_of(each.prompt) > room for each in items) if task.OUTPUT_TYPE in CUTS else 0,
+    )
 
 
 def _rows(answers: dict[str, dict[str, Answers]]) -> list[TaskRow]:
@@ -280,8 +324,9 @@ def _judge(gates: Sequence[LossGate], rows: Sequence[TaskRow], labels: Sequence[
 
 
 def _fails(gate: LossGate, row: TaskRow) -> bool:
+    """Whether the loss exceeds the gate's. A gate whose unit these tasks do not measure fails, too."""
     change = row.score_change if gate.unit == "points" else row.nats_change
     if change is None:
-        return False
+        return True
     loss = -change.estimate.value * (100 if gate.unit == "points" else 1)
     return loss >= gate.loss and loss > 0 and change.p < gate.p

@@ -1,8 +1,12 @@
 """What one engine answered: a score, a log-probability and a text for each item of each task."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from glm4_runtime.errors import Glm4Error
+from glm4_runtime.reasoning import begins_inside
 
 LogLikelihoods = Callable[[Sequence[tuple[str, str]]], list[float]]
 
@@ -38,9 +42,16 @@ def scored_items(
         kind: the task's ``output_type``.
         log_likelihoods: gives the log-probability of each continuation behind its context, in nats. For generated
             answers, the right answer's log-probability is measured by it.
+
+    Raises:
+        Glm4Error: a log-probability is not a number.
     """
     samples = [each for each in samples if each["filter"] == samples[0]["filter"]]
     nats = NATS[kind](samples, log_likelihoods)
+    if any(each is not None and not math.isfinite(each) for each in nats):
+        raise Glm4Error(
+            "the engine gives log-probabilities that are no numbers; find the cause with validate --layers"
+        )
     return [
         ScoredItem(
             item=each["doc_hash"],
@@ -75,7 +86,13 @@ def _of_choices(samples: Sequence[dict[str, Any]], _: LogLikelihoods) -> list[fl
 
 
 def _of_generated(samples: Sequence[dict[str, Any]], log_likelihoods: LogLikelihoods) -> list[float | None]:
-    texts = [each["target"] if isinstance(each["target"], str) else None for each in samples]
+    """Log-probability of the target. A prompt that begins a thought has none: the answer would come after it."""
+    texts = [
+        each["target"]
+        if isinstance(each["target"], str) and not begins_inside(each["arguments"][0][0])
+        else None
+        for each in samples
+    ]
     pairs = [
         (each["arguments"][0][0], text if text[:1].isspace() else f" {text}")
         for each, text in zip(samples, texts, strict=True)

@@ -1,13 +1,15 @@
 """Tasks by name: the shipped ones, a user's YAML file or folder, and the harness's own."""
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lm_eval.tasks import TaskManager
 
-from glm4_runtime.errors import RequestError
+from glm4_runtime.errors import Glm4Error, RequestError, one_line
 
 SHIPPED = "glm4"
 FOLDER = Path(__file__).parent / "tasks"
@@ -46,26 +48,58 @@ def load_tasks(selection: Selection) -> dict[str, Any]:
         raise RequestError(
             f"there is no file {missing}; give a task's name, a *.yaml file, or a folder of these"
         )
-    manager = TaskManager(
-        include_path=[str(FOLDER), *(str(path if path.is_dir() else path.parent) for path in files)],
-        include_defaults=any(not name.startswith(SHIPPED) and not _is_path(name) for name in selection.names),
-        metadata={"items": selection.items, "words": selection.words, "seed": selection.seed},
-    )
+    with _one_line():
+        manager = TaskManager(
+            include_path=[str(FOLDER), *(str(path if path.is_dir() else path.parent) for path in files)],
+            include_defaults=any(
+                not name.startswith(SHIPPED) and not _is_path(name) for name in selection.names
+            ),
+            metadata={"items": selection.items, "words": selection.words, "seed": selection.seed},
+        )
     wanted = [spec for name in selection.names for spec in _specs(name)]
     unknown = sorted(spec for spec in wanted if not _is_path(spec) and spec not in manager.all_tasks)
     if unknown:
         raise RequestError(
             f"there is no task {unknown[0]}; `lm_eval ls tasks` lists the harness's, {SHIPPED} is ours"
         )
-    try:
+    if not wanted:
+        raise RequestError(f"{', '.join(selection.names)} has no *.yaml file; give a task's file or its name")
+    with _one_line():
         tasks: dict[str, Any] = manager.load(wanted)["tasks"]
+        for task in tasks.values():
+            _set_shots(task, selection)
+    return tasks
+
+
+def require_usable(tasks: Mapping[str, Any]) -> None:
+    """Make the first prompts of each task, which finds most faults of a task's file before the work.
+
+    Raises:
+        RequestError: a task has no items, or no prompt can be made of an item.
+    """
+    with _one_line():
+        for name, task in tasks.items():
+            if not len(task.eval_docs):
+                raise RequestError(f"the task {name} has no items; give it data")
+            task.build_all_requests(limit=1)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Any error of the harness or of a task's own code as one line."""
+    try:
+        yield
+    except Glm4Error:
+        raise
     except (OSError, ConnectionError) as error:
         raise RequestError(
-            f"the data of a task cannot be read ({type(error).__name__}); the harness's tasks need a network, {SHIPPED} needs none"
+            f"the data of a task cannot be read ({type(error).__name__}); the harness's tasks need a network, "
+            f"{SHIPPED} needs none"
         ) from error
-    for task in tasks.values():
-        _set_shots(task, selection)
-    return tasks
+    except Exception as error:
+        raise RequestError(
+            f"a task cannot be used: {type(error).__name__}: {one_line(str(error), 300)}; correct the task's file"
+        ) from error
 
 
 def _set_shots(task: Any, selection: Selection) -> None:

@@ -273,11 +273,11 @@ def test_an_interrupted_run_continues(run_eval, demo_bundle, monkeypatch):
     plain = BundleModel._loglikelihood_tokens
 
     def stopping(self, requests, **options):
-        found = plain(self, requests[:10], **options)
         asked.append(len(requests))
-        if len(asked) == 1:
-            raise Glm4Error("stopped")
-        return found if len(requests) <= 10 else plain(self, requests, **options)
+        if len(asked) > 1:
+            return plain(self, requests, **options)
+        plain(self, requests[:10], **options)
+        raise Glm4Error("stopped")
 
     monkeypatch.setattr(BundleModel, "_loglikelihood_tokens", stopping)
     options = ("--tasks", "glm4_order", "--items", "12")
@@ -296,8 +296,10 @@ def test_other_options_do_not_use_kept_answers_of_the_template(run_eval, demo_bu
     assert plain["items"]["glm4_records"][0]["sha256"] == chat["items"]["glm4_records"][0]["sha256"]
 
 
-def test_a_server_answers_as_its_bundle(run_eval, demo_bundle):
-    with serving(Session.open(demo_bundle), ServerOptions(port=0)) as server:
+def test_a_server_answers_as_its_bundle(run_eval, demo_bundle, monkeypatch):
+    monkeypatch.setenv("GLM4_API_KEY", "secret")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with serving(Session.open(demo_bundle), ServerOptions(port=0, api_keys=("secret",))) as server:
         found, results = run_eval(
             f"bundle={demo_bundle}",
             f"server={server.url}",
@@ -312,6 +314,72 @@ def test_a_server_answers_as_its_bundle(run_eval, demo_bundle):
     rows = {row["engine"]: row for row in results["rows"]}
     assert rows["server"]["nats"] == pytest.approx(rows["bundle"]["nats"], abs=1e-3)
     assert rows["reference"]["nats"] == pytest.approx(rows["bundle"]["nats"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"task: held_out_text": "task: ["}, "ParserError"),
+        ({"task: held_out_text": "other: x"}, "Unknown config shape"),
+        ({"{{after}}": "{{missing}}"}, "'missing' is undefined"),
+        ({"{{after}}": "{{after"}, "TemplateSyntaxError"),
+        ({"type: loglikelihood": "type: nonsense"}, "invalid output_type"),
+        ({"text.jsonl": "nothing.jsonl"}, "data of a task cannot be read"),
+    ],
+)
+def test_faults_of_a_task_file_are_one_line_before_the_work(run_eval, demo_bundle, tmp_path, changed, said):
+    task = write_text_task(tmp_path, 4)
+    for old, new in changed.items():
+        assert old in task.read_text("utf-8")
+        task.write_text(task.read_text("utf-8").replace(old, new), "utf-8")
+    found, results = run_eval(demo_bundle, "--tasks", task)
+    assert isinstance(found.exception, RequestError)
+    assert said in str(found.exception)
+    assert "\n" not in str(found.exception)
+    assert "ask fp32" not in found.output
+    assert results is None
+
+
+def test_a_gate_that_cannot_be_measured_fails(run_eval, demo_bundle, native_bundle, tmp_path):
+    task = write_text_task(tmp_path, 4)
+    text = task.read_text("utf-8").replace("type: loglikelihood", "type: loglikelihood_rolling")
+    task.write_text(text.replace("metric: acc", "metric: word_perplexity"), "utf-8")
+    found, _ = run_eval(
+        f"a={demo_bundle}", f"b={native_bundle}", "--tasks", task, "--gate", "*: -1 points at p < 0.05"
+    )
+    assert isinstance(found.exception, GateError)
+    assert "points are not measured by these tasks" in found.output
+
+
+def test_log_probabilities_that_are_no_numbers_are_an_error(run_eval, demo_bundle, monkeypatch):
+    from glm4_deploy.harness.model import BundleModel
+
+    monkeypatch.setattr(
+        BundleModel, "_loglikelihood_tokens", lambda _, asked, **__: [(float("nan"), False)] * len(asked)
+    )
+    found, results = run_eval(demo_bundle, "--tasks", "glm4_order", "--items", "2")
+    assert "no numbers" in str(found.exception)
+    assert results is None
+
+
+def test_prompts_that_do_not_fit_are_named(run_eval, demo_bundle):
+    found, results = run_eval(demo_bundle, "--tasks", "glm4_needle", "--words", "3000", "--items", "2")
+    assert results["warnings"] == [
+        "2 of 2 prompts of glm4_needle do not fit into fp32 and lost their beginning"
+    ]
+    assert f"warning: {results['warnings'][0]}" in found.output
+
+
+def test_damaged_answers_are_asked_again(run_eval, demo_bundle, tmp_path):
+    options = ("--tasks", "glm4_order", "--items", "2")
+    _, first = run_eval(demo_bundle, *options)
+    (kept,) = (tmp_path / "out" / "answers").iterdir()
+    kept.write_bytes(b"x" * 1000)
+    found, second = run_eval(demo_bundle, *options)
+    assert found.exit_code == 0, found.output
+    assert second["engines"][0]["kept_requests"] == 0
+    assert second["rows"] == first["rows"]
+    assert run_eval(demo_bundle, *options)[1]["engines"][0]["kept_requests"] == 10
 
 
 @pytest.mark.parametrize(

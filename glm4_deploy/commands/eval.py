@@ -106,7 +106,7 @@ def command(
         raise RequestError(f"eval needs {error.name}; run {install_command('eval')}") from error
     with show.shown_progress() as progress:
         folder = None if reference is None else hub.local_folder(reference, revision, progress)
-    found = find_engines(engines, folder)
+    found = find_engines(engines, folder, chat)
     selection = Selection(_names(tasks), items, words, shots, seed, chat)
     expected = foreseen(selection)
     limits = _gates(gates, found, list(expected))

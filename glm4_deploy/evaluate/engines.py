@@ -39,20 +39,23 @@ class Engine:
     open: Callable[[], LM]
 
 
-def find_engines(named: Sequence[str], reference: Path | None) -> list[Engine]:
+def find_engines(named: Sequence[str], reference: Path | None, chat: bool = False) -> list[Engine]:
     """The engines of a command line, the reference first.
 
     Args:
         named: ``PATH``, ``URL``, ``LABEL=PATH`` or ``LABEL=URL``.
+        chat: whether the chat template writes the prompts. The template writes [gMASK]<sop>, too.
 
     Raises:
         Glm4Error: an engine is missing or is no bundle, two have one label, or a server needs a tokenizer.
     """
-    found = [] if reference is None else [_of_checkpoint(reference)]
+    found = [] if reference is None else [_of_checkpoint(reference, not chat)]
     for text in named:
         label, where = _parted(text)
         found.append(
-            _of_server(label, where, reference) if URL.match(where) else _of_bundle(label, Path(where))
+            _of_server(label, where, reference, not chat)
+            if URL.match(where)
+            else _of_bundle(label, Path(where))
         )
     labels = [each.label for each in found]
     twice = next((label for label in labels if labels.count(label) > 1), None)
@@ -77,7 +80,7 @@ def _of_bundle(label: str, folder: Path) -> Engine:
     )
 
 
-def _of_server(label: str, url: str, reference: Path | None) -> Engine:
+def _of_server(label: str, url: str, reference: Path | None, prefix: bool) -> Engine:
     if reference is None:
         raise RequestError(f"{url} gives no tokenizer to the harness; add --reference CHECKPOINT")
     base = url.rstrip("/").removesuffix("/completions").removesuffix("/v1") + "/v1"
@@ -94,7 +97,7 @@ def _of_server(label: str, url: str, reference: Path | None) -> Engine:
         "model": model["id"],
         "tokenizer": str(reference),
         "tokenizer_backend": "huggingface",
-        "add_bos_token": True,
+        "add_bos_token": prefix,
         "num_concurrent": 4,
         **({"max_length": model["max_model_len"]} if "max_model_len" in model else {}),
     }
@@ -108,9 +111,13 @@ def _key() -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def _of_checkpoint(folder: Path) -> Engine:
+def _of_checkpoint(folder: Path, prefix: bool) -> Engine:
     folders.require_checkpoint(folder)
-    arguments = {"pretrained": str(folder), "dtype": "float32", "device": "cpu"}
+    arguments: dict[str, Any] = {"pretrained": str(folder), "dtype": "float32", "device": "cpu"}
+    if (
+        not prefix
+    ):  # True would change the tokenizer; without the argument, the tokenizer's own prefix is used
+        arguments["add_bos_token"] = False
     return Engine(REFERENCE, str(folder), _sizes(folder), lambda: _made("hf", arguments))
 
 

@@ -296,7 +296,8 @@ def test_other_options_do_not_use_kept_answers_of_the_template(run_eval, demo_bu
     assert plain["items"]["glm4_records"][0]["sha256"] == chat["items"]["glm4_records"][0]["sha256"]
 
 
-def test_a_server_answers_as_its_bundle(run_eval, demo_bundle, monkeypatch):
+@pytest.mark.parametrize("options", [(), ("--chat",)])
+def test_a_server_and_the_checkpoint_answer_as_the_bundle(run_eval, demo_bundle, monkeypatch, options):
     monkeypatch.setenv("GLM4_API_KEY", "secret")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with serving(Session.open(demo_bundle), ServerOptions(port=0, api_keys=("secret",))) as server:
@@ -309,6 +310,7 @@ def test_a_server_answers_as_its_bundle(run_eval, demo_bundle, monkeypatch):
             "glm4_order",
             "--items",
             "8",
+            *options,
         )
     assert found.exit_code == 0, found.output
     rows = {row["engine"]: row for row in results["rows"]}

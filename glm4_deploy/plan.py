@@ -135,9 +135,10 @@ def make_plan(source: Checkpoint, options: ExportOptions) -> Plan:
     form = _with_cache(source, options, _kept_form(source, options) if kept else _form(source, options))
     options = replace(options, precision=form.precision)
     if options.calibration is not None and not form.uses_text:
+        stored = "kept numbers" if form.kept else form.precision
         raise ExportError(
-            f"--calibration changes nothing in a bundle of {form.precision} with {form.activations} activations; "
-            "leave it out, or choose int4, int8-sq, fp8, --activations fp16 or --kv-cache int8"
+            f"--calibration changes nothing in a bundle of {stored} with {form.activations} activations; leave it out, "
+            "or choose --precision int4, int8-sq or fp8, --activations fp16 or --kv-cache int8"
         )
     _require_limits(source.config, options)
     limits = Limits(options.max_seq_len or source.config.positions, options.max_batch_size)
@@ -159,12 +160,11 @@ def _form(source: Checkpoint, options: ExportOptions) -> Form:
 
 
 def _kept_form(source: Checkpoint, options: ExportOptions) -> Form:
-    for name in ("recipe", "calibration"):
-        if getattr(options, name) is not None:
-            raise ExportError(
-                f"the numbers of this checkpoint are kept as they are, so --{name} decides nothing; "
-                "leave it out, or say --precision to quantize the values again"
-            )
+    if options.recipe is not None:
+        raise ExportError(
+            "the numbers of this checkpoint are kept as they are, so --recipe decides nothing; "
+            "leave it out, or say --precision to quantize the values again"
+        )
     return keep_form(source, options.target, options.activations)
 
 

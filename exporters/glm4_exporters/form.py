@@ -68,7 +68,7 @@ class Form:
     def uses_text(self) -> bool:
         """Whether calibration text changes the bundle: by GPTQ and AWQ, by scales of inputs or of an int8 cache, or by
         fp16's powers of two."""
-        fitted = any(form.bits < 8 for form in self.formats.values())
+        fitted = any(form.bits < 8 and form.fitted for form in self.encodings.values())
         return fitted or bool(self.rounded_inputs) or self.activations == "float16" or self.kv_cache == "int8"
 
     @property

@@ -1,5 +1,6 @@
 """Numbers and scales of quantized checkpoints go into a bundle bit for bit."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -244,6 +245,17 @@ def test_an_explicit_precision_quantizes_again(tmp_path):
     again = ExportOptions(target="ort", precision="int4")
     assert export(DATA / "gptq-4", tmp_path / "b", again).source["stored"].startswith("requantized to int4")
     assert cache_key(DATA / "gptq-4", again) != cache_key(DATA / "gptq-4", ExportOptions(target="ort"))
+
+
+def test_calibration_text_is_for_the_int8_cache_alone(tmp_path):
+    """Kept numbers are fitted to no text, but the scales of an int8 cache are found on it."""
+    (tmp_path / "t.ids").write_text("\n".join(" ".join(str(i + j) for i in range(24)) for j in range(4)))
+    asked = ExportOptions(target="cpu", kv_cache="int8", calibration=str(tmp_path / "t.ids"), parity=False)
+    assert export(DATA / "awq-4", tmp_path / "b", asked).source["stored"] == "kept bit for bit"
+    assert json.loads((tmp_path / "b" / "report.json").read_text())["calibration"]["text"] == "t.ids"
+    plain = dataclasses.replace(asked, kv_cache="auto")
+    with pytest.raises(ExportError, match="--calibration changes nothing in a bundle of kept numbers"):
+        export(DATA / "awq-4", tmp_path / "c", plain)
 
 
 def logits_of_transformers(folder, values):

@@ -72,10 +72,6 @@ class Smoothing:
         """The largest |x| per channel of the input of the matrix ``name``, in the smoothed model."""
         return calibration.input_of(name).absmax / self.columns.get(name, np.float32(1))
 
-    def importance(self, calibration: Calibration, name: str) -> Magnitudes:
-        """The mean x^2 per channel of the input of the matrix ``name``, in the smoothed model."""
-        return calibration.input_of(name).mean_square / self.columns.get(name, np.float32(1)) ** 2
-
     def value_absmax(self, calibration: Calibration, layer: int) -> Magnitudes:
         """The largest |V| per KV head and channel [Hkv, D], in the smoothed model."""
         values = calibration.layers[layer].value_absmax

@@ -17,7 +17,6 @@ from glm4_exporters.sources.base import (
     FP8,
     INT8,
     INT32,
-    TAKE_ORIGINAL,
     UINT8,
     QuantizedMatrix,
     Read,
@@ -240,6 +239,3 @@ def _require_patterns(settings: Settings, schemes: list[_Scheme]) -> None:
             re.compile(target.removeprefix("re:"))
         except re.error as error:
             raise settings.refuse(f"the target {shown(target)} is no pattern: {error}") from error
-
-
-__all__ = ["TAKE_ORIGINAL", "CompressedTensors"]

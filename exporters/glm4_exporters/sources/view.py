@@ -39,13 +39,6 @@ class View:
         """Whether a piece comes from a quantized matrix."""
         return any(isinstance(piece.stored, QuantizedMatrix) for piece in self.pieces)
 
-    @property
-    def whole(self) -> QuantizedMatrix | None:
-        """The quantized matrix, if the view consists of all rows of one such matrix; else None."""
-        stored = self.pieces[0].stored
-        alone = len(self.pieces) == 1 and isinstance(stored, QuantizedMatrix)
-        return stored if alone and stored.rows == self.pieces[0].count else None  # type: ignore[union-attr,return-value]
-
 
 @dataclass(frozen=True)
 class Views:

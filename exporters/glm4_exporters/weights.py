@@ -226,7 +226,9 @@ class _Writer:
             return _packed(matrix, encode(first, rows))
 
         plain, begun = matrix.parts, set()
-        blocks = found.blocks() if isinstance(found, KeptMatrix) else self._read(matrix.name)
+        blocks = (
+            self._read_kept(matrix.name, found) if isinstance(found, KeptMatrix) else self._read(matrix.name)
+        )
         for first, block in blocks:
             for parts in self._in_parts(packed, first, block):
                 for name, chunk in parts.items():
@@ -234,8 +236,6 @@ class _Writer:
                         self._waiting.setdefault(Source(matrix, name), []).append(chunk)
                         begun.add(name)
                 yield from self._waiting.pop(wanted, ())
-        if isinstance(found, KeptMatrix):
-            self._hashes[matrix.name] = found.sha256
         if found is not None:
             found.written()
 
@@ -283,6 +283,11 @@ class _Writer:
         for job in hashing:
             job.result()
         self._hashes[canonical] = digest.hexdigest()
+
+    def _read_kept(self, canonical: str, kept: KeptMatrix) -> Iterator[tuple[int, Tensor]]:
+        """Yields row blocks of a kept matrix, without data: its numbers come from ``kept.rows``."""
+        yield from kept.blocks()
+        self._hashes[canonical] = kept.sha256
 
     def source_sha256(self) -> str:
         """SHA-256 of all tensors' contents, independent of their order and their shards."""

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,20 @@ from glm4_exporters.sources.view import View
 COPIED_AT_ONCE = 4096
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Rows ``start ... end - 1`` of a view, which are rows ``first`` and later of a stored matrix."""
+
+    start: int
+    end: int
+    first: int
+    load: Callable[[int, int], Rows]
+
+    def rows(self, start: int, end: int) -> Rows:
+        """Rows ``start ... end - 1`` of the view."""
+        return self.load(self.first + start - self.start, end - start)
+
+
 class KeptMatrix:
     """The encoded parts of one matrix. The stored tensors are read in :meth:`blocks`.
 
@@ -25,9 +40,7 @@ class KeptMatrix:
 
     def __init__(self, view: View, form: Brought, read: Read) -> None:
         self._view, self._form, self._read = view, form, read
-        self._pieces: list[
-            tuple[int, int, Callable[[int, int], Rows]]
-        ] = []  # first row, end row, function that loads stored rows
+        self._pieces: list[_Piece] = []
         self._digest = hashlib.sha256()
 
     @property
@@ -44,11 +57,9 @@ class KeptMatrix:
 
     def rows(self, first: int, count: int) -> Encoded:
         found = [
-            self._encoded(
-                load(max(first, start) - start + offset, min(first + count, end) - max(first, start))
-            )
-            for (start, end, load), offset in zip(self._pieces, self._offsets(), strict=True)
-            if start < first + count and end > first
+            self._encoded(piece.rows(max(first, piece.start), min(first + count, piece.end)))
+            for piece in self._pieces
+            if piece.start < first + count and piece.end > first
         ]
         if len(found) == 1:
             return found[0]
@@ -58,14 +69,12 @@ class KeptMatrix:
         self._pieces = []
 
     def _open(self) -> None:
-        end = 0
+        start = 0
         for piece in self._view.pieces:
             assert isinstance(piece.stored, QuantizedMatrix)
-            self._pieces.append((end, end + piece.count, piece.stored.load(self._hashed)))
-            end += piece.count
-
-    def _offsets(self) -> list[int]:
-        return [piece.first for piece in self._view.pieces]
+            load = piece.stored.load(self._hashed)
+            self._pieces.append(_Piece(start, start + piece.count, piece.first, load))
+            start += piece.count
 
     def _hashed(self, header: TensorHeader) -> Tensor:
         tensor = self._read(header)

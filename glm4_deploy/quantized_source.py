@@ -44,20 +44,29 @@ def source_report(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any] | None:
 
 
 def _kept(checkpoint: Checkpoint, plan: Plan) -> str:
-    """Whether zero points were subtracted from the numbers, and how much larger the matrices are then."""
-    forms = {
-        name: form for name, form in plan.form.formats.items() if isinstance(form, Brought) and form.folded
+    """Whether 4-bit numbers are stored in 8 bits, and how much larger their matrices are then."""
+    brought = {name: form for name, form in plan.form.formats.items() if isinstance(form, Brought)}
+    stored = {name: _matrices(checkpoint, name) for name in brought}
+    wider = {
+        name: form
+        for name, form in brought.items()
+        if any(matrix.storage.bits < form.bits for matrix in stored[name])
     }
-    if not forms:
+    if not wider:
         return "kept bit for bit"
-    views = {name: checkpoint.views.by_name[checkpoint.name_of(name)] for name in forms}
-    stored = {
-        piece.stored.module: piece.stored.nbytes
-        for view in views.values()
-        for piece in view.pieces
-        if isinstance(piece.stored, QuantizedMatrix)
-    }
-    shapes = {name: view.header.shape for name, view in views.items()}
-    nbytes = sum(form.nbytes(shapes[name][0], shapes[name][1], "") for name, form in forms.items())
-    growth = nbytes / sum(stored.values())
-    return f"kept, with zero points subtracted in 8 bits: {len(forms)} matrices take {growth:.2f} times their bytes"
+    shapes = {name: checkpoint.tensors[checkpoint.name_of(name)].shape for name in wider}
+    nbytes = sum(form.nbytes(shapes[name][0], shapes[name][1], "") for name, form in wider.items())
+    own = {matrix.module: matrix.nbytes for name in wider for matrix in stored[name]}
+    how = (
+        "zero points subtracted"
+        if any(form.folded for form in wider.values())
+        else "4-bit floats as integers"
+    )
+    growth = nbytes / sum(own.values())
+    return f"kept, with {how} in 8 bits: {len(wider)} matrices take {growth:.2f} times their bytes"
+
+
+def _matrices(checkpoint: Checkpoint, name: str) -> list[QuantizedMatrix]:
+    """The stored matrices that a kept matrix, by canonical name, consists of."""
+    pieces = checkpoint.views.by_name[checkpoint.name_of(name)].pieces
+    return [piece.stored for piece in pieces if isinstance(piece.stored, QuantizedMatrix)]

@@ -174,6 +174,8 @@ def test_a_folder_of_quantized_and_plain_matrices(tmp_path, target):
 def test_other_numbers_on_native(tmp_path, folder):
     result = export(DATA / folder, tmp_path / "b", ExportOptions(target="native"))
     assert result.parity.max_abs_error < 1e-5
+    kept = "kept, with 4-bit floats as integers in 8 bits: 12 matrices take 2.22 times their bytes"
+    assert result.source["stored"] == (kept if "nvfp4" in folder else "kept bit for bit")
     rows, parts = rows_of(folder), stored(tmp_path / "b")
     assert parts["codes"][1] == rows.numbers.view(torch.uint8).numpy().tobytes()
 

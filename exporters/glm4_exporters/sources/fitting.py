@@ -26,8 +26,9 @@ NVFP4_SCALES = "float32"  # a float8 scale times the matrix' float32 scale
 def keep_form(source: Checkpoint, target_name: str, activations: str | None) -> Form:
     """The form in which a target stores a quantized checkpoint with unchanged numbers and scales.
 
-    Matrices that are not quantized are stored in the checkpoint's 16-bit type. A quantized embedding, norms and biases
-    are stored as float32. All values are unchanged.
+    For ONNX Runtime, matrices that are not quantized are stored in the checkpoint's 16-bit type. A quantized embedding,
+    norms and biases are stored as float32. All these values are unchanged. For TensorRT, tensors without numbers to
+    keep are cast to the type of activations.
 
     Raises:
         ExportError: the target cannot store a matrix unchanged. The message names targets that can.

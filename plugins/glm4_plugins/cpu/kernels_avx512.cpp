@@ -59,11 +59,14 @@ struct Block {
   size_t at;
 };
 
-inline __m512 widened(const Weights& w, size_t at) {
-  if (w.scale_type == ScaleType::kFloat32) return _mm512_loadu_ps(static_cast<const float*>(w.scales) + at);
+// Sixteen scales of a matrix. With kPlain they are bfloat16.
+template <bool kPlain>
+inline __m512 wide_scales(const Weights& w, size_t at) {
+  if (!kPlain && w.scale_type == ScaleType::kFloat32)
+    return _mm512_loadu_ps(static_cast<const float*>(w.scales) + at);
   const auto* from = static_cast<const uint16_t*>(w.scales) + at;
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  if (w.scale_type == ScaleType::kFloat16) return _mm512_cvtph_ps(half);
+  if (!kPlain && w.scale_type == ScaleType::kFloat16) return _mm512_cvtph_ps(half);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
@@ -100,15 +103,7 @@ inline void multiply_block(const Block& b, const int8_t* x, const float* x_scale
   }
   __m512 wide[kVectors];  // loaded only here, because the loop above needs all registers
   GLM4_UNROLL
-  for (int v = 0; v < kVectors; ++v) {
-    if (!kPlain) {
-      wide[v] = widened(b.w, b.at + v * 16);
-      continue;
-    }
-    const auto* from = static_cast<const uint16_t*>(b.w.scales) + b.at + v * 16;
-    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    wide[v] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-  }
+  for (int v = 0; v < kVectors; ++v) wide[v] = wide_scales<kPlain>(b.w, b.at + v * 16);
   if (!kPlain && b.w.zeros != nullptr) {
     GLM4_UNROLL
     for (int v = 0; v < kVectors; ++v) {

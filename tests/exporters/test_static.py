@@ -6,8 +6,9 @@ import torch
 from checkpoints import tiny_config
 
 from glm4_exporters.config import Glm4Config
+from glm4_exporters.formats.base import SMALLEST_SCALE
 from glm4_exporters.quantize.calibrate import InputStatistics, Site
-from glm4_exporters.quantize.static import SMALLEST_SCALE, StaticSmoothQuant
+from glm4_exporters.quantize.static import StaticSmoothQuant
 
 NAMES = tuple(f"model.layers.0.self_attn.{matrix}_proj.weight" for matrix in "qkv")
 

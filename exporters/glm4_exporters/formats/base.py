@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 CODES, SCALES = "codes", "scales"
 INT8_MAX = 127  # the smallest number used is its negative
+SMALLEST_SCALE = 2.0**-14  # float16's smallest normal number, the scale of zeros
 
 # Parts of a matrix by name. ``codes`` has one number per element [rows, width], not packed yet, and may be
 # padded to whole blocks. A part that belongs to the whole matrix is a scalar.
@@ -60,8 +61,8 @@ class InputRounding:
     searched: bool = False
 
     def scale(self, absmax: float) -> float:
-        """The scale that maps ``absmax`` to ``largest``; at least float16's smallest normal number."""
-        return max(absmax / self.largest, 2.0**-14)
+        """The scale that maps ``absmax`` to ``largest``; at least ``SMALLEST_SCALE``."""
+        return max(absmax / self.largest, SMALLEST_SCALE)
 
 
 class StoredFormat(ABC):

@@ -44,7 +44,7 @@ class Float8(Format):
         import torch
 
         assert largest is not None
-        scale = torch.tensor(max(largest, FLOAT8_MAX * 2.0**-14) / FLOAT8_MAX).to(scale_type)
+        scale = torch.tensor(FLOAT8_INPUTS.scale(largest)).to(scale_type)
         codes = (rows / float(scale)).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
         return {CODES: codes, SCALE: scale}
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from glm4_exporters.architecture import HEAD
 from glm4_exporters.config import Glm4Config
+from glm4_exporters.formats.base import INT8_MAX
 from glm4_exporters.quantize.calibrate import Calibration, Magnitudes, Site
 
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -206,8 +207,13 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 def int8_per_row(x: Tensor) -> Tensor:
     """Round x [rows, channels] to 255 symmetric steps per row, and back."""
-    step = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    return (x / step).round().clamp(-127, 127) * step
+    step = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / INT8_MAX
+    return int8_values(x, step)
+
+
+def int8_values(x: Tensor, step: float | Tensor) -> Tensor:
+    """Round x to 255 multiples of ``step``, and back."""
+    return (x / step).round().clamp(-INT8_MAX, INT8_MAX) * step
 
 
 def _product(one: Mapping[str, Magnitudes], other: Mapping[str, Magnitudes]) -> dict[str, Magnitudes]:

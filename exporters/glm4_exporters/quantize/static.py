@@ -14,14 +14,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from glm4_exporters.formats.base import INT8_MAX
+from glm4_exporters.formats.base import INT8_MAX, SMALLEST_SCALE
 from glm4_exporters.quantize.awq import QuantizeDequantize, quantized_rows, scales_by_activations
 from glm4_exporters.quantize.calibrate import Site
-from glm4_exporters.quantize.smooth import SmoothQuant, int8_per_row, relative_error
+from glm4_exporters.quantize.smooth import SmoothQuant, int8_per_row, int8_values, relative_error
 
 # Ranges to try, as shares of the largest |x| on the calibration text.
 SHARES = tuple(0.9**k for k in range(13))
-SMALLEST_SCALE = 2.0**-14  # float16's smallest normal number, the scale of an input of zeros
 
 
 @dataclass
@@ -83,11 +82,6 @@ class StaticSmoothQuant(SmoothQuant):
             for name, rows in zip(site.names, weights, strict=True)
         ]
         return torch.cat(products, 1)
-
-
-def int8_values(x: Tensor, step: float) -> Tensor:
-    """Round x to 255 multiples of ``step``, and back."""
-    return (x / step).round().clamp(-INT8_MAX, INT8_MAX) * step
 
 
 def _step(site: Site, scales: Tensor) -> float:

@@ -205,16 +205,26 @@ RECIPE_FORMATS = tuple(
 )
 
 
+def target_row(name: str) -> Target:
+    """The target's row.
+
+    Raises:
+        ExportError: an unknown name. The message lists the targets.
+    """
+    if name not in TARGETS:
+        raise ExportError(f"unknown target {name!r}; the targets are {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
 def require_target(target: str, precision: str) -> tuple[Target, Precision]:
     """The rows of both tables.
 
     Raises:
         ExportError: an unknown name, or a pair that cannot be exported. The message lists the possible ones.
     """
-    if target not in TARGETS:
-        raise ExportError(f"unknown target {target!r}; the targets are {', '.join(TARGETS)}")
-    if precision not in TARGETS[target].precisions:
+    row = target_row(target)
+    if precision not in row.precisions:
         raise ExportError(
-            f"target {target} has no precision {precision!r}; it has {', '.join(TARGETS[target].precisions)}"
+            f"target {target} has no precision {precision!r}; it has {', '.join(row.precisions)}"
         )
-    return TARGETS[target], TARGETS[target].own.get(precision, PRECISIONS[precision])
+    return row, row.own.get(precision, PRECISIONS[precision])

@@ -11,7 +11,7 @@ SMALL_TILES = "plugin-small"
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """A user's options for an engine. Every field except ``timing_cache`` changes the engine.
+    """A user's options for an engine. Every field except ``timing_cache`` changes the bundle.
 
     Attributes:
         sm: compute capabilities to build for, such as 89 for 8.9; empty for the default.

@@ -11,7 +11,7 @@ from glm4_exporters.formats.narrow import Narrow
 from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import QuantizedMatrix, Storage
 from glm4_exporters.sources.view import View
-from glm4_exporters.targets import ACTIVATIONS, TARGETS, Target
+from glm4_exporters.targets import ACTIVATIONS, TARGETS, Target, target_row
 from glm4_runtime.errors import ExportError
 
 # Sizes of the blocks that a target's product reads, by the name of its products. Longer blocks would round the inputs
@@ -33,9 +33,7 @@ def keep_form(source: Checkpoint, target_name: str, activations: str | None) -> 
     Raises:
         ExportError: the target cannot store a matrix unchanged. The message names targets that can.
     """
-    if target_name not in TARGETS:
-        raise ExportError(f"unknown target {target_name!r}; the targets are {', '.join(TARGETS)}")
-    target, formats = TARGETS[target_name], dict[str, Brought]()
+    target, formats = target_row(target_name), dict[str, Brought]()
     for name, view in source.views.by_name.items():
         canonical = source.canonical(name)
         if canonical == EMBEDDING or len(view.header.shape) != 2 or not view.quantized:
@@ -105,8 +103,8 @@ def _precision(formats: dict[str, Brought]) -> str:
 
 def _word(form: Brought) -> str:
     zeros = " with zero points" if form.zeros else ", zero points subtracted" if form.folded else ""
-    scales = "a scale per row" if form.block is None else f"in blocks of {form.block}"
-    return f"{'fp8' if form.codes else f'int{form.bits}'} {scales}{zeros}".replace("int8 a", "int8, a")
+    scales = ", a scale per row" if form.block is None else f" in blocks of {form.block}"
+    return f"{'fp8' if form.codes else f'int{form.bits}'}{scales}{zeros}"
 
 
 def _refusal(source: Checkpoint, name: str, view: View, target: Target) -> str:

@@ -145,6 +145,11 @@ class Comparison:
             self.metrics["greedy_prefix"] = self.greedy.median / self.greedy.tokens
 
     @property
+    def compared(self) -> int:
+        """Number of positions in the shares of agreement; for sequence classification, of sequences."""
+        return sum(len(one.index) for one in self.positions) + sum(one.size for one in self._agree)
+
+    @property
     def all_kl(self) -> Vector:
         return np.concatenate([one.kl for one in self.positions])
 
@@ -157,7 +162,7 @@ class Comparison:
             "expected": self.expected,
             "actual": self.actual,
             "precision": self.precision,
-            "positions": sum(len(one.index) for one in self.positions) or None,
+            "positions": self.compared or None,
             "predicted_tokens": self.predicted_tokens or None,
             "perplexity": self.perplexities
             and dict(zip(("expected", "actual"), map(_estimate, self.perplexities), strict=True)),

@@ -1,6 +1,5 @@
 """Validate: runs the reference and the bundles side by side, layer by layer, and compares them."""
 
-import json
 import platform
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from glm4_deploy.validate.text import Text, choose_text, hex_of_bytes
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.peak_memory import peak_memory
 from glm4_runtime.bundle import GRAPH, REPORT, WEIGHTS, read_manifest
+from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import BundleError, RequestError
 from glm4_runtime.opening import check_opening
 from glm4_runtime.progress import Progress, silent
@@ -125,7 +125,7 @@ def validate(
         comparisons[0].metrics["blocks_out_of_band"] = len(report.out_of_band)
     if gate is not None:
         report.gate = f"{gate.name}, {gate.row}"
-        report.checks = gate.check(comparisons[0].metrics, not report.unfit_text, text.tokens)
+        report.checks = gate.check(comparisons[0].metrics, not report.unfit_text, comparisons[0].compared)
     report.notes += _open_questions(report)
     report.tools = {name: version(name) for name in TOOLS} | {"python": platform.python_version()}
     report.seconds = round(time.monotonic() - start, 1)
@@ -213,7 +213,7 @@ def _against(path: Path | None, bundles: Sequence[Bundle], arithmetic: Sequence[
 
 def _notes(bundles: Sequence[Bundle], text: Text, arithmetic: Sequence[str]) -> list[str]:
     notes = []
-    if text.tokenizer is None or "random" in text.source:
+    if text.tokenizer is None or text.is_random:
         notes.append(
             f"The text is {text.source}: the errors are valid, but perplexity and agreement do not measure quality."
         )
@@ -233,8 +233,8 @@ def _notes(bundles: Sequence[Bundle], text: Text, arithmetic: Sequence[str]) -> 
 def _verdict_at_export(bundle: Bundle) -> dict[str, Any] | None:
     """The gate's entry in the bundle's report.json; None where there is none."""
     try:
-        found = json.loads((bundle.folder / REPORT).read_text("utf-8"))["gate"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_object(bundle.folder / REPORT, BundleError).get("gate")
+    except BundleError:
         return None
     return found if isinstance(found, dict) else None
 

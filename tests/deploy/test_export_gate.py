@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,14 @@ def test_labels_are_reported_at_export_and_random_ids_judge_nothing(tmp_path, ru
     found = validate(tmp_path / "bundle", folder, ValidateOptions(max_tokens=100))
     assert found.verdict == "not judged"
     assert found.at_export["verdict"] == "not judged"
+
+
+@pytest.mark.parametrize("report", ["", "[]", '{"gate": 3}', '{"gate": ' + "[" * 100_000])
+def test_a_damaged_report_has_no_verdict_at_export(tmp_path, tiny_bundles, tiny_checkpoint, report):
+    bundle = shutil.copytree(tiny_bundles["ort"], tmp_path / "bundle")
+    (bundle / "report.json").write_text(report)
+    found = validate(bundle, tiny_checkpoint, ValidateOptions(max_tokens=20, length=10, greedy=False))
+    assert found.at_export is None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])

@@ -208,6 +208,27 @@ def test_other_tasks(tmp_path, ids, task):
     assert validate(bundle, wrong, ValidateOptions(text=ids)).verdict == "failed"
 
 
+def test_chance_counts_the_labels_and_not_the_tokens(tmp_path, ids):
+    """Three labels of three sequences cannot tell two thirds from a bit more."""
+    task, gate = "sequence-classification", tmp_path / "gate.toml"
+    source, other = (
+        write_checkpoint(tmp_path / str(seed), tiny_config(), task=task, seed=seed) for seed in (0, 1)
+    )
+    bundle = export(source, tmp_path / "bundle", ExportOptions("native", "fp16", parity=False)).bundle
+    found = validate(bundle, other, ValidateOptions(text=ids)).comparisons[0]
+    assert found.compared == len(SEQUENCES)
+    assert found.metrics["label_agreement"] < 0.9
+    gate.write_text(f"[fp16]\nlabel_agreement = {found.metrics['label_agreement'] + 0.15}\n")
+    (check,) = validate(bundle, other, ValidateOptions(text=ids, gate=str(gate))).checks
+    assert (check.judged, check.passed) == (False, True)
+
+
+def test_a_file_with_random_in_its_name_is_text(demo_bundle, tmp_path):
+    text = shutil.copy(DEMO / "heldout.txt", tmp_path / "random lines.txt")
+    options = ValidateOptions(text=Path(text), max_tokens=200, length=100, greedy=False)
+    assert not any("do not measure quality" in note for note in validate(demo_bundle, DEMO, options).notes)
+
+
 # The command --------------------------------------------------------------------------------------
 
 

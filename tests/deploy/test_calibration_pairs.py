@@ -225,7 +225,6 @@ def test_a_wrong_tensor_is_named_in_a_scaled_bundle(tmp_path, checkpoints, scale
     assert [(one.layer, one.block) for one in report.out_of_band] == [block]
 
 
-@pytest.mark.more
 def test_validate_blames_no_sub_block_of_the_calibrated_demo(tmp_path):
     """GPTQ's rounding is as large as some of AWQ's factors there, so that outputs alone would decide by chance."""
     options = ExportOptions("ort", "int4", calibration=str(DEMO.parent / "calibration.jsonl"), parity=False)

@@ -69,10 +69,13 @@ def test_wrong_factors_are_replaced_by_what_the_matrix_undoes(wrong, bits):
         np.testing.assert_allclose(expected_factor(found, [reader], SLACK, False), factors, rtol=0.1)
 
 
-@pytest.mark.parametrize("size", [1.02, 0.98])
-def test_eight_bits_show_an_error_of_a_fiftieth(size):
-    _, factors, reader = case(0, 8)
-    assert not is_undone(factors * size, reader, SLACK)
+@pytest.mark.parametrize(("bits", "least"), [(4, 0.03), (8, 0.01)])
+@pytest.mark.parametrize("fitted", [False, True])
+def test_an_error_that_all_channels_have_is_seen(bits, least, fitted):
+    """The sizes that docs/validate.md names."""
+    for seed, size in itertools.product(range(10), (1 + least, 1 - least)):
+        _, factors, reader = case(seed, bits, fitted)
+        assert not is_undone(factors * size, reader, SLACK), (seed, size)
 
 
 def test_a_factor_of_nothing_is_an_error():

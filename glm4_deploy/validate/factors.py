@@ -10,9 +10,10 @@ An export is right if found * scale is 1 in every channel, up to the errors of b
 follows from the rest of its fit. Let e be the norm of the rest over the norm of the fit, in one column of n rows:
 
     standard error    e / sqrt(n - 1): rows are rounded independently
-    bias              the scale is too small by 0 to e^2, of its own column or of all columns, which share steps: the true factor lies between the regression of the graph's column
-                      on the checkpoint's and the reverse one (Frisch, "Statistical Confluence Analysis", 1934). Plain
-                      rounding has no bias, a quantizer of least error the whole bias (Lloyd's centroid condition).
+    bias              the scale is too small by 0 to e^2, of its own column or of all columns, which share steps. The
+                      true factor lies between the regression of the graph's column on the checkpoint's and the
+                      reverse one (Frisch, "Statistical Confluence Analysis", 1934). Plain rounding has no bias, a
+                      quantizer of least error the whole bias (Lloyd's centroid condition).
 """
 
 import math
@@ -124,11 +125,11 @@ def is_undone(found: Factor, reader: Undone, slack: float) -> bool:
     """
     known = np.isfinite(reader.error)
     rest, error = found[known] * reader.scale[known] - 1, reader.error[known]
-    if not np.isfinite(rest).all():
-        return False
+    if not len(rest):
+        return True
     low, high = -reader.bias[known] - slack, np.full_like(rest, slack)
-    if not len(rest) or (rest < low - SIGMAS * error).any() or (rest > high + SIGMAS * error).any():
-        return not len(rest)
+    if not ((low - SIGMAS * error <= rest) & (rest <= high + SIGMAS * error)).all():
+        return False
     size = np.log(np.maximum(np.abs(found[known]), 2.0**-MOST_BITS))
     weight = 1 / np.maximum(error, LEAST_ERROR) ** 2
     return all(
@@ -137,8 +138,10 @@ def is_undone(found: Factor, reader: Undone, slack: float) -> bool:
 
 
 def _is_allowed(rest: Vector, low: Vector, high: Vector, weight: Vector, along: Vector) -> bool:
-    """Whether the share of ``along`` in ``rest`` may come from chance and a bias of ``low`` to ``high``: weighted least
-    squares with one unknown."""
+    """Whether the share of ``along`` in ``rest`` may come from chance and a bias of ``low`` to ``high``.
+
+    Weighted least squares with one unknown.
+    """
     each, deviation = weight * along, math.sqrt(float((weight * along**2).sum()))
     share, ends = float(each @ rest), np.stack((each * low, each * high))
     low_end, high_end = float(ends.min(0).sum()), float(ends.max(0).sum())

@@ -123,6 +123,25 @@ def _seconds(name: str, default: float, words: str) -> _Option:
 @click.option(
     "--max-batch-size", type=int, metavar="N", help="Maximum number of sequences, at most the bundle's limit."
 )
+@click.option(
+    "--replicas",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Serve by N replicas on a Ray cluster. Needs the extra ray.",
+)
+@click.option(
+    "--ray-address",
+    metavar="ADDRESS",
+    help="Running Ray cluster to join, such as auto or 10.0.0.1:6379. Default: start one on this machine.",
+)
+@click.option(
+    "--step-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="With --replicas: maximum time of one step of the model. A slower replica is replaced.",
+)
 @click.option("--verify", is_flag=True, help="Check the SHA-256 of large files completely.")
 def command(
     bundle: Path,
@@ -132,9 +151,14 @@ def command(
     max_seq_len: int | None,
     max_batch_size: int | None,
     verify: bool,
+    replicas: int | None,
+    ray_address: str | None,
+    step_timeout: float,
     **options: Any,
 ) -> None:
     """Serve BUNDLE with OpenAI's API, and with a chat page at /, until SIGTERM or Ctrl-C."""
+    if ray_address is not None and replicas is None:
+        raise click.UsageError("--ray-address goes with --replicas")
     with interrupts.exiting():  # until requests are taken; then the server answers signals
         try:
             from glm4_runtime.server import ServerOptions, read_api_keys
@@ -144,12 +168,16 @@ def command(
         chosen = ServerOptions(api_keys=read_api_keys(api_key_file), **options)
         if bundle.exists():  # a taken port is told first
             folders.require_bundle(bundle)
-        open_and_serve(
-            bundle,
-            chosen,
-            provider=provider,
-            threads=threads,
-            max_seq_len=max_seq_len,
-            max_batch_size=max_batch_size,
-            verify=verify,
-        )
+        session = {
+            "provider": provider,
+            "threads": threads,
+            "max_seq_len": max_seq_len,
+            "max_batch_size": max_batch_size,
+            "verify": verify,
+        }
+        if replicas is None:
+            open_and_serve(bundle, chosen, **session)
+            return
+        from glm4_runtime.cluster.serve import ClusterOptions, serve_replicas
+
+        serve_replicas(bundle, chosen, ClusterOptions(replicas, ray_address, step_timeout, session))

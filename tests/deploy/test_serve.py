@@ -7,10 +7,12 @@ import re
 import select
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from glm4_deploy.load import Load, Sample, measure_load, plot, spread, summary
+from glm4_runtime.bundle import read_manifest
 from glm4_runtime.errors import RequestError
 from glm4_runtime.server import ServerOptions
 from glm4_runtime.server.run import serving
@@ -100,6 +102,40 @@ def test_serve_refuses_in_one_line(run, tmp_path, arguments, words):
     assert (code, out) == (1, "")
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_replicas_without_ray_say_what_to_install(run, demo_bundle, monkeypatch):
+    monkeypatch.setattr("glm4_runtime.cluster.ray_module.find_spec", lambda _: None)
+    code, out, err = run("serve", demo_bundle, "--port", 0, "--replicas", 2)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert re.search(r"--replicas needs Ray; run \S*pip install .*\[serve,cpu,ray\]", err)
+
+
+def test_replicas_are_for_bundles_that_generate(run, demo_bundle, monkeypatch):
+    monkeypatch.setattr("glm4_runtime.cluster.ray_module.find_spec", lambda _: True)
+    encoder = replace(read_manifest(demo_bundle), task="encoder")
+    monkeypatch.setattr("glm4_runtime.cluster.serve.read_manifest", lambda _: encoder)
+    code, _, err = run("serve", demo_bundle, "--port", 0, "--replicas", 2)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "replicas need causal-lm" in err
+
+
+def test_a_ray_address_needs_replicas(run, demo_bundle):
+    code, _, err = run("serve", demo_bundle, "--ray-address", "auto")
+    assert code == 2
+    assert "--ray-address goes with --replicas" in err
+
+
+def test_serve_passes_the_options_of_replicas_on(run, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("glm4_runtime.cluster.serve.serve_replicas", lambda *given: seen.append(given))
+    (tmp_path / "manifest.json").touch()
+    more = ["--replicas", 3, "--ray-address", "auto", "--step-timeout", 9, "--threads", 2, "--max-queue", 5]
+    assert run("serve", tmp_path, *more)[0] == 0
+    ((bundle, options, cluster),) = seen
+    assert (bundle, options.max_queue) == (tmp_path, 5)
+    assert (cluster.replicas, cluster.address, cluster.step_timeout) == (3, "auto", 9)
+    assert cluster.session["threads"] == 2
 
 
 def test_serve_refuses_a_bundle_without_a_tokenizer(run, tiny_bundles):

@@ -155,6 +155,12 @@ class Fleet:
         """Whether :meth:`stop` was called."""
         return self._closed
 
+    @property
+    def suspects(self) -> int:
+        """The number of requests whose last replica died, and that have had no new token since."""
+        with self._lock:
+            return sum(one.suspect for one in self._open())
+
     def join(self, replica: Replica) -> None:
         """Take a replica that is ready.
 

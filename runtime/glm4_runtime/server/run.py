@@ -203,10 +203,15 @@ def serve(session: Session, options: ServerOptions, sockets: Sequence[socket.soc
     Args:
         sockets: from :func:`bind`; bound here if None.
     """
+    listening = bind(options.host, options.port) if sockets is None else list(sockets)
+    serve_model(ServedModel(session, options), listening)
+
+
+def serve_model(served: ServedModel, listening: list[socket.socket]) -> None:
+    """:func:`serve` for a model that is there, on sockets from :func:`bind`."""
     logging.basicConfig(handlers=[log.Handler()], level=logging.WARNING)
     logging.captureWarnings(True)  # else they go straight to stderr, and wait for who reads it
-    listening = bind(options.host, options.port) if sockets is None else list(sockets)
-    server = Server(ServedModel(session, options))
+    options, server = served.options, Server(served)
     try:
         server.run(listening)
     except OSError as error:  # another server bound the port at the same time, and listened first

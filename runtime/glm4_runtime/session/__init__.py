@@ -41,7 +41,7 @@ def open_session(
         raise BundleError(
             f"{folder} holds a graph in the dialect {manifest.dialect!r}; this runtime opens {', '.join(sorted(RUNTIMES))}"
         )
-    limits = _limits(manifest, max_seq_len, max_batch_size)
+    limits = limits_of(manifest, max_seq_len, max_batch_size)
     check_opening(folder, manifest, hashes=verify)
     if TOKENIZER in manifest.files:
         start_trial(folder)
@@ -50,7 +50,8 @@ def open_session(
     return make(folder, manifest, *limits, **options)
 
 
-def _limits(manifest: Manifest, max_seq_len: int | None, max_batch_size: int | None) -> tuple[int, int]:
+def limits_of(manifest: Manifest, max_seq_len: int | None, max_batch_size: int | None) -> tuple[int, int]:
+    """The limits of a session that asks for these, or for the bundle's. Raises :class:`BundleError` beyond those."""
     result = []
     for name, asked in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
         limit = getattr(manifest.limits, name)
@@ -62,4 +63,4 @@ def _limits(manifest: Manifest, max_seq_len: int | None, max_batch_size: int | N
     return result[0], result[1]
 
 
-__all__ = ["Session", "open_session"]
+__all__ = ["Session", "limits_of", "open_session"]

@@ -1,0 +1,165 @@
+"""The Ray actor of a replica, and the server's side of it. Ray is imported only when a cluster starts."""
+
+import contextlib
+import hashlib
+import os
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import glm4_runtime
+from glm4_runtime.bundle import Manifest
+from glm4_runtime.cluster.order import Action, Identity, Order, ReplicaReport
+from glm4_runtime.cluster.ray_module import require_ray
+from glm4_runtime.cluster.work import ReplicaWork
+from glm4_runtime.errors import Glm4Error, ReplicaError
+from glm4_runtime.scheduler import Scheduler
+from glm4_runtime.session import Session
+
+# Seconds for which a replica waits for events before it reports none.
+_REPORT = 0.5
+# Threads of an actor by the kind of call: a waiting report must not delay orders.
+_THREADS = {"orders": 1, "reports": 1}
+
+
+@dataclass(frozen=True)
+class ReplicaOptions:
+    """
+    Attributes:
+        bundle: the folder, which must exist under this path on each node.
+        ends: ids of the tokens that end a reply.
+        max_queue: most requests that wait within the replica.
+        session: options of ``Session.open``.
+    """
+
+    bundle: str
+    ends: tuple[int, ...]
+    max_queue: int
+    session: dict[str, Any] = field(default_factory=dict)
+
+
+class ReplicaActor:
+    """Runs in a process of Ray's. Its methods are those of :class:`ReplicaWork`."""
+
+    def __init__(self, options: ReplicaOptions) -> None:
+        self._session = Session.open(options.bundle, **options.session)
+        self._work = ReplicaWork(
+            self._session, Scheduler(self._session, max_queue=options.max_queue), options.ends
+        )
+
+    def describe(self) -> tuple[Identity, int, int]:
+        """Identity, number of slots, and process id."""
+        return identity(self._session), self._session.max_batch_size, os.getpid()
+
+    def submit(self, number: int, order: Order) -> None:
+        self._work.submit(number, order)
+
+    def act(self, number: int, action: Action) -> None:
+        self._work.act(number, action)
+
+    def report(self) -> ReplicaReport:
+        return self._work.report(_REPORT)
+
+
+class RayReplica:
+    """A running actor; implements ``Replica``."""
+
+    def __init__(self, name: str, options: ReplicaOptions, patience: float, gpus: int) -> None:
+        """Start an actor and wait until it has opened the bundle.
+
+        Args:
+            patience: seconds for which the actor may leave a report unanswered.
+            gpus: GPUs that the actor needs.
+
+        Raises:
+            Glm4Error: the bundle cannot be opened there, or the actor died.
+        """
+        ray = require_ray()
+        self.name, self._patience = name, patience
+        kind = ray.remote(
+            concurrency_groups=_THREADS,
+            num_cpus=0,
+            num_gpus=gpus,
+            scheduling_strategy="SPREAD",
+            max_restarts=0,
+        )(ReplicaActor)
+        self._actor = kind.remote(options)
+        try:
+            self.identity, self.slots, self.pid = ray.get(self._actor.describe.remote())
+        except ray.exceptions.RayError as error:
+            raise _cause(error, name) from error
+
+    def submit(self, number: int, order: Order) -> None:
+        self._call("submit", number, order)
+
+    def act(self, number: int, action: Action) -> None:
+        self._call("act", number, action)
+
+    def report(self) -> ReplicaReport:
+        ray = require_ray()
+        try:
+            asked = self._actor.report.options(concurrency_group="reports").remote()
+            found: ReplicaReport = ray.get(asked, timeout=self._patience)
+            return found
+        except ray.exceptions.RayError as error:
+            raise ReplicaError(f"{type(error).__name__} of replica {self.name}") from error
+
+    def close(self) -> None:
+        ray = require_ray()
+        with contextlib.suppress(Exception):  # the actor or the whole cluster may be gone
+            ray.kill(self._actor)
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        with contextlib.suppress(Exception):  # a dead actor: the next report says so
+            getattr(self._actor, method).options(concurrency_group="orders").remote(*arguments)
+
+
+def _cause(error: Exception, name: str) -> Glm4Error:
+    """The error of a replica that could not start: its own, or Ray's in one line."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Glm4Error):
+        return cause
+    for line in reversed(str(error).splitlines()):
+        if "Error: " in line:
+            return ReplicaError(f"replica {name} could not start: {line.strip()}")
+    return ReplicaError(f"replica {name} could not start: {type(error).__name__}")
+
+
+def identity(session: Session) -> Identity:
+    """What must be equal on all replicas."""
+    return Identity(
+        bundle=_bundle(session.manifest),
+        code=_code(),
+        kernels=_kernels(),
+        target=f"{session.manifest.target} on {session.provider}",
+        limits=(session.max_seq_len, session.max_batch_size),
+    )
+
+
+def _bundle(manifest: Manifest) -> str:
+    lines = [f"{name} {entry.sha256}" for name, entry in sorted(manifest.files.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _code() -> str:
+    root = Path(glm4_runtime.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _kernels() -> str:
+    """Digest of our CPU kernels, with the versions of the packages that compute."""
+    found = find_spec("glm4_plugins")
+    folders = list(found.submodule_search_locations or ()) if found else []
+    libraries = [file for folder in folders for file in sorted(Path(folder).glob("cpu_operators*"))]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in libraries[:1]))
+    for package in ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "llguidance"):
+        with contextlib.suppress(PackageNotFoundError):
+            digest.update(f"{package} {version(package)}".encode())
+    digest.update(platform.machine().encode())
+    return digest.hexdigest()

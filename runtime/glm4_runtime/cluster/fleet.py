@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Seconds for which requests wait for a replica while none is alive.
 PATIENCE = 120.0
-# Seconds between two looks at a drain.
+# Seconds between two looks at the clock, for deadlines and for the end of a drain.
 _TICK = 0.05
 
 
@@ -100,12 +100,14 @@ class Fleet:
         self._identity: Identity | None = None
         self._retired: list[SchedulerStats] = []  # at most one
         self._closed = False
+        self._stopped = threading.Event()
         self.migrations = self.deaths = 0
 
     # The backend ------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Nothing is to be done: replicas join when they are ready."""
+        """Watch the clock on a thread: without replicas, nothing else would end requests that wait. Replicas join later."""
+        threading.Thread(target=self._watch_clock, name="fleet-clock", daemon=True).start()
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> Migration:
         order_of(request)  # raises what a replica could not take
@@ -132,6 +134,7 @@ class Fleet:
             lanes, self._lanes = list(self._lanes.values()), {}
         for lane in lanes:
             lane.replica.close()
+        self._stopped.set()
 
     def stats(self) -> SchedulerStats:
         with self._lock:
@@ -196,7 +199,6 @@ class Fleet:
         with self._lock:
             lane.stats = report.stats
             self._pump(lane)
-        self.tick()
 
     def lost(self, name: str, reason: str) -> None:
         """Send the requests of a replica that died to others."""
@@ -236,6 +238,10 @@ class Fleet:
             one.fail(DeadlineError("the request waited for a replica until its deadline; allow it more time"))
         for one in left:
             one.fail(ReplicaError(f"no replica was ready for {PATIENCE:g} s; try again later"))
+
+    def _watch_clock(self) -> None:
+        while not self._stopped.wait(_TICK):
+            self.tick()
 
     # Queues -----------------------------------------------------------------------------------------
 

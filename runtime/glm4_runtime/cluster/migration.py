@@ -1,5 +1,6 @@
 """One request on its way over replicas. It remembers the tokens that its client has, and goes on from there."""
 
+import logging
 import secrets
 import threading
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from dataclasses import replace
 from glm4_runtime.cluster.order import Action, Order, order_of
 from glm4_runtime.errors import Glm4Error, ReplicaError
 from glm4_runtime.scheduler import Event, Failed, Generated, Request, Started
+
+logger = logging.getLogger(__name__)
 
 # After so many deaths in a row, without a new token between them, a request is taken for their cause.
 MOST_STRIKES = 2
@@ -147,5 +150,5 @@ class Migration:
         try:
             self._on_event(event)
         except BaseException:  # the listener's error must not end the thread of a replica
-            self._closed = True
-            raise
+            logger.exception("a listener failed; its request is cancelled")
+            self.cancel()

@@ -1,9 +1,13 @@
 """Passes the reports of one replica on to the fleet, until the replica dies, hangs or computes NaN."""
 
+import logging
+
 from glm4_runtime.cluster.fleet import Fleet, Replica
 from glm4_runtime.cluster.order import ReplicaReport
 from glm4_runtime.errors import DamagedModelError, ReplicaError
 from glm4_runtime.scheduler import Failed
+
+logger = logging.getLogger(__name__)
 
 
 def watch(fleet: Fleet, replica: Replica, step_timeout: float) -> None:
@@ -18,8 +22,12 @@ def watch(fleet: Fleet, replica: Replica, step_timeout: float) -> None:
             _require_sound(report, step_timeout)
             fleet.deliver(replica.name, report)
     except ReplicaError as error:
-        fleet.lost(replica.name, str(error))
-        replica.close()
+        reason = str(error)
+    except Exception as error:  # whatever Ray raises: requests of a replica that nobody watches would hang
+        logger.exception("replica %s cannot be watched any more", replica.name)
+        reason = f"its reports failed ({type(error).__name__})"
+    fleet.lost(replica.name, reason)
+    replica.close()
 
 
 def _require_sound(report: ReplicaReport, step_timeout: float) -> None:

@@ -13,6 +13,7 @@ from scheduling import Listener, drive, submit
 from glm4_runtime import SamplingParams, Session
 from glm4_runtime.cluster.fleet import Fleet
 from glm4_runtime.cluster.order import Identity, ReplicaReport
+from glm4_runtime.cluster.watch import watch
 from glm4_runtime.errors import (
     BundleError,
     DamagedModelError,
@@ -135,7 +136,6 @@ def test_suspects_run_one_at_a_time_so_that_only_the_cause_is_given_up(fleet):
 
 def test_a_long_request_survives_many_deaths_if_tokens_come_between(fleet):
     listener = Listener()
-    fleet.submit_all = None
     replica = FakeReplica("0")
     fleet.join(replica)
     fleet.submit(plain(), listener)
@@ -211,6 +211,47 @@ def test_without_a_replica_requests_are_refused_and_moved_ones_wait_until_their_
     monkeypatch.setattr("glm4_runtime.cluster.fleet.PATIENCE", 0)
     fleet.tick()
     assert isinstance(later.error, ReplicaError)
+
+
+def test_deadlines_hold_while_no_replica_is_alive(fleet):
+    """No report comes then, so nothing but the clock ends a request."""
+    replica, listener = FakeReplica("a"), Listener()
+    fleet.start()
+    fleet.join(replica)
+    fleet.submit(plain(deadline=time.monotonic() + 0.2), listener)
+    fleet.lost("a", "it was killed")
+    assert listener.done.wait(20)
+    assert isinstance(listener.error, DeadlineError)
+
+
+def test_a_listener_that_fails_loses_its_own_request_only(fleet):
+    replica, other = FakeReplica("a"), Listener()
+
+    def broken(event):
+        raise RuntimeError("a client's mistake")
+
+    fleet.join(replica)
+    fleet.submit(plain(), broken)
+    fleet.submit(plain(), other)
+    deliver(fleet, replica, Started(0, 3), number=0)
+    assert replica.actions == [(0, "cancel")]
+    deliver(fleet, replica, Started(0, 3), token(7, "stop"), number=1)
+    assert other.ids == [7]
+
+
+def test_a_replica_that_cannot_be_watched_is_lost_and_its_requests_move(fleet):
+    first, second, listener = FakeReplica("a"), FakeReplica("b"), Listener()
+
+    def unreadable():
+        raise TypeError("no such event")
+
+    first.report = unreadable
+    fleet.join(first)
+    fleet.submit(plain(), listener)
+    fleet.join(second)
+    watch(fleet, first, 1.0)
+    assert first.closed
+    assert len(second.orders) == 1
 
 
 def test_sums_do_not_shrink_when_a_replica_is_lost(fleet):
@@ -321,8 +362,6 @@ def test_a_replica_that_computes_nan_or_hangs_is_replaced(session, demo_cpu, mon
 
 def test_the_error_of_nan_is_not_told(fleet):
     """Were it told, the client would lose its answer."""
-    from glm4_runtime.cluster.watch import watch
-
     replica, listener = FakeReplica("a"), Listener()
     reports = iter([ReplicaReport(((0, Failed(DamagedModelError("NaN"))),), NO_STATS, 0.0)])
     replica.report = lambda: next(reports)

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +18,8 @@ _ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 logger = logging.getLogger(__name__)
 
+# Seconds to connect to a cluster.
+_CONNECT = 5.0
 # Seconds before a lost replica is started again. Doubled after each short life, up to the most.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0
 # A replica that lived for fewer seconds had a short life.
@@ -23,20 +27,45 @@ _SHORT_LIFE = 30.0
 
 
 def connect(address: str | None) -> None:
-    """Join the cluster at ``address``, or start one on this machine's loopback address. Sends no usage statistics."""
+    """Join the cluster at ``address``, or start one on this machine's loopback address. Sends no usage statistics.
+
+    The started cluster has a secret of its own, which its processes inherit: other users of the machine cannot use it.
+
+    Raises:
+        UnavailableError: no cluster answers, or none can be started.
+    """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else a late call after the end starts a new cluster
-    if not address:
+    if address:
+        _require_listener(address)
+    else:
         os.environ.setdefault(_ONE_MACHINE, "0")
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault(
+            "RAY_AUTH_TOKEN", secrets.token_hex(32)
+        )  # else Ray writes one into the home folder
     ray = require_ray()  # reads these variables when it is imported
     local = {} if address else {"include_dashboard": False}
     try:
         ray.init(address=address or "local", log_to_driver=False, configure_logging=False, **local)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray's errors have no common base class
         lines = str(error).splitlines() or [type(error).__name__]
-        raise UnavailableError(
-            f"no Ray cluster answers at {address or 'this machine'}: {lines[0]}"
-        ) from error
+        failed = (
+            f"the Ray cluster at {address} cannot be joined" if address else "no Ray cluster can be started"
+        )
+        raise UnavailableError(f"{failed}: {lines[0]}") from error
+
+
+def _require_listener(address: str) -> None:
+    """Raises :class:`UnavailableError` if nothing listens at ``HOST:PORT``; Ray would try for over a minute."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "://" in address:  # such as auto
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UnavailableError(f"no Ray cluster answers at {address}: {reason}") from error
 
 
 class Keeper:

@@ -137,10 +137,8 @@ def _seconds(name: str, default: float, words: str) -> _Option:
 @click.option(
     "--step-timeout",
     type=click.FloatRange(min=0, min_open=True),
-    default=300.0,
-    show_default=True,
     metavar="SECONDS",
-    help="With --replicas: maximum time of one step of the model. A slower replica is replaced.",
+    help="With --replicas: maximum time of one step of the model. A slower replica is replaced. Default: 300.",
 )
 @click.option("--verify", is_flag=True, help="Check the SHA-256 of large files completely.")
 def command(
@@ -153,12 +151,13 @@ def command(
     verify: bool,
     replicas: int | None,
     ray_address: str | None,
-    step_timeout: float,
+    step_timeout: float | None,
     **options: Any,
 ) -> None:
     """Serve BUNDLE with OpenAI's API, and with a chat page at /, until SIGTERM or Ctrl-C."""
-    if ray_address is not None and replicas is None:
-        raise click.UsageError("--ray-address goes with --replicas")
+    for name, value in (("--ray-address", ray_address), ("--step-timeout", step_timeout)):
+        if value is not None and replicas is None:
+            raise click.UsageError(f"{name} goes with --replicas")
     with interrupts.exiting():  # until requests are taken; then the server answers signals
         try:
             from glm4_runtime.server import ServerOptions, read_api_keys
@@ -180,4 +179,8 @@ def command(
             return
         from glm4_runtime.cluster.serve import ClusterOptions, serve_replicas
 
-        serve_replicas(bundle, chosen, ClusterOptions(replicas, ray_address, step_timeout, session))
+        serve_replicas(
+            bundle,
+            chosen,
+            ClusterOptions(replicas, ray_address, step_timeout or ClusterOptions.step_timeout, session),
+        )

@@ -108,7 +108,7 @@ def test_replicas_without_ray_say_what_to_install(run, demo_bundle, monkeypatch)
     monkeypatch.setattr("glm4_runtime.cluster.ray_module.find_spec", lambda _: None)
     code, out, err = run("serve", demo_bundle, "--port", 0, "--replicas", 2)
     assert (code, out, err.count("\n")) == (1, "", 1)
-    assert re.search(r"--replicas needs Ray; run \S*pip install .*\[serve,cpu,ray\]", err)
+    assert re.search(r"--replicas needs Ray; run \S*pip install .*\[ray\]", err)
 
 
 def test_replicas_are_for_bundles_that_generate(run, demo_bundle, monkeypatch):
@@ -120,10 +120,11 @@ def test_replicas_are_for_bundles_that_generate(run, demo_bundle, monkeypatch):
     assert "replicas need causal-lm" in err
 
 
-def test_a_ray_address_needs_replicas(run, demo_bundle):
-    code, _, err = run("serve", demo_bundle, "--ray-address", "auto")
+@pytest.mark.parametrize(("option", "value"), [("--ray-address", "auto"), ("--step-timeout", 9)])
+def test_options_of_replicas_need_replicas(run, demo_bundle, option, value):
+    code, _, err = run("serve", demo_bundle, option, value)
     assert code == 2
-    assert "--ray-address goes with --replicas" in err
+    assert f"{option} goes with --replicas" in err
 
 
 def test_serve_passes_the_options_of_replicas_on(run, monkeypatch, tmp_path):

@@ -1,6 +1,5 @@
 """Serves a bundle by replicas on a Ray cluster, behind the same HTTP app as a single session."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from glm4_runtime.bundle import Manifest, read_manifest
+from glm4_runtime.bundle.manifest_checks import ONNX_RUNTIME
 from glm4_runtime.chat_template import start_template_worker
 from glm4_runtime.cluster.fleet import Fleet
 from glm4_runtime.cluster.ray_module import require_installed, require_ray
 from glm4_runtime.cluster.replica import RayReplica, ReplicaOptions
 from glm4_runtime.cluster.start import Keeper, connect
-from glm4_runtime.errors import RequestError
+from glm4_runtime.errors import RequestError, UnavailableError
 from glm4_runtime.opening import check_opening
 from glm4_runtime.server.options import ServerOptions
 from glm4_runtime.server.run import bind, serve_model
 from glm4_runtime.server.served_model import ServedModel
-from glm4_runtime.session import limits_of
+from glm4_runtime.session import RUNTIMES, limits_of
+from glm4_runtime.session.ort import cores
 from glm4_runtime.side_files import check_bundle
 from glm4_runtime.tokenizer import Tokenizer
 
@@ -98,13 +99,40 @@ def serve_replicas(bundle: Path, options: ServerOptions, cluster: ClusterOptions
 
 
 def _maker(served: ServedModel, manifest: Manifest, cluster: ClusterOptions) -> Callable[[str], RayReplica]:
-    ray, session = require_ray(), dict(cluster.session)
-    if session.get("threads") is None and cluster.address is None:
-        session["threads"] = max(1, (os.cpu_count() or 1) // cluster.replicas)
-    gpus = 1 if manifest.target != "cpu" and ray.cluster_resources().get("GPU") else 0
     chosen = ReplicaOptions(
-        str(served.session.folder.resolve()), served.ends, served.options.max_queue, session
+        str(served.session.folder.resolve()),
+        served.ends,
+        served.options.max_queue,
+        session_options(manifest, cluster),
     )
+    gpus = gpus_of_each(manifest, cluster, require_ray())
     # an actor that hangs in a step without releasing Python's lock leaves its reports unanswered
     patience = cluster.step_timeout + 10
     return lambda name: RayReplica(name, chosen, patience, gpus)
+
+
+def session_options(manifest: Manifest, cluster: ClusterOptions) -> dict[str, Any]:
+    """The options of each replica's session. On one machine, replicas that compute on the CPU share its cores."""
+    options = dict(cluster.session)
+    divides = RUNTIMES.get(manifest.dialect) == ONNX_RUNTIME and cluster.address is None
+    if divides and options.get("threads") is None:
+        options["threads"] = max(1, cores() // cluster.replicas)
+    return options
+
+
+def gpus_of_each(manifest: Manifest, cluster: ClusterOptions, ray: Any) -> int:
+    """The number of GPUs that each replica asks Ray for.
+
+    Raises:
+        UnavailableError: too few GPUs are free. Ray would wait for more without a word.
+    """
+    on_cpu = manifest.target == "cpu" or cluster.session.get("provider") == "CPUExecutionProvider"
+    if on_cpu or not ray.cluster_resources().get("GPU"):
+        return 0
+    free = ray.available_resources().get("GPU", 0)
+    if free < cluster.replicas:
+        raise UnavailableError(
+            f"each of the {cluster.replicas} replicas needs a GPU, and {free:g} are free in the Ray cluster; "
+            "lower --replicas"
+        )
+    return 1

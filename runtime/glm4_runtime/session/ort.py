@@ -36,7 +36,7 @@ MISSING_KERNELS = {
 }
 
 
-def _cores() -> int:
+def cores() -> int:
     """Number of cores that this process may use; all cores if the system does not tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -152,7 +152,7 @@ class OrtSession(GrowingSession):
     def _open(self, ort: Any, threads: int | None) -> None:
         manifest, gpu = self.manifest, self._gpu
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or _cores()
+        options.intra_op_num_threads = threads or cores()
         options.log_severity_level = 3  # errors only; the cases of its warnings are decided above
         provider: Any = self.provider
         if gpu is not None:

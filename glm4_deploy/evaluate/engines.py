@@ -13,6 +13,10 @@ from lm_eval.api.model import LM
 
 from glm4_deploy import folders
 from glm4_deploy.harness.model import BundleModel
+from glm4_deploy.memory import available_memory
+from glm4_deploy.show import readable_size
+from glm4_exporters.architecture import parameter_count
+from glm4_exporters.checkpoint import Checkpoint
 from glm4_runtime.bundle import MANIFEST, read_manifest
 from glm4_runtime.errors import Glm4Error, RequestError
 from glm4_runtime.install import install_command
@@ -20,6 +24,7 @@ from glm4_runtime.install import install_command
 REFERENCE = "reference"
 URL = re.compile(r"https?://")
 PROBE_SECONDS = 10.0
+FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,13 @@ def _key() -> dict[str, str]:
 
 def _of_checkpoint(folder: Path, prefix: bool) -> Engine:
     folders.require_checkpoint(folder)
+    with Checkpoint.load(folder) as checkpoint:
+        needed = FLOAT32 * parameter_count(checkpoint.config, checkpoint.task)
+    if needed > (available := available_memory()):
+        raise RequestError(
+            f"{folder} takes {readable_size(needed)} in float32, and {readable_size(available)} of memory are available; "
+            "leave out --reference, and name a bundle of the highest precision first"
+        )
     arguments: dict[str, Any] = {"pretrained": str(folder), "dtype": "float32", "device": "cpu"}
     if (
         not prefix

@@ -318,6 +318,13 @@ def test_a_server_and_the_checkpoint_answer_as_the_bundle(run_eval, demo_bundle,
     assert rows["reference"]["nats"] == pytest.approx(rows["bundle"]["nats"], abs=1e-3)
 
 
+def test_a_checkpoint_that_memory_cannot_hold_is_refused_before_the_work(run_eval, demo_bundle, monkeypatch):
+    monkeypatch.setattr("glm4_deploy.evaluate.engines.available_memory", lambda: 10_000_000)
+    found, results = run_eval(demo_bundle, "--reference", DEMO, "--items", "2")
+    assert "takes 13.0 MiB in float32, and 9.5 MiB of memory are available" in str(found.exception)
+    assert results is None
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

@@ -161,12 +161,13 @@ class _Row:
     lower: _Lower
 
 
-# By the name of a target's products. The first row that accepts the node and its format is used.
+# Matrices that are not quantized, for all products.
 _NARROW = (
     _Row((MICROSOFT, "FusedMatMul"), 1, _is_narrow, _widened),
     _Row(("", "Transpose"), 0, _is_narrow, _widened),
     _Row(("", "Gather"), 0, _is_narrow, _widened_lookup),
 )
+# By the name of a target's products. The first row that accepts the node and its format is used.
 LOWERINGS = {
     "fused": (
         *_NARROW,

@@ -20,7 +20,7 @@ from glm4_exporters.architecture import MATRICES
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_plugins.block_product import OPERATOR, block_product, library, unpack_codes
 from glm4_runtime import Session
-from glm4_runtime.errors import ExportError
+from glm4_runtime.errors import CheckpointError, ExportError
 
 DATA = Path(__file__).parents[1] / "data" / "quantized"
 OF_INTEGERS = sorted(
@@ -247,6 +247,37 @@ def test_an_explicit_precision_quantizes_again(tmp_path):
     again = ExportOptions(target="ort", precision="int4")
     assert export(DATA / "gptq-4", tmp_path / "b", again).source["stored"].startswith("requantized to int4")
     assert cache_key(DATA / "gptq-4", again) != cache_key(DATA / "gptq-4", ExportOptions(target="ort"))
+
+
+def not_a_number(tensors, name):
+    tensors[f"{name}.weight"].view(torch.uint8)[3, 5] = 0x7F
+
+
+def large_scales(tensors, name):
+    tensors[f"{name}.weight_scale"].fill_(3e38)
+
+
+def a_scale_to_divide_by(tensors, name):
+    tensors[f"{name}.weight_global_scale"].fill_(1e-45)
+
+
+@pytest.mark.parametrize(
+    ("folder", "change", "target"),
+    [
+        ("compressed-tensors-fp8-block", not_a_number, "native"),
+        ("compressed-tensors-w8a8", large_scales, "native"),
+        ("compressed-tensors-w8a8", large_scales, "cpu"),
+        ("compressed-tensors-nvfp4a16", a_scale_to_divide_by, "cpu"),
+    ],
+)
+def test_numbers_that_stand_for_no_finite_value_are_refused_without_parity_too(
+    tmp_path, folder, change, target
+):
+    name = NAME.removesuffix(".weight")
+    damaged = edited(DATA / folder, tmp_path / "c", lambda tensors: change(tensors, name))
+    with pytest.raises(CheckpointError, match=f"{name} stands for NaN or infinity in rows 0"):
+        export(damaged, tmp_path / "b", ExportOptions(target=target, parity=False))
+    assert not (tmp_path / "b").exists()
 
 
 def test_calibration_text_is_for_the_int8_cache_alone(tmp_path):

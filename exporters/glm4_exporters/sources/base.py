@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FP8, INT8, INT32, UINT8 = "F8_E4M3", "I8", "I32", "U8"  # safetensors' names
+LARGEST_NUMBER = 512  # float8's numbers, and 8-bit numbers minus zero points, are smaller in magnitude
 WHOLE_ROW = -1  # a group size: one group for a whole row
 
 Read = Callable[[TensorHeader], "Tensor"]  # reads a whole stored tensor
@@ -75,6 +76,15 @@ class Rows:
         if self.zeros is not None:
             values -= self._spread(self.zeros.float())
         return values.mul_(self._spread(self.scales.float()))
+
+    def finite(self) -> bool:
+        """Whether all values are finite. A float8 number may be NaN, and number * scale may overflow float32."""
+        import torch
+
+        if self.numbers.is_floating_point() and bool(self.numbers.isnan().any()):
+            return False
+        small = float(self.scales.float().abs().amax()) <= torch.finfo(torch.float32).max / LARGEST_NUMBER
+        return small or bool(self.values().isfinite().all())
 
     def without_zeros(self) -> "Tensor":
         """The numbers minus their zero points, int8 [rows, width]: in -15 ... 15 for 4-bit numbers."""

@@ -11,6 +11,7 @@ from glm4_exporters.formats.base import CODES, SCALES, Encoded
 from glm4_exporters.formats.brought import ZEROS, Brought
 from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import QuantizedMatrix, Read, Rows
+from glm4_exporters.sources.reading import finite_rows
 from glm4_exporters.sources.view import View
 
 COPIED_AT_ONCE = 4096
@@ -72,7 +73,7 @@ class KeptMatrix:
         start = 0
         for piece in self._view.pieces:
             assert isinstance(piece.stored, QuantizedMatrix)
-            load = piece.stored.load(self._hashed)
+            load = finite_rows(piece.stored, self._hashed)
             self._pieces.append(_Piece(start, start + piece.count, piece.first, load))
             start += piece.count
 

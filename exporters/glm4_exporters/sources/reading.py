@@ -5,8 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from glm4_exporters.safetensors_file import TensorHeader
-from glm4_exporters.sources.base import Read
+from glm4_exporters.sources.base import QuantizedMatrix, Read, Rows
 from glm4_exporters.sources.view import StoredRows, View
 from glm4_exporters.weight_reader import ROWS_TOGETHER
 from glm4_runtime.errors import CheckpointError
@@ -28,19 +27,39 @@ def view_blocks(view: View, read: Read, room: int) -> Iterator[tuple[int, Tensor
 def _rows_of(piece: StoredRows, read: Read) -> Callable[[int, int], Tensor]:
     """A function of ``first`` and ``count`` that returns these rows of the piece's stored matrix, float32."""
     stored = piece.stored
-    if isinstance(stored, TensorHeader):
-        whole, file, name = read(stored), stored.file, stored.name
-        return lambda first, count: _finite(whole[first : first + count].float(), file, name, first)
-    load, module = stored.load(read), stored.module
-    file = next(iter(stored.tensors.values())).file
-    return lambda first, count: _finite(load(first, count).values(), file, module, first)
+    if isinstance(stored, QuantizedMatrix):
+        load = finite_rows(stored, read)
+        return lambda first, count: load(first, count).values()
+    whole, header = read(stored), stored
+
+    def rows(first: int, count: int) -> Tensor:
+        values = whole[first : first + count].float()
+        if not bool(values.isfinite().all()):
+            raise _damaged(header.file, header.name, first, count)
+        return values
+
+    return rows
 
 
-def _finite(values: Tensor, file: Path, name: str, first: int) -> Tensor:
-    """Refuse NaN and infinity. A float8 number may be NaN; number * scale may overflow."""
-    if not bool(values.isfinite().all()):
-        raise CheckpointError(
-            f"{file}: {name} stands for NaN or infinity in rows {first} ... {first + len(values) - 1}; "
-            "the checkpoint is damaged"
-        )
-    return values
+def finite_rows(stored: QuantizedMatrix, read: Read) -> Callable[[int, int], Rows]:
+    """As ``stored.load``, and refuses rows whose values are not all finite.
+
+    Raises:
+        CheckpointError: also by the returned function.
+    """
+    load, file = stored.load(read), next(iter(stored.tensors.values())).file
+
+    def rows(first: int, count: int) -> Rows:
+        found = load(first, count)
+        if not found.finite():
+            raise _damaged(file, stored.module, first, count)
+        return found
+
+    return rows
+
+
+def _damaged(file: Path, name: str, first: int, count: int) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: {name} stands for NaN or infinity in rows {first} ... {first + count - 1}; "
+        "the checkpoint is damaged"
+    )

@@ -41,6 +41,7 @@ FOLDER_KINDS = {
     "around": Kind("a folder around others", "give the one in it, {inner}"),
     "other": Kind(f"neither a bundle (no {MANIFEST}) nor a checkpoint (no {CONFIG})", "give a checkpoint's folder"),
 }  # fmt: skip
+CHECKPOINTS, BUNDLES = ("checkpoint", "quantized"), ("bundle", "engine")
 
 
 def kind_of(path: Path) -> tuple[str, str]:
@@ -55,6 +56,10 @@ def kind_of(path: Path) -> tuple[str, str]:
         return "nothing", ""
 
 
+def is_checkpoint(path: Path) -> bool:
+    return kind_of(path)[0] in CHECKPOINTS
+
+
 def require_checkpoint(path: Path) -> None:
     """Refuse a path that is no checkpoint, and name its kind. Names on the hub are not checked here.
 
@@ -62,7 +67,7 @@ def require_checkpoint(path: Path) -> None:
         CheckpointError: with advice.
     """
     kind, inner = kind_of(path)
-    if kind in ("checkpoint", "quantized", "nothing"):
+    if kind in (*CHECKPOINTS, "nothing"):
         return
     raise CheckpointError(_sentence(path, kind, inner, "a checkpoint", FOLDER_KINDS[kind].advice))
 
@@ -74,14 +79,14 @@ def require_bundle(path: Path) -> None:
         BundleError: with advice.
     """
     kind, inner = kind_of(path)
-    if kind in ("bundle", "engine"):
+    if kind in BUNDLES:
         return
     if kind == "nothing":
         raise BundleError(
             f"{path} is not a bundle (no such folder); make one with: glm4-deploy export CHECKPOINT BUNDLE"
         )
     advice = FOLDER_KINDS[kind].advice
-    if kind in ("checkpoint", "quantized"):
+    if kind in CHECKPOINTS:
         advice = f"make a bundle of it: glm4-deploy export {path} BUNDLE"
     elif kind in ("gguf", "pickles", "graph"):
         advice += ", and make a bundle of that: glm4-deploy export CHECKPOINT BUNDLE"
@@ -103,7 +108,7 @@ def require_generator(path: Path) -> None:
 def require_either(path: Path) -> str:
     """The kind of a checkpoint or a bundle. Refuse a path that is neither."""
     kind, inner = kind_of(path)
-    if kind in ("checkpoint", "quantized", "bundle", "engine", "nothing"):
+    if kind in (*CHECKPOINTS, *BUNDLES, "nothing"):
         return kind
     raise Glm4Error(_sentence(path, kind, inner, "a checkpoint or a bundle", FOLDER_KINDS[kind].advice))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm4_deploy.end_tokens import end_tokens
-from glm4_deploy.folders import require_either
+from glm4_deploy.folders import BUNDLES, require_either
 from glm4_runtime.bundle import MANIFEST, REPORT, Manifest, read_manifest
 from glm4_runtime.bundle.element_types import bits
 from glm4_runtime.bundle.file_names import TOKENIZER
@@ -36,7 +36,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         Glm4Error: the folder is neither of the two, or it is damaged.
     """
     path = Path(path)
-    if require_either(path) in ("bundle", "engine"):
+    if require_either(path) in BUNDLES:
         return inspect_bundle(path)
     return inspect_checkpoint(path)
 

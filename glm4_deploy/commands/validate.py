@@ -168,7 +168,7 @@ def _require_options_that_fit(
 
 def _require_folders(bundle: Path, against: Path | None, reference: Path) -> None:
     folders.require_bundle(bundle)
-    if against is not None and folders.kind_of(against)[0] not in ("checkpoint", "quantized"):
+    if against is not None and not folders.is_checkpoint(against):
         folders.require_bundle(against)
     folders.require_checkpoint(reference)
 

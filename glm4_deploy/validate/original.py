@@ -5,6 +5,7 @@ reference -> bundle      the loss of the export
 original -> bundle       both together
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from glm4_deploy.validate.comparison import Comparison
 from glm4_exporters.architecture import expected_tensors
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_runtime.bundle import Manifest
-from glm4_runtime.bundle.file_names import CONFIG, MANIFEST
 from glm4_runtime.errors import RequestError
 
 ORIGINAL, REFERENCE, BUNDLE = "original", "reference", "bundle"
@@ -21,13 +21,13 @@ LOSS = {"causal-lm": "kl_mean"}
 OTHER_LOSS = "relative_error"
 
 
-def is_checkpoint(path: Path | None) -> bool:
-    """Whether ``--against`` names a checkpoint and not a bundle."""
-    return path is not None and (path / CONFIG).is_file() and not (path / MANIFEST).is_file()
-
-
-def open_original(path: Path, reference: Checkpoint) -> Checkpoint:
+def open_original(
+    path: Path, reference: Checkpoint, adapters: Sequence[tuple[str, float]] = ()
+) -> Checkpoint:
     """Open the original of a quantized checkpoint.
+
+    Args:
+        adapters: the reference's, so that their effect is no loss.
 
     Raises:
         RequestError: the reference is not quantized, the original is, or they are different models.
@@ -37,7 +37,7 @@ def open_original(path: Path, reference: Checkpoint) -> Checkpoint:
             f"{path} is a checkpoint, not a bundle; --against takes one only if the reference is quantized, and "
             f"{reference.folder} is not. Give a bundle"
         )
-    original = Checkpoint.load(path, reference.task)
+    original = Checkpoint.load(path, reference.task, adapters)
     wrong = None
     if original.source is not None:
         wrong = "is quantized too"

@@ -9,13 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from glm4_deploy.folders import is_checkpoint
 from glm4_deploy.memory import available_memory
 from glm4_deploy.validate.bands import find_culprit, is_out_of_band
 from glm4_deploy.validate.comparison import NO_TARGET, Comparison, worst_positions
 from glm4_deploy.validate.gates import load_gate, row_of
 from glm4_deploy.validate.greedy import add_greedy
 from glm4_deploy.validate.memory import Work, require_memory
-from glm4_deploy.validate.original import is_checkpoint, losses, open_original, original_comparisons
+from glm4_deploy.validate.original import losses, open_original, original_comparisons
 from glm4_deploy.validate.report import Report, Side, WorstPosition
 from glm4_deploy.validate.side_by_side import Bundle, walk
 from glm4_deploy.validate.text import Text, choose_text, hex_of_bytes
@@ -73,7 +74,7 @@ def validate(
         RequestError: options that do not fit together, or a comparison that does not fit into memory.
     """
     start = time.monotonic()
-    with_original = is_checkpoint(options.against)
+    with_original = options.against is not None and is_checkpoint(options.against)
     folders = [bundle] if options.against is None or with_original else [bundle, options.against]
     bundles = [_open(Path(folder)) for folder in folders]
     first = bundles[0].manifest
@@ -84,7 +85,7 @@ def validate(
             _require_same_model(one, bundles[0], checkpoint)
         original = None
         if options.against is not None and with_original:
-            original = files.enter_context(open_original(options.against, checkpoint))
+            original = files.enter_context(open_original(options.against, checkpoint, options.adapters))
         text = _choose_text(checkpoint, bundles, options)
         work = Work([len(ids) for ids in text.sequences], len(bundles) + with_original, options.layers)
         available = available_memory() if options.memory is None else options.memory

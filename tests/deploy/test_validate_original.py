@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from adapters import write_adapter
 from checkpoints import tiny_config, write_checkpoint
 from click.testing import CliRunner
 
@@ -43,6 +44,18 @@ def test_an_export_that_loses_more_than_the_quantization(tmp_path):
     export(reference, tmp_path / "b", ExportOptions(target="native", precision="int4", parity=False))
     found = measured(tmp_path / "b", reference, ORIGINAL).losses
     assert found["export"] > 10 * found["quantization"] > 0
+
+
+def test_adapters_are_merged_into_both_checkpoints(tmp_path):
+    """Otherwise the adapter's whole effect would count as the quantization's loss."""
+    adapter = write_adapter(ORIGINAL, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    adapters, bundle = ((str(adapter), 1.0),), tmp_path / "b"
+    export(QUANTIZED, bundle, ExportOptions("native", "fp16", parity=False, adapters=adapters))
+    options = {"gate": None, "max_tokens": 256, "length": 64, "greedy": False, "against": ORIGINAL}
+    found = validate(bundle, QUANTIZED, ValidateOptions(**options, adapters=adapters)).losses
+    plain = export(QUANTIZED, tmp_path / "plain", ExportOptions("native", "fp16", parity=False)).bundle
+    without = validate(plain, QUANTIZED, ValidateOptions(**options)).losses
+    assert found["quantization"] == pytest.approx(without["quantization"], rel=0.5)
 
 
 def test_the_command_says_whose_loss_is_whose(kept):

@@ -116,42 +116,28 @@ def test_a_folder_with_an_equals_sign_in_its_name(tmp_path, run, tiny_checkpoint
     assert read_manifest(tmp_path / "b").adapters[0].name == "run=3"
 
 
-def test_inspect_and_the_report_name_them(tmp_path, run, tiny_checkpoint, adapter):
-    run(
-        "export",
-        tiny_checkpoint,
-        tmp_path / "b",
-        "--precision",
-        "fp32",
-        "--no-parity",
-        "--lora",
-        f"{adapter}=0.5",
-    )
-    code, out, _ = run("inspect", tmp_path / "b")
+@pytest.fixture(scope="module")
+def half_merged(tmp_path_factory, tiny_checkpoint, adapter):
+    options = ExportOptions("native", "fp32", parity=False, adapters=((str(adapter), 0.5),))
+    return export(tiny_checkpoint, tmp_path_factory.mktemp("half") / "b", options).bundle
+
+
+def test_inspect_and_the_report_name_them(run, half_merged, adapter):
+    code, out, _ = run("inspect", half_merged)
     assert code == 0
     assert "style (times 0.5)" in out
-    report = json.loads((tmp_path / "b" / "report.json").read_text())
+    report = json.loads((half_merged / "report.json").read_text())
     assert report["options"]["adapters"] == [[str(adapter), 0.5]]
 
 
-def test_validate_needs_the_same_adapters(tmp_path, run, tiny_checkpoint, adapter):
-    run(
-        "export",
-        tiny_checkpoint,
-        tmp_path / "b",
-        "--precision",
-        "fp32",
-        "--no-parity",
-        "--lora",
-        f"{adapter}=0.5",
-    )
+def test_validate_needs_the_same_adapters(tmp_path, run, tiny_checkpoint, half_merged, adapter):
     options = ("--reference", tiny_checkpoint, "--max-tokens", 64, "--json")
     for given in ((), ("--lora", adapter)):
-        code, _, err = run("validate", tmp_path / "b", *options, *given)
+        code, _, err = run("validate", half_merged, *options, *given)
         assert (code, err.count("\n")) == (1, 1)
         assert "was made with style=0.5; give the reference the same ones by --lora" in err
     code, out, err = run(
-        "validate", tmp_path / "b", *options, "--lora", f"{adapter}=0.5", "--sensitivity", tmp_path / "r.toml"
+        "validate", half_merged, *options, "--lora", f"{adapter}=0.5", "--sensitivity", tmp_path / "r.toml"
     )
     assert code == 0, err
     assert json.loads(out)["comparisons"][0]["metrics"]["kl_mean"] < 1e-6

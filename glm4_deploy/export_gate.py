@@ -1,6 +1,6 @@
 """The gate at export: the limits and the words of validate, on the few positions that parity compares."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from glm4_deploy.parity import Parity
@@ -27,7 +27,7 @@ class ExportVerdict:
     checks: tuple[Check, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        checks = [asdict(one) | {"passed": one.passed, "measured": one.measured} for one in self.checks]
+        checks = [check.as_dict() for check in self.checks]
         return {"name": self.gate, "verdict": self.verdict, "text": self.text, "checks": checks}
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # torch and onnx are imported when needed, so that --print-ke
 
     from glm4_deploy.calibration import Prepared
     from glm4_deploy.engine_bundle import EngineBundle
+    from glm4_deploy.export_gate import ExportVerdict
     from glm4_deploy.parity import Parity
     from glm4_exporters.weights import WrittenWeights
 
@@ -52,17 +53,12 @@ def export(
         ExportError: the options do not fit, the disk is too small, or the place is occupied.
         GateError: the bundle's outputs differ too much from the reference's.
     """
-    from glm4_runtime.defaults import read_sampling_defaults
-
     bundle = Path(bundle)
     destination = require_destination(checkpoint, bundle, force)
     clock = Clock()
     with Checkpoint.load(checkpoint, options.task, options.adapters) as source:
         plan = make_plan(source, options)
-        read_sampling_defaults(checkpoint)  # refuses invalid sampling defaults
-        warnings = compare_side_files(source)
-        require_installed(plan)
-        require_room(plan, destination.place)
+        warnings = _check_before_work(plan, source, destination)
         prepared = _prepare(plan, source, clock, progress)
         with clock("trace"):
             progress("trace the model", 0, 0)
@@ -74,10 +70,10 @@ def export(
             manifest = describe(plan, prepared, model, folder, written)
             write_manifest(folder, manifest)
             check_graph(folder, manifest)  # a bundle that no session opens is an error
-            parity, engine = None, None
+            parity, gate, engine = None, None, None
             if options.parity:
                 with clock("parity"):
-                    parity = _prove(folder, manifest, source, progress)
+                    parity, gate = _prove(folder, manifest, source, progress)
             if plan.engine is not None:
                 with clock("engine"):
                     engine = _build_engine(plan, prepared, model, folder, manifest, progress)
@@ -86,6 +82,7 @@ def export(
                 bundle,
                 manifest,
                 parity,
+                gate,
                 engine,
                 prepared.report,
                 clock.seconds,
@@ -108,6 +105,17 @@ def require_destination(checkpoint: str | Path, bundle: str | Path, force: bool)
     destination.recover()
     destination.check(Path(checkpoint))
     return destination
+
+
+def _check_before_work(plan: Plan, source: Checkpoint, destination: Destination) -> list[str]:
+    """Refuse what would fail later; returns warnings about side files."""
+    from glm4_runtime.defaults import read_sampling_defaults
+
+    read_sampling_defaults(source.folder)  # refuses invalid sampling defaults
+    warnings = compare_side_files(source)
+    require_installed(plan)
+    require_room(plan, destination.place)
+    return warnings
 
 
 def _prepare(plan: Plan, source: Checkpoint, clock: Clock, progress: Progress) -> "Prepared":
@@ -193,14 +201,18 @@ def _copy_side_files(source: Checkpoint, folder: Path) -> None:
         shutil.copyfile(path, folder / name)
 
 
-def _prove(folder: Path, manifest: Manifest, source: Checkpoint, progress: Progress) -> "Parity":
+def _prove(
+    folder: Path, manifest: Manifest, source: Checkpoint, progress: Progress
+) -> "tuple[Parity, ExportVerdict]":
+    """Measure parity, and refuse a bundle that exceeds a limit of parity or of the gate."""
     from glm4_deploy.export_gate import judge, require_passed
     from glm4_deploy.parity import check_parity, measure_parity
 
     parity = measure_parity(folder, manifest, source, progress)
     check_parity(parity, manifest)
-    require_passed(judge(parity, manifest))
-    return parity
+    verdict = judge(parity, manifest)
+    require_passed(verdict)
+    return parity, verdict
 
 
 def _build_engine(

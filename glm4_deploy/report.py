@@ -17,6 +17,7 @@ from glm4_runtime.bundle import REPORT, Manifest
 
 if TYPE_CHECKING:
     from glm4_deploy.engine_bundle import EngineBundle
+    from glm4_deploy.export_gate import ExportVerdict
     from glm4_deploy.parity import Parity
 
 
@@ -25,20 +26,13 @@ class ExportResult:
     bundle: Path
     manifest: Manifest
     parity: "Parity | None"
+    gate: "ExportVerdict | None"  # None without parity
     engine: "EngineBundle | None" = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     warnings: list[str] = field(default_factory=list)  # about side files that do not fit each other
     source: Mapping[str, Any] | None = None  # how another tool quantized the checkpoint
-
-    def verdict(self) -> dict[str, Any] | None:
-        """What the gate says: name, verdict, text and checks; None without parity."""
-        if self.parity is None:
-            return None
-        from glm4_deploy.export_gate import judge
-
-        return judge(self.parity, self.manifest).as_dict()
 
 
 class Clock:
@@ -71,8 +65,8 @@ def write_report(folder: Path, options: ExportOptions, result: ExportResult) -> 
     }
     if result.warnings:
         report["warnings"] = result.warnings
-    if result.parity is not None:
-        report["gate"] = result.verdict()
+    if result.gate is not None:
+        report["gate"] = result.gate.as_dict()
     if result.engine is not None:
         from glm4_deploy.engine_bundle import engine_report
 

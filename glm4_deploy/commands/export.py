@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +15,9 @@ from glm4_exporters.engine.kinds import ATTENTIONS
 from glm4_exporters.engine.options import ENGINE_LAYOUTS, EngineOptions
 from glm4_exporters.targets import ACTIVATIONS, PRECISIONS, TARGETS
 from glm4_runtime.bundle import Manifest
+
+if TYPE_CHECKING:
+    from glm4_deploy.parity import Parity
 
 
 @click.command("export")
@@ -200,7 +204,7 @@ def _as_json(result: pipeline.ExportResult) -> dict[str, object]:
     return {
         "bundle": str(result.bundle),
         "parity": result.parity and result.parity.as_dict(),
-        "gate": result.verdict(),
+        "gate": result.gate and result.gate.as_dict(),
         "seconds": result.seconds,
         "peak_rss_bytes": result.peak_rss_bytes,
         "warnings": result.warnings,
@@ -232,11 +236,15 @@ def _rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
         rows += [("warning", warning) for warning in result.engine.built.warnings]
     if parity is None:
         return [*rows, ("parity", "not measured (--no-parity)")]
+    return rows + _parity_rows(parity) + _gate_rows(result)
+
+
+def _parity_rows(parity: "Parity") -> list[tuple[str, str]]:
     errors = [f"max error {parity.max_abs_error:.2e}", f"mean {parity.mean_abs_error:.2e}"]
     if parity.mean_kl is not None and parity.top1_agreement is not None:
         ties = f" and {parity.near_ties} ties" if parity.near_ties else ""
         errors += [f"KL {parity.mean_kl:.2e}", f"top-1 {100 * parity.top1_agreement:.1f} %{ties}"]
-    rows.append(("parity", f"{', '.join(errors)} over {parity.positions} positions"))
+    rows = [("parity", f"{', '.join(errors)} over {parity.positions} positions")]
     if parity.arithmetic != "as exported":
         rows.append(
             (
@@ -247,23 +255,18 @@ def _rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
     if parity.greedy_agreement is not None:
         same = f"{parity.greedy_agreement} of {parity.greedy_tokens} tokens as PyTorch's"
         rows.append(("greedy", f"{same}, of one prompt (validate judges by the median of several)"))
-    rows += _gate_rows(result)
     return rows
 
 
 def _gate_rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
-    from glm4_deploy.validate.gates import measured_and_limit
-
-    found, parity = result.verdict(), result.parity
+    found, parity = result.gate, result.parity
     if found is None or parity is None:
         return []
-    rows = [("gate", f"{found['name']}: {found['verdict']} on {found['text']}")]
-    rows += [
-        ("", measured_and_limit(each["metric"], each["value"], each["limit"])) for each in found["checks"]
-    ]
+    rows = [("gate", f"{found.gate}: {found.verdict} on {found.text}")]
+    rows += [("", check.brief) for check in found.checks]
     if parity.label_agreement is not None:
         rows.insert(0, ("labels", f"{100 * parity.label_agreement:.2f} % the same"))
-    if found["verdict"] == "not judged":
+    if found.verdict == "not judged":
         why = (
             f"the reference's own perplexity on this text is {parity.reference_perplexity:.0f}, no better than guessing"
             if parity.reference_perplexity is not None

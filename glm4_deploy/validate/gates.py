@@ -9,7 +9,7 @@ perplexity_ratio = 1.001
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +90,23 @@ class Check:
 
     @property
     def brief(self) -> str:
-        return measured_and_limit(self.metric, self.value, self.limit)
+        """For a table."""
+        return f"{self.metric} {self._found} ({self._wanted})"
 
     @property
     def line(self) -> str:
-        sense = "at least" if METRICS[self.metric].at_least else "at most"
-        value = "not measured" if self.value is None else f"{self.value:.6g}"
-        return f"{self.metric} is {value}, must be {sense} {self.limit:g} ({METRICS[self.metric].says})"
+        return f"{self.metric} is {self._found}, must be {self._wanted} ({METRICS[self.metric].says})"
 
+    @property
+    def _found(self) -> str:
+        return "not measured" if self.value is None else f"{self.value:.6g}"
 
-def measured_and_limit(metric: str, value: float | None, limit: float) -> str:
-    """One limit with its measurement, for a table."""
-    sense = "at least" if METRICS[metric].at_least else "at most"
-    return f"{metric} {'not measured' if value is None else f'{value:.6g}'} ({sense} {limit:g})"
+    @property
+    def _wanted(self) -> str:
+        return f"{'at least' if METRICS[self.metric].at_least else 'at most'} {self.limit:g}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed, "measured": self.measured}
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class Report:
             "comparisons": [comparison.as_dict() for comparison in self.comparisons],
             "losses": self.losses,
             "layers": self.blocks and _layers(self.blocks, self.culprit),
-            "gate": self.gate and {"name": self.gate, "checks": [_check(check) for check in self.checks]},
+            "gate": self.gate and {"name": self.gate, "checks": [check.as_dict() for check in self.checks]},
             "sensitivity": self.sensitivity and self.sensitivity.as_dict(),
             "worst_positions": [asdict(one) for one in self.worst],
             "notes": self.notes,
@@ -139,10 +139,6 @@ def _layers(blocks: Sequence[BlockError], culprit: Culprit | None) -> dict[str, 
         "blocks": [asdict(block) for block in blocks],
         "bands": {name: asdict(BANDS[name]) for name in sorted({block.arithmetic for block in blocks})},
     }
-
-
-def _check(check: Check) -> dict[str, Any]:
-    return asdict(check) | {"passed": check.passed, "measured": check.measured}
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,8 @@ from glm4_deploy.folders import is_checkpoint
 from glm4_deploy.memory import available_memory
 from glm4_deploy.validate.bands import find_culprit, is_out_of_band
 from glm4_deploy.validate.comparison import NO_TARGET, Comparison, worst_positions
-from glm4_deploy.validate.gates import load_gate, row_of
+from glm4_deploy.validate.drift import BlockError
+from glm4_deploy.validate.gates import Gate, load_gate, row_of
 from glm4_deploy.validate.greedy import add_greedy
 from glm4_deploy.validate.memory import Work, require_memory
 from glm4_deploy.validate.original import losses, open_original, original_comparisons
@@ -115,18 +116,12 @@ def validate(
     )
     if with_original:
         report.losses = losses(comparisons)
-    guesses = text.is_text and _guesses(comparisons[0], checkpoint.config.vocab_size)
-    report.unfit_text = guesses or text.is_random
-    if guesses:
-        report.notes.append(_unfit(comparisons[0], text, checkpoint.config.vocab_size))
     report.at_export = _verdict_at_export(bundles[0])
+    _judge_text(report, text, checkpoint.config.vocab_size)
     if options.layers:
-        report.culprit = find_culprit(walked.blocks)
-        report.out_of_band = [block for block in walked.blocks if is_out_of_band(block)]
-        comparisons[0].metrics["blocks_out_of_band"] = len(report.out_of_band)
+        _find_wrong_blocks(report, walked.blocks)
     if gate is not None:
-        report.gate = f"{gate.name}, {gate.row}"
-        report.checks = gate.check(comparisons[0].metrics, not report.unfit_text, comparisons[0].compared)
+        _apply(gate, report)
     report.notes += _open_questions(report)
     report.tools = {name: version(name) for name in TOOLS} | {"python": platform.python_version()}
     report.seconds = round(time.monotonic() - start, 1)
@@ -241,6 +236,27 @@ def _verdict_at_export(bundle: Bundle) -> dict[str, Any] | None:
 
 
 # After the work -----------------------------------------------------------------------------------
+
+
+def _judge_text(report: Report, text: Text, vocab_size: int) -> None:
+    """Say in the report whether the text is fit to judge quality by."""
+    comparison = report.comparisons[0]
+    guesses = text.is_text and _guesses(comparison, vocab_size)
+    report.unfit_text = guesses or text.is_random
+    if guesses:
+        report.notes.append(_unfit(comparison, text, vocab_size))
+
+
+def _find_wrong_blocks(report: Report, blocks: Sequence[BlockError]) -> None:
+    report.culprit = find_culprit(blocks)
+    report.out_of_band = [block for block in blocks if is_out_of_band(block)]
+    report.comparisons[0].metrics["blocks_out_of_band"] = len(report.out_of_band)
+
+
+def _apply(gate: Gate, report: Report) -> None:
+    comparison = report.comparisons[0]
+    report.gate = f"{gate.name}, {gate.row}"
+    report.checks = gate.check(comparison.metrics, not report.unfit_text, comparison.compared)
 
 
 def _guesses(comparison: Comparison, vocab_size: int) -> bool:

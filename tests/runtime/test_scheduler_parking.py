@@ -10,6 +10,7 @@ from scheduling import Counting, Listener, draft_always, drive, require_single_o
 from glm4_runtime import SamplingParams, Session
 from glm4_runtime.errors import DeadlineError, StoppedError
 from glm4_runtime.scheduler import Request, Scheduler
+from glm4_runtime.scheduler.job import Job
 
 PROMPT = tuple(range(2, 42))
 
@@ -134,6 +135,24 @@ def test_too_many_parked_requests_end_the_one_parked_for_longest(scheduler):
     assert "read a stream as it arrives" in str(errors[0])
     assert len(scheduler.view().parked) == 2
     assert scheduler.stats().requests["timeout"] == 2
+
+
+def test_clients_that_read_again_at_that_moment_end_no_request(scheduler, monkeypatch):
+    """Clients read on other threads, so that a request may be parked that does not lag any more."""
+    asked = [pair for first in (1, 3) for pair in lagging(scheduler, first=first)]
+    park = Job.park
+
+    def parked_too_late(job):
+        park(job)
+        for _, ticket in asked:
+            ticket.catch_up()
+
+    monkeypatch.setattr(Job, "park", parked_too_late)
+    other, _ = submit(scheduler, request(2))
+    finished(scheduler, other)
+    for listener, _ in asked:
+        finished(scheduler, listener)
+    assert [listener.error for listener in (*[one for one, _ in asked], other)] == [None] * 5
 
 
 def test_parked_requests_are_cancelled_end_at_their_deadline_and_with_the_scheduler(scheduler):

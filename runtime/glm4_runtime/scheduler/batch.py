@@ -372,8 +372,10 @@ class Batch:
         self._release(job, keep=True)
         parked = [one for one in self._live if one.parked]
         if len(parked) > self._most_parked:
-            longest = min((one for one in parked if one.ticket.lagging), key=lambda one: one.parked_at or 0.0)
-            self._end(longest, "timeout", Failed(unread(longest)))
+            unreading = [one for one in parked if one.ticket.lagging]  # none, if all clients have just read
+            longest = min(unreading, key=lambda one: one.parked_at or 0.0, default=None)
+            if longest is not None:
+                self._end(longest, "timeout", Failed(unread(longest)))
 
     def _release(self, job: Job, *, keep: bool) -> None:
         lease, job.lease = job.lease, None

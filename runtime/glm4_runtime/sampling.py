@@ -242,11 +242,7 @@ class Sampler:
         scores = np.asarray(logits, dtype=np.float32)
         if scores.shape != (self.vocab_size,):
             raise ValueError(f"logits have shape {scores.shape}, not ({self.vocab_size},)")
-        if np.isnan(scores.max()):  # NaN if any is NaN
-            raise NotANumberError(
-                "the model gave NaN logits: the bundle overflows or is damaged; validate it"
-            )
-        _refuse_degenerate(scores)
+        _refuse_degenerate(scores, NotANumberError)
         return scores
 
     def _changes_nothing(self) -> bool:
@@ -309,10 +305,11 @@ def _refuse_outside(name: str, ids: Iterable[int], vocab_size: int) -> None:
         )
 
 
-def _refuse_degenerate(scores: FloatArray) -> None:
+def _refuse_degenerate(scores: FloatArray, of_nan: type[RequestError] = RequestError) -> None:
+    """Raises ``of_nan`` for NaN. The default is for scores after penalties, whose NaN need not be the model's."""
     highest = scores.max()  # NaN if any is NaN
     if np.isnan(highest):
-        raise RequestError("the model gave NaN logits: the bundle overflows or is damaged; validate it")
+        raise of_nan("the model gave NaN logits: the bundle overflows or is damaged; validate it")
     if highest == np.inf:
         raise RequestError(
             "the model gave an infinite logit: the bundle overflows or is damaged; validate it"

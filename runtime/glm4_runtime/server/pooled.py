@@ -3,6 +3,7 @@
 import base64
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ async def _run(
     log.record().update(user=body.user, prompt_tokens=sum(map(len, inputs)))
     if served.options.log_prompts:
         log.record()["prompts"] = given
-    return inputs, [await served.pooled(lambda ids=ids: work(session, ids), deadline) for ids in inputs]  # type: ignore[misc]
+    return inputs, [await served.pooled(partial(work, session, ids), deadline) for ids in inputs]
 
 
 def _packed(vector: Logits) -> str:

@@ -23,7 +23,7 @@ from glm4_exporters.streamed import reference_outputs
 from glm4_runtime import SamplingParams, Session
 from glm4_runtime.bundle import Manifest
 from glm4_runtime.bundle.file_names import TOKENIZER
-from glm4_runtime.errors import GateError, RequestError, UnavailableError
+from glm4_runtime.errors import GateError, RequestError, TextError, UnavailableError
 from glm4_runtime.progress import Progress, silent
 from glm4_runtime.tokenizer import Tokenizer
 
@@ -79,7 +79,7 @@ def measure_parity(
     bundle: Path, manifest: Manifest, checkpoint: Checkpoint, progress: Progress = silent
 ) -> Parity:
     """Compare a bundle's folder with its checkpoint; both are streamed."""
-    sample = choose_sample(bundle, manifest, checkpoint.folder / OWN_TEXT)
+    sample = choose_sample(bundle, manifest, checkpoint.folder)
     sequences = sample.sequences
     expected = reference_outputs(checkpoint, sequences, progress)
     pieces = GraphPieces(bundle)
@@ -156,18 +156,34 @@ class Sample:
     prefix: int | None
 
 
-def choose_sample(bundle: Path, manifest: Manifest, own: Path) -> Sample:
-    """The text ``own`` of the checkpoint, else our lines where the bundle has a tokenizer, else seeded random ids."""
+def choose_sample(bundle: Path, manifest: Manifest, checkpoint: Path) -> Sample:
+    """The checkpoint's own text, else our lines where the bundle has a tokenizer, else seeded random ids."""
     if TOKENIZER not in manifest.files:
         return Sample(sample_sequences(bundle, manifest), "random token ids", None)
     tokenizer = Tokenizer.from_folder(bundle)
     prefix = len(prefix_of(tokenizer))
-    length = min(max(SEQUENCE_LENGTHS), manifest.limits.max_seq_len)
-    if own.is_file() and length > prefix + 2:
-        found = read_sequences(own, tokenizer, length, len(SEQUENCE_LENGTHS), manifest.model.vocab_size)
-        cut = [ids[:most] for ids, most in zip(found, SEQUENCE_LENGTHS, strict=False)]
-        return Sample(cut, own.name, prefix)
+    own = read_own_text(checkpoint, tokenizer, manifest.limits.max_seq_len, manifest.model.vocab_size)
+    if own:
+        return Sample(own, OWN_TEXT, prefix)
     return Sample(sample_sequences(bundle, manifest), "built-in lines", prefix)
+
+
+def read_own_text(
+    checkpoint: Path, tokenizer: Tokenizer, max_seq_len: int, vocab_size: int
+) -> list[list[int]]:
+    """The first sequences of a checkpoint's own text; none without such a file, or if no text fits a sequence.
+
+    Raises:
+        TextError: the file cannot be read as text of this model.
+    """
+    own, length = checkpoint / OWN_TEXT, min(max(SEQUENCE_LENGTHS), max_seq_len)
+    if not own.is_file() or length <= len(prefix_of(tokenizer)) + 2:
+        return []
+    try:
+        found = read_sequences(own, tokenizer, length, len(SEQUENCE_LENGTHS), vocab_size)
+    except TextError as error:
+        raise TextError(f"{error}; export compares on this file: mend it or remove it") from error
+    return [ids[:most] for ids, most in zip(found, SEQUENCE_LENGTHS, strict=False)]
 
 
 def sample_sequences(bundle: Path, manifest: Manifest) -> list[list[int]]:

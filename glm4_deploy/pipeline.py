@@ -18,6 +18,7 @@ from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.peak_memory import peak_memory
 from glm4_runtime.bundle import GRAPH, WEIGHTS, Manifest, write_manifest
 from glm4_runtime.bundle.ascii_path import ascii_path
+from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.bundle.graph_checks import check_graph
 from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
@@ -110,11 +111,17 @@ def require_destination(checkpoint: str | Path, bundle: str | Path, force: bool)
 def _check_before_work(plan: Plan, source: Checkpoint, destination: Destination) -> list[str]:
     """Refuse what would fail later; returns warnings about side files."""
     from glm4_runtime.defaults import read_sampling_defaults
+    from glm4_runtime.tokenizer import Tokenizer
 
     read_sampling_defaults(source.folder)  # refuses invalid sampling defaults
     warnings = compare_side_files(source)
     require_installed(plan)
     require_room(plan, destination.place)
+    if plan.options.parity and TOKENIZER in source.side_files():
+        from glm4_deploy.parity import read_own_text
+
+        tokenizer = Tokenizer.from_folder(source.folder)
+        read_own_text(source.folder, tokenizer, plan.limits.max_seq_len, plan.config.vocab_size)
     return warnings
 
 

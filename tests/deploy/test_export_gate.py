@@ -16,7 +16,7 @@ from glm4_deploy.validate.gates import load_gate
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.form import choose_form
 from glm4_exporters.quantize.recipe import Recipe
-from glm4_runtime.errors import ExportError, GateError
+from glm4_runtime.errors import ExportError, GateError, TextError
 
 DEMO = Path(__file__).parents[2] / "demo" / "glm4-tiny"
 GOOD = Parity(
@@ -91,6 +91,20 @@ def test_labels_are_reported_at_export_and_random_ids_judge_nothing(tmp_path, ru
     found = validate(tmp_path / "bundle", folder, ValidateOptions(max_tokens=100))
     assert found.verdict == "not judged"
     assert found.at_export["verdict"] == "not judged"
+
+
+@pytest.mark.parametrize("text", [b"", b"abc \xff"])
+def test_a_damaged_text_of_the_checkpoint_is_refused_before_the_work(tmp_path, text):
+    folder = shutil.copytree(DEMO, tmp_path / "checkpoint")
+    (folder / "heldout.txt").write_bytes(text)
+    seen = []
+    with pytest.raises(
+        TextError, match=r"heldout\.txt .*; export compares on this file: mend it or remove it"
+    ):
+        export(folder, tmp_path / "bundle", progress=lambda *step: seen.append(step))
+    assert seen == []
+    options = ExportOptions(precision="fp32", parity=False)
+    assert export(folder, tmp_path / "bundle", options).gate is None
 
 
 @pytest.mark.parametrize("report", ["", "[]", '{"gate": 3}', '{"gate": ' + "[" * 100_000])

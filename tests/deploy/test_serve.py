@@ -108,7 +108,7 @@ def test_replicas_without_ray_say_what_to_install(run, demo_bundle, monkeypatch)
     monkeypatch.setattr("glm4_runtime.cluster.ray_module.find_spec", lambda _: None)
     code, out, err = run("serve", demo_bundle, "--port", 0, "--replicas", 2)
     assert (code, out, err.count("\n")) == (1, "", 1)
-    assert re.search(r"--replicas needs Ray; run \S*pip install .*\[ray\]", err)
+    assert re.search(r"--replicas needs Ray; run .*pip install .*\[ray\]", err)
 
 
 def test_replicas_are_for_bundles_that_generate(run, demo_bundle, monkeypatch):

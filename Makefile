@@ -17,7 +17,7 @@ help:  ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 # .installed remembers what the environment was made for.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard plugins/glm4_plugins/cpu/*)
+$(VENV)/.installed: Makefile pyproject.toml setup.py constraints.txt $(wildcard plugins/glm4_plugins/cpu/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "glm4-deploy needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing PyTorch and the other packages into $(VENV); pip shows the progress of each download."

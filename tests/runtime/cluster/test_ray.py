@@ -17,7 +17,7 @@ from glm4_runtime.server.run import serving
 from glm4_runtime.session import Session
 
 pytestmark = pytest.mark.skipif(
-    find_spec("ray") is None, reason="Ray is not installed; run pip install 'glm4-deploy[ray]'"
+    find_spec("ray") is None, reason="Ray is not installed; run make .venv/.installed"
 )
 
 SCHEMA = {

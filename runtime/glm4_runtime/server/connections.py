@@ -16,7 +16,7 @@ from typing import Any
 from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# Maximum seconds for a connection to send its last bytes, while its client reads none.
+# Maximum seconds for which a client may read nothing of an answer that is over.
 _LINGER = 5.0
 # Unsent bytes that the server, and the system, keep for a connection. More would hide for long that a client does not
 # read: a token takes about 200 bytes.
@@ -113,8 +113,8 @@ class Connections:
 
     def _overdue(self, connection: "Connection", now: float) -> str | None:
         limits = self._limits
-        patience = _LINGER if connection.answering_for(now) > limits.answer else limits.send
-        if connection.closing_for(now) > _LINGER or connection.unread_for(now) > patience:
+        over = connection.transport.is_closing() or connection.answering_for(now) > limits.answer
+        if connection.unread_for(now) > (_LINGER if over else limits.send):
             return "send"
         spent = now - connection.since
         if connection.phase is Phase.HEADER and spent > limits.header:
@@ -146,14 +146,6 @@ class Connection(H11Protocol):
         self._unread_since: float | None = None
         self._unsent = 0  # bytes at the last progress
         self._answering_since: float | None = None
-        self._closing_since: float | None = None
-
-    def closing_for(self, now: float) -> float:
-        """Seconds since the connection was first seen closing."""
-        if not self.transport.is_closing():
-            return 0
-        self._closing_since = self._closing_since or now
-        return now - self._closing_since
 
     @property
     def blocked(self) -> bool:
@@ -166,8 +158,11 @@ class Connection(H11Protocol):
 
     def note_progress(self, now: float) -> None:
         """Look whether the client has read enough since the last call or the last progress. Long answers are written at
-        once, so that :meth:`resume_writing` comes only at their end."""
+        once, so that :meth:`resume_writing` comes only at their end. The few last bytes never came to
+        :meth:`pause_writing`."""
         unsent = self.transport.get_write_buffer_size()
+        if self._unread_since is None and self.transport.is_closing():
+            self._unread_since = now
         if self._unread_since is None or unsent > self._unsent:
             self._unsent = unsent
         elif unsent <= self._unsent - _PROGRESS:

@@ -30,7 +30,7 @@ def cache_key(checkpoint: str | Path, options: ExportOptions, by_content: bool =
         }
         del shaping["adapters"]  # the checkpoint's fingerprint has them
         del shaping["engine"]["timing_cache"]  # only saves time, and its path differs between machines
-        for name in ("calibration", "recipe"):  # their contents, independent of their paths
+        for name in ("calibration", "recipe", "text"):  # their contents, independent of their paths
             shaping[name] = shaping[name] and _sha256(Path(shaping[name]))
         built = {} if plan.engine is None else {plan.engine.kind: engine_version(plan.engine.kind)}
         parts = {

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from glm4_deploy.greedy import fits_whole, reference_start
 from glm4_deploy.memory import available_memory
 from glm4_deploy.metrics import Logits, kl_divergence, log_softmax, near_ties
-from glm4_deploy.texts import LINES, OWN_TEXT, prefix_of, read_sequences
+from glm4_deploy.texts import IDS, LINES, own_text, prefix_of, read_sequences
 from glm4_deploy.thresholds import PARITY, PARITY_INT8_CACHE
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.pieces import GraphPieces
@@ -157,30 +157,32 @@ class Sample:
 
 
 def choose_sample(bundle: Path, manifest: Manifest, checkpoint: Path) -> Sample:
-    """The checkpoint's own text, else our lines where the bundle has a tokenizer, else seeded random ids."""
-    if TOKENIZER not in manifest.files:
+    """The text that the bundle keeps, else the checkpoint's own, else our lines where the bundle has a tokenizer, else
+    seeded random ids."""
+    tokenizer = Tokenizer.from_folder(bundle) if TOKENIZER in manifest.files else None
+    prefix, path = len(prefix_of(tokenizer)), own_text(bundle, checkpoint)
+    own = read_own_text(path, tokenizer, manifest.limits.max_seq_len, manifest.model.vocab_size)
+    if path is not None and own:
+        return Sample(own, path.name, 0 if path.suffix == IDS else prefix)
+    if tokenizer is None:
         return Sample(sample_sequences(bundle, manifest), "random token ids", None)
-    tokenizer = Tokenizer.from_folder(bundle)
-    prefix = len(prefix_of(tokenizer))
-    own = read_own_text(checkpoint, tokenizer, manifest.limits.max_seq_len, manifest.model.vocab_size)
-    if own:
-        return Sample(own, OWN_TEXT, prefix)
     return Sample(sample_sequences(bundle, manifest), "built-in lines", prefix)
 
 
 def read_own_text(
-    checkpoint: Path, tokenizer: Tokenizer, max_seq_len: int, vocab_size: int
+    path: Path | None, tokenizer: Tokenizer | None, max_seq_len: int, vocab_size: int
 ) -> list[list[int]]:
-    """The first sequences of a checkpoint's own text; none without such a file, or if no text fits a sequence.
+    """The first sequences of a model's own text; none without a file, without a tokenizer for text, or if no text fits
+    a sequence.
 
     Raises:
         TextError: the file cannot be read as text of this model.
     """
-    own, length = checkpoint / OWN_TEXT, min(max(SEQUENCE_LENGTHS), max_seq_len)
-    if not own.is_file() or length <= len(prefix_of(tokenizer)) + 2:
+    length = min(max(SEQUENCE_LENGTHS), max_seq_len)
+    if path is None or length <= len(prefix_of(tokenizer)) + 2 or (tokenizer is None and path.suffix != IDS):
         return []
     try:
-        found = read_sequences(own, tokenizer, length, len(SEQUENCE_LENGTHS), vocab_size)
+        found = read_sequences(path, tokenizer, length, len(SEQUENCE_LENGTHS), vocab_size)
     except TextError as error:
         raise TextError(f"{error}; export compares on this file: mend it or remove it") from error
     return [ids[:most] for ids, most in zip(found, SEQUENCE_LENGTHS, strict=False)]

@@ -13,6 +13,7 @@ from glm4_deploy.quantized_source import source_report
 from glm4_deploy.report import Clock, ExportResult, write_report
 from glm4_deploy.room import require_room
 from glm4_deploy.side_files import compare_side_files
+from glm4_deploy.texts import keep_text, own_text, read_sequences, require_small
 from glm4_deploy.tools import require_installed
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.peak_memory import peak_memory
@@ -67,7 +68,7 @@ def export(
         with destination.staged() as folder:
             with clock("weights"):
                 written = _write_model(source, model, prepared, folder, progress)
-            _copy_side_files(source, folder)
+            _copy_side_files(source, plan, folder)
             manifest = describe(plan, prepared, model, folder, written)
             write_manifest(folder, manifest)
             check_graph(folder, manifest)  # a bundle that no session opens is an error
@@ -117,11 +118,15 @@ def _check_before_work(plan: Plan, source: Checkpoint, destination: Destination)
     warnings = compare_side_files(source)
     require_installed(plan)
     require_room(plan, destination.place)
-    if plan.options.parity and TOKENIZER in source.side_files():
+    tokenizer = Tokenizer.from_folder(source.folder) if TOKENIZER in source.side_files() else None
+    length, vocab = plan.limits.max_seq_len, plan.config.vocab_size
+    if plan.text is not None:
+        read_sequences(plan.text, tokenizer, length, 1, vocab)
+        require_small(plan.text)
+    elif plan.options.parity:
         from glm4_deploy.parity import read_own_text
 
-        tokenizer = Tokenizer.from_folder(source.folder)
-        read_own_text(source.folder, tokenizer, plan.limits.max_seq_len, plan.config.vocab_size)
+        read_own_text(own_text(source.folder), tokenizer, length, vocab)
     return warnings
 
 
@@ -203,9 +208,11 @@ def _write_model(
     return written
 
 
-def _copy_side_files(source: Checkpoint, folder: Path) -> None:
+def _copy_side_files(source: Checkpoint, plan: Plan, folder: Path) -> None:
     for name, path in source.side_files().items():
         shutil.copyfile(path, folder / name)
+    if plan.text is not None:
+        keep_text(plan.text, folder)
 
 
 def _prove(

@@ -40,6 +40,7 @@ class ExportOptions:
     parity: bool = True
     activations: str | None = None  # of a quantized bundle; default: the target's
     calibration: str | None = None  # a file of text or token ids
+    text: str | None = None  # a file of text or token ids to compare on, which the bundle keeps
     recipe: str | None = None  # a file of formats by tensor
     adapters: tuple[tuple[str, float], ...] = ()  # folders of LoRA adapters, and a factor for each
     kv_cache: str = "auto"  # the activations' type, or int8
@@ -118,6 +119,11 @@ class Plan:
         """Element type of the cache in the graph that parity checks; for an engine, the type of activations."""
         cache = self.form.kv_cache
         return self.form.activations if cache is not None and self.engine is not None else cache
+
+    @property
+    def text(self) -> Path | None:
+        """The path of the user's text to compare on."""
+        return Path(self.options.text) if self.options.text else None
 
     @property
     def calibration(self) -> Path | None:

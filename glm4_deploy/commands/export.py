@@ -59,6 +59,13 @@ if TYPE_CHECKING:
     "Required for int8-sq and fp8.",
 )
 @click.option(
+    "--text",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Text to compare on, similar to the model's training data (.txt, .jsonl, .ids). The bundle keeps it, and validate reads it. "
+    "Default: heldout.txt of the checkpoint, or built-in lines.",
+)
+@click.option(
     "--recipe",
     type=click.Path(dir_okay=False),
     metavar="FILE",
@@ -135,6 +142,7 @@ def command(
     activations: str | None,
     kv_cache: str,
     calibration: str | None,
+    text: str | None,
     recipe: str | None,
     lora: tuple[str, ...],
     task: str | None,
@@ -166,6 +174,7 @@ def command(
         parity=not no_parity,
         activations=activations,
         calibration=calibration,
+        text=text,
         recipe=recipe,
         kv_cache=kv_cache,
         engine=engine,

@@ -10,6 +10,7 @@ from click.core import ParameterSource
 
 from glm4_deploy import folders, hub, show
 from glm4_deploy.adapters import find_adapters, lora_option
+from glm4_deploy.texts import own_text
 from glm4_runtime.errors import GateError, RequestError
 from glm4_runtime.install import install_command
 from glm4_runtime.progress import Progress
@@ -41,7 +42,7 @@ SHOWN = 5  # rows of the ranking to print; --json and the recipe have all
     "--text",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Text to measure on: *.txt, *.jsonl or *.ids. Default: heldout.txt of the checkpoint, or a small built-in corpus.",
+    help="Text to measure on: *.txt, *.jsonl or *.ids. Default: the text that the bundle keeps, heldout.txt of the checkpoint, or a small built-in corpus.",
 )
 @click.option(
     "--against",
@@ -213,7 +214,7 @@ def _measure(
     mean_bits = mean_bits_of(bits)
     require_ranking(reference)
     report = validate(bundle, reference, options, progress)
-    report.sensitivity = _rank(reference, options, mean_bits, progress)
+    report.sensitivity = _rank(Path(report.bundle.path), reference, options, mean_bits, progress)
     with show.writing(sensitivity) as file:
         save_recipe(file, report.sensitivity)
     return report
@@ -235,14 +236,16 @@ def _exit_by_the_gate(report: "Report") -> None:
     )
 
 
-def _rank(reference: Path, options: "ValidateOptions", mean_bits: float, progress: Progress) -> "Sensitivity":
+def _rank(
+    bundle: Path, reference: Path, options: "ValidateOptions", mean_bits: float, progress: Progress
+) -> "Sensitivity":
     from glm4_deploy.validate.sensitivity import rank_tensors
     from glm4_exporters.checkpoint import Checkpoint
 
     with Checkpoint.load(reference, adapters=options.adapters) as checkpoint:
         return rank_tensors(
             checkpoint,
-            options.text,
+            options.text or own_text(bundle),
             length=options.length,
             max_tokens=min(options.max_tokens, RANKED_TOKENS),
             mean_bits=mean_bits,

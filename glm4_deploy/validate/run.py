@@ -40,7 +40,7 @@ class ValidateOptions:
 
     Attributes:
         adapters: folders of LoRA adapters to merge into the reference, and a factor for each.
-        text: .txt, .jsonl or .ids; default: the built-in corpus.
+        text: .txt, .jsonl or .ids; default: the text of the bundle or of the checkpoint, else the built-in corpus.
         against: a second bundle of the same checkpoint, or the original of a quantized checkpoint.
         layers: compare every sub-block.
         gate: ``strict``, ``default``, ``loose`` or a TOML file; None measures without judging.
@@ -179,7 +179,7 @@ def _choose_text(checkpoint: Checkpoint, bundles: Sequence[Bundle], options: Val
     for name, value in (("length", length), ("max_tokens", options.max_tokens)):
         if value < 2:
             raise RequestError(f"{name} is {value}, but a token can be predicted only after another one")
-    return choose_text(checkpoint, options.text, length, options.max_tokens)
+    return choose_text(checkpoint, options.text, length, options.max_tokens, bundles[0].folder)
 
 
 def _comparisons(bundles: Sequence[Bundle]) -> list[Comparison]:

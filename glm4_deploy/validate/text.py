@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from glm4_deploy.texts import OWN_TEXT, prefix_of, random_sequences, read_sequences
+from glm4_deploy.texts import IDS, own_text, prefix_of, random_sequences, read_sequences
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.errors import TextError
@@ -36,11 +36,13 @@ class Text:
         return sum(map(len, self.sequences))
 
 
-def choose_text(checkpoint: Checkpoint, path: Path | None, length: int, max_tokens: int) -> Text:
+def choose_text(
+    checkpoint: Checkpoint, path: Path | None, length: int, max_tokens: int, bundle: Path | None = None
+) -> Text:
     """At most ``max_tokens`` tokens, in sequences of at most ``length``.
 
-    The first that exists of: the user's file, ``heldout.txt`` in the checkpoint's folder, the built-in corpus (with a
-    tokenizer), random ids.
+    The first that exists of: the user's file, the text that the bundle keeps, the checkpoint's own, the built-in corpus
+    (with a tokenizer), random ids.
 
     Raises:
         TextError: the file cannot be read as text or token ids of this model.
@@ -52,12 +54,12 @@ def choose_text(checkpoint: Checkpoint, path: Path | None, length: int, max_toke
     limit = max_tokens // 2
     found: list[list[int]] = []
     is_random = False
-    own = checkpoint.folder / OWN_TEXT
-    if path is None and tokenizer is not None and own.is_file():
+    own = own_text(*filter(None, (bundle, checkpoint.folder)))
+    if path is None and own is not None and (tokenizer is not None or own.suffix == IDS):
         path = own
     if path is not None:
         found, source = read_sequences(path, tokenizer, length, limit, vocab), str(path)
-        is_text = path.suffix != ".ids"
+        is_text = path.suffix != IDS
     elif tokenizer is not None:
         with as_file(files(__package__).joinpath(CORPUS)) as corpus:
             found = read_sequences(corpus, tokenizer, length, limit)

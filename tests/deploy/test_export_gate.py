@@ -17,6 +17,7 @@ from glm4_exporters.config import Glm4Config
 from glm4_exporters.form import choose_form
 from glm4_exporters.quantize.recipe import Recipe
 from glm4_runtime.errors import ExportError, GateError, TextError
+from glm4_runtime.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parents[2] / "demo" / "glm4-tiny"
 GOOD = Parity(
@@ -168,3 +169,38 @@ def test_sensitivity_exits_by_the_gate(tmp_path, tiny_bundles, tiny_checkpoint, 
     assert code == 3
     assert "failed: relative_error" in said
     assert recipe.is_file()
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_the_bundle_keeps_the_text_that_it_was_compared_on(tmp_path, run, tokenizer):
+    """Before the checkpoint's own text; given by the user as ids, so that it needs no tokenizer."""
+    folder = shutil.copytree(DEMO, tmp_path / "checkpoint")
+    lines = (DEMO / "heldout.txt").read_text("utf-8").splitlines()[:40]
+    ids = [Tokenizer.from_folder(DEMO).encode(line) for line in lines if line]
+    given = tmp_path / "mine.ids"
+    given.write_text("\n".join(" ".join(map(str, line)) for line in ids))
+    if not tokenizer:
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "heldout.txt"):
+            (folder / name).unlink()
+    options = ("--precision", "fp32", "--text", given)
+    code, out, _ = run("export", folder, tmp_path / "bundle", *options)
+    assert code == 0
+    assert "passed on heldout.ids" in out
+    assert (tmp_path / "bundle" / "heldout.ids").read_bytes() == given.read_bytes()
+    found = validate(tmp_path / "bundle", folder, ValidateOptions(max_tokens=200, greedy=False))
+    assert found.text == str(tmp_path / "bundle" / "heldout.ids")
+    assert found.verdict == "passed"
+
+    before = run("export", folder, "--print-key", *options)[1]
+    given.write_text(given.read_text() + "\n5 6 7\n")
+    assert run("export", folder, "--print-key", *options)[1] != before
+
+
+def test_a_text_that_cannot_be_kept_is_refused_before_the_work(tmp_path, run):
+    large = tmp_path / "large.txt"
+    large.write_text("A word.\n" * 2_200_000)
+    for text, said in ((large, "larger than 16 MiB"), (tmp_path / "none.txt", "cannot be read")):
+        code, _, error = run("export", DEMO, tmp_path / "bundle", "--text", text, "--no-parity")
+        assert code == 1
+        assert said in error
+        assert "trace the model" not in error

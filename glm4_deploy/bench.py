@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,23 +59,32 @@ class Runner:
             self.session.release(slot)
 
 
-def bench(
-    bundle: str | Path,
-    *,
-    prefill: Sequence[int] = (512, 2048),
-    batch: Sequence[int] = (1, 4, 8),
-    context: int = 512,
-    steps: int = 32,
-    rounds: int = 5,
-    threads: int | None = None,
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Measure a causal LM's bundle. Every figure is the median of ``rounds``, with minimum and maximum.
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to time.
 
-    Args:
+    Attributes:
         prefill: lengths of prompts.
         batch: how many sequences decode together, each after ``context`` tokens, for ``steps`` tokens.
+        rounds: measured rounds, after one that is not counted.
         threads: of the session; all cores by default.
+    """
+
+    prefill: Sequence[int] = (512, 2048)
+    batch: Sequence[int] = (1, 4, 8)
+    context: int = 512
+    steps: int = 32
+    rounds: int = 5
+    threads: int | None = None
+
+
+Rates = Mapping[str, Mapping[str, list[float]]]
+
+
+def bench(
+    bundle: str | Path, options: BenchOptions = BenchOptions(), progress: Progress = silent
+) -> dict[str, Any]:
+    """Measure a causal LM's bundle. Every figure is the median of the rounds, with minimum and maximum.
 
     Returns:
         Loading in seconds, prefill and decode in tokens per second, weights and peak memory in bytes.
@@ -83,34 +93,23 @@ def bench(
         Glm4Error: the bundle cannot be opened, or is too small for these lengths or batches.
     """
     manifest = read_manifest(bundle)
-    _check(manifest, max(prefill), max(batch), context + steps)
+    _check(manifest, max(options.prefill), max(options.batch), options.context + options.steps)
     progress("load", 0, 0)
     start = time.perf_counter()
-    with Session.open(bundle, max_batch_size=max(batch), threads=threads) as session:
+    with Session.open(bundle, max_batch_size=max(options.batch), threads=options.threads) as session:
         runner = Runner(session)
         runner.prefill(runner.tokens(1))
         load = time.perf_counter() - start
-        rates: dict[str, dict[str, list[float]]] = {
-            "prefill": {str(n): [] for n in prefill},
-            "decode": {str(n): [] for n in batch},
-        }
-        for number in range(rounds + 1):
-            progress("measure", number, rounds + 1)
-            one = _round(runner, prefill, batch, context, steps)
-            if number:  # the first run packs weights and touches memory
-                for kind, figures in one.items():
-                    for size, rate in figures.items():
-                        rates[kind][size].append(rate)
-        progress("measure", rounds + 1, rounds + 1)
+        rates = _rates(runner, options, progress)
         return {
             "bundle": str(bundle),
             "target": manifest.target,
             "precision": manifest.precision,
             "provider": session.provider,
-            "threads": threads,
-            "rounds": rounds,
-            "context": context,
-            "steps": steps,
+            "threads": options.threads,
+            "rounds": options.rounds,
+            "context": options.context,
+            "steps": options.steps,
             "load_seconds": load,
             "weight_bytes": _weight_bytes(manifest),
             "peak_bytes": peak_memory(),
@@ -118,13 +117,28 @@ def bench(
         }
 
 
-def _round(
-    runner: Runner, prefill: Sequence[int], batch: Sequence[int], context: int, steps: int
-) -> Mapping[str, Mapping[str, float]]:
+def _rates(runner: Runner, options: BenchOptions, progress: Progress) -> Rates:
+    """Tokens per second of every round, for each length and each batch."""
+    rates: Rates = {
+        "prefill": {str(n): [] for n in options.prefill},
+        "decode": {str(n): [] for n in options.batch},
+    }
+    for number in range(options.rounds + 1):
+        progress("measure", number, options.rounds + 1)
+        one = _round(runner, options)
+        if number:  # the first run packs weights and touches memory
+            for kind, figures in one.items():
+                for size, rate in figures.items():
+                    rates[kind][size].append(rate)
+    progress("measure", options.rounds + 1, options.rounds + 1)
+    return rates
+
+
+def _round(runner: Runner, options: BenchOptions) -> Mapping[str, Mapping[str, float]]:
     """One round: tokens per second for each length and each batch."""
-    prompts = {str(n): n / runner.prefill(runner.tokens(n)) for n in prefill}
-    runner.fill(runner.tokens(context), max(batch))
-    decodes = {str(n): n * steps / runner.decode(n, steps) for n in batch}
+    prompts = {str(n): n / runner.prefill(runner.tokens(n)) for n in options.prefill}
+    runner.fill(runner.tokens(options.context), max(options.batch))
+    decodes = {str(n): n * options.steps / runner.decode(n, options.steps) for n in options.batch}
     runner.empty()
     return {"prefill": prompts, "decode": decodes}
 

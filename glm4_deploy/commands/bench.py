@@ -51,11 +51,11 @@ from glm4_deploy.commands.numbers import numbers
 def command(bundle: Path, prefill: str, batch: str, as_json: bool, **how: Any) -> None:
     """Measure BUNDLE on this machine: loading, prompts, decoding and memory."""
     folders.require_bundle(bundle)
-    from glm4_deploy.bench import bench
+    from glm4_deploy.bench import BenchOptions, bench
 
     prompts, batches = numbers("--prefill", prefill, int), numbers("--batch", batch, int)
     with show.shown_progress() as progress:
-        report = bench(bundle, prefill=prompts, batch=batches, **how, progress=progress)
+        report = bench(bundle, BenchOptions(prompts, batches, **how), progress)
     if as_json:
         show.print_json(report)
     else:

@@ -2,8 +2,8 @@
 
 import platform
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from glm4_deploy.validate.greedy import add_greedy
 from glm4_deploy.validate.memory import Work, require_memory
 from glm4_deploy.validate.original import losses, open_original, original_comparisons
 from glm4_deploy.validate.report import Report, Side, WorstPosition
-from glm4_deploy.validate.side_by_side import Bundle, walk
+from glm4_deploy.validate.side_by_side import Bundle, Models, Walked, walk
 from glm4_deploy.validate.text import Text, choose_text, hex_of_bytes
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.peak_memory import peak_memory
@@ -75,51 +75,12 @@ def validate(
         RequestError: options that do not fit together, or a comparison that does not fit into memory.
     """
     start = time.monotonic()
-    with_original = options.against is not None and is_checkpoint(options.against)
-    folders = [bundle] if options.against is None or with_original else [bundle, options.against]
-    bundles = [_open(Path(folder)) for folder in folders]
-    first = bundles[0].manifest
-    gate = None if options.gate is None else load_gate(options.gate, first)
-    with ExitStack() as files:
-        checkpoint = files.enter_context(Checkpoint.load(reference, first.task, options.adapters))
-        for one in bundles:
-            _require_same_model(one, bundles[0], checkpoint)
-        original = None
-        if options.against is not None and with_original:
-            original = files.enter_context(open_original(options.against, checkpoint, options.adapters))
-        text = _choose_text(checkpoint, bundles, options)
-        work = Work([len(ids) for ids in text.sequences], len(bundles) + with_original, options.layers)
-        available = available_memory() if options.memory is None else options.memory
-        needed = require_memory(checkpoint.config, first.task, work, available)
-        comparisons = _comparisons(bundles)
-        if original is not None:
-            comparisons += original_comparisons(first, row_of(first))
-        walked = walk(checkpoint, bundles, text, options.layers, comparisons, progress, original)
-        notes = _notes(bundles, text, walked.arithmetic)
-        if options.greedy and first.task == "causal-lm":
-            notes += add_greedy(checkpoint, bundles, text, comparisons, available, progress)
-    for comparison in comparisons:
-        comparison.summarize()
-    report = Report(
-        reference=Side("reference", str(reference), f"{first.task}, float32", "float32"),
-        bundle=_side("bundle", bundles[0], walked.arithmetic[0]),
-        against=_against(options.against, bundles, walked.arithmetic),
-        task=first.task,
-        text=text.source,
-        tokens=text.tokens,
-        sequences=len(text.sequences),
-        comparisons=comparisons,
-        blocks=walked.blocks if options.layers else None,
-        worst=_worst(comparisons[0], text),
-        notes=notes,
-        estimated_bytes=needed,
-    )
-    if with_original:
-        report.losses = losses(comparisons)
-    report.at_export = _verdict_at_export(bundles[0])
-    _judge_text(report, text, checkpoint.config.vocab_size)
-    if options.layers:
-        _find_wrong_blocks(report, walked.blocks)
+    bundles = _open_bundles(Path(bundle), options)
+    gate = None if options.gate is None else load_gate(options.gate, bundles[0].manifest)
+    with _opened(bundles, reference, options) as models:
+        text = _choose_text(models, options)
+        measured = _measure(models, text, options, progress)
+    report = _report(reference, models, text, measured, options)
     if gate is not None:
         _apply(gate, report)
     report.notes += _open_questions(report)
@@ -129,7 +90,84 @@ def validate(
     return report
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the work found.
+
+    Attributes:
+        notes: what a reader of the report should know.
+        estimated_bytes: memory that the work needs.
+    """
+
+    comparisons: list[Comparison]
+    walked: Walked
+    notes: list[str]
+    estimated_bytes: int
+
+
+def _measure(models: Models, text: Text, options: ValidateOptions, progress: Progress) -> Measured:
+    """Run all models over the text, and then generate with them."""
+    count = len(models.bundles) + (models.original is not None)
+    work = Work([len(ids) for ids in text.sequences], count, options.layers)
+    available = available_memory() if options.memory is None else options.memory
+    needed = require_memory(models.checkpoint.config, models.task, work, available)
+    comparisons = _comparisons(models)
+    walked = walk(models, text, options.layers, comparisons, progress)
+    notes = _notes(models.bundles, text, walked.arithmetic)
+    if options.greedy and models.task == "causal-lm":
+        notes += add_greedy(models.checkpoint, models.bundles, text, comparisons, available, progress)
+    for comparison in comparisons:
+        comparison.summarize()
+    return Measured(comparisons, walked, notes, needed)
+
+
+def _report(
+    reference: str | Path, models: Models, text: Text, measured: Measured, options: ValidateOptions
+) -> Report:
+    comparisons, walked, bundles = measured.comparisons, measured.walked, models.bundles
+    report = Report(
+        reference=Side("reference", str(reference), f"{models.task}, float32", "float32"),
+        bundle=_side("bundle", bundles[0], walked.arithmetic[0]),
+        against=_against(options.against, bundles, walked.arithmetic),
+        task=models.task,
+        text=text.source,
+        tokens=text.tokens,
+        sequences=len(text.sequences),
+        comparisons=comparisons,
+        blocks=walked.blocks if options.layers else None,
+        worst=_worst(comparisons[0], text),
+        notes=measured.notes,
+        estimated_bytes=measured.estimated_bytes,
+    )
+    if models.original is not None:
+        report.losses = losses(comparisons)
+    report.at_export = _verdict_at_export(bundles[0])
+    _judge_text(report, text, models.checkpoint.config.vocab_size)
+    if options.layers:
+        _find_wrong_blocks(report, walked.blocks)
+    return report
+
+
 # Before the work ----------------------------------------------------------------------------------
+
+
+def _open_bundles(bundle: Path, options: ValidateOptions) -> list[Bundle]:
+    second = [] if options.against is None or is_checkpoint(options.against) else [options.against]
+    return [_open(folder) for folder in (bundle, *second)]
+
+
+@contextmanager
+def _opened(bundles: Sequence[Bundle], reference: str | Path, options: ValidateOptions) -> Iterator[Models]:
+    """The bundles with their reference, and with its original if ``--against`` is a checkpoint."""
+    with ExitStack() as files:
+        task = bundles[0].manifest.task
+        checkpoint = files.enter_context(Checkpoint.load(reference, task, options.adapters))
+        for one in bundles:
+            _require_same_model(one, bundles[0], checkpoint)
+        original = None
+        if options.against is not None and is_checkpoint(options.against):
+            original = files.enter_context(open_original(options.against, checkpoint, options.adapters))
+        yield Models(checkpoint, bundles, original)
 
 
 def _open(folder: Path) -> Bundle:
@@ -174,22 +212,27 @@ def _require_same_model(one: Bundle, first: Bundle, checkpoint: Checkpoint) -> N
         )
 
 
-def _choose_text(checkpoint: Checkpoint, bundles: Sequence[Bundle], options: ValidateOptions) -> Text:
-    length = min([options.length, *(one.manifest.limits.max_seq_len for one in bundles)])
+def _choose_text(models: Models, options: ValidateOptions) -> Text:
+    length = min([options.length, *(one.manifest.limits.max_seq_len for one in models.bundles)])
     for name, value in (("length", length), ("max_tokens", options.max_tokens)):
         if value < 2:
             raise RequestError(f"{name} is {value}, but a token can be predicted only after another one")
-    return choose_text(checkpoint, options.text, length, options.max_tokens, bundles[0].folder)
+    first = models.bundles[0].folder
+    return choose_text(models.checkpoint, options.text, length, options.max_tokens, first)
 
 
-def _comparisons(bundles: Sequence[Bundle]) -> list[Comparison]:
+def _comparisons(models: Models) -> list[Comparison]:
+    bundles = models.bundles
     names = ["bundle", "against"][: len(bundles)]
     pairs = [("reference", name, one) for name, one in zip(names, bundles, strict=True)]
     pairs += [("against", "bundle", bundles[0])] * (len(bundles) - 1)
-    return [
+    found = [
         Comparison(expected, actual, row_of(one.manifest), one.manifest.task, one.manifest.activations)
         for expected, actual, one in pairs
     ]
+    if models.original is not None:
+        found += original_comparisons(bundles[0].manifest, row_of(bundles[0].manifest))
+    return found
 
 
 def _side(name: str, one: Bundle, arithmetic: str) -> Side:

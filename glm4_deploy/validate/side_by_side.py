@@ -27,6 +27,25 @@ class Bundle:
 
 
 @dataclass(frozen=True)
+class Models:
+    """The models of one comparison.
+
+    Attributes:
+        checkpoint: the reference.
+        bundles: the bundle, and a second one if there is one.
+        original: the checkpoint before its quantization.
+    """
+
+    checkpoint: Checkpoint
+    bundles: Sequence[Bundle]
+    original: Checkpoint | None = None
+
+    @property
+    def task(self) -> str:
+        return self.checkpoint.task
+
+
+@dataclass(frozen=True)
 class Walked:
     """Results of the walk that are not in the comparisons; ``arithmetic`` is per bundle."""
 
@@ -35,26 +54,16 @@ class Walked:
 
 
 def walk(
-    checkpoint: Checkpoint,
-    bundles: Sequence[Bundle],
-    text: Text,
-    layers: bool,
-    comparisons: Sequence[Comparison],
-    progress: Progress,
-    original: Checkpoint | None = None,
+    models: Models, text: Text, layers: bool, comparisons: Sequence[Comparison], progress: Progress
 ) -> Walked:
-    """Run all models over the text. With ``layers``, also compare every sub-block of the first bundle.
-
-    Args:
-        original: the checkpoint before its quantization.
-    """
-    sequences = text.sequences
-    graphs = [BundleGraph(one.folder, one.manifest, checkpoint, sequences) for one in bundles]
+    """Run all models over the text. With ``layers``, also compare every sub-block of the first bundle."""
+    checkpoint, original, sequences = models.checkpoint, models.original, text.sequences
+    graphs = [BundleGraph(one.folder, one.manifest, checkpoint, sequences) for one in models.bundles]
     reference = Reference(checkpoint, sequences, tapped=layers)
     chunks = list(_chunks(checkpoint, text))
     unquantized = None if original is None else Reference(original, sequences, tapped=False)
-    models = 1 + len(graphs) + (unquantized is not None)
-    step = _Steps(progress, (checkpoint.config.num_hidden_layers + len(chunks)) * models)
+    count = 1 + len(graphs) + (unquantized is not None)
+    step = _Steps(progress, (checkpoint.config.num_hidden_layers + len(chunks)) * count)
 
     blocks = []
     for graph in graphs:

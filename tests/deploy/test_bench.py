@@ -7,7 +7,7 @@ import sys
 import pytest
 from checkpoints import tiny_config, write_checkpoint
 
-from glm4_deploy.bench import Runner, bench
+from glm4_deploy.bench import BenchOptions, Runner, bench
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_exporters.peak_memory import peak_memory
 from glm4_runtime import Session
@@ -18,7 +18,7 @@ SMALL = {"prefill": (4, 9), "batch": (1, 3), "context": 5, "steps": 2}
 
 
 def test_figures_are_tokens_per_second_of_every_length_and_batch(tiny_bundle):
-    report = bench(tiny_bundle, **SMALL, rounds=3, threads=1)
+    report = bench(tiny_bundle, BenchOptions(**SMALL, rounds=3, threads=1))
     assert list(report["prefill"]) == ["4", "9"]
     assert list(report["decode"]) == ["1", "3"]
     for figures in (*report["prefill"].values(), *report["decode"].values()):
@@ -32,7 +32,7 @@ def test_figures_are_tokens_per_second_of_every_length_and_batch(tiny_bundle):
 def test_rates_count_the_tokens_of_all_sequences(tiny_bundles, monkeypatch):
     monkeypatch.setattr(Runner, "prefill", lambda *_: 0.5)
     monkeypatch.setattr(Runner, "decode", lambda *_: 0.25)
-    report = bench(tiny_bundles["ort"], **SMALL, rounds=1)
+    report = bench(tiny_bundles["ort"], BenchOptions(**SMALL, rounds=1))
     assert {n: figures["median"] for n, figures in report["prefill"].items()} == {"4": 8, "9": 18}
     assert {n: figures["median"] for n, figures in report["decode"].items()} == {"1": 8, "3": 24}
 
@@ -58,14 +58,14 @@ def test_decoding_leaves_the_slots_as_they_were(tiny_bundle):
 def test_more_than_the_bundle_holds_is_refused(tiny_bundles, asked, words, monkeypatch):
     monkeypatch.setattr(Session, "open", lambda *_, **__: pytest.fail("refused too late"))
     with pytest.raises(RequestError, match=words):
-        bench(tiny_bundles["ort"], **(SMALL | asked))
+        bench(tiny_bundles["ort"], BenchOptions(**(SMALL | asked)))
 
 
 def test_only_a_causal_lm_can_be_asked(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "encoder", tiny_config())
     export(checkpoint, tmp_path / "bundle", ExportOptions(task="encoder", precision="fp32", parity=False))
     with pytest.raises(RequestError, match="for encoder; export the checkpoint with --task causal-lm"):
-        bench(tmp_path / "bundle", **SMALL)
+        bench(tmp_path / "bundle", BenchOptions(**SMALL))
 
 
 def test_the_command_prints_json_or_rows(tiny_bundles, run):

@@ -7,7 +7,7 @@ from typing import Any
 from glm4_runtime.arrays import Logits
 from glm4_runtime.chat_prompts import ChatPrompts
 from glm4_runtime.errors import BundleError, RequestError
-from glm4_runtime.generate import FinishReason, generate
+from glm4_runtime.generate import FinishReason, Vocabulary, generate
 from glm4_runtime.reasoning import ThoughtSplitter, begins_inside
 from glm4_runtime.sampling import SamplingParams
 from glm4_runtime.session import Session
@@ -35,8 +35,8 @@ class Dialogue:
         if session.tokenizer is None:
             raise BundleError(f"{session.folder} has no tokenizer.json; add it and export again")
         self._session, self._system = session, system
-        self._tokenizer = session.tokenizer
-        self._prompts = ChatPrompts(session.folder, self._tokenizer)
+        self._vocabulary = Vocabulary.of(session.manifest.model, session.tokenizer)
+        self._prompts = ChatPrompts(session.folder, session.tokenizer)
         if not params.ignore_eos:
             params = replace(params, stop_token_ids=(*params.stop_token_ids, *self._prompts.ends))
         self._params = params
@@ -75,14 +75,7 @@ class Dialogue:
         prompt, ids = self._prompts.prompt(self.messages)
         self._steps.keep(ids)
         self.prompt_tokens, self.cached_tokens = len(ids), len(self._steps.held)
-        tokens = generate(
-            self._steps,
-            self._tokenizer,
-            self._params,
-            ids,
-            self._session.manifest.model.eos_token_ids,
-            self._session.max_seq_len,
-        )
+        tokens = generate(self._steps, self._vocabulary, self._params, ids, self._session.max_seq_len)
         splitter = ThoughtSplitter(begins_inside(prompt.text))
         try:
             for token in tokens:
@@ -102,7 +95,6 @@ class _KeptSlot:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._slot = session.free_slots()[0]
-        self.vocab_size = session.manifest.model.vocab_size
         self.held: list[int] = []
 
     def keep(self, prompt: Sequence[int]) -> None:

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 from glm4_runtime.arrays import Logits as Logits
+from glm4_runtime.bundle import ModelInfo
 from glm4_runtime.errors import RequestError
 from glm4_runtime.sampling import Sampler, SamplingParams, TokenMask, likeliest, log_total
 from glm4_runtime.stop_strings import StopStrings
@@ -16,10 +17,6 @@ FinishReason = Literal["stop", "length"]
 
 class Steps(Protocol):
     """The model, for one sequence. Returned logits [vocab] are valid until the next call."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits."""
 
     def prefill(self, ids: Sequence[int]) -> Logits:
         """Run the whole prompt; returns the logits of the next token."""
@@ -54,6 +51,25 @@ class Taken:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """A model's tokens.
+
+    Attributes:
+        size: number of logits of a position.
+        tokenizer: None for a bundle without one, whose texts are empty.
+        ends: the end-of-sequence tokens.
+    """
+
+    size: int
+    tokenizer: Tokenizer | None
+    ends: Collection[int]
+
+    @classmethod
+    def of(cls, model: ModelInfo, tokenizer: Tokenizer | None) -> Self:
+        return cls(model.vocab_size, tokenizer, model.eos_token_ids)
+
+
 class Continuation:
     """One prompt and its output so far. Chooses tokens, shows text, and decides where the output ends.
 
@@ -68,38 +84,41 @@ class Continuation:
         self,
         prompt_ids: Sequence[int],
         params: SamplingParams,
-        tokenizer: Tokenizer | None,
-        eos_token_ids: Collection[int],
-        vocab_size: int,
+        vocabulary: Vocabulary,
         room: int,
         *,
         mask: TokenMask | None = None,
-        logprobs: bool = True,
-        top_logprobs: int = 0,
+        top_logprobs: int | None = 0,
     ) -> None:
-        """``room``: tokens that fit the model, prompt and output together; the last output token needs no room.
-        Raises :class:`RequestError` if the request cannot be served."""
+        """
+        Args:
+            room: tokens that fit the model, prompt and output together; the last output token needs no room.
+            top_logprobs: how many of the likeliest tokens to report. None: no log-probabilities at all.
+
+        Raises:
+            RequestError: the request cannot be served.
+        """
         if not len(prompt_ids):
             raise RequestError("the prompt is empty: it needs at least one token")
         if len(prompt_ids) > room:
             raise RequestError(f"the prompt has {len(prompt_ids)} tokens, but there is room for {room}")
-        if params.stop and tokenizer is None:
+        if params.stop and vocabulary.tokenizer is None:
             raise RequestError(
                 "stop strings need a tokenizer, which this bundle doesn't have: use stop_token_ids"
             )
-        if not 0 <= top_logprobs <= vocab_size or (top_logprobs and not logprobs):
-            raise RequestError(
-                f"top_logprobs is {top_logprobs}, but must be between 0 and {vocab_size}, with logprobs"
-            )
-        self.sampler = Sampler(params, prompt_ids, vocab_size)
+        if not 0 <= (top_logprobs or 0) <= vocabulary.size:
+            raise RequestError(f"top_logprobs is {top_logprobs}, but must be between 0 and {vocabulary.size}")
+        self.sampler = Sampler(params, prompt_ids, vocabulary.size)
         self.takes_the_highest = mask is None and self.sampler.takes_the_highest
         self.mask = mask
         self.count = 0
         limit = room + 1 - len(prompt_ids)
         self.limit = limit if params.max_tokens is None else min(limit, params.max_tokens)
-        self._logprobs, self._top_logprobs = logprobs, top_logprobs
-        self._shown = _Shown(tokenizer, params.stop)
-        self._ends = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
+        self._top_logprobs = top_logprobs
+        self._shown = _Shown(vocabulary.tokenizer, params.stop)
+        self._ends = frozenset(params.stop_token_ids) | frozenset(
+            () if params.ignore_eos else vocabulary.ends
+        )
 
     def take(self, logits: Logits) -> Taken:
         """Choose the next token from ``logits`` [vocab], which stay unchanged."""
@@ -111,7 +130,7 @@ class Continuation:
         return self._described(logits, token)
 
     def _described(self, logits: Logits, token: int) -> Taken:
-        if not self._logprobs:
+        if self._top_logprobs is None:
             return Taken(token, math.nan)
         total = log_total(logits)
         tops = likeliest(logits, self._top_logprobs) if self._top_logprobs else ()
@@ -153,16 +172,15 @@ class Continuation:
 
 def generate(
     steps: Steps,
-    tokenizer: Tokenizer | None,
+    vocabulary: Vocabulary,
     params: SamplingParams,
     prompt_ids: Sequence[int],
-    eos_token_ids: Collection[int],
     max_len: int,
     mask: TokenMask | None = None,
 ) -> Generator[Token, None, None]:
     """Yields the tokens after ``prompt_ids``.
 
-    Ends with "stop" at any of ``eos_token_ids`` (unless ``params.ignore_eos``), at a stop token, at a stop string, or
+    Ends with "stop" at an end token (unless ``params.ignore_eos``), at a stop token, at a stop string, or
     when ``mask`` is finished. End tokens, stop tokens and stop strings do not appear in the text. Ends with "length"
     after ``max_tokens``, at ``max_len`` tokens of prompt and output together, or when there is no room. The model
     runs no step after the last token, or after the iterator is closed. Without a tokenizer all texts are empty.
@@ -174,9 +192,7 @@ def generate(
             f"the prompt has {len(prompt_ids)} tokens, which leaves none to generate: the limit is {max_len}"
         )
     room = min(steps.room(), max_len - 1)
-    continuation = Continuation(
-        prompt_ids, params, tokenizer, eos_token_ids, steps.vocab_size, room, mask=mask
-    )
+    continuation = Continuation(prompt_ids, params, vocabulary, room, mask=mask)
     return _tokens(steps, continuation, prompt_ids)
 
 

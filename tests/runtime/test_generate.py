@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from glm4_runtime.errors import RequestError
-from glm4_runtime.generate import Token, generate
+from glm4_runtime.generate import Token, Vocabulary, generate
 from glm4_runtime.sampling import SamplingParams
 from glm4_runtime.tokenizer import Tokenizer
 
@@ -32,8 +32,6 @@ TOKENIZER = byte_tokenizer()
 
 class Script:
     """A model whose likeliest next token is always the script's next; it notes every step it takes."""
-
-    vocab_size = VOCAB
 
     def __init__(self, ids, room=1000):
         self.ids = list(ids)
@@ -66,7 +64,9 @@ def ids_of(text):
 
 def run(script, tokenizer=TOKENIZER, prompt=(1, 2, 3), eos=(EOS, USER), max_len=500, **params):
     model = script if isinstance(script, Script) else Script(script)
-    tokens = list(generate(model, tokenizer, SamplingParams(**params), list(prompt), eos, max_len))
+    tokens = list(
+        generate(model, Vocabulary(VOCAB, tokenizer, eos), SamplingParams(**params), list(prompt), max_len)
+    )
     # whatever happened: one prefill, then a step for every token but the last
     assert model.calls == ["prefill"] + ["decode"] * (len(tokens) - 1)
     assert model.taken == [*prompt, *(token.id for token in tokens[:-1])]
@@ -169,7 +169,7 @@ def test_the_seed_decides_the_output():
 
 def test_the_model_is_never_ahead_of_the_reader():
     model = Script(ids_of("abcdef"))
-    tokens = generate(model, TOKENIZER, SamplingParams(), [1], [EOS], 100)
+    tokens = generate(model, Vocabulary(VOCAB, TOKENIZER, [EOS]), SamplingParams(), [1], 100)
     assert model.calls == []
     assert next(tokens).text == "a"
     assert model.calls == ["prefill"]
@@ -177,7 +177,7 @@ def test_the_model_is_never_ahead_of_the_reader():
     tokens.close()
     assert model.calls == ["prefill", "decode"]
     assert list(tokens) == []
-    generate(model, TOKENIZER, SamplingParams(), [1], [EOS], 100).close()  # never started
+    generate(model, Vocabulary(VOCAB, TOKENIZER, [EOS]), SamplingParams(), [1], 100).close()  # never started
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_what_cannot_be_served_is_refused_before_any_step(options, message):
     options = {"prompt": (1,), "tokenizer": TOKENIZER, **options}
     prompt, tokenizer = options.pop("prompt"), options.pop("tokenizer")
     with pytest.raises(RequestError, match=message):
-        generate(model, tokenizer, SamplingParams(**options), prompt, [EOS], 500)
+        generate(model, Vocabulary(VOCAB, tokenizer, [EOS]), SamplingParams(**options), prompt, 500)
     assert model.calls == []
 
 

@@ -7,7 +7,7 @@ import pytest
 from glm4_runtime.generate import Token
 from glm4_runtime.reasoning import ThoughtSplitter
 from glm4_runtime.scheduler import Generated
-from glm4_runtime.server.reply import Reply
+from glm4_runtime.server.reply import CallRules, Reply
 from glm4_runtime.stop_strings import StopStrings
 from glm4_runtime.text_pieces import TextPieces
 from glm4_runtime.tool_calls import CallParser
@@ -90,7 +90,7 @@ def test_work_is_linear(name):
 @pytest.mark.parametrize("text", [BLANK, LINES, "a \n" * 27])
 def test_twenty_thousand_blank_tokens_with_tools(text):
     """1.6 million characters; quadratic work would take hours."""
-    held = Reply(inside_thought=False, functions=["get_weather"])
+    held = Reply(inside_thought=False, call_rules=CallRules(["get_weather"]))
     shown = 0
     for _ in range(20_000):
         for delta in held.push(Generated(Token(5, text, 0.0))):

@@ -238,7 +238,7 @@ def test_deadlines_end_requests_wherever_they_are(scheduler):
         ({"params": SamplingParams(stop="x")}, "tokenizer"),
         ({"params": SamplingParams(logit_bias={999: 1.0})}, "999"),
         ({"top_logprobs": 21}, "between 0 and 20"),
-        ({"top_logprobs": 2, "logprobs": False}, "with logprobs"),
+        ({"top_logprobs": 2, "logprobs": False}, "must be 0 without logprobs"),
     ],
 )
 def test_a_bad_request_is_refused_at_once(scheduler, changes, message):

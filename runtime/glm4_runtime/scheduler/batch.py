@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from glm4_runtime.errors import Glm4Error
 from glm4_runtime.generate import Logits
@@ -29,6 +29,23 @@ _MASK_THREADS = 4
 _SPOILING = ("failed", "stopped")
 
 
+@dataclass(frozen=True)
+class BatchRules:
+    """How a batch shares its session.
+
+    Attributes:
+        step_tokens: maximum tokens of one step, prompts and decoding together.
+        prefix_cache: whether slots keep their contents for prompts with the same prefix.
+        speculation: whether drafts from its own text may speed up a single request.
+        most_parked: maximum number of parked jobs.
+    """
+
+    step_tokens: int
+    prefix_cache: bool
+    speculation: bool
+    most_parked: int
+
+
 class Batch:
     """The jobs that share a session's slots, in order of arrival.
 
@@ -43,15 +60,10 @@ class Batch:
         session: Session,
         figures: Figures,
         wake: Callable[[], None],
-        *,
-        step_tokens: int,
-        prefix_cache: bool,
-        speculation: bool,
-        most_parked: int,
+        rules: BatchRules,
     ) -> None:
-        self._session, self._figures, self._wake = session, figures, wake
-        self._step_tokens, self._speculates, self._most_parked = step_tokens, speculation, most_parked
-        self._slots = Slots(session, prefix_cache)
+        self._session, self._figures, self._wake, self._rules = session, figures, wake, rules
+        self._slots = Slots(session, rules.prefix_cache)
         self._speculation = Speculation()
         self._masks: Executor | None = None
         self._live: list[Job] = []
@@ -141,7 +153,11 @@ class Batch:
 
     def _decode_or_verify(self, decoding: Sequence[Job]) -> None:
         """Generate one token per job. If a single job runs and its text repeats, verify a draft of several tokens."""
-        single = self._speculates and len(decoding) == self.running == 1 and decoding[0].request.mask is None
+        single = (
+            self._rules.speculation
+            and len(decoding) == self.running == 1
+            and decoding[0].request.mask is None
+        )
         if not single:
             self._decode(decoding)
             return
@@ -217,7 +233,7 @@ class Batch:
     def _prefill(self, decoding: int) -> None:
         waiting = [job for job in self._live if job.rest and not job.parked]
         begun = [job for place, job in enumerate(waiting) if self._begun(job, waiting[:place])]
-        budget = prefill_budget(self._step_tokens, decoding)
+        budget = prefill_budget(self._rules.step_tokens, decoding)
         for job, count in zip(begun, shares([one.rest for one in begun], budget), strict=True):
             if count:
                 with self._blaming(job):
@@ -371,7 +387,7 @@ class Batch:
         self._figures.preemptions += 1
         self._release(job, keep=True)
         parked = [one for one in self._live if one.parked]
-        if len(parked) > self._most_parked:
+        if len(parked) > self._rules.most_parked:
             unreading = [one for one in parked if one.ticket.lagging]  # none, if all clients have just read
             longest = min(unreading, key=lambda one: one.parked_at or 0.0, default=None)
             if longest is not None:

@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from glm4_runtime.errors import Glm4Error, QueueFullError, RequestError, StoppedError
-from glm4_runtime.generate import Continuation
+from glm4_runtime.generate import Continuation, Vocabulary
 from glm4_runtime.scheduler.api import MOST_TOP_LOGPROBS, Event, Failed, Request, SchedulerStats
-from glm4_runtime.scheduler.batch import Batch
+from glm4_runtime.scheduler.batch import Batch, BatchRules
 from glm4_runtime.scheduler.failures import model_error, overdue
 from glm4_runtime.scheduler.figures import Figures
 from glm4_runtime.scheduler.job import Job, Ticket
@@ -49,8 +49,8 @@ class Scheduler:
             if value < 1:
                 raise RequestError(f"{name} is {value}, but must be at least 1")
         self._session, self._max_queue = session, max_queue
-        self._model = session.manifest.model
-        self._tokenizer = session.tokenizer  # read here, once, because a session belongs to one thread
+        # the tokenizer is read here, once, because a session belongs to one thread
+        self._vocabulary = Vocabulary.of(session.manifest.model, session.tokenizer)
         self._figures = Figures()
         self._news = threading.Event()
         self._lock = threading.Lock()
@@ -59,15 +59,8 @@ class Scheduler:
         self._thread: threading.Thread | None = None
         self._asleep = False
         self._step_began: float | None = None
-        self._batch = Batch(
-            session,
-            self._figures,
-            self._wake,
-            step_tokens=step_tokens,
-            prefix_cache=prefix_cache,
-            speculation=speculation,
-            most_parked=max_queue,
-        )
+        rules = BatchRules(step_tokens, prefix_cache, speculation, most_parked=max_queue)
+        self._batch = Batch(session, self._figures, self._wake, rules)
 
     def start(self) -> None:
         """Start the thread. Requests may be submitted before."""
@@ -83,6 +76,8 @@ class Scheduler:
             RequestError: it cannot be served. QueueFullError: try again after its ``retry_after``.
             StoppedError: the scheduler is stopping.
         """
+        if request.top_logprobs and not request.logprobs:
+            raise RequestError(f"top_logprobs is {request.top_logprobs}, but must be 0 without logprobs")
         if not 0 <= request.top_logprobs <= MOST_TOP_LOGPROBS:
             raise RequestError(
                 f"top_logprobs is {request.top_logprobs}, but must be between 0 and {MOST_TOP_LOGPROBS}"
@@ -96,13 +91,10 @@ class Scheduler:
         continuation = Continuation(
             request.prompt_ids,
             request.params,
-            self._tokenizer,
-            self._model.eos_token_ids,
-            self._model.vocab_size,
+            self._vocabulary,
             room,
             mask=request.mask,
-            logprobs=request.logprobs,
-            top_logprobs=request.top_logprobs,
+            top_logprobs=request.top_logprobs if request.logprobs else None,
         )
         continuation.repeat(request.generated)
         job = Job(request, continuation, Ticket(on_event, self._wake))

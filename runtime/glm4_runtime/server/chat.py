@@ -26,7 +26,7 @@ from glm4_runtime.server.common import (
 from glm4_runtime.server.conversation import definitions
 from glm4_runtime.server.errors import ApiError, Json
 from glm4_runtime.server.messages import Tool
-from glm4_runtime.server.reply import Delta, Reply
+from glm4_runtime.server.reply import CallRules, Delta, Reply
 from glm4_runtime.server.served_model import RunningReplies, ServedModel
 from glm4_runtime.structured import MAX_CALLS, Function, ReplyFormat
 
@@ -103,13 +103,11 @@ def _planned(
         )
         for choice in range(count)
     ]
+    rules = CallRules(offer.names, form is None, max_calls, served.turn_token)
     replies = [
         Reply(
             inside_thought=inside,
-            functions=offer.names,
-            calls_anywhere=form is None,
-            max_calls=max_calls,
-            turn_token=served.turn_token,
+            call_rules=rules,
             ends=served.ends,
             token_bytes=grammars.token_bytes if body.logprobs else None,
         )

@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from glm4_runtime.reasoning import ThoughtSplitter
@@ -44,6 +45,26 @@ class Calls:
         return {"index": len(self) - 1, "function": {"arguments": arguments}}
 
 
+@dataclass(frozen=True)
+class CallRules:
+    """Which tool calls a reply may hold.
+
+    Attributes:
+        functions: names of functions that may be called; empty: calls are text.
+        anywhere: as for :class:`CallParser`.
+        most: the reply ends after this number of calls.
+        turn_token: ``<|assistant|>``, with which the model begins another turn of its own.
+    """
+
+    functions: Collection[str] = ()
+    anywhere: bool = True
+    most: int | None = None
+    turn_token: int | None = None
+
+
+NO_CALLS = CallRules()
+
+
 class Reply:
     """Takes the tokens of one sequence; returns the deltas of a stream, and keeps the whole message.
 
@@ -57,24 +78,18 @@ class Reply:
         self,
         *,
         inside_thought: bool,
-        functions: Collection[str] = (),
-        calls_anywhere: bool = True,
-        max_calls: int | None = None,
-        turn_token: int | None = None,
+        call_rules: CallRules = NO_CALLS,
         ends: Collection[int] = (),
         token_bytes: TokenBytes | None = None,
     ) -> None:
         """
-        functions: names of functions that may be called; ``calls_anywhere`` as for :class:`CallParser`.
-        max_calls: the reply ends after this number of calls.
-        turn_token: ``<|assistant|>``, with which the model begins another turn of its own.
         ends: end-of-sequence tokens.
         token_bytes: given if log-probabilities were requested.
         """
-        self._thoughts = ThoughtSplitter(inside_thought)
-        self._parser = CallParser(functions, calls_anywhere) if functions else None
-        self._max_calls, self._turn_token, self._ends = max_calls, turn_token, frozenset(ends)
-        self._token_bytes = token_bytes
+        self._thoughts, self._call_rules = ThoughtSplitter(inside_thought), call_rules
+        functions = call_rules.functions
+        self._parser = CallParser(functions, call_rules.anywhere) if functions else None
+        self._ends, self._token_bytes = frozenset(ends), token_bytes
         self._calls = Calls()
         self._reasoning, self._content = TextPieces(), TextPieces()
         self._unsent: list[dict[str, Any]] = []
@@ -92,7 +107,7 @@ class Reply:
             self._unsent.append(self.logprobs[-1])
         thought, answer = self._thoughts.push(token.text)
         deltas = self._deltas(thought, self._parsed(answer))
-        if token.id == self._turn_token and self._parser is not None:
+        if token.id == self._call_rules.turn_token and self._parser is not None:
             deltas += self._deltas("", self._parser.boundary())
         if token.finish_reason is not None:
             thought, answer = self._thoughts.flush()
@@ -122,7 +137,8 @@ class Reply:
 
     @property
     def _full(self) -> bool:
-        return self._max_calls is not None and self._calls.closed >= self._max_calls
+        most = self._call_rules.most
+        return most is not None and self._calls.closed >= most
 
     def _parsed(self, answer: str) -> list[CallEvent]:
         if self._parser is None:

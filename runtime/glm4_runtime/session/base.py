@@ -16,7 +16,7 @@ from glm4_runtime.arrays import Logits as Logits
 from glm4_runtime.bundle import Manifest
 from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.errors import ModelError, RequestError, SlotError
-from glm4_runtime.generate import Token, generate
+from glm4_runtime.generate import Token, Vocabulary, generate
 from glm4_runtime.kv_cache import Move, SlotTable
 from glm4_runtime.sampling import SamplingParams, TokenMask
 from glm4_runtime.scoring import LogLikelihood, log_likelihoods, rolling_log_likelihood
@@ -266,14 +266,9 @@ class Session(abc.ABC):
         require_task(self.manifest, "causal-lm", "generate")
         require_tokens(token_ids, self.manifest.model.vocab_size)
         steps = SlotSteps(self)
+        vocabulary = Vocabulary.of(self.manifest.model, self.tokenizer)
         tokens = generate(
-            steps,
-            self.tokenizer,
-            params or SamplingParams(),
-            list(token_ids),
-            self.manifest.model.eos_token_ids,
-            self.max_seq_len,
-            mask,
+            steps, vocabulary, params or SamplingParams(), list(token_ids), self.max_seq_len, mask
         )
 
         def released_at_the_end() -> Iterator[Token]:

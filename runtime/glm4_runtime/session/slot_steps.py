@@ -15,7 +15,6 @@ class SlotSteps:
     def __init__(self, session: "Session") -> None:
         self._session = session
         self._slot: int | None = None
-        self.vocab_size = session.manifest.model.vocab_size
 
     def prefill(self, ids: Sequence[int]) -> Logits:
         self._slot = self._session.next_slot()

@@ -35,7 +35,8 @@ class HistorySession(GrowingSession):
     """
 
     def __init__(self, slots=3, max_seq_len=96, prefill_chunk=512):
-        super().__init__(Path(), _manifest(slots, max_seq_len), max_seq_len, slots, prefill_chunk)
+        super().__init__(Path(), _manifest(slots, max_seq_len), max_seq_len, slots)
+        self.prefill_chunk = prefill_chunk
         self._rows = np.full((slots, 0), _EMPTY, np.int64)
         self.before_run = self.before_move = self.before_clear = lambda *_: None
         self.stepping = []

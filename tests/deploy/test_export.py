@@ -248,7 +248,8 @@ def test_scores_and_greedy_tokens_are_those_of_transformers(tmp_path, shape):
         result = export(tmp_path / "checkpoint", bundle, ExportOptions(target, "fp32"))
         assert result.parity.max_abs_error < 2e-4
         assert result.parity.greedy_agreement == 32
-        with Session.open(bundle, prefill_chunk=32) as session:
+        with Session.open(bundle) as session:
+            session.prefill_chunk = 32
             scored = np.concatenate(list(session.score(ids, chunk=30)))
             greedy = [
                 t.id for t in session.generate(ids[:20], SamplingParams(max_tokens=64, ignore_eos=True))

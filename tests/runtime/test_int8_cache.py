@@ -27,7 +27,8 @@ def bundle(request, tmp_path_factory, tiny_checkpoint):
 
 @pytest.fixture
 def session(bundle):
-    with Session.open(bundle, prefill_chunk=16) as opened:
+    with Session.open(bundle) as opened:
+        opened.prefill_chunk = 16
         yield opened
 
 
@@ -36,7 +37,7 @@ def whole(bundle):
     """Logits of every position by one run over all tokens, in a session of their own."""
 
     def run(tokens):
-        with Session.open(bundle, max_batch_size=1, prefill_chunk=256) as session:
+        with Session.open(bundle, max_batch_size=1) as session:
             return session.prefill(0, tokens, logits="all")
 
     return run

@@ -28,7 +28,8 @@ def ort(monkeypatch, cuda):
 @pytest.fixture
 def session(edited_manifest, ort, monkeypatch):
     monkeypatch.setattr(kv_cache, "SMALLEST_BUCKET", 16)  # so that short prompts make the cache grow
-    with Session.open(edited_manifest(**GPU_FIRST), prefill_chunk=16) as opened:
+    with Session.open(edited_manifest(**GPU_FIRST)) as opened:
+        opened.prefill_chunk = 16
         yield opened
 
 

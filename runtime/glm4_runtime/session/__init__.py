@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from glm4_runtime.bundle import Manifest, read_manifest
 from glm4_runtime.bundle.file_names import TOKENIZER
@@ -30,12 +30,17 @@ SESSIONS = {
 
 
 def open_session(
-    folder: Path, *, max_seq_len: int | None, max_batch_size: int | None, verify: bool, **options: Any
+    folder: Path,
+    *,
+    provider: str | None,
+    max_seq_len: int | None,
+    max_batch_size: int | None,
+    threads: int | None,
+    verify: bool,
 ) -> Session:
     """See :meth:`Session.open`."""
-    for name in ("prefill_chunk", "threads"):
-        if options[name] is not None and options[name] < 1:
-            raise BundleError(f"{name} is {options[name]}, but must be at least 1")
+    if threads is not None and threads < 1:
+        raise BundleError(f"threads is {threads}, but must be at least 1")
     manifest = read_manifest(folder)
     if manifest.dialect not in RUNTIMES:
         raise BundleError(
@@ -47,7 +52,7 @@ def open_session(
         start_trial(folder)
     module, name = SESSIONS[RUNTIMES[manifest.dialect]]
     make = cast("Callable[..., Session]", getattr(import_module(module), name))
-    return make(folder, manifest, *limits, **options)
+    return make(folder, manifest, *limits, provider=provider, threads=threads)
 
 
 def limits_of(manifest: Manifest, max_seq_len: int | None, max_batch_size: int | None) -> tuple[int, int]:

@@ -38,12 +38,10 @@ class Session(abc.ABC):
         prefill_chunk: maximum number of new positions per run; longer prompts run in chunks.
     """
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, max_seq_len: int, max_batch_size: int, prefill_chunk: int
-    ) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, max_seq_len: int, max_batch_size: int) -> None:
         self.folder, self.manifest = folder, manifest
         self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
-        self.prefill_chunk = prefill_chunk
+        self.prefill_chunk = DEFAULT_CHUNK
         self.provider = ""
         self.skipped: dict[str, str] = {}
         self._slots = SlotTable(max_batch_size)
@@ -58,7 +56,6 @@ class Session(abc.ABC):
         max_seq_len: int | None = None,
         max_batch_size: int | None = None,
         threads: int | None = None,
-        prefill_chunk: int = DEFAULT_CHUNK,
         verify: bool = False,
     ) -> "Session":
         """Open a bundle for generation, classification or encoding.
@@ -80,7 +77,6 @@ class Session(abc.ABC):
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
             threads=threads,
-            prefill_chunk=prefill_chunk,
             verify=verify,
         )
 

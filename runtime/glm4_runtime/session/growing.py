@@ -12,10 +12,8 @@ from glm4_runtime.session.base import Session
 class GrowingSession(Session):
     """The capacity of every row is a bucket (:func:`bucket`), the same for all rows."""
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, max_seq_len: int, max_batch_size: int, prefill_chunk: int
-    ) -> None:
-        super().__init__(folder, manifest, max_seq_len, max_batch_size, prefill_chunk)
+    def __init__(self, folder: Path, manifest: Manifest, max_seq_len: int, max_batch_size: int) -> None:
+        super().__init__(folder, manifest, max_seq_len, max_batch_size)
         self._capacity = 0
 
     @abc.abstractmethod

@@ -136,9 +136,8 @@ class OrtSession(GrowingSession):
         *,
         provider: str | None,
         threads: int | None,
-        prefill_chunk: int,
     ) -> None:
-        super().__init__(folder, manifest, max_seq_len, max_batch_size, prefill_chunk)
+        super().__init__(folder, manifest, max_seq_len, max_batch_size)
         ort = load_onnxruntime()
         self.provider, self.skipped = choose_provider(manifest, ort.get_available_providers(), provider)
         self._gpu = None if self.provider == "CPUExecutionProvider" else _gpu_of(ort)

@@ -42,9 +42,8 @@ class TensorRtSession(Session):
         *,
         provider: str | None,
         threads: int | None,
-        prefill_chunk: int,
     ) -> None:
-        super().__init__(folder, manifest, max_seq_len, max_batch_size, prefill_chunk)
+        super().__init__(folder, manifest, max_seq_len, max_batch_size)
         for name, value in (("provider", provider), ("threads", threads)):
             if value is not None:
                 raise BundleError(f"the bundle is an engine, to which {name} means nothing; leave it out")

@@ -22,6 +22,8 @@ $(VENV)/.installed: Makefile pyproject.toml setup.py constraints.txt $(wildcard 
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing PyTorch and the other packages into $(VENV); pip shows the progress of each download."
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@# asks for an older protobuf than Ray takes; the tests read its message definitions only
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt tritonclient
 	touch $@
 
 demo: $(VENV)/.installed  ## export the demo checkpoint, check it against PyTorch, continue a text

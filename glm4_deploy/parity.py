@@ -15,7 +15,8 @@ import numpy.typing as npt
 from glm4_deploy.greedy import fits_whole, reference_start
 from glm4_deploy.memory import available_memory
 from glm4_deploy.metrics import Logits, kl_divergence, log_softmax, near_ties
-from glm4_deploy.texts import IDS, LINES, own_text, prefix_of, read_sequences
+from glm4_deploy.own_text import IDS, own_text
+from glm4_deploy.texts import LINES, prefix_of, read_sequences
 from glm4_deploy.thresholds import PARITY, PARITY_INT8_CACHE
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.pieces import GraphPieces

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from glm4_deploy.cache_key import cache_key
 from glm4_deploy.describe import describe
 from glm4_deploy.destination import Destination
+from glm4_deploy.own_text import keep_text, own_text, require_small
 from glm4_deploy.plan import DEFAULTS, ExportOptions, Plan, make_plan
 from glm4_deploy.quantized_source import source_report
 from glm4_deploy.report import Clock, ExportResult, write_report
 from glm4_deploy.room import require_room
 from glm4_deploy.side_files import compare_side_files
-from glm4_deploy.texts import keep_text, own_text, read_sequences, require_small
 from glm4_deploy.tools import require_installed
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.peak_memory import peak_memory
@@ -111,6 +111,7 @@ def require_destination(checkpoint: str | Path, bundle: str | Path, force: bool)
 
 def _check_before_work(plan: Plan, source: Checkpoint, destination: Destination) -> list[str]:
     """Refuse what would fail later; returns warnings about side files."""
+    from glm4_deploy.texts import read_sequences
     from glm4_runtime.defaults import read_sampling_defaults
     from glm4_runtime.tokenizer import Tokenizer
 

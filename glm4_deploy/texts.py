@@ -9,7 +9,6 @@ cut. Each sequence then gets the prefix, as in the model's training. Token ids a
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,13 +16,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from glm4_deploy.own_text import IDS
 from glm4_runtime.errors import TextError
 from glm4_runtime.tokenizer import Tokenizer
-
-# In a folder of a checkpoint or a bundle: text similar to the model's training data, with the suffix of its kind.
-OWN_TEXT = "heldout"
-IDS = ".ids"
-MOST_KEPT = 16 << 20  # bytes of text that a bundle keeps
 
 # Our own lines, for commands without a text. They mix kinds of text that tokenizers treat differently.
 LINES = (
@@ -36,29 +31,6 @@ LINES = (
 
 SHORTEST = 2  # a shorter sequence has no token to predict
 READ_CHARACTERS = 1 << 20  # characters of a document that are tokenized at a time; cut at the end of a line
-
-
-def own_text(*folders: Path) -> Path | None:
-    """The text that belongs to a model: ``heldout.txt``, ``.jsonl`` or ``.ids`` of the first folder that has one."""
-    paths = (folder / f"{OWN_TEXT}{suffix}" for folder in folders for suffix in READERS)
-    return next((path for path in paths if path.is_file()), None)
-
-
-def require_small(text: Path) -> None:
-    """Refuse a text that is too large for a bundle.
-
-    Raises:
-        TextError: naming the largest size.
-    """
-    if text.stat().st_size > MOST_KEPT:
-        raise TextError(
-            f"{text} is larger than {MOST_KEPT >> 20} MiB, the most that a bundle keeps; give a part of it by --text"
-        )
-
-
-def keep_text(text: Path, folder: Path) -> None:
-    """Copy the user's text into a bundle, as the bundle's own."""
-    shutil.copyfile(text, folder / f"{OWN_TEXT}{text.suffix}")
 
 
 def read_sequences(

@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from glm4_deploy import folders, hub, show
 from glm4_deploy.adapters import find_adapters, lora_option
-from glm4_deploy.texts import own_text
+from glm4_deploy.own_text import own_text
 from glm4_runtime.errors import GateError, RequestError
 from glm4_runtime.install import install_command
 from glm4_runtime.progress import Progress

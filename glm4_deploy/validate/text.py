@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from glm4_deploy.texts import IDS, own_text, prefix_of, random_sequences, read_sequences
+from glm4_deploy.own_text import IDS, own_text
+from glm4_deploy.texts import prefix_of, random_sequences, read_sequences
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.errors import TextError

@@ -245,7 +245,8 @@ def test_streams_that_nobody_reads_leave_their_slots_to_others(demo_bundle, serv
         assert (
             9 <= metric(server, "glm4_preemptions_total") <= 13
         )  # nobody's tokens are computed again and again
-        assert metric(server, 'glm4_sequences_total{outcome="length"}') == 5
+        # where the machine is slow, the four streams that nobody waits for may end by themselves
+        assert 5 <= metric(server, 'glm4_sequences_total{outcome="length"}') <= 9
         for stream in streams[::2]:
             stream.settimeout(PATIENCE)
             answer = b"".join(iter(lambda stream=stream: stream.recv(65536), b""))

@@ -34,12 +34,14 @@ class Token:
 
     Text is held back while it is half a character or may begin a stop string. The text of a token can therefore
     include the text of earlier tokens, whose own was empty. ``logprob`` is the model's own, see :class:`Sampled`.
+    ``stop`` is the stop string that ended the output.
     """
 
     id: int
     text: str
     logprob: float
     finish_reason: FinishReason | None = None
+    stop: str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Continuation:
                 text, reason = text + self._shown.finish(), "length"
             if self._shown.stopped:
                 reason = "stop"
-        return Token(taken.id, text, taken.logprob, reason)
+        return Token(taken.id, text, taken.logprob, reason, self._shown.stop)
 
     def repeat(self, tokens: Sequence[int]) -> None:
         """Take the tokens of an earlier run, with which it had not ended. A mask is not changed.
@@ -167,7 +169,9 @@ class Continuation:
 
     def ended_by_mask(self, token: Token) -> Token:
         """The token that :meth:`add` returned, as the last one, because the mask allows no further token."""
-        return replace(token, text=token.text + self._shown.finish(), finish_reason="stop")
+        return replace(
+            token, text=token.text + self._shown.finish(), finish_reason="stop", stop=self._shown.stop
+        )
 
 
 def generate(
@@ -220,6 +224,11 @@ class _Shown:
         self._stream = None if tokenizer is None else TextStream(tokenizer)
         self._stops = StopStrings(stops)
         self.stopped = False
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._stops.found
 
     def push(self, token: int) -> str:
         if self._stream is None:

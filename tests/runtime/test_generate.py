@@ -130,21 +130,22 @@ def test_a_stop_string_is_cut_off_and_its_beginning_held_back():
     tokens = run(ids_of("one two.END."), stop="END")
     assert shown(tokens) == "one two."
     assert [token.text for token in tokens[-3:]] == ["", "", ""]
-    assert tokens[-1].finish_reason == "stop"
+    assert (tokens[-1].finish_reason, tokens[-1].stop) == ("stop", "END")
+    assert {token.stop for token in tokens[:-1]} == {None}
     assert tokens[-1].id == ids_of("D")[0]
 
 
 def test_what_was_held_back_comes_with_the_end():
     held = run([*ids_of("one EN"), EOS], stop=["END"])
     assert [token.text for token in held[-3:]] == ["", "", "EN"]
-    assert held[-1].finish_reason == "stop"
+    assert (held[-1].finish_reason, held[-1].stop) == ("stop", None)
     cut = run(ids_of("one END"), stop=["END"], max_tokens=6)
     assert (cut[-1].text, cut[-1].finish_reason) == ("EN", "length")
 
 
 def test_a_stop_string_on_the_last_token_is_a_stop():
-    tokens = run(ids_of("one!"), stop="!", max_tokens=4)
-    assert (shown(tokens), tokens[-1].finish_reason) == ("one", "stop")
+    tokens = run(ids_of("one!"), stop=["x", "!"], max_tokens=4)
+    assert (shown(tokens), tokens[-1].finish_reason, tokens[-1].stop) == ("one", "stop", "!")
     tokens = run(ids_of("one🙂")[:5], stop="\ufffd", max_tokens=5)  # known only once nothing can follow
     assert (shown(tokens), tokens[-1].finish_reason) == ("one", "stop")
 

@@ -48,6 +48,14 @@ def _seconds(name: str, default: float, words: str) -> _Option:
     help="Name of the model in the API. Default: the name of the folder.",
 )
 @click.option(
+    "--alias",
+    "aliases",
+    multiple=True,
+    type=TEXT_ARGUMENT,
+    metavar="ALIAS=NAME",
+    help="Further name of the model in the API, such as claude-x=NAME. Repeat the option for several.",
+)
+@click.option(
     "--max-queue",
     type=click.IntRange(min=1),
     default=64,
@@ -154,7 +162,7 @@ def command(
     step_timeout: float | None,
     **options: Any,
 ) -> None:
-    """Serve BUNDLE with OpenAI's API, and with a chat page at /, until SIGTERM or Ctrl-C."""
+    """Serve BUNDLE with OpenAI's and Anthropic's APIs, and with a chat page at /, until SIGTERM or Ctrl-C."""
     for name, value in (("--ray-address", ray_address), ("--step-timeout", step_timeout)):
         if value is not None and replicas is None:
             raise click.UsageError(f"{name} goes with --replicas")

@@ -57,7 +57,7 @@ def test_serve_passes_its_options_on(run, monkeypatch, tmp_path):
         "debug",
     ]
     arguments += ["--allow-host", "a.example", "--allow-host", "b.example", "--path-prefix", "/llm"]
-    arguments += ["--allow-origin", "https://a.example"]
+    arguments += ["--allow-origin", "https://a.example", "--alias", "claude-x=glm", "--alias", "gpt-y=glm"]
     arguments += ["--threads", 1, "--max-batch-size", 2, "--verify"]
     assert run("serve", tmp_path, *arguments)[0] == 0
     assert seen["options"] == ServerOptions(
@@ -65,6 +65,7 @@ def test_serve_passes_its_options_on(run, monkeypatch, tmp_path):
         port=81,
         api_keys=("one", "two"),
         served_name="glm",
+        aliases=("claude-x=glm", "gpt-y=glm"),
         max_body_bytes=77,
         max_prompt_tokens=9,
         max_choices=2,
@@ -94,6 +95,10 @@ def test_serve_passes_its_options_on(run, monkeypatch, tmp_path):
         (["--allow-origin", "*"], "is no origin"),
         (["--path-prefix", "llm/"], "path_prefix"),
         (["--allow-host", "http://a.example"], "no host name"),
+        (["--alias", "claude-x"], "must be ALIAS=NAME, and the model's name is 'nothing'"),
+        (["--alias", "claude-x=glm-9b"], "must be ALIAS=NAME, and the model's name is 'nothing'"),
+        (["--alias", "=nothing"], "must be ALIAS=NAME"),
+        (["--alias", "x=nothing", "--alias", "x=nothing"], "has already"),
         ([], "not a bundle"),
     ],
 )

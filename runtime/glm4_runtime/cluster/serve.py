@@ -76,6 +76,7 @@ def serve_replicas(bundle: Path, options: ServerOptions, cluster: ClusterOptions
         Glm4Error: the error of a replica that cannot open the bundle.
     """
     require_installed()
+    options.names(bundle)
     sockets = bind(options.host, options.port)
     try:
         start_template_worker()

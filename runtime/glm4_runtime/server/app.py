@@ -19,8 +19,12 @@ from starlette.responses import HTMLResponse, Response
 
 from glm4_runtime.errors import Glm4Error
 from glm4_runtime.server import chat, completions, log, pooled, schema, tokens
+from glm4_runtime.server.anthropic.errors import is_asked
+from glm4_runtime.server.anthropic.routes import add_routes as add_anthropic
+from glm4_runtime.server.anthropic.routes import described_model, listed_models
 from glm4_runtime.server.bodies import Bodies
-from glm4_runtime.server.errors import ApiError, Json, api_error, error_response
+from glm4_runtime.server.error_forms import error_response
+from glm4_runtime.server.errors import ApiError, Json, api_error
 from glm4_runtime.server.guard import Guarded, Recorded
 from glm4_runtime.server.proxy import Prefixed, shared_with
 from glm4_runtime.server.served_model import ServedModel
@@ -55,7 +59,7 @@ def create_app(served: ServedModel) -> FastAPI:
 
     app = FastAPI(
         title="glm4-deploy",
-        description="A GLM-4-0414 bundle behind OpenAI's API.",
+        description="A GLM-4-0414 bundle behind OpenAI's and Anthropic's APIs.",
         lifespan=lifespan,
         servers=[{"url": served.options.path_prefix}] if served.options.path_prefix else None,
         docs_url=None,  # these pages load their scripts from elsewhere
@@ -69,6 +73,7 @@ def create_app(served: ServedModel) -> FastAPI:
         },
     )
     _add_api(app, served)
+    add_anthropic(app, served)
     _add_operations(app, served)
     document = app.openapi
     app.openapi = lambda: _without_422(document())  # type: ignore[method-assign]
@@ -106,14 +111,19 @@ def _add_api(app: FastAPI, served: ServedModel) -> None:
     async def classify(body: schema.ClassifyRequest) -> Response:
         return await pooled.classify(served, body)
 
-    @app.get("/v1/models", tags=["openai"], summary="The one model that is here.")
-    async def models() -> Response:
-        return Json({"object": "list", "data": [_model(served)]})
+    @app.get(
+        "/v1/models", tags=["openai", "anthropic"], summary="The one model that is here, and its aliases."
+    )
+    async def models(request: Request) -> Response:
+        found = [_model(served, name) for name in served.names]
+        speaks_anthropic = is_asked(request.scope)
+        return Json(listed_models(found) if speaks_anthropic else {"object": "list", "data": found})
 
-    @app.get("/v1/models/{name:path}", tags=["openai"], summary="One model.")
-    async def model(name: str) -> Response:
+    @app.get("/v1/models/{name:path}", tags=["openai", "anthropic"], summary="One model.")
+    async def model(name: str, request: Request) -> Response:
         served.require_model(name)
-        return Json(_model(served))
+        found = _model(served, name)
+        return Json(described_model(found) if is_asked(request.scope) else found)
 
     @app.post("/tokenize", tags=["more"], summary="The tokens of a text or a conversation.")
     async def tokenize(body: schema.TokenizeRequest) -> Response:
@@ -162,9 +172,9 @@ def _add_operations(app: FastAPI, served: ServedModel) -> None:
         return Response(served.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _model(served: ServedModel) -> dict[str, Any]:
+def _model(served: ServedModel, name: str) -> dict[str, Any]:
     return {
-        "id": served.name,
+        "id": name,
         "object": "model",
         "created": served.created,
         "owned_by": "glm4-deploy",
@@ -173,10 +183,10 @@ def _model(served: ServedModel) -> dict[str, Any]:
     }
 
 
-async def _refused(_request: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     told = api_error(error)
     log.refusal(told, error)
-    return error_response(told)
+    return error_response(told, request.scope)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

@@ -1,30 +1,32 @@
 """/v1/chat/completions"""
 
+import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from glm4_runtime.prompts import Prompt
 from glm4_runtime.reasoning import begins_inside
-from glm4_runtime.scheduler import Request, Started
+from glm4_runtime.scheduler import Generated, Request, Started
 from glm4_runtime.server import log, schema
 from glm4_runtime.server.common import (
-    Ending,
     Usage,
     answer_format,
     answered,
     note_answer,
     require_choices,
+    require_stream_options,
     sampling_params,
     watched,
 )
 from glm4_runtime.server.conversation import definitions
 from glm4_runtime.server.errors import ApiError, Json
+from glm4_runtime.server.event_stream import PLAIN_EVENTS, Chunk, EventStyle
 from glm4_runtime.server.messages import Tool
 from glm4_runtime.server.reply import CallRules, Delta, Reply
 from glm4_runtime.server.served_model import RunningReplies, ServedModel
@@ -66,10 +68,16 @@ class Offer:
 
 
 async def chat(served: ServedModel, body: schema.ChatRequest, http: HttpRequest) -> Response:
-    return await answered(served, body, http, _plan, ChatAnswer)
+    return await answered(served, body, http, plan, ChatAnswer)
 
 
-async def _plan(served: ServedModel, body: schema.ChatRequest, deadline: float) -> ChatPlan:
+async def plan(served: ServedModel, body: schema.ChatRequest, deadline: float) -> ChatPlan:
+    """Check a conversation, render its prompt, and compile the grammar of its reply.
+
+    Args:
+        deadline: on the clock of ``time.monotonic()``.
+    """
+    require_stream_options(body)
     served.require_grammars()
     if served.conversation is None:
         raise ApiError(400, "this model has no chat template; use /v1/completions")
@@ -160,24 +168,72 @@ def _form(served: ServedModel, body: schema.ChatRequest, offer: Offer, max_calls
     return ReplyFormat(answer, offer.functions, offer.required, max_calls, enveloped=enveloped)
 
 
+class ChatRun:
+    """The replies of a planned request while they are generated.
+
+    Attributes:
+        replies: one per choice.
+        usage: complete after the steps.
+        job: the running sequences.
+    """
+
+    def __init__(self, served: ServedModel, plan: ChatPlan, job: RunningReplies) -> None:
+        self.replies, self.usage, self.job = plan.replies, Usage(), job
+        self._served = served
+
+    @contextlib.asynccontextmanager
+    async def steps(self, http: HttpRequest) -> AsyncIterator[AsyncIterator[tuple[int, Delta]]]:
+        """Gives each choice's number and delta: one with the role at its start, an empty one at its end."""
+        try:
+            async with watched(http, self.job):
+                yield self._steps()
+        finally:
+            self._finish()
+
+    async def _steps(self) -> AsyncIterator[tuple[int, Delta]]:
+        async for index, event in self.job.events():
+            for delta in self._deltas(index, event):
+                yield index, delta
+
+    def _deltas(self, index: int, event: Started | Generated) -> list[Delta]:
+        if isinstance(event, Started):
+            self.usage.start(event, counts=index == 0)
+            return [{"role": "assistant", "content": ""}]
+        reply = self.replies[index]
+        deltas = reply.push(event)
+        if reply.finish_reason is None:
+            return deltas
+        self.job.end(index)
+        return [*deltas, {}]
+
+    def _finish(self) -> None:
+        self.usage.completion = sum(reply.tokens for reply in self.replies)
+        self.usage.reasoning = sum(reply.thought_tokens for reply in self.replies)
+        note_answer(self.job, self.usage, [reply.finish_reason for reply in self.replies])
+        if self._served.options.log_prompts:
+            log.record()["answers"] = [reply.message for reply in self.replies]
+
+
 class ChatAnswer:
     """The answer to one request, whole or in chunks."""
+
+    style: ClassVar[EventStyle] = PLAIN_EVENTS
 
     def __init__(
         self, served: ServedModel, body: schema.ChatRequest, plan: ChatPlan, job: RunningReplies
     ) -> None:
-        self._served, self._plan, self._job = served, plan, job
+        self._run = ChatRun(served, plan, job)
         self._with_logprobs = bool(body.logprobs)
-        self._usage = Usage()
+        self._ending = require_stream_options(body)
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": served.name,
+            "model": body.model,
         }
 
     async def whole(self, http: HttpRequest) -> Json:
-        async with watched(http, self._job):
-            async for _ in self._steps():
+        async with self._run.steps(http) as steps:
+            async for _ in steps:
                 pass
         choices = [
             {
@@ -186,37 +242,24 @@ class ChatAnswer:
                 "logprobs": {"content": reply.logprobs, "refusal": None} if self._with_logprobs else None,
                 "finish_reason": reply.finish_reason,
             }
-            for index, reply in enumerate(self._plan.replies)
+            for index, reply in enumerate(self._run.replies)
         ]
         head = self._head | {"object": "chat.completion"}
-        return Json(head | {"choices": choices, "usage": self._usage.as_json()})
+        return Json(head | {"choices": choices, "usage": self._run.usage.as_json()})
 
-    async def chunks(self, http: HttpRequest, ending: Ending) -> AsyncGenerator[dict[str, Any], None]:
-        async with watched(http, self._job):
-            async for index, delta in self._steps():
+    async def chunks(self, http: HttpRequest) -> AsyncGenerator[Chunk, None]:
+        ending = self._ending
+        async with self._run.steps(http) as steps:
+            async for index, delta in steps:
                 yield self._chunk(index, delta) | ending.no_usage
-        if last := ending.chunk(self._usage, self._job):
+        if last := ending.chunk(self._run.usage, self._run.job):
             yield self._head | {"object": "chat.completion.chunk"} | last
 
-    async def _steps(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """Yields each choice's number and delta; an empty delta at its end."""
-        try:
-            async for index, event in self._job.events():
-                reply = self._plan.replies[index]
-                if isinstance(event, Started):
-                    self._usage.start(event, counts=index == 0)
-                    yield index, {"role": "assistant", "content": ""}
-                    continue
-                for delta in reply.push(event):
-                    yield index, delta
-                if reply.finish_reason is not None:
-                    self._job.end(index)
-                    yield index, {}
-        finally:
-            self._finish()
+    def failed(self, told: ApiError) -> Chunk:
+        return told.body
 
-    def _chunk(self, index: int, delta: Delta) -> dict[str, Any]:
-        reply = self._plan.replies[index]
+    def _chunk(self, index: int, delta: Delta) -> Chunk:
+        reply = self._run.replies[index]
         logprobs = reply.take_logprobs() if self._with_logprobs and "role" not in delta else []
         choice = {
             "index": index,
@@ -225,11 +268,3 @@ class ChatAnswer:
             "finish_reason": None if delta else reply.finish_reason,
         }
         return self._head | {"object": "chat.completion.chunk", "choices": [choice]}
-
-    def _finish(self) -> None:
-        replies = self._plan.replies
-        self._usage.completion = sum(reply.tokens for reply in replies)
-        self._usage.reasoning = sum(reply.thought_tokens for reply in replies)
-        note_answer(self._job, self._usage, [reply.finish_reason for reply in replies])
-        if self._served.options.log_prompts:
-            log.record()["answers"] = [reply.message for reply in replies]

@@ -1,22 +1,23 @@
-"""Shared parts of the two routes that generate text: sampling parameters, usage, and server-sent events."""
+"""Shared parts of the routes that generate text: sampling parameters, usage, and the way of a request."""
 
 import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from glm4_runtime.errors import DeadlineError
 from glm4_runtime.sampling import SamplingParams
 from glm4_runtime.scheduler import Request, Started
 from glm4_runtime.server import log, schema
 from glm4_runtime.server.connections import is_blocked
-from glm4_runtime.server.errors import ApiError, api_error, encode
-from glm4_runtime.server.served_model import ClientGoneError, RunningReplies, ServedModel
+from glm4_runtime.server.errors import ApiError
+from glm4_runtime.server.event_stream import Chunk, EventStyle, event_stream
+from glm4_runtime.server.served_model import RunningReplies, ServedModel
 from glm4_runtime.structured import AnswerFormat
 
 _GIVEN_AS_THEY_ARE = (
@@ -29,10 +30,25 @@ _GIVEN_AS_THEY_ARE = (
     "repetition_penalty",
     "stop",
 )
-_DONE = b"data: [DONE]\n\n"
 
-B = TypeVar("B", bound=schema.Sampling)
+B = TypeVar("B", bound="Asked")
 P = TypeVar("P", bound="Planned")
+
+
+class Asked(Protocol):
+    """The body of a request that generates text."""
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+
+    @property
+    def stream(self) -> bool | None:
+        """Whether the reply is sent in chunks."""
+
+    @property
+    def asked_by(self) -> str | None:
+        """Whom the request is for; written to the log."""
 
 
 class Planned(Protocol):
@@ -48,13 +64,22 @@ class Planned(Protocol):
 
 
 class Answering(Protocol):
-    """The reply to a request, whole or in chunks."""
+    """The reply to a request, whole or in chunks.
+
+    Attributes:
+        style: how the chunks are written.
+    """
+
+    style: ClassVar[EventStyle]
 
     async def whole(self, http: HttpRequest) -> Response:
         """The complete reply in one response."""
 
-    def chunks(self, http: HttpRequest, ending: "Ending") -> AsyncGenerator[dict[str, Any], None]:
+    def chunks(self, http: HttpRequest) -> AsyncGenerator[Chunk, None]:
         """The chunks of a streamed reply, as they are generated."""
+
+    def failed(self, told: ApiError) -> Chunk:
+        """The last chunk of a stream that fails."""
 
 
 async def answered(
@@ -76,18 +101,17 @@ async def answered(
     served.require_model(body.model)
     served.require_running()
     deadline = time.monotonic() + served.options.request_timeout
-    ending = require_stream_options(body)
     try:
         async with asyncio.timeout(served.options.request_timeout):
             planned = await plan(served, body, deadline)
     except TimeoutError as error:
         raise DeadlineError("the request was not prepared by its deadline") from error
-    log.record()["user"] = body.user or body.safety_identifier
+    log.record()["user"] = body.asked_by
     if served.options.log_prompts:
         log.record()["prompts"] = list(planned.prompts)
     reply = answer(served, body, planned, served.generate(planned.requests, is_blocked(http.scope)))
     if body.stream:
-        return await event_stream(reply.chunks(http, ending))
+        return await event_stream(reply.chunks(http), reply.style, reply.failed)
     return await reply.whole(http)
 
 
@@ -228,29 +252,3 @@ async def watched(http: HttpRequest, job: RunningReplies) -> AsyncIterator[None]
     finally:
         job.close()
         watcher.cancel()
-
-
-async def event_stream(chunks: AsyncGenerator[dict[str, Any], None]) -> StreamingResponse:
-    """A response of server-sent events. An error before the first chunk is raised, so that it sets the HTTP status."""
-    first = await anext(chunks)
-
-    async def lines() -> AsyncIterator[bytes]:
-        async with contextlib.aclosing(chunks):
-            yield _event(first)
-            try:
-                async for chunk in chunks:
-                    yield _event(chunk)
-            except ClientGoneError:
-                return
-            except Exception as error:
-                told = api_error(error)
-                log.refusal(told, error)
-                yield _event(told.body)
-            yield _DONE
-
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + encode(data) + b"\n\n"

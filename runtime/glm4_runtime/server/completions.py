@@ -5,7 +5,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -14,16 +14,17 @@ from glm4_runtime.scheduler import Generated, Request, Started
 from glm4_runtime.scoring import PromptScores
 from glm4_runtime.server import log, schema
 from glm4_runtime.server.common import (
-    Ending,
     Usage,
     answer_format,
     answered,
     note_answer,
     require_choices,
+    require_stream_options,
     sampling_params,
     watched,
 )
 from glm4_runtime.server.errors import ApiError, Json
+from glm4_runtime.server.event_stream import PLAIN_EVENTS, Chunk, EventStyle
 from glm4_runtime.server.prompt_scores import prompt_entries, prompt_logprobs
 from glm4_runtime.server.reply import token_logprobs
 from glm4_runtime.server.served_model import RunningReplies, ServedModel
@@ -83,6 +84,7 @@ def encoded(served: ServedModel, given: str | Sequence[int]) -> tuple[int, ...]:
 
 
 async def _plan(served: ServedModel, body: schema.CompletionRequest, deadline: float) -> CompletionPlan:
+    require_stream_options(body)
     return await served.prepare(lambda: _planned(served, body, deadline), slow=body.has_form)
 
 
@@ -140,6 +142,8 @@ def _mask(served: ServedModel, body: schema.CompletionRequest) -> GrammarMask | 
 class CompletionAnswer:
     """The answer to one request, whole or in chunks."""
 
+    style: ClassVar[EventStyle] = PLAIN_EVENTS
+
     def __init__(
         self, served: ServedModel, body: schema.CompletionRequest, plan: CompletionPlan, job: RunningReplies
     ) -> None:
@@ -152,7 +156,7 @@ class CompletionAnswer:
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": served.name,
+            "model": body.model,
         }
 
     async def whole(self, http: HttpRequest) -> Json:
@@ -184,7 +188,8 @@ class CompletionAnswer:
             found["prompt_logprobs"] = prompt_logprobs(served, choice.ids, scores, body.prompt_logprobs)
         return found
 
-    async def chunks(self, http: HttpRequest, ending: Ending) -> AsyncGenerator[dict[str, Any], None]:
+    async def chunks(self, http: HttpRequest) -> AsyncGenerator[Chunk, None]:
+        ending = require_stream_options(self._body)
         async with watched(http, self._job):
             async for index, text, logprobs in self._steps():
                 reason = self._choices[index].finish_reason
@@ -192,6 +197,9 @@ class CompletionAnswer:
                 yield self._head | {"choices": [choice]} | ending.no_usage
         if last := ending.chunk(self._usage, self._job):
             yield self._head | last
+
+    def failed(self, told: ApiError) -> Chunk:
+        return told.body
 
     async def _steps(self) -> AsyncGenerator[tuple[int, str, list[dict[str, Any]]], None]:
         """Yields each choice's number, its next text, and the log-probabilities of the token."""

@@ -61,7 +61,7 @@ class Conversation:
             if message.role in ("tool", "observation"):
                 if message.tool_call_id is not None:
                     raise RequestError(
-                        f"messages[{position - 1}] answers the call {message.tool_call_id!r}, but does not follow "
+                        f"{_place(messages, position - 1)} answers the call {message.tool_call_id!r}, but does not follow "
                         "an assistant's message with that call"
                     )
                 yield self._result(message)
@@ -77,7 +77,7 @@ class Conversation:
                 yield _turn("system", message)
             else:
                 raise RequestError(
-                    f"messages[{position - 1}]: this model's chat template drops system messages; "
+                    f"{_place(messages, position - 1)}: this model's chat template drops system messages; "
                     "say it in the first message of role user"
                 )
 
@@ -108,7 +108,7 @@ def _results(messages: Sequence[Message], start: int, calls: Sequence[Call]) -> 
     """The results after a message with calls, in the order of the calls, because the format has no ids."""
     expected = [call.id for call in calls]
     if len(set(expected)) < len(expected):
-        raise RequestError(f"messages[{start - 1}].tool_calls has one id twice")
+        raise RequestError(f"{_place(messages, start - 1)} has calls with the same id")
     found: dict[str, Message] = {}
     position = start
     while position < len(messages) and messages[position].role in ("tool", "observation"):
@@ -120,13 +120,15 @@ def _results(messages: Sequence[Message], start: int, calls: Sequence[Call]) -> 
             key = expected[len(found)]
         if key not in expected or key in found:
             raise RequestError(
-                f"messages[{position}] answers the call {key!r}, which is not open: {', '.join(expected)}"
+                f"{_place(messages, position)} answers the call {key!r}, which is not open: {', '.join(expected)}"
             )
         found[key] = message
         position += 1
     missing = [key for key in expected if key not in found]
     if missing:
-        raise RequestError(f"messages[{start - 1}] calls tools, but no message answers: {', '.join(missing)}")
+        raise RequestError(
+            f"{_place(messages, start - 1)} calls tools, but no message answers: {', '.join(missing)}"
+        )
     return [found[key] for key in expected], position
 
 
@@ -139,3 +141,7 @@ def _text(message: Message) -> str:
     if isinstance(message.content, list):
         return "".join(part.text for part in message.content)
     return message.content or ""
+
+
+def _place(messages: Sequence[Message], position: int) -> str:
+    return messages[position].place or f"messages[{position}]"

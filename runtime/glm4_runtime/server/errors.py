@@ -111,8 +111,3 @@ def encode(content: Any) -> bytes:
         return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
         return json.dumps(content, separators=(",", ":")).encode()
-
-
-def error_response(error: Exception) -> Json:
-    told = api_error(error)
-    return Json(told.body, told.status, told.headers)

@@ -15,7 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm4_runtime.server import lanes, log
 from glm4_runtime.server.bodies import Bodies
-from glm4_runtime.server.errors import ApiError, error_response
+from glm4_runtime.server.error_forms import error_response
+from glm4_runtime.server.errors import ApiError
 from glm4_runtime.server.served_model import ClientGoneError, ServedModel
 
 # The page asks the user for the key. Health probes have no key.
@@ -45,7 +46,7 @@ class Recorded:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
+                headers["x-request-id"] = headers["request-id"] = request_id  # OpenAI's name, and Anthropic's
                 if self._served.draining:
                     headers["connection"] = "close"
             await send(message)
@@ -57,10 +58,10 @@ class Recorded:
         except Exception as error:
             log.defect(error)
             if not status:
-                await error_response(error)(scope, receive, sending)
+                await error_response(error, scope)(scope, receive, sending)
         finally:
             seconds = time.perf_counter() - began
-            path = scope["path"] if scope["path"] in self._routes else "other"
+            path = self._route(scope)
             self._served.metrics.requests.labels(path, str(status or 499)).inc()
             if path.startswith("/v1/") and scope["method"] == "POST":
                 self._served.metrics.request_seconds.observe(seconds)
@@ -71,6 +72,12 @@ class Recorded:
                 **fields
                 | {"method": method, "path": shown, "status": status or 499, "seconds": round(seconds, 4)},
             )
+
+    def _route(self, scope: Scope) -> str:
+        """The route's path for the metrics, with the names of its parameters instead of their values."""
+        if scope["path"] in self._routes:
+            return str(scope["path"])
+        return getattr(scope.get("route"), "path", "other")
 
 
 class Guarded:
@@ -102,7 +109,7 @@ class Guarded:
                 await self._app(scope, _replayed(body, receive), send)
         except ApiError as error:
             log.refusal(error, error)
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
 
     def _require_host(self, headers: Headers) -> None:
         """Check the host name. A foreign web page can let its own name point to this machine; the browser then sends
@@ -117,12 +124,23 @@ class Guarded:
     def _require_key(self, headers: Headers) -> None:
         if not self._digests:
             return
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip().encode("latin-1"))  # a header is bytes; shown one by one
         # compare every key, each in constant time, so that the time reveals nothing
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        if scheme.lower() != "bearer" or not any(matches):
-            raise ApiError(401, "a valid API key is needed: send it as 'Authorization: Bearer KEY'")
+        matches = [
+            hmac.compare_digest(given, digest) for given in _given_keys(headers) for digest in self._digests
+        ]
+        if not any(matches):
+            raise ApiError(
+                401, "a valid API key is needed: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
+            )
+
+
+def _given_keys(headers: Headers) -> list[bytes]:
+    """The digests of the keys in a request's headers: OpenAI's clients send one, and Anthropic's the other."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    given = [key if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+    return [
+        _digest(key.strip().encode("latin-1")) for key in given if key
+    ]  # a header is bytes, one a character
 
 
 def _declared_length(headers: Headers) -> int | None:

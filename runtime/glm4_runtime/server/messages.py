@@ -7,7 +7,7 @@ Validation of a list stops at its first error; a body could contain a million.
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from glm4_runtime.server.strict import MOST_PARTS, Body, FunctionName, NonEmptyText, Unsupported
@@ -95,10 +95,25 @@ _ABOUT_A_MESSAGE = frozenset(
 )
 
 
-class Message(Body):
+class EchoedMessage(Body):
+    """A message. An assistant's is an earlier answer: its unknown fields are dropped. Of others, descriptions are."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_was_added(cls, message: Any) -> Any:
+        if not isinstance(message, dict):
+            return message
+        if message.get("role") == "assistant":
+            kept = cls.model_fields.keys() | cls.UNSUPPORTED.keys()
+            return {name: value for name, value in message.items() if name in kept}
+        return {name: value for name, value in message.items() if name not in _ABOUT_A_MESSAGE}
+
+
+class Message(EchoedMessage):
     """One turn. ``observation`` is GLM-4's own name for ``tool``.
 
-    An assistant's message is an earlier answer. Its other fields are dropped, the thinking too.
+    Attributes:
+        place: where the client wrote the message, for errors, if it did not write it in this form.
     """
 
     # these would change the prompt
@@ -117,18 +132,20 @@ class Message(Body):
     name: str | None = None
     tool_calls: Annotated[list[Call], Field(max_length=MOST_PARTS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
-    refusal: str | None = Field(None, description="An assistant's text where content is null.")
-    reasoning_content: str | None = Field(None, description="Left out: thoughts don't go back into history.")
+    refusal: str | None = Field(default=None, description="An assistant's text where content is null.")
+    reasoning_content: str | None = Field(
+        default=None, description="Left out: thoughts don't go back into history."
+    )
+    _place: str | None = PrivateAttr(None)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _leave_out_what_was_added(cls, message: Any) -> Any:
-        if not isinstance(message, dict):
-            return message
-        if message.get("role") == "assistant":
-            kept = cls.model_fields.keys() | cls.UNSUPPORTED.keys()
-            return {name: value for name, value in message.items() if name in kept}
-        return {name: value for name, value in message.items() if name not in _ABOUT_A_MESSAGE}
+    @property
+    def place(self) -> str | None:
+        return self._place
+
+    def at(self, place: str) -> "Message":
+        """This message, with the place where the client wrote it."""
+        self._place = place
+        return self
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> "Message":

@@ -35,6 +35,7 @@ class ServerOptions:
         api_keys: each allows all routes. Empty: no key is needed. ``/health`` and the page never need one.
         allow_anonymous: whether to accept other machines without a key.
         served_name: the model's name in the API; by default the bundle's folder name.
+        aliases: further names of models, each as ``ALIAS=NAME``.
         max_body_bytes: the longest request body.
         max_prompt_tokens: maximum tokens of a prompt; by default the session's limit.
         max_choices: maximum number of replies of one request, over all its prompts.
@@ -58,6 +59,7 @@ class ServerOptions:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     allow_anonymous: bool = False
     served_name: str | None = None
+    aliases: tuple[str, ...] = ()
     max_body_bytes: int = 4 * 2**20
     max_prompt_tokens: int | None = None
     max_choices: int = 16
@@ -99,6 +101,25 @@ class ServerOptions:
     @property
     def is_local(self) -> bool:
         return self.host in (*LOOPBACK, "::1")
+
+    def names(self, bundle: Path) -> dict[str, str]:
+        """The model's name of each name in the API: of itself, and of its aliases.
+
+        Raises:
+            RequestError: an alias has another form, names another model, or comes twice.
+        """
+        name = self.served_name or bundle.resolve().name
+        names = {name: name}
+        for given in self.aliases:
+            alias, _, model = given.partition("=")
+            if not alias or model != name:
+                raise RequestError(
+                    f"alias {given[:100]!r} must be ALIAS=NAME, and the model's name is {name!r}"
+                )
+            if alias in names:
+                raise RequestError(f"alias {given[:100]!r} gives a name that the server has already")
+            names[alias] = model
+        return names
 
     @property
     def host_names(self) -> frozenset[str] | None:

@@ -37,7 +37,7 @@ def shared_with(origins: tuple[str, ...]) -> list[Middleware]:
             allow_origins=origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),  # clients send data about themselves in their own headers
-            expose_headers=("x-request-id", "retry-after"),
+            expose_headers=("x-request-id", "request-id", "retry-after"),
             allow_private_network=True,  # allows a public page to use a server on the user's machine
         )
     ]

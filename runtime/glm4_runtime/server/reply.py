@@ -70,6 +70,7 @@ class Reply:
 
     Attributes:
         finish_reason: None until the reply has ended.
+        stop: the stop string that ended the reply; None if none did.
         tokens, thought_tokens: number of generated tokens, and of those inside the thinking.
         logprobs: if ``top`` is not None: one entry per token, except the end-of-sequence token.
     """
@@ -96,6 +97,7 @@ class Reply:
         self.logprobs: list[dict[str, Any]] = []
         self.tokens = self.thought_tokens = 0
         self.finish_reason: str | None = None
+        self.stop: str | None = None
 
     def push(self, event: Generated) -> list[Delta]:
         """The deltas of this token, with ``reasoning_content``, ``content`` or ``tool_calls``."""
@@ -113,6 +115,7 @@ class Reply:
             thought, answer = self._thoughts.flush()
             events = self._parsed(answer) + ([] if self._parser is None else self._parser.flush())
             deltas += self._deltas(thought, events)
+            self.stop = token.stop
             self.finish_reason = "tool_calls" if self._calls else token.finish_reason
             if token.finish_reason == "length":
                 self.finish_reason = "length"

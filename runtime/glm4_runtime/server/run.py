@@ -244,6 +244,7 @@ def open_and_serve(bundle: str | Path, options: ServerOptions, **session_options
 
     Binds the port first: loading a model takes minutes, but a port in use is known at once.
     """
+    options.names(Path(bundle))
     sockets = bind(options.host, options.port)
     start_template_worker()  # ready when the model is loaded
     try:

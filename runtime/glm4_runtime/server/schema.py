@@ -51,8 +51,14 @@ class Sampling(Body):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: "StreamOptions | None" = None
-    user: str | None = Field(None, description="Whom the request is for; written to the server's log.")
-    safety_identifier: str | None = Field(None, description="OpenAI's newer name of user.")
+    user: str | None = Field(
+        default=None, description="Whom the request is for; written to the server's log."
+    )
+    safety_identifier: str | None = Field(default=None, description="OpenAI's newer name of user.")
+
+    @property
+    def asked_by(self) -> str | None:
+        return self.user or self.safety_identifier
 
     @property
     def has_form(self) -> bool:
@@ -76,6 +82,9 @@ class ChosenTool(Body):
     function: ChosenName
 
 
+ToolChoice = Literal["none", "auto", "required"] | ChosenTool
+
+
 class TextFormat(Body):
     type: Literal["text"]
 
@@ -88,7 +97,7 @@ class NamedSchema(Body):
     name: FunctionName
     schema_: dict[str, Any] = Field(alias="schema")
     description: str | None = None
-    strict: bool | None = Field(None, description="The schema is always enforced.")
+    strict: bool | None = Field(default=None, description="The schema is always enforced.")
 
 
 class JsonSchemaFormat(Body):
@@ -134,12 +143,14 @@ class ChatRequest(Sampling):
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: Tools | None = None
-    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    prompt_cache_key: str | None = Field(None, description="What prompts have in common is always kept.")
+    prompt_cache_key: str | None = Field(
+        default=None, description="What prompts have in common is always kept."
+    )
 
     @property
     def has_form(self) -> bool:
@@ -182,13 +193,17 @@ class EmbeddingRequest(Body):
     model: NonEmptyText
     input: Inputs
     encoding_format: Literal["float", "base64"] | None = None
-    user: str | None = Field(None, description="Whom the request is for; written to the server's log.")
+    user: str | None = Field(
+        default=None, description="Whom the request is for; written to the server's log."
+    )
 
 
 class ClassifyRequest(Body):
     model: NonEmptyText
     input: Inputs
-    user: str | None = Field(None, description="Whom the request is for; written to the server's log.")
+    user: str | None = Field(
+        default=None, description="Whom the request is for; written to the server's log."
+    )
 
 
 class TokenizeRequest(Body):

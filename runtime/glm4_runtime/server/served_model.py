@@ -35,6 +35,7 @@ class ServedModel:
     """
     Attributes:
         name: the model's name in the API.
+        names: all names of the model: its own, and its aliases.
         tokenizer: the bundle's tokenizer.
         conversation: renders the chat template. None: the bundle has no template, or does not generate.
         turn_ends: ids of tokens that end the model's turn in the chat template, without the model's EOS tokens.
@@ -59,7 +60,8 @@ class ServedModel:
             )
         self.session, self.options = session, options
         self.tokenizer: Tokenizer = session.tokenizer
-        self.name = options.served_name or session.folder.resolve().name
+        self.names = tuple(options.names(session.folder))
+        self.name = self.names[0]
         self.created = int(time.time())
         self.draining = self._hurried = False
         self.turn_token = _turn_token(self.tokenizer)
@@ -143,10 +145,10 @@ class ServedModel:
 
     def require_model(self, name: str | None) -> None:
         """Raises :class:`ApiError` (404) if ``name`` is another model. None means this model."""
-        if name is not None and name != self.name:
+        if name is not None and name not in self.names:
             raise ApiError(
                 404,
-                f"there is no model {name!r} here; this server has {self.name!r}",
+                f"there is no model {name[:100]!r} here; this server has {', '.join(map(repr, self.names))[:300]}",
                 param="model",
                 code="model_not_found",
             )

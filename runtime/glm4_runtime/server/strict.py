@@ -71,36 +71,43 @@ def _advice(name: str, neutral: tuple[Any, ...]) -> str:
 
 def _hint(name: str, known: Collection[str]) -> str:
     """A hint at the option that the client may have meant, if there is one."""
-    other = _OTHER_NAMES.get(name)
-    if other is not None and other.partition(" ")[0].partition(".")[0] in known:
-        return f"; use {other}"
+    for other in _OTHER_NAMES.get(name, ()):
+        if other.partition(" ")[0].partition(".")[0] in known:
+            return f"; use {other}"
     if name in _OTHER_ROUTES:
         return f"; {_OTHER_ROUTES[name]}"
     close = difflib.get_close_matches(name[:100], known, 1, 0.75)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-# Other servers' names for options of this server.
+# Other servers' and routes' names for options of this server's routes.
 _OTHER_NAMES = {
-    "format": "response_format",
-    "grammar": "response_format of type grammar",
-    "guided_grammar": "response_format of type grammar",
-    "guided_json": "response_format of type json_schema",
-    "guided_regex": "response_format of type regex",
-    "json_schema": "response_format of type json_schema",
-    "max_gen_toks": "max_tokens",
-    "max_length": "max_tokens",
-    "max_new_tokens": "max_tokens",
-    "max_output_tokens": "max_tokens",
-    "n_predict": "max_tokens",
-    "num_predict": "max_tokens",
-    "num_return_sequences": "n",
-    "random_seed": "seed",
-    "regex": "response_format of type regex",
-    "repeat_penalty": "repetition_penalty",
-    "stop_sequences": "stop",
-    "system": "messages of role system",
-    "truncate_prompt_tokens": "prompt of the length you want",
+    "format": ("response_format", "output_config.format", "text.format"),
+    "grammar": ("response_format of type grammar",),
+    "guided_grammar": ("response_format of type grammar",),
+    "guided_json": ("response_format of type json_schema",),
+    "guided_regex": ("response_format of type regex",),
+    "json_schema": ("response_format of type json_schema",),
+    "instructions": ("system", "messages of role system"),
+    "max_completion_tokens": ("max_tokens", "max_output_tokens"),
+    "max_gen_toks": ("max_tokens", "max_output_tokens"),
+    "max_length": ("max_tokens", "max_output_tokens"),
+    "max_new_tokens": ("max_tokens", "max_output_tokens"),
+    "max_output_tokens": ("max_tokens",),
+    "max_tokens": ("max_output_tokens",),
+    "n_predict": ("max_tokens", "max_output_tokens"),
+    "num_predict": ("max_tokens", "max_output_tokens"),
+    "num_return_sequences": ("n",),
+    "random_seed": ("seed",),
+    "regex": ("response_format of type regex",),
+    "repeat_penalty": ("repetition_penalty",),
+    "output_format": ("output_config.format", "text.format", "response_format"),
+    "reasoning_effort": ("reasoning.effort",),
+    "response_format": ("output_config.format", "text.format"),
+    "stop": ("stop_sequences",),
+    "stop_sequences": ("stop",),
+    "system": ("messages of role system", "instructions"),
+    "truncate_prompt_tokens": ("prompt of the length you want",),
 }
 _OTHER_ROUTES = {
     "input": "/v1/embeddings and /v1/classify take it",

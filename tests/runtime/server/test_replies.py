@@ -204,8 +204,11 @@ def test_of_several_replies_none_runs_on_when_one_fails(scripted):
 
 def asking(server, route, stream):
     """A connection that has sent a request."""
-    path = {"chat": "/v1/chat/completions", "text": "/v1/completions"}[route]
-    asked = {"messages": WHO} if route == "chat" else {"prompt": "x"}
+    path, asked = {
+        "chat": ("/v1/chat/completions", {"messages": WHO}),
+        "messages": ("/v1/messages", {"messages": WHO, "max_tokens": 9}),
+        "text": ("/v1/completions", {"prompt": "x"}),
+    }[route]
     body = json.dumps({"model": MODEL, "stream": stream} | asked)
     host, port = server.url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=PATIENCE)
@@ -222,7 +225,7 @@ def wait_until(true):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("route", ["chat", "text"])
+@pytest.mark.parametrize("route", ["chat", "messages", "text"])
 def test_who_leaves_frees_the_slot(scripted, stream, route):
     scheduler, server, _ = scripted(["\nHe", "llo", None, "never"])
     with asking(server, route, stream) as connection:

@@ -91,11 +91,7 @@ def config(manifest: Manifest, name: str, parameters: Mapping[str, str]) -> str:
     """The text of ``config.pbtxt``."""
     inputs, outputs = TENSORS[manifest.task]
     decoupled = "true" if manifest.task == "causal-lm" else "false"
-    kind = (
-        "KIND_CPU"
-        if manifest.engine is None and "CUDAExecutionProvider" not in manifest.providers
-        else "KIND_GPU"
-    )
+    kind = "KIND_GPU" if manifest.may_use_gpu else "KIND_CPU"
     blocks = [
         f"name: {_quoted(name)}",
         'backend: "python"',

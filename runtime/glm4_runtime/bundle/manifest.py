@@ -170,6 +170,11 @@ class Manifest:
     adapters: tuple[AdapterInfo, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def may_use_gpu(self) -> bool:
+        """Whether the bundle can run on a GPU: as an engine, or by another provider than the CPU's."""
+        return self.engine is not None or bool(set(self.providers) - {"CPUExecutionProvider"})
+
 
 T = TypeVar("T")
 

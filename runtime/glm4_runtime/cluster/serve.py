@@ -127,7 +127,7 @@ def gpus_of_each(manifest: Manifest, cluster: ClusterOptions, ray: Any) -> int:
     Raises:
         UnavailableError: too few GPUs are free. Ray would wait for more without a word.
     """
-    on_cpu = manifest.target == "cpu" or cluster.session.get("provider") == "CPUExecutionProvider"
+    on_cpu = not manifest.may_use_gpu or cluster.session.get("provider") == "CPUExecutionProvider"
     if on_cpu or not ray.cluster_resources().get("GPU"):
         return 0
     free = ray.available_resources().get("GPU", 0)

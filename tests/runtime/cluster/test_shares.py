@@ -22,6 +22,9 @@ class Resources:
         return {"GPU": float(self._free)} if self._free else {}
 
 
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
 @pytest.fixture(scope="module")
 def manifest(demo_cpu):
     return read_manifest(demo_cpu)
@@ -47,21 +50,27 @@ def test_replicas_of_one_machine_share_its_cores(manifest, monkeypatch, dialect,
 
 
 @pytest.mark.parametrize(
-    ("target", "provider", "gpus", "each"),
+    ("providers", "provider", "gpus", "each"),
     [
-        ("cpu", None, 8, 0),
-        ("ort", "CPUExecutionProvider", 8, 0),
-        ("ort", None, 0, 0),
-        ("ort", None, 8, 1),
-        ("tensorrt", None, 2, 1),
+        ((CPU,), None, 8, 0),
+        ((CUDA, CPU), CPU, 8, 0),
+        ((CUDA, CPU), None, 0, 0),
+        ((CUDA, CPU), None, 8, 1),
     ],
 )
-def test_a_replica_gets_a_gpu_unless_it_computes_on_the_cpu(manifest, target, provider, gpus, each):
+def test_a_replica_gets_a_gpu_unless_it_computes_on_the_cpu(manifest, providers, provider, gpus, each):
     options = ClusterOptions(2, session={"provider": provider})
-    assert gpus_of_each(replace(manifest, target=target), options, Resources(gpus, gpus)) == each
+    assert gpus_of_each(replace(manifest, providers=providers), options, Resources(gpus, gpus)) == each
+
+
+def test_an_engine_gets_a_gpu(manifest):
+    assert (
+        gpus_of_each(replace(manifest, providers=(), engine=object()), ClusterOptions(2), Resources(2, 2))
+        == 1
+    )
 
 
 @pytest.mark.parametrize("free", [0, 1])
 def test_more_replicas_than_free_gpus_are_refused(manifest, free):
     with pytest.raises(UnavailableError, match=f"each of the 2 replicas needs a GPU, and {free} are free"):
-        gpus_of_each(replace(manifest, target="tensorrt"), ClusterOptions(2), Resources(4, free))
+        gpus_of_each(replace(manifest, providers=(CUDA,)), ClusterOptions(2), Resources(4, free))

@@ -78,6 +78,14 @@ def _seconds(name: str, default: float, words: str) -> _Option:
     help="Maximum number of replies per request.",
 )
 @click.option(
+    "--max-stored",
+    type=click.IntRange(min=0),
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="Maximum number of answers of /v1/responses that are kept in memory. 0 keeps none.",
+)
+@click.option(
     "--max-body-bytes",
     type=click.IntRange(min=1),
     default=4 * 2**20,

@@ -46,6 +46,7 @@ def test_serve_passes_its_options_on(run, monkeypatch, tmp_path):
         1.5,
     ]
     arguments += ["--body-timeout", 2.5, "--drain-timeout", 3.5, "--log-prompts", "--served-name", "glm"]
+    arguments += ["--max-stored", 7]
     arguments += [
         "--header-timeout",
         4.5,
@@ -70,6 +71,7 @@ def test_serve_passes_its_options_on(run, monkeypatch, tmp_path):
         max_prompt_tokens=9,
         max_choices=2,
         max_queue=5,
+        max_stored=7,
         request_timeout=1.5,
         body_timeout=2.5,
         header_timeout=4.5,

@@ -27,6 +27,7 @@ from glm4_runtime.server.error_forms import error_response
 from glm4_runtime.server.errors import ApiError, Json, api_error
 from glm4_runtime.server.guard import Guarded, Recorded
 from glm4_runtime.server.proxy import Prefixed, shared_with
+from glm4_runtime.server.responses.routes import add_routes as add_responses
 from glm4_runtime.server.served_model import ServedModel
 
 _PAGE = "page.html"
@@ -73,6 +74,7 @@ def create_app(served: ServedModel) -> FastAPI:
         },
     )
     _add_api(app, served)
+    add_responses(app, served)
     add_anthropic(app, served)
     _add_operations(app, served)
     document = app.openapi

@@ -23,6 +23,7 @@ from glm4_runtime.server.served_model import ClientGoneError, ServedModel
 _OPEN = frozenset({"/", "/health", "/health/live", "/health/ready"})
 # Paths that monitoring requests every few seconds.
 _PROBES = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
+_KEY = "glm4.api_key"
 _PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -103,7 +104,7 @@ class Guarded:
         try:
             self._require_host(headers)
             if scope["path"] not in _OPEN:
-                self._require_key(headers)
+                scope[_KEY] = self._require_key(headers)
             async with self._bodies.reading(_declared_length(headers), receive) as body:
                 lanes.note_body(len(body))
                 await self._app(scope, _replayed(body, receive), send)
@@ -121,17 +122,23 @@ class Guarded:
             known = ", ".join(sorted(self._host_names))
             raise ApiError(421, f"this server is not {name[:100]!r}; it answers to {known}")
 
-    def _require_key(self, headers: Headers) -> None:
+    def _require_key(self, headers: Headers) -> bytes:
+        """The digest of the request's key; empty if the server has no keys."""
         if not self._digests:
-            return
+            return b""
         # compare every key, each in constant time, so that the time reveals nothing
-        matches = [
-            hmac.compare_digest(given, digest) for given in _given_keys(headers) for digest in self._digests
-        ]
-        if not any(matches):
+        given = _given_keys(headers)
+        matches = [key for key in given for digest in self._digests if hmac.compare_digest(key, digest)]
+        if not matches:
             raise ApiError(
                 401, "a valid API key is needed: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
             )
+        return matches[0]
+
+
+def key_of(scope: Scope) -> bytes:
+    """The digest of the API key of a request that passed; empty if the server has no keys."""
+    return bytes(scope.get(_KEY, b""))
 
 
 def _given_keys(headers: Headers) -> list[bytes]:

@@ -7,7 +7,7 @@ Validation of a list stops at its first error; a body could contain a million.
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
 from glm4_runtime.server.strict import MOST_PARTS, Body, FunctionName, NonEmptyText, Unsupported
@@ -49,17 +49,16 @@ _TEXT_PART = '{"type": "text", "text": "..."}'
 Parts = Annotated[list[TextPart], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
 
 
+def written_arguments(arguments: Any) -> Any:
+    """Arguments as text. Some clients send them parsed, or null for none."""
+    if isinstance(arguments, dict):
+        return json.dumps(arguments, ensure_ascii=False)
+    return "{}" if isinstance(arguments, str) and not arguments.strip() else arguments
+
+
 class CalledFunction(Echoed):
     name: FunctionName
-    arguments: str
-
-    @field_validator("arguments", mode="before")
-    @classmethod
-    def _write_out(cls, arguments: Any) -> Any:
-        """Arguments as text. Some clients send them parsed, or null for none."""
-        if isinstance(arguments, dict):
-            return json.dumps(arguments, ensure_ascii=False)
-        return "{}" if isinstance(arguments, str) and not arguments.strip() else arguments
+    arguments: Annotated[str, BeforeValidator(written_arguments)]
 
 
 class Call(Echoed):

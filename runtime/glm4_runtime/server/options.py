@@ -40,6 +40,7 @@ class ServerOptions:
         max_prompt_tokens: maximum tokens of a prompt; by default the session's limit.
         max_choices: maximum number of replies of one request, over all its prompts.
         max_queue: maximum number of requests that wait for a slot.
+        max_stored: maximum number of responses of ``/v1/responses`` that are kept in memory; 0 keeps none.
         request_timeout: maximum seconds of a request.
         header_timeout: maximum seconds for the header of a request.
         body_timeout: maximum seconds for its body.
@@ -64,6 +65,7 @@ class ServerOptions:
     max_prompt_tokens: int | None = None
     max_choices: int = 16
     max_queue: int = 64
+    max_stored: int = 1000
     request_timeout: float = 600.0
     header_timeout: float = 10.0
     body_timeout: float = 30.0
@@ -80,6 +82,8 @@ class ServerOptions:
         for name in (*_COUNTS, *_TIMES):
             if getattr(self, name) <= 0 and name != "drain_timeout":
                 raise RequestError(f"{name} is {getattr(self, name)}, but must be above 0")
+        if self.max_stored < 0:
+            raise RequestError(f"max_stored is {self.max_stored}, but must be 0 or above")
         for name in _TIMES:
             if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
                 raise RequestError(f"{name} is {getattr(self, name)}, but must be a number of seconds")

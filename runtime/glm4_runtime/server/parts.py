@@ -52,18 +52,19 @@ class Parts:
                 yield from self._extend(kind, text)  # type: ignore[arg-type]  # a row of the table above
         for call in delta.get("tool_calls", ()):
             if "id" in call:
-                yield from self._begin("call", call["id"], call["function"]["name"])
+                yield from self.begin("call", call["id"], call["function"]["name"])
             yield from self._extend("call", call["function"]["arguments"])
 
     def _extend(self, kind: Kind, text: str) -> Iterator[PartEvent]:
         if not self.listed or self.listed[-1].kind != kind:
-            yield from self._begin(kind)
+            yield from self.begin(kind)
         part = self.listed[-1]
         if text:
             part.text.add(text)
             yield PartEvent("grows", part, text)
 
-    def _begin(self, kind: Kind, call_id: str = "", name: str = "") -> Iterator[PartEvent]:
+    def begin(self, kind: Kind, call_id: str = "", name: str = "") -> Iterator[PartEvent]:
+        """End the last part, and begin another one."""
         yield from self._end()
         part = Part(kind, len(self.listed), call_id, name)
         self.listed.append(part)

@@ -35,7 +35,7 @@ def shared_with(origins: tuple[str, ...]) -> list[Middleware]:
         Middleware(
             CORSMiddleware,
             allow_origins=origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),  # clients send data about themselves in their own headers
             expose_headers=("x-request-id", "request-id", "retry-after"),
             allow_private_network=True,  # allows a public page to use a server on the user's machine

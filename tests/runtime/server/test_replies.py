@@ -207,6 +207,7 @@ def asking(server, route, stream):
     path, asked = {
         "chat": ("/v1/chat/completions", {"messages": WHO}),
         "messages": ("/v1/messages", {"messages": WHO, "max_tokens": 9}),
+        "responses": ("/v1/responses", {"input": WHO}),
         "text": ("/v1/completions", {"prompt": "x"}),
     }[route]
     body = json.dumps({"model": MODEL, "stream": stream} | asked)
@@ -225,7 +226,7 @@ def wait_until(true):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("route", ["chat", "messages", "text"])
+@pytest.mark.parametrize("route", ["chat", "messages", "responses", "text"])
 def test_who_leaves_frees_the_slot(scripted, stream, route):
     scheduler, server, _ = scripted(["\nHe", "llo", None, "never"])
     with asking(server, route, stream) as connection:

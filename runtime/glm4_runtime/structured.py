@@ -20,7 +20,9 @@ import numpy.typing as npt
 from glm4_runtime.errors import QueueFullError, RequestError
 from glm4_runtime.format_limits import require_plain
 from glm4_runtime.grammar_trials import GrammarTrials
+from glm4_runtime.reasoning import CLOSE
 from glm4_runtime.stacks import run_with_stack
+from glm4_runtime.thinking_budget import ThinkingBudget
 from glm4_runtime.tokenizer import Tokenizer
 from glm4_runtime.workers.grammars import COMPILING_STACK, compiled, reason
 
@@ -63,6 +65,7 @@ class ReplyFormat:
     max_calls  maximum number of calls
     turn       whether it is a turn of a chat, where GLM-4 writes a newline before its answer
     enveloped  whether calls are {"name": ..., "arguments": ...}, not a name, a newline and the arguments
+    thinking_budget  most tokens of the thinking before its closing tag; None: no limit
     """
 
     answer: AnswerFormat | None = None
@@ -71,6 +74,7 @@ class ReplyFormat:
     max_calls: int = MAX_CALLS
     turn: bool = True
     enveloped: bool = False
+    thinking_budget: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,11 @@ class GrammarMask:
         vocab_size: int,
         share: "_TimeShare",
         observe: Callable[[float], None] | None = None,
+        budget: ThinkingBudget | None = None,
     ) -> None:
         self.grammar = grammar
         self._matcher = matcher
+        self._budget = budget
         self._share = share
         self._observe = observe
         # added to the logits, which is faster than setting the forbidden ones
@@ -110,6 +116,8 @@ class GrammarMask:
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
             self._compute()
+        if self._budget is not None:
+            self._budget.advance(token)
         if self._observe is not None:
             self._observe(time.perf_counter() - start)
 
@@ -118,6 +126,9 @@ class GrammarMask:
         if tokens and not self._matcher.is_stopped():
             self._matcher.consume_tokens(list(tokens))
             self._compute()
+        if self._budget is not None:
+            for token in tokens:
+                self._budget.advance(token)
 
     def apply(self, logits: npt.NDArray[np.float32]) -> None:
         """Set the forbidden tokens in ``logits`` [vocab] to -inf, in place.
@@ -127,6 +138,11 @@ class GrammarMask:
         if self.failure is not None:
             raise RequestError(self.failure)
         logits += self._bias
+        forced = None if self._budget is None else self._budget.forced
+        if forced is not None:
+            kept = logits[forced]
+            logits[:] = -np.inf
+            logits[forced] = kept
 
     @property
     def failure(self) -> str | None:
@@ -142,8 +158,9 @@ class GrammarMask:
 
     def copy(self) -> "GrammarMask":
         """A copy of the state for another sequence. Raises :class:`QueueFullError` if there is too little memory."""
-        share = self._share.another()
-        return GrammarMask(self.grammar, self._matcher.deep_copy(), len(self._bias), share, self._observe)
+        share, budget = self._share.another(), self._budget and self._budget.copy()
+        matcher = self._matcher.deep_copy()
+        return GrammarMask(self.grammar, matcher, len(self._bias), share, self._observe, budget)
 
     def _compute(self) -> None:
         if not self._matcher.is_stopped():
@@ -203,6 +220,7 @@ class GrammarCompiler:
             tokenizer.to_json(), n_vocab=vocab_size, eos_token=list(eos_token_ids)
         )
         self._vocab_size = vocab_size
+        self._closing = tokenizer.encode(f"\n{CLOSE}", add_special_tokens=False)
         self._observe = observe
         self._memory = _Memory(_MOST_HELD)
         self._slow = threading.Lock()
@@ -230,7 +248,10 @@ class GrammarCompiler:
                 matcher = run_with_stack(lambda: compiled(self._tokens, grammar), COMPILING_STACK)
             except ValueError as error:
                 raise RequestError(f"this format cannot be enforced: {error}") from error
-        return GrammarMask(Grammar(reply, thinking), matcher, self._vocab_size, share, self._observe)
+        budget = None
+        if thinking and reply.thinking_budget is not None:
+            budget = ThinkingBudget(reply.thinking_budget, self._closing, self.token_bytes)
+        return GrammarMask(Grammar(reply, thinking), matcher, self._vocab_size, share, self._observe, budget)
 
 
 def _grammars(reply: ReplyFormat, thinking: bool) -> list[dict[str, Any]]:

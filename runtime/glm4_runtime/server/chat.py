@@ -4,7 +4,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from starlette.requests import Request as HttpRequest
@@ -99,7 +99,8 @@ def _planned(
     inside = begins_inside(prompt)
     max_calls = 1 if body.parallel_tool_calls is False else None
     form = _form(served, body, offer, max_calls or MAX_CALLS)
-    mask = None if form is None else grammars.compile(form, inside)
+    bounded = _with_budget(form, body.thinking_budget, inside)
+    mask = None if bounded is None else grammars.compile(bounded, inside)
     requests = [
         Request(
             prompt_ids=ids,
@@ -166,6 +167,15 @@ def _form(served: ServedModel, body: schema.ChatRequest, offer: Offer, max_calls
         return None
     enveloped = served.conversation is not None and served.conversation.traits.enveloped
     return ReplyFormat(answer, offer.functions, offer.required, max_calls, enveloped=enveloped)
+
+
+def _with_budget(form: ReplyFormat | None, budget: int | None, thinks: bool) -> ReplyFormat | None:
+    """The format with a limit of the thinking. A free reply may have one, too."""
+    if budget is None:
+        return form
+    if not thinks:
+        raise ApiError(400, "this model does not think, so that no budget is needed", param="thinking_budget")
+    return replace(form or ReplyFormat(turn=False), thinking_budget=budget)
 
 
 class ChatRun:

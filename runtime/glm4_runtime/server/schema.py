@@ -151,12 +151,15 @@ class ChatRequest(Sampling):
     prompt_cache_key: str | None = Field(
         default=None, description="What prompts have in common is always kept."
     )
+    thinking_budget: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Most tokens of the thinking before its closing tag."
+    )
 
     @property
     def has_form(self) -> bool:
         called = isinstance(self.tool_choice, ChosenTool) or self.tool_choice == "required"
         strict = any(tool.function.strict for tool in self.tools or ())
-        return called or strict or self.response_format is not None
+        return called or strict or self.response_format is not None or self.thinking_budget is not None
 
 
 class CompletionRequest(Sampling):

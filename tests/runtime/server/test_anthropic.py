@@ -320,6 +320,24 @@ def test_thinking_may_be_left_out(scripted, thinking_bundle):
     assert kinds == ["signature_delta", "text_delta", "text_delta"]
 
 
+def test_thinking_ends_with_its_budget(server_of, thinking_bundle):
+    with server_of(thinking_bundle) as server, client_of(server) as client:
+        asked = ASKED | {"max_tokens": 60, "extra_body": {"temperature": 0}}
+        thinking = {"type": "enabled", "budget_tokens": 8}
+        answer = client.messages.create(**asked, thinking=thinking)
+        thought, said = answer.content
+        closing = 6  # tokens of a newline and the closing tag
+        assert answer.usage.output_tokens_details.thinking_tokens == 8 + closing
+        assert thought.thinking
+        assert said.text
+        parsed = client.messages.parse(**asked, thinking=thinking, output_format=Person)
+        assert isinstance(parsed.parsed_output, Person)
+        called = client.messages.create(
+            **asked, thinking=thinking, tools=TOOLS[:1], tool_choice={"type": "any"}
+        )
+        assert called.content[-1].type == "tool_use"
+
+
 @pytest.mark.parametrize(("kind", "thinks"), [("adaptive", False), ("disabled", True)])
 def test_thinking_is_as_the_model_does_it(claude_of, demo_bundle, thinking_bundle, kind, thinks):
     bundles = {True: thinking_bundle, False: demo_bundle}
@@ -528,6 +546,9 @@ REFUSED = [
     ({"cache_control": {"type": "forever"}}, "cache_control.type"),
     ({"metadata": {"name": "x"}}, "metadata.name"),
     ({"thinking": {"type": "between_tools"}}, "thinking.type"),
+    ({"thinking": {"type": "enabled"}}, "budget_tokens goes with type enabled"),
+    ({"thinking": {"type": "adaptive", "budget_tokens": 9}}, "budget_tokens goes with type enabled"),
+    ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "this model does not think"),
     ({"system": [IMAGE]}, "system[0]: this model reads text only"),
     ({"tools": [{"type": "web_search_20260318", "name": "web_search"}]},
      "tools[0]: this server runs no tools, and has none of type 'web_search_20260318'"),

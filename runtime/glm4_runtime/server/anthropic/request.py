@@ -31,6 +31,7 @@ def chat_request(body: MessagesRequest) -> chat_schema.ChatRequest:
         tool_choice=_choice(body.tool_choice),
         parallel_tool_calls=False if getattr(body.tool_choice, "disable_parallel_tool_use", None) else None,
         response_format=_format(body),
+        thinking_budget=None if body.thinking is None else body.thinking.budget_tokens,
         max_tokens=body.max_tokens,
         stop=body.stop_sequences,
         temperature=body.temperature,

@@ -144,12 +144,17 @@ ToolChoice = Annotated[AutoChoice | AnyChoice | NamedChoice | NoChoice, Field(di
 
 
 class Thinks(Body):
-    """How the model thinks, which its chat template decides."""
-
-    UNSUPPORTED: ClassVar[Unsupported] = {"budget_tokens": ()}
+    """How the model thinks. The chat template decides whether it thinks."""
 
     type: Literal["adaptive", "enabled", "disabled"]
+    budget_tokens: Annotated[int, Field(ge=1)] | None = None
     display: Literal["summarized", "omitted"] | None = None
+
+    @model_validator(mode="after")
+    def _has_a_budget(self) -> "Thinks":
+        if (self.type == "enabled") != (self.budget_tokens is not None):
+            raise ValueError("budget_tokens goes with type enabled, and type enabled needs it")
+        return self
 
 
 class OutputFormat(Body):

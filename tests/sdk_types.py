@@ -25,7 +25,7 @@ def _require_no_extras(value):
 def events_of(response):
     """The events of a stream: pairs of name (None if unnamed) and data."""
     found = []
-    for block in response.text.split("\n\n")[:-1]:
+    for block in response.text.removesuffix("data: [DONE]\n\n").split("\n\n")[:-1]:
         lines = dict(line.split(": ", 1) for line in block.split("\n"))
         found.append((lines.get("event"), json.loads(lines["data"])))
     return found

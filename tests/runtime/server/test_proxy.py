@@ -40,6 +40,19 @@ def test_pages_of_named_origins_may_use_the_server(scripted):
     assert answer.status_code == 200
     assert cors(answer)["access-control-allow-origin"] == PAGE
     assert "x-request-id" in cors(answer)["access-control-expose-headers"]
+    # also by Anthropic's clients, and to delete what was stored
+    asked = httpx.options(
+        f"{server.url}/v1/responses/x",
+        headers={
+            "Origin": PAGE,
+            "Access-Control-Request-Method": "DELETE",
+            "Access-Control-Request-Headers": "x-api-key, anthropic-version",
+        },
+    )
+    assert asked.status_code == 200
+    assert "DELETE" in cors(asked)["access-control-allow-methods"]
+    assert "x-api-key" in cors(asked)["access-control-allow-headers"]
+    assert "request-id" in cors(answer)["access-control-expose-headers"]
     # a page can read why it was refused
     refused = httpx.post(server.url + CHAT, json=ASKED, headers={"Origin": PAGE})
     assert (refused.status_code, cors(refused)["access-control-allow-origin"]) == (401, PAGE)
@@ -90,6 +103,11 @@ def test_a_server_under_a_path(scripted, prefix):
     assert described["servers"] == [{"url": prefix}]
     metrics = httpx.get(f"{server.url}/metrics", headers=headers).text
     assert f'glm4_http_requests_total{{route="{CHAT}",status="200"}} 2.0' in metrics
+    for start in ("", prefix):
+        refused = httpx.post(f"{server.url}{start}/v1/messages", json={}, headers={"x-api-key": "key"})
+        assert (refused.status_code, refused.json()["type"]) == (400, "error")
+        unknown = httpx.get(f"{server.url}{start}/v1/responses/resp_1", headers=headers)
+        assert "there is no response 'resp_1'" in unknown.json()["error"]["message"]
     for other in (f"{prefix}x/health", f"/x{prefix}/health", f"{prefix}{prefix}/health"):
         assert httpx.get(server.url + other, headers=headers).status_code == 404
 

@@ -175,6 +175,9 @@ class ResponsesRequest(Body):
     instructions: str | None = None
     previous_response_id: NonEmptyText | None = None
     store: bool | None = Field(default=None, description="By default true, if the server stores responses.")
+    client_metadata: dict[str, Any] | None = Field(
+        default=None, description="What a client tells of itself. It changes nothing."
+    )
     include: list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]] | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tool_calls: Annotated[int, Field(ge=1)] | None = Field(

@@ -18,7 +18,9 @@ from glm4_runtime.progress import Progress
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-ENGINE_GRAPH = "engine.{}.onnx"  # the graphs for the parser; they exist only during the build
+# The graphs for the parser, and the weights that they do not share with the bundle's graph. They exist only during the
+# build.
+ENGINE_GRAPH, ENGINE_WEIGHTS = "engine.{}.onnx", "engine.weights"
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,20 @@ def make_engine(
     """
     import onnx_ir as ir
 
+    from glm4_exporters.engine.graph_file import save_graphs
     from glm4_exporters.passes import engine_passes, run
 
     operators: dict[str, str] = {}
-    for phase, model in models.items():
-        ir.save(run(model, engine_passes(build.capacity)), folder / ENGINE_GRAPH.format(phase))
+    for model in models.values():
+        ir.external_data.set_base_dir(model.graph, folder)
+        run(model, engine_passes(build.capacity))
         operators |= {str(node.name): node.op_type for node in model.graph}
+    save_graphs({ENGINE_GRAPH.format(name): model for name, model in models.items()}, folder, ENGINE_WEIGHTS)
     plan = _plan(manifest, tuple(models), operators, build)
     built = build_engine(folder, plan, progress)
     for phase in models:
         (folder / ENGINE_GRAPH.format(phase)).unlink()
+    (folder / ENGINE_WEIGHTS).unlink(missing_ok=True)
     if not build.keep_onnx:
         for name in (GRAPH, WEIGHTS):
             (folder / name).unlink()
@@ -121,6 +127,7 @@ def engine_report(built: BuiltEngine) -> dict[str, Any]:
         "build_peak_rss_bytes": built.peak_rss_bytes,
         "build_peak_anonymous_bytes": built.peak_anonymous_bytes,
         "kernels": built.kernels,
+        "weights": built.weights,
         "warnings": list(built.warnings),
         "parity": "measured on the ONNX graph that the engine was built from, by ONNX Runtime on the CPU; "
         "the rounding of an int8 cache is the engine's own and not part of it",

@@ -45,7 +45,8 @@ def _written(plan: Plan, place: Path) -> list[tuple[Path, int]]:
     if build is None:
         return [(place.parent, weights)]
     files = {p.file for p in engine_profiles(plan.task, plan.limits, build.layout, build.attention)}
-    written = [(place.parent, round(weights * (1 + ENGINE_SHARE * len(files))))]
+    for_parser = plan.form.parser_bytes(expected_tensors(plan.config, plan.task))
+    written = [(place.parent, round(weights * (1 + ENGINE_SHARE * len(files))) + for_parser)]
     if build.timing_cache is not None:
         path = Path(build.timing_cache).absolute()
         written.append((path.parent, _timing_cache(path)))

@@ -64,6 +64,10 @@ class Form:
         )  # stored twice: quantized for the head, unquantized for the lookup
         return sum((plain | stored).values()) + twice
 
+    def parser_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Bytes of the weights that exist only for TensorRT's parser. ``shapes``: by canonical name."""
+        return sum(form.parser_nbytes(*shapes[name][:2]) for name, form in self.formats.items())
+
     @property
     def uses_text(self) -> bool:
         """Whether calibration text changes the bundle: by GPTQ and AWQ, by scales of inputs or of an int8 cache, or by

@@ -122,6 +122,8 @@ PRECISIONS = {
     "int8": Precision(None, {"embedding": "int8", "layers": "int8", "head": "int8"}),
     "int4": Precision(None, {"embedding": "int8", "layers": "int4", "head": "int8"}),
     "fp8": Precision(None, {"embedding": "int8", "layers": "fp8", "head": "int8"}, capability=89),
+    "nvfp4": Precision(None, {"embedding": "int8", "layers": "nvfp4", "head": "int8"}, capability=100),
+    "mxfp8": Precision(None, {"embedding": "int8", "layers": "mxfp8", "head": "int8"}, capability=89),
     # down_proj's input is a product of two activations. With one scale, its few huge values leave too few steps for
     # the rest.
     "int8-sq": Precision(
@@ -155,7 +157,9 @@ _NATIVE = Target(
     providers={"float32": (_CPU,), "float16": (_CPU,), "bfloat16": ()},  # not tried on CUDA
     formats=_PER_CHANNEL,
 )
-_TENSORRT = replace(_NATIVE, precisions=("fp16", "bf16", *_INTEGERS, "fp8"), quantized_activations="float16")
+_TENSORRT = replace(
+    _NATIVE, precisions=("fp16", "bf16", *_INTEGERS, "fp8", "nvfp4", "mxfp8"), quantized_activations="float16"
+)
 _ROWS = (
     Target(
         name="ort",

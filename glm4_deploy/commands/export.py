@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     type=click.Choice(list(PRECISIONS)),
     show_default=f"what a quantized checkpoint brings, else {DEFAULT_PRECISION}",
     help="How weights are stored. int8 and int4: weights; on a CPU, matrix products also round their inputs to int8. int8-sq and fp8: weights and the inputs of matrix products. "
+    "nvfp4 and mxfp8, for TensorRT: weights only, in blocks of 4-bit and 8-bit floats. "
     "fp32, fp16, bf16: weights, activations and KV cache.",
 )
 @click.option(

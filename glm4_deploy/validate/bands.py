@@ -98,6 +98,11 @@ def arithmetic_of(nodes: Sequence[onnx.NodeProto], types: Mapping[str, int]) -> 
         types: element types of the graph's weights and inputs, and of the nodes' outputs.
     """
     found = {"float32"}
+    float8_scales = {
+        node.output[0]
+        for node in nodes
+        if node.op_type == "DequantizeLinear" and types.get(node.input[0]) == onnx.TensorProto.FLOAT8E4M3FN
+    }
     for node in nodes:
         kinds = {types.get(name, 0) for name in (*node.input, *node.output)}
         if node.op_type in ("MatMulNBits", "GatherBlockQuantized", OPERATOR):
@@ -107,6 +112,8 @@ def arithmetic_of(nodes: Sequence[onnx.NodeProto], types: Mapping[str, int]) -> 
                 continue  # its other types are float32, except the stored scales
         elif node.op_type in QUANTIZED_ACTIVATIONS and onnx.TensorProto.FLOAT8E4M3FN not in kinds:
             found.add("int8-sq")
+        elif node.op_type == "DequantizeLinear" and node.input[1] in float8_scales:
+            found.add("nvfp4")
         found.update(ARITHMETIC.get(kind, "float32") for kind in kinds)
     return max(found, key=ORDER.index)
 

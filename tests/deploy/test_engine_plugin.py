@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import onnx_ir as ir
@@ -128,6 +129,26 @@ def test_an_int8_cache_is_the_plugins(tmp_path, gpu, layout):
     assert {v.dtype for v in kept.inputs if "key_values" in v.name} == {ir.DataType.FLOAT16}
     report = json.loads((tmp_path / "bundle" / "report.json").read_text())
     assert report["calibration"]["kv_cache"]["scales"].startswith("per head and channel")
+
+
+@pytest.mark.parametrize("layout", ["shared", "split"])
+def test_each_graph_has_the_parsers_form_of_4_bit_floats(tmp_path, gpu, layout):
+    gpu.capability = "100"
+    manifest = exported(tmp_path, precision="nvfp4", layout=layout, keep_onnx=True)
+    for model in gpu.models.values():
+        kinds = Counter(value.dtype for value in model.graph.initializers.values())
+        assert kinds[ir.DataType.FLOAT4E2M1] == kinds[ir.DataType.FLOAT8E4M3FN] == 7 * LAYERS
+        assert kinds[ir.DataType.INT8] == 1  # the head
+    kept = ir.load(tmp_path / "bundle" / "model.onnx").graph
+    assert not {v.dtype for v in kept.initializers.values()} & {ir.DataType.FLOAT4E2M1}
+    assert "engine.weights" not in {path.name for path in (tmp_path / "bundle").iterdir()}
+    assert manifest.precision == "nvfp4"
+
+
+def test_an_older_gpu_has_no_4_bit_floats(tmp_path, gpu):
+    with pytest.raises(ExportError, match="nvfp4 needs compute capability 100 or newer, and this GPU has 90"):
+        exported(tmp_path, precision="nvfp4")
+    assert gpu.plan is None
 
 
 def test_small_blocks_are_asked_for_by_the_attention_option(tmp_path, gpu):

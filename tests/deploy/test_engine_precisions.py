@@ -48,6 +48,11 @@ BUILT = {
     "int4": (0, JOINED, JOINED, {"gemm": 0, "runtime_fusion": JOINED}),
     "fp8": (4 * LAYERS, PRODUCTS + 4 * LAYERS, PRODUCTS, {"gemm": 7 * LAYERS, "runtime_fusion": 1}),
 }
+# The weights that the built engine's layers read, in each profile. NVFP4's float8 numbers are its scales.
+STORED = {
+    "nvfp4": {"FP4E2M1": 7 * LAYERS, "FP8": 7 * LAYERS, "Int8": 1},
+    "mxfp8": {"FP8": 7 * LAYERS, "Int8": 1},
+}
 
 
 @pytest.mark.parametrize("precision", BUILT)
@@ -87,6 +92,28 @@ def test_the_onnx_that_is_kept_has_its_weights_as_they_were(tmp_path, precision)
     assert files == {*manifest.files, "manifest.json", "report.json"}
 
 
+@pytest.mark.parametrize("precision", STORED)
+def test_the_engine_holds_weights_of_the_precision(tmp_path, precision):
+    """The proof without a GPU: the compiled layers read constants of the type, and every matrix is one of them."""
+    result = export(DEMO, tmp_path / "bundle", options(precision))
+    report = json.loads((tmp_path / "bundle" / "report.json").read_text())
+    assert report["engine"]["weights"] == dict.fromkeys(("prefill", "decode"), STORED[precision])
+    folder = {path.name for path in (tmp_path / "bundle").iterdir()}
+    assert folder == {
+        *result.manifest.files,
+        "manifest.json",
+        "report.json",
+    }  # nothing of the parser's is left
+    assert result.manifest.tensor_precisions["layers"] == precision
+    assert (
+        result.manifest.compute_capabilities
+        == {
+            "nvfp4": ("120",),
+            "mxfp8": ("89", "120"),
+        }[precision]
+    )
+
+
 SHAPES = {
     "whole blocks": dict(num_attention_heads=6, num_key_value_heads=3, hidden_size=96, intermediate_size=160),
     "8 kv heads": dict(num_attention_heads=16, num_key_value_heads=8, hidden_size=72, intermediate_size=100),
@@ -95,7 +122,7 @@ SHAPES = {
     "odd width": dict(intermediate_size=91),
 }
 # RMS of the difference over the reference's, on random weights, the worst of these a third above what was measured.
-LARGEST = {"int8": 0.03, "int4": 0.32, "fp8": 0.125}
+LARGEST = {"int8": 0.03, "int4": 0.32, "fp8": 0.125, "nvfp4": 0.3, "mxfp8": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -108,6 +135,10 @@ LARGEST = {"int8": 0.03, "int4": 0.32, "fp8": 0.125}
         ("tied", "fp8", "bf16", "shared"),
         ("odd width", "int8", "bf16", "shared"),
         ("odd width", "fp8", "fp16", "shared"),
+        ("whole blocks", "nvfp4", "fp16", "split"),
+        ("tied", "nvfp4", "bf16", "shared"),
+        ("whole blocks", "mxfp8", "bf16", "shared"),
+        ("tied", "mxfp8", "fp16", "split"),
     ],
 )
 def test_shapes_that_are_not_round(tmp_path, monkeypatch, shape, precision, activations, layout):
@@ -116,7 +147,8 @@ def test_shapes_that_are_not_round(tmp_path, monkeypatch, shape, precision, acti
     source = write_checkpoint(tmp_path / "source", tiny_config(**SHAPES[shape]))
     text = tmp_path / "text.ids"
     text.write_text("\n".join(" ".join(str(4 + 7 * i * j % 290) for i in range(40)) for j in (1, 2, 3)))
-    used = None if precision == "int8" else text  # plain int8 is refused with a text that changes nothing
+    # Other precisions are refused with a text that changes nothing.
+    used = text if precision in ("int4", "fp8") else None
     result = export(source, tmp_path / "bundle", options(precision, used, activations, layout))
     assert 0 < result.parity.relative_error < LARGEST[precision]
     manifest = result.manifest
@@ -139,6 +171,13 @@ def test_widths_that_int4_does_not_divide_are_refused_before_the_work(tmp_path, 
     source = write_checkpoint(tmp_path / "source", tiny_config(**SHAPES[shape]))
     with pytest.raises(ExportError, match=message):
         export(source, tmp_path / "bundle", options("int4"))
+
+
+@pytest.mark.parametrize(("precision", "sm"), [("nvfp4", "89"), ("mxfp8", "86")])
+def test_gpus_without_such_floats_are_refused(tmp_path, precision, sm):
+    asked = dataclasses.replace(options(precision), engine=EngineOptions(sm=(sm,)))
+    with pytest.raises(ExportError, match=f"{precision} needs compute capability .* not {sm}"):
+        export(DEMO, tmp_path / "bundle", asked)
 
 
 def test_the_key_follows_the_calibration_text(tmp_path):

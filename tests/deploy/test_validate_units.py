@@ -167,6 +167,19 @@ def test_a_product_of_rounded_inputs_is_of_what_they_are_rounded_to(stored, expe
     assert arithmetic_of(nodes, {"zero": getattr(onnx.TensorProto, stored)}) == expected
 
 
+def test_nvfp4_is_known_by_its_scales_and_mxfp8_counts_as_fp8():
+    """The graph has NVFP4's 4-bit floats as int8."""
+    float8, int8, float16 = (getattr(onnx.TensorProto, name) for name in ("FLOAT8E4M3FN", "INT8", "FLOAT16"))
+    nodes = [
+        onnx.helper.make_node("DequantizeLinear", ["scales", "total"], ["wide"]),
+        onnx.helper.make_node("DequantizeLinear", ["codes", "wide"], ["w"], axis=1, block_size=16),
+    ]
+    types = {"scales": float8, "codes": int8, "total": float16, "wide": float16, "w": float16}
+    assert arithmetic_of(nodes, types) == "nvfp4"
+    assert arithmetic_of(nodes[1:], types) == "int8"
+    assert arithmetic_of(nodes[1:], types | {"codes": float8}) == "fp8"
+
+
 def test_drift_is_held_to_the_coarsest_arithmetic_so_far():
     blocks = [block(0, "qk", "int8", 0.1, 0.01), block(0, "attention_residual", "float32", 0.1, 0.0)]
     assert find_culprit(blocks) is None

@@ -10,13 +10,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from glm4_exporters.engine.network import Network, check_compiled, fold_weight_transposes
+from glm4_exporters.engine.network import Network, check_compiled, compiled_weights, fold_weight_transposes
 
 trt = pytest.importorskip("tensorrt_rtx")
 
 OUT, IN = 1024, 2048
 PROFILES = (((1, 1), (1, 512), (1, 512)), ((1, 1), (8, 1), (8, 1)))
 INT8, INT4, UINT4, UINT8 = TensorProto.INT8, TensorProto.INT4, TensorProto.UINT4, TensorProto.UINT8
+FP4, E8M0 = TensorProto.FLOAT4E2M1, TensorProto.FLOAT8E8M0
 FP8, FP16, BF16 = TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT16, TensorProto.BFLOAT16
 RAW = {
     FP8: ml_dtypes.float8_e4m3fn,
@@ -112,6 +113,7 @@ class Built:
         engine = builder.build_serialized_network(definition, config)
         assert engine is not None
         self.bytes_per_weight = engine.nbytes / (OUT * IN)
+        self.weights = compiled_weights(logger.text, ["prefill", "decode"])
         self.kernels = check_compiled(logger.text, ["prefill", "decode"], {})
 
 
@@ -186,6 +188,56 @@ def test_why_transposes_are_folded():
     """Left alone, the transposed int8 weight is stored once per profile."""
     built = Built(product(element=INT8, scale_shape=(OUT,), axis=0, block=0), fold=False)
     assert built.bytes_per_weight > 2
+
+
+def by_weight(constants, dequantize, domain=""):
+    """x times the transpose of a weight that the given nodes dequantize to "wd"."""
+    nodes = [
+        *dequantize,
+        helper.make_node("Transpose", ["wd"], ["wt"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "wt"], ["y"]),
+    ]
+    ends = [
+        helper.make_tensor_value_info(n, FP16, ["batch", "sequence", w]) for n, w in (("x", IN), ("y", OUT))
+    ]
+    graph = helper.make_graph(nodes, "product", ends[:1], ends[1:], constants)
+    opsets = [helper.make_opsetid("", 24), helper.make_opsetid("trt", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=11)
+
+
+def raw(name, element, shape, size=1):
+    values = np.random.default_rng(0).integers(1, 120, size=int(np.prod(shape) * size), dtype=np.uint8)
+    return onnx.TensorProto(name=name, data_type=element, dims=shape, raw_data=values.tobytes())
+
+
+def test_nvfp4_weights_are_stored_in_4_bits():
+    dequantize = [
+        helper.make_node("DequantizeLinear", ["s", "t"], ["sd"]),
+        helper.make_node("DequantizeLinear", ["w", "sd"], ["wd"], axis=1, block_size=16),
+    ]
+    constants = [
+        raw("w", FP4, (OUT, IN), 0.5),
+        raw("s", FP8, (OUT, IN // 16)),
+        tensor("t", np.float16(0.25), FP16),
+    ]
+    built = Built(by_weight(constants, dequantize))
+    assert (built.refusal, built.folded, built.network.count()["DEQUANTIZE"]) == (None, 1, 2)
+    assert built.bytes_per_weight < 0.75
+    assert built.weights == {name: {"FP4E2M1": 1, "FP8": 1} for name in ("prefill", "decode")}
+    # as int8 in blocks: the whole weight is written as fp16 before the product
+    assert {kind for kind in built.kernels["prefill"] if kind != "shape_call"} == {"kgen", "gemm"}
+
+
+def test_mxfp8_weights_need_the_parsers_own_operator():
+    weights, attributes = raw("w", FP8, (OUT, IN)), dict(axis=-1, block_size=32, output_dtype=FP16)
+    scales = (OUT, IN // 32)
+    operator = helper.make_node("TRT_MXFP8DequantizeLinear", ["w", "s"], ["wd"], domain="trt", **attributes)
+    built = Built(by_weight([weights, raw("s", UINT8, scales)], [operator]))
+    assert (built.refusal, built.folded, built.network.count()["DEQUANTIZE"]) == (None, 1, 1)
+    assert built.bytes_per_weight < 1.25
+    assert built.weights == {name: {"FP8": 1} for name in ("prefill", "decode")}
+    standard = helper.make_node("DequantizeLinear", ["w", "s"], ["wd"], axis=1, block_size=32)
+    assert Built(by_weight([weights, raw("s", E8M0, scales)], [standard])).refusal
 
 
 @pytest.mark.parametrize(

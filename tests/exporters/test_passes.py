@@ -43,7 +43,7 @@ def test_the_order_of_passes(target):
     )
     nothing = model_passes(form, norm_bits={}, cache_scales=(), input_scales={})
     assert not {"ScaleEps", "QuantizeCache", "QuantizeInputs"} & set(names(nothing).split())
-    assert names(engine_passes(64)) == "FixCapacity SplitProducts"
+    assert names(engine_passes(64)) == "FixCapacity SplitProducts Fp4Weights Mxfp8Weights"
 
 
 def test_a_plugin_takes_the_place_of_the_targets_attention():

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class BuiltEngine:
         capabilities: of the GPU that built the engine, if the engine is for this GPU only.
         layers, float32: as in :class:`~glm4_runtime.bundle.EngineInfo`.
         kernels: per profile, the number of the built engine's layers by type. Attention layers have the kernel's name.
+        weights: per profile, the number of the built engine's layers that read weights of 8 bits or less, by type.
         peak_rss_bytes: of the process, with the mapped weights; ``peak_anonymous_bytes`` is without them.
         warnings: problems that did not stop the build, one line each.
     """
@@ -64,6 +65,7 @@ class BuiltEngine:
     peak_rss_bytes: int
     peak_anonymous_bytes: int
     warnings: tuple[str, ...] = ()
+    weights: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def build_engine(folder: Path, plan: EnginePlan, progress: Progress = silent) -> BuiltEngine:
@@ -131,6 +133,7 @@ def _follow(process: "subprocess.Popen[str]", plan: EnginePlan, progress: Progre
         peak_rss_bytes=answer["peak_rss_bytes"],
         peak_anonymous_bytes=memory[0],
         warnings=tuple(answer["warnings"]),
+        weights=answer["weights"],
     )
 
 

@@ -22,6 +22,9 @@ LAYERS_OF_OPERATORS = {
     OP_TYPE: "PLUGIN_V3",
 }
 
+# Operators from which the parser makes the same layer as from another one.
+SAME_LAYER = {PLUGIN_INT8: OP_TYPE, "TRT_MXFP8DequantizeLinear": "DequantizeLinear"}
+
 
 class Network:
     """A view of an ``INetworkDefinition`` with the producer and the readers of each tensor."""
@@ -77,7 +80,7 @@ def expected_layers(
     else:
         model = {"Attention": num_layers, "RotaryEmbedding": 2 * num_layers}
         model["TensorScatter"] = 2 * num_layers if has_cache else 0
-    found = Counter(OP_TYPE if name == PLUGIN_INT8 else name for name in operators.values())
+    found = Counter(SAME_LAYER.get(name, name) for name in operators.values())
     for name, count in model.items():
         if found[name] != count:
             raise ExportError(
@@ -234,3 +237,21 @@ def check_compiled(
                 f"the engine's {profile} profile has no layer of {len(lost)} nodes of the graph, {lost[0]} among them"
             )
     return {profile: dict(sorted(count.items())) for profile, count in found.items()}
+
+
+NARROW = re.compile(r"Datatype: (FP4E2M1|FP8|Int4|Int8),")
+
+
+def compiled_weights(log: str, profiles: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Per profile of the built engine: how many layers read constants of each narrow type, by TensorRT's name.
+
+    Args:
+        log: the builder's message that lists the layers; empty if there was none.
+    """
+    found: dict[str, Counter[str]] = {name: Counter() for name in profiles}
+    for line in log.splitlines():
+        layer = LAYER_LINE.match(line)
+        if layer is not None and int(layer["profile"]) < len(profiles):
+            constants = line.partition("Constants: [")[2].partition("Outputs: [")[0]
+            found[profiles[int(layer["profile"])]].update(set(NARROW.findall(constants)))
+    return {profile: dict(sorted(count.items())) for profile, count in found.items()} if log else {}

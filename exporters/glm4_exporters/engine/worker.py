@@ -24,6 +24,7 @@ from glm4_exporters.engine.network import (
     check_compiled,
     check_inputs,
     check_layers,
+    compiled_weights,
     float32_operators,
     fold_weight_transposes,
 )
@@ -71,7 +72,7 @@ def _build(trt: Any, log: Any, plan: Mapping[str, Any], say: Say) -> dict[str, A
         importlib.import_module(plan["plugin"])
     files = dict.fromkeys(profile["file"] for profile in plan["profiles"])
     capability = gpu_capability() if ENGINE_KINDS[plan["kind"]].times else None
-    answer: dict[str, Any] = {"files": {}, "kernels": {}, "warnings": []}
+    answer: dict[str, Any] = {"files": {}, "kernels": {}, "weights": {}, "warnings": []}
     for done, name in enumerate(files):
         builder, definition, parser = _parse(trt, log, plan["kind"], plan["graphs"][name])
         network = Network(trt, definition)
@@ -87,6 +88,7 @@ def _build(trt: Any, log: Any, plan: Mapping[str, Any], say: Say) -> dict[str, A
         names = [profile["name"] for profile in profiles]
         if not ENGINE_KINDS[plan["kind"]].times:  # the full TensorRT logs its layers in another form
             answer["kernels"] |= check_compiled(log.layers, names, plan["operators"])
+            answer["weights"] |= compiled_weights(log.layers, names)
         if plan["timing_cache"] is not None:
             warning = save_timing_cache(config, Path(plan["timing_cache"]))
             answer["warnings"] += [warning] if warning else []

@@ -18,6 +18,8 @@ from glm4_exporters.formats.base import (
 )
 from glm4_exporters.formats.float8 import Float8
 from glm4_exporters.formats.integers import Integers
+from glm4_exporters.formats.mxfp8 import Mxfp8
+from glm4_exporters.formats.nvfp4 import Nvfp4
 from glm4_runtime.errors import ExportError
 
 _INT8_INPUTS = InputRounding("int8", INT8_MAX, searched=True)
@@ -34,6 +36,8 @@ FORMATS: Mapping[str, Format] = {
     "int4-fine-signed": Integers(bits=4, block=16, ranges=(1.0, 0.85), signed_scales=True),
     "int4-wide-signed": Integers(bits=4, block=64, ranges=(1.0, 0.85), signed_scales=True),
     "fp8": Float8(),
+    "nvfp4": Nvfp4(),
+    "mxfp8": Mxfp8(),
 }
 
 

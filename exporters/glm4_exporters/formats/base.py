@@ -90,6 +90,10 @@ class StoredFormat(ABC):
         """Bytes of a matrix [rows, width]."""
         return sum(part.nbytes for part in self.parts(rows, width, scale_type).values())
 
+    def parser_nbytes(self, rows: int, width: int) -> int:
+        """Bytes of the parts that exist only for TensorRT's parser; most formats have none."""
+        return 0
+
     @property
     def needs_text(self) -> bool:
         """Whether this format requires calibration text."""

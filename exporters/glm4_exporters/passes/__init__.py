@@ -11,8 +11,10 @@ import onnx_ir as ir
 from glm4_exporters.form import Form
 from glm4_exporters.formats import StoredFormat
 from glm4_exporters.passes.fix_capacity import FixCapacity
+from glm4_exporters.passes.fp4_weights import Fp4Weights
 from glm4_exporters.passes.group_query_attention import GroupQueryAttention
 from glm4_exporters.passes.input_major import InputMajor
+from glm4_exporters.passes.mxfp8_weights import Mxfp8Weights
 from glm4_exporters.passes.native_attention import NativeAttention
 from glm4_exporters.passes.packed_products import PackedProducts
 from glm4_exporters.passes.plugin_attention import PluginAttention
@@ -81,7 +83,7 @@ def model_passes(
 
 def engine_passes(capacity: int) -> list[Pass]:
     """The passes for the graph that TensorRT parses; its weights are written already."""
-    return [FixCapacity(capacity), SplitProducts()]
+    return [FixCapacity(capacity), SplitProducts(), Fp4Weights(), Mxfp8Weights()]
 
 
 def run(model: ir.Model, passes: Sequence[Pass]) -> ir.Model:

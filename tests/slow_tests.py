@@ -1,9 +1,10 @@
 """Which tests are slow: ``slow.txt`` lists them, made from one measured run by ``make slow-list``.
 
-The measure is processor time, of the test and of the processes that it waited for: a busy machine changes it little.
+The measure is processor time, of the test and of its child processes: a busy machine changes it little.
 A test function counts with all its cases. A run names the slow ones that the list lacks.
 """
 
+import contextlib
 import os
 from collections import Counter
 from pathlib import Path
@@ -34,11 +35,22 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    before = sum(os.times()[:4])
+    before = processor_seconds()
     try:
         return (yield)
     finally:
-        item.user_properties.append(("seconds", sum(os.times()[:4]) - before))
+        item.user_properties.append(("seconds", processor_seconds() - before))
+
+
+def processor_seconds():
+    """Of this process, of the children that have ended, and on Linux of those that run, such as Triton's interpreter."""
+    seconds = sum(os.times()[:4])
+    for children in Path("/proc/self/task").glob("*/children"):
+        for child in children.read_text().split():
+            with contextlib.suppress(OSError):  # it has just ended
+                times = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11:13]
+                seconds += sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+    return seconds
 
 
 def measured(config, report):

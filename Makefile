@@ -11,7 +11,7 @@ PROCESSES ?= 2
 9B := $(BENCH)/9b$(LAYERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test-fast test test-more slow-list foreign-names bench gpu-check lint format wheel clean
+.PHONY: help demo test-fast test test-more slow-list foreign-names bench gpu-check lint format wheel sdist clean
 
 help:  ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -91,6 +91,11 @@ wheel:  ## build dist/*.whl, which needs neither the environment of the others n
 	test -x $(OUT)/build/bin/python || $(PYTHON) -m venv $(OUT)/build
 	$(OUT)/build/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build
 	$(OUT)/build/bin/python -m build --wheel --outdir dist .
+
+sdist: wheel  ## build dist/*.tar.gz too, and check what both say of themselves
+	$(OUT)/build/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt twine
+	$(OUT)/build/bin/python -m build --sdist --outdir dist .
+	$(OUT)/build/bin/python -m twine check --strict dist/*
 
 clean:  ## remove what was made, but not the environment
 	rm -rf build dist $(OUT) .mypy_cache .pytest_cache .ruff_cache *.egg-info

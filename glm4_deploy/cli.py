@@ -50,7 +50,10 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:  # noqa: ARG002
         if name not in COMMANDS:
             return None
+        from glm4_deploy.examples import epilog  # not needed for --help of the whole
+
         command: click.Command = import_module(COMMANDS[name]).command
+        command.epilog = epilog(name)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -84,7 +87,8 @@ def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
 def cli() -> None:
     """GLM-4-0414 checkpoints to ONNX and TensorRT: exported, proved right, served.
 
-    Exit codes: 0 done; 1 refused or failed, with one line that says why; 2 wrong usage; 3 an accuracy gate failed.
+    Exit codes: 0 done; 1 refused or failed, with one line that says why; 2 wrong usage; 3 a limit
+    of parity or of a gate is not met; 130 interrupted.
     """
 
 

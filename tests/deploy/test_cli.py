@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 
 from glm4_deploy import pipeline
 from glm4_deploy.cli import COMMAND_SUMMARIES, COMMANDS, cli, main
+from glm4_deploy.examples import EXAMPLES
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
 from glm4_runtime.bundle import file_entry
 
@@ -79,6 +81,17 @@ def test_every_command_has_help(command):
         assert f" {command} " in result.output
         # these two talk until they are told to end: they have no result to print
         assert ("--json" in result.output) != (command in ("serve", "chat"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_of_the_help_are_lines_that_it_takes(command):
+    assert EXAMPLES[command]
+    for _, line in EXAMPLES[command]:
+        name, *arguments = shlex.split(line)
+        assert name == command
+        with cli.get_command(None, command).make_context(name, arguments) as context:
+            assert context.params
+        assert f"glm4-deploy {line}" in " ".join(CliRunner().invoke(cli, [command, "-h"]).output.split())
 
 
 @pytest.mark.parametrize("command", COMMANDS)

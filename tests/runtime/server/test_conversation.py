@@ -98,7 +98,7 @@ def test_results_without_an_id_come_in_the_order_of_the_calls():
     [
         ([message("assistant", None, tool_calls=CALLS), RESULTS[0]], "answers: b"),
         ([message("assistant", None, tool_calls=CALLS)], "answers: a, b"),
-        ([message("assistant", None, tool_calls=[CALLS[0]] * 2), *RESULTS], "one id twice"),
+        ([message("assistant", None, tool_calls=[CALLS[0]] * 2), *RESULTS], "calls with the same id"),
         ([message("assistant", None, tool_calls=CALLS[:1]), RESULTS[0], RESULTS[0]], "not open"),
         ([RESULTS[0]], "does not follow"),
     ],

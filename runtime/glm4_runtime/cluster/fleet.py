@@ -60,6 +60,7 @@ class Lane:
     running: dict[int, Migration] = field(default_factory=dict)
     waiting: deque[Migration] = field(default_factory=deque)
     stats: SchedulerStats | None = None
+    reports: int = 0
 
     @property
     def standing(self) -> Standing:
@@ -69,17 +70,37 @@ class Lane:
         """Remove and return the next request that may run.
 
         A request whose client does not read keeps no other one from the replica, which parks it. Suspects run one at a
-        time, so that a death shows which request was its cause.
+        time, so that a death shows which request was its cause. Nothing runs beside a request that must be alone.
         """
         reading = sum(not one.lagging for one in self.running.values())
-        if reading >= self.replica.slots:
+        if reading >= self.replica.slots or any(one.lone for one in self.running.values()):
             return None
         tried = any(one.suspect for one in self.running.values())
         for migration in self.waiting:
+            if migration.lone and (self.running or not self.alive_since(migration)):
+                continue
             if not (tried and migration.suspect):
                 self.waiting.remove(migration)
                 return migration
         return None
+
+    @property
+    def lone_waits(self) -> bool:
+        """Whether a request waits that must be alone, and could be tried now."""
+        tried = any(one.suspect for one in self.running.values())
+        return not tried and any(one.lone and self.alive_since(one) for one in self.waiting)
+
+    def alive_since(self, migration: Migration) -> bool:
+        """Whether the replica is known to have been alive after the request came to it, or began.
+
+        The first report after may have been sent before. Replicas of one node die together: without this test, a
+        request could go from one to the next before their deaths are noticed.
+        """
+        return self.reports >= migration.since + 2
+
+    def alone(self, number: int) -> bool:
+        """Whether the replica ran this order only, and was alive after it had begun."""
+        return len(self.running) == 1 and self.alive_since(self.running[number])
 
 
 class Fleet:
@@ -198,6 +219,9 @@ class Fleet:
                 self._ended(lane, number)
         with self._lock:
             lane.stats = report.stats
+            lane.reports += 1
+            if lane.lone_waits:
+                self._set_aside(lane)  # here alone: no event of this lane is on its way to a listener
             self._pump(lane)
 
     def lost(self, name: str, reason: str) -> None:
@@ -213,11 +237,18 @@ class Fleet:
                 self._retire(lane.stats)
             if not self._lanes:
                 self._alone_since = time.monotonic()
-            given_up = [(one, error) for one in lane.running.values() if (error := one.leave(reason))]
+            given_up = [
+                (one, error)
+                for number, one in lane.running.items()
+                if (error := one.leave(reason, lane.alone(number)))
+            ]
             gone = {id(one) for one, _ in given_up}
             for one in (*lane.running.values(), *lane.waiting):
                 if id(one) not in gone and not one.closed:
                     self.migrations += 1
+                    logger.warning(
+                        "request %s leaves replica %s after %d tokens", one.request.id, name, one.generated
+                    )
                     self._place(one, None)
         for migration, error in given_up:
             migration.fail(error)
@@ -255,6 +286,7 @@ class Fleet:
             return most_waiting is None
         lane = self._lanes[name]
         self._router.note(name, migration.ids, lane.replica.slots)
+        migration.since = lane.reports
         lane.waiting.append(migration)
         self._pump(lane)
         return True
@@ -264,11 +296,22 @@ class Fleet:
         while (migration := lane.next()) is not None:
             number = next(self._numbers)
             lane.running[number] = migration
+            migration.since = lane.reports
             lane.replica.submit(number, migration.begin(lane.replica.name, number))
+            if migration.moves:
+                logger.warning("request %s goes on on replica %s", migration.request.id, lane.replica.name)
             if migration.held:
                 lane.replica.act(number, "hold")
             if migration.lagging:
                 lane.replica.act(number, "lag")
+
+    def _set_aside(self, lane: Lane) -> None:
+        """Let the running requests wait, for one that must be alone. They go on once it has a new token."""
+        for number, migration in lane.running.items():
+            lane.replica.act(number, "cancel")
+            migration.pause()
+            lane.waiting.append(migration)
+        lane.running.clear()
 
     def _ended(self, lane: Lane, number: int) -> None:
         with self._lock:

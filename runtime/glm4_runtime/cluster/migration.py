@@ -12,8 +12,8 @@ from glm4_runtime.scheduler import Event, Failed, Generated, Request, Started
 
 logger = logging.getLogger(__name__)
 
-# After so many deaths in a row, without a new token between them, a request is taken for their cause.
-MOST_STRIKES = 2
+# After so many deaths in a row, without a new token between them, a request runs alone on its next replica.
+ALONE_AFTER = 2
 # A request changes its replica at most so often.
 MOST_MOVES = 16
 
@@ -27,6 +27,8 @@ class Migration:
     Attributes:
         number: the number of its order on its current replica. None: it waits.
         replica: the name of its current replica.
+        moves: how many replicas it has lost.
+        since: how many reports the current replica had given when the request came to it, or began there.
     """
 
     def __init__(
@@ -40,11 +42,12 @@ class Migration:
         self.request = request
         self.number: int | None = None
         self.replica: str | None = None
+        self.since = 0
         self._on_event, self._act = on_event, act
         self._lock = threading.RLock()  # reentrant: a listener may cancel from within an event
         self._tokens: list[int] = []
         self._started = self._closed = self._held = self._lagging = False
-        self._strikes = self._moves = self._tokens_at_begin = 0
+        self._strikes = self.moves = self._tokens_at_begin = 0
 
     # The handle -----------------------------------------------------------------------------------
 
@@ -91,9 +94,19 @@ class Migration:
         return (*self.request.prompt_ids, *self._tokens)
 
     @property
+    def generated(self) -> int:
+        """The number of tokens that the client has."""
+        return len(self._tokens)
+
+    @property
     def suspect(self) -> bool:
         """Whether its last replica died, and no token has come since."""
         return self._strikes > 0 and (self.number is None or len(self._tokens) == self._tokens_at_begin)
+
+    @property
+    def lone(self) -> bool:
+        """Whether it is a suspect that must run alone, so that a further death shows whether it is the cause."""
+        return self.suspect and self._strikes >= ALONE_AFTER
 
     def begin(self, replica: str, number: int) -> Order:
         """Go to a replica; returns the order for it."""
@@ -126,24 +139,31 @@ class Migration:
                 self._closed = True
                 self._tell(Failed(error))
 
-    def leave(self, reason: str) -> ReplicaError | None:
+    def pause(self) -> None:
+        """Leave a replica that is alive. The order there is no longer listened to."""
+        if not self.suspect:
+            self._strikes = 0
+        self.number = self.replica = None
+
+    def leave(self, reason: str, alone: bool) -> ReplicaError | None:
         """Leave a replica that died. Returns the error if the request may not go to another one.
 
         A death without a new token of this request is a strike. After a new token the count begins again, so that a
-        long request survives the deaths of others.
+        long request survives the deaths of others. The second strike decides only if the request was ``alone``.
+
+        Args:
+            alone: whether the replica ran no other request, and was alive after this one had begun.
         """
         new = len(self._tokens) > self._tokens_at_begin
         self._strikes = 1 if new else self._strikes + 1
-        self._moves += 1
+        self.moves += 1
         self.number = self.replica = None
-        if self._strikes >= MOST_STRIKES:
+        if self._strikes > ALONE_AFTER or (self._strikes == ALONE_AFTER and alone):
             return ReplicaError(
                 f"{self._strikes} replicas died while they ran this request, so it is given up: {reason}"
             )
-        if self._moves >= MOST_MOVES:
-            return ReplicaError(
-                f"this request lost its replica {self._moves} times and is given up: {reason}"
-            )
+        if self.moves >= MOST_MOVES:
+            return ReplicaError(f"this request lost its replica {self.moves} times and is given up: {reason}")
         return None
 
     def _tell(self, event: Event) -> None:

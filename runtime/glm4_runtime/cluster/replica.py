@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import platform
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class ReplicaActor:
     """Runs in a process of Ray's. Its methods are those of :class:`ReplicaWork`."""
 
     def __init__(self, options: ReplicaOptions) -> None:
+        _log_orders()
         self._session = Session.open(options.bundle, **options.session)
         self._work = ReplicaWork(
             self._session, Scheduler(self._session, max_queue=options.max_queue), options.ends
@@ -62,6 +64,14 @@ class ReplicaActor:
 
     def report(self) -> ReplicaReport:
         return self._work.report(_REPORT)
+
+
+def _log_orders() -> None:
+    """Write one line for each order into the log of Ray's worker, in the folder of Ray's session."""
+    orders = logging.getLogger("glm4_runtime.cluster.work")
+    orders.setLevel(logging.INFO)
+    orders.addHandler(logging.StreamHandler())
+    orders.propagate = False
 
 
 class RayReplica:

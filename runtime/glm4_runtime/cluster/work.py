@@ -1,14 +1,17 @@
 """The inside of a replica: a session, its scheduler, and the events that wait for the next report. It knows no Ray."""
 
+import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from glm4_runtime.cluster.order import Action, Order, ReplicaReport, request_of
 from glm4_runtime.errors import Glm4Error, ModelError, RequestError
-from glm4_runtime.scheduler import Event, Failed, Request, Scheduler, Ticket
+from glm4_runtime.scheduler import Event, Failed, Generated, Request, Scheduler, Ticket
 from glm4_runtime.session import Session
 from glm4_runtime.structured import GrammarCompiler, GrammarMask
 
@@ -25,11 +28,23 @@ class _Running:
     """An order from its arrival to its end.
 
     Attributes:
+        id: of its request, for the log.
         ticket: None while its grammar is compiled. ``later``: the actions that wait for the ticket.
+        tokens: how many were generated here, since ``began`` on the clock of ``time.monotonic()``.
     """
 
+    id: str
     ticket: Ticket | None = None
     later: list[Action] = field(default_factory=list)
+    tokens: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def log(self, outcome: str) -> None:
+        """Write one line, which the id joins with the server's line of this request."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        seconds = round(time.monotonic() - self.began, 4)
+        line = {"time": now, "event": "order", "id": self.id, "outcome": outcome, "tokens": self.tokens}
+        logger.info(json.dumps(line | {"seconds": seconds}))
 
 
 class ReplicaWork:
@@ -53,7 +68,7 @@ class ReplicaWork:
             if number in self._early:
                 del self._early[number]
                 return
-            self._orders[number] = _Running()
+            self._orders[number] = _Running(order.request.id)
         if order.grammar is None:
             self._begin(number, order)
         else:
@@ -83,7 +98,9 @@ class ReplicaWork:
         self._threads.shutdown(cancel_futures=True)
 
     def _cancelled(self, number: int) -> None:
-        if self._orders.pop(number, None) is None:
+        if running := self._orders.pop(number, None):
+            running.log("cancelled")
+        else:
             self._early[number] = None
             while len(self._early) > _MOST_EARLY:
                 del self._early[next(iter(self._early))]
@@ -121,9 +138,18 @@ class ReplicaWork:
 
     def _put(self, number: int, event: Event, last: bool = True) -> None:
         with self._lock:
-            if number not in self._orders:
+            running = self._orders.get(number)
+            if running is None:
                 return
+            running.tokens += isinstance(event, Generated)
             if last:
                 del self._orders[number]
+                running.log(_outcome(event))
             self._events.append((number, event))
             self._lock.notify_all()
+
+
+def _outcome(event: Event) -> str:
+    if isinstance(event, Generated):
+        return event.token.finish_reason or ""
+    return type(event.error).__name__ if isinstance(event, Failed) else "read"

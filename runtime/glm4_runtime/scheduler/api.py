@@ -26,6 +26,7 @@ class Request:
         generated: tokens of an earlier run of this request, which the listener has. Generation goes on after them as if
             it had not stopped; ``params.seed`` must be that of the earlier run. There is no :class:`Started` then.
         deadline: the ``time.monotonic()`` at which the request fails with :class:`DeadlineError`, also in the queue.
+        id: joins the log lines of this request. Requests of one HTTP request share its id.
     """
 
     prompt_ids: tuple[int, ...]
@@ -37,6 +38,7 @@ class Request:
     mask: TokenMask | None = None
     generated: tuple[int, ...] = ()
     deadline: float | None = None
+    id: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from glm4_runtime.defaults import read_sampling_defaults
 from glm4_runtime.errors import BundleError, DeadlineError, Glm4Error, RequestError
 from glm4_runtime.prompts import Prompt
 from glm4_runtime.scheduler import Event, Failed, Generated, Request, Scheduler, SchedulerStats, Started
+from glm4_runtime.server import log
 from glm4_runtime.server.conversation import Conversation
 from glm4_runtime.server.errors import ApiError
 from glm4_runtime.server.lanes import Lanes
@@ -249,6 +251,7 @@ class ServedModel:
         """
         self.require_running()
         assert self._scheduler is not None
+        requests = [replace(one, id=log.record().get("id", "")) for one in requests]
         return RunningReplies(self._scheduler, requests, self.metrics, UnreadOfOne(self._unread, blocked))
 
     async def pooled(self, work: Callable[[], T], deadline: float) -> T:

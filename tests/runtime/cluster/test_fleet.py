@@ -6,7 +6,8 @@ import threading
 import time
 
 import pytest
-from local_replicas import SAME, LocalReplica, joined
+from fake_replicas import NO_STATS, FakeReplica, deliver, plain, report, token
+from local_replicas import LocalReplica, joined
 from resumable import KINDS, compiler_of, request_of_kind
 from scheduling import Listener, drive, submit
 
@@ -22,44 +23,7 @@ from glm4_runtime.errors import (
     ReplicaError,
     StoppedError,
 )
-from glm4_runtime.generate import Token
-from glm4_runtime.scheduler import Failed, Generated, Request, Scheduler, SchedulerStats, Started
-
-NO_STATS = SchedulerStats(0, 1, 2, 5, 0, 3, 0, 0, {"stop": 1}, 4, 0.5, 0.25)
-
-
-class FakeReplica:
-    """Records orders; the test plays the events."""
-
-    def __init__(self, name, slots=2, identity=SAME):
-        self.name, self.slots, self.identity = name, slots, identity
-        self.orders, self.actions, self.closed = {}, [], False
-
-    def submit(self, number, order):
-        self.orders[number] = order
-
-    def act(self, number, action):
-        self.actions.append((number, action))
-
-    def close(self):
-        self.closed = True
-
-    @property
-    def last(self):
-        return max(self.orders)
-
-
-def deliver(fleet, replica, *events, number=None):
-    number = replica.last if number is None else number
-    fleet.deliver(replica.name, ReplicaReport(tuple((number, event) for event in events), NO_STATS, 0.0))
-
-
-def token(id, reason=None):
-    return Generated(Token(id, f"<{id}>", -0.5, reason))
-
-
-def plain(**more):
-    return Request((1, 2, 3), SamplingParams(temperature=1.0), **more)
+from glm4_runtime.scheduler import Failed, Request, Scheduler, Started
 
 
 @pytest.fixture
@@ -105,6 +69,7 @@ def test_a_request_that_kills_its_replicas_is_given_up_after_two(fleet):
     fleet.submit(plain(), listener)
     for _ in range(2):
         (holder,) = [one for one in replicas if one.orders and not one.closed]
+        report(fleet, holder, 2)
         holder.close()
         fleet.lost(holder.name, "it was killed")
     assert isinstance(listener.error, ReplicaError)
@@ -120,7 +85,8 @@ def test_suspects_run_one_at_a_time_so_that_only_the_cause_is_given_up(fleet):
     fleet.join(replica)
     for number, listener in enumerate(listeners):
         fleet.submit(Request((number, 1), SamplingParams()), listener)
-    while not all(one.done.is_set() for one in listeners):
+    for _ in range(30):
+        report(fleet, replica, 2)
         orders, running = replica.orders, [order.request.prompt_ids[0] for order in replica.orders.values()]
         if 1 in running:  # the poison
             fleet.lost(replica.name, "it was killed")
@@ -303,15 +269,9 @@ def test_answers_are_those_of_an_undisturbed_run_whenever_replicas_die(session, 
     for number, kind in enumerate(kinds):
         fleet.submit(request_of_kind(kind, session, grammars), listeners[number])
     gone = []
-    for _ in range(6):
-        waiting = [one for one in listeners.values() if not one.done.is_set()]
-        if not waiting:
-            break
-        heard = [len(one.tokens) for one in waiting]
-        end = time.monotonic() + 20  # two deaths without a token between would make a request suspect
-        while not all(
-            one.done.is_set() or len(one.tokens) > count for one, count in zip(waiting, heard, strict=True)
-        ):
+    for kill in range(1, 7):
+        end = time.monotonic() + 60
+        while fleet.suspects or sum(len(one.tokens) for one in listeners.values()) < 40 * kill:
             assert time.monotonic() < end
             time.sleep(0.002)
         victim = alive.pop(chance.randrange(2))

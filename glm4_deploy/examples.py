@@ -1,6 +1,6 @@
 """Examples at the end of each command's help: what they do, and the line to type."""
 
-EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
+HELP_EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "export": (
         ("int8 for ONNX Runtime", "export THUDM/GLM-4-9B-0414 glm4-int8"),
         ("int4 for our CPU kernels, fitted to a text", "export CHECKPOINT BUNDLE --target cpu --precision int4 --calibration text.txt"),
@@ -36,5 +36,5 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
 
 def epilog(command: str) -> str:
     """The examples of a command, as click's epilog; ``\\b`` keeps the lines as they are."""
-    lines = [f"  {meaning}:\n    glm4-deploy {line}" for meaning, line in EXAMPLES[command]]
+    lines = [f"  {meaning}:\n    glm4-deploy {line}" for meaning, line in HELP_EXAMPLES[command]]
     return "\b\nExamples:\n" + "\n".join(lines)

@@ -11,8 +11,8 @@ from types import MappingProxyType
 from glm4_runtime.bundle import Manifest, read_manifest
 from glm4_runtime.errors import ExportError
 from glm4_runtime.session import limits_of
+from glm4_runtime.triton_server import BUNDLE
 
-BUNDLE = "bundle"
 NO_PARAMETERS: Mapping[str, str] = MappingProxyType({})
 MODEL = '''"""The model is in the package glm4-deploy, which Triton's Python environment needs."""
 

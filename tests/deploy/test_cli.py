@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from glm4_deploy import pipeline
 from glm4_deploy.cli import COMMAND_SUMMARIES, COMMANDS, cli, main
-from glm4_deploy.examples import EXAMPLES
+from glm4_deploy.examples import HELP_EXAMPLES
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
 from glm4_runtime.bundle import file_entry
 
@@ -85,8 +85,8 @@ def test_every_command_has_help(command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_examples_of_the_help_are_lines_that_it_takes(command):
-    assert EXAMPLES[command]
-    for _, line in EXAMPLES[command]:
+    assert HELP_EXAMPLES[command]
+    for _, line in HELP_EXAMPLES[command]:
         name, *arguments = shlex.split(line)
         assert name == command
         with cli.get_command(None, command).make_context(name, arguments) as context:

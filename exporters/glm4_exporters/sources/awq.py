@@ -62,7 +62,6 @@ class Awq(SourceFormat):
         layout = (settings.text("version") or settings.text("format") or "gemm").lower()
         if layout != "gemm":
             raise settings.refuse(f"version is {layout!r}; AWQ is read in the order 'gemm'")
-        self.left = settings.names("modules_to_not_convert")
 
     def matrix(
         self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorHeader]

@@ -149,12 +149,10 @@ class SourceFormat(ABC):
     Attributes:
         name: the tool or the format, for messages.
         suffixes: suffixes of a module's tensors in this format, without ``weight``.
-        left: names or patterns of modules that are not quantized, from the configuration.
     """
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
-    left: tuple[str, ...] = ()
 
     @abstractmethod
     def matrix(

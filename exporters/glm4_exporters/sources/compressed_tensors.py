@@ -147,7 +147,6 @@ class CompressedTensors(SourceFormat):
             scheme for group in sections if group is not None and (scheme := _Scheme.read(group)) is not None
         ]
         _require_patterns(settings, self._schemes)
-        self.left = settings.names("ignore")
 
     def matrix(
         self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorHeader]

@@ -19,7 +19,6 @@ class Fp8(SourceFormat):
     suffixes = (SCALES_OF_BLOCKS, SCALE_OF_MATRIX, "input_scale")
 
     def __init__(self, settings: Settings) -> None:
-        self.left = settings.names("modules_to_not_convert", "ignored_layers")
         settings.one_of("fmt", ("e4m3",), "e4m3")
         self.block: tuple[int, int] | None = None
         found = settings.values.get("weight_block_size")

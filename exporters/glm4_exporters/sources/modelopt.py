@@ -22,7 +22,6 @@ class ModelOpt(SourceFormat):
 
     def __init__(self, settings: Settings) -> None:
         settings.one_of("quant_algo", ALGORITHMS, None)
-        self.left = settings.names("exclude_modules", "ignore")
 
     def matrix(
         self, module: str, shape: tuple[int, int], tensors: Mapping[str, TensorHeader]

@@ -5,3 +5,5 @@ generating.py a causal LM: requests share the slots of one session, answers are 
 pooling.py    classifiers and encoders
 inputs.py     reads a request's tensors
 """
+
+BUNDLE = "bundle"  # the bundle's folder, beside model.py

@@ -15,11 +15,11 @@ from glm4_runtime.sampling import SamplingParams
 from glm4_runtime.scheduler import Event, Failed, Generated, Request, Scheduler
 from glm4_runtime.session import Session
 from glm4_runtime.tokenizer import Tokenizer
-from glm4_runtime.triton_server.inputs import Asked, read_request
+from glm4_runtime.triton_server.inputs import TritonRequest, read_request
 
 LOOK = 0.2  # seconds between two looks for clients that left
 DRAIN = 30.0  # seconds for running requests when the model is unloaded
-OUTPUTS = ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens")
+TRITON_OUTPUTS = ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens")
 
 
 @dataclass(eq=False)
@@ -92,7 +92,7 @@ class Generating:
             work = Request(tuple(ids), params, logprobs=False)
             self._open[answer] = self._scheduler.submit(work, lambda event: self._events.put((answer, event)))
 
-    def _prompt(self, asked: Asked) -> tuple[list[int], tuple[int, ...]]:
+    def _prompt(self, asked: TritonRequest) -> tuple[list[int], tuple[int, ...]]:
         """The prompt's ids, and the tokens that end a turn."""
         if asked.messages is None:
             return self._tokenizer.encode(asked.text or ""), ()
@@ -146,7 +146,7 @@ class Generating:
         triton = self._triton
         tensors = [
             triton.Tensor(name, _tensor(values[name]))
-            for name in OUTPUTS
+            for name in TRITON_OUTPUTS
             if not answer.outputs or name in answer.outputs
         ]
         flags = triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL if reason is not None else 0

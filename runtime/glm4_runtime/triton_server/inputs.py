@@ -16,11 +16,11 @@ from glm4_runtime.sampling import SamplingParams
 
 ROLES = ("system", "user", "assistant")
 # Sampling parameters of a request. Clients of the vLLM backend send numbers as strings.
-SAMPLING = tuple(SamplingParams.__dataclass_fields__)
+SAMPLING_FIELDS = tuple(SamplingParams.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
-class Asked:
+class TritonRequest:
     """One request.
 
     Attributes:
@@ -37,7 +37,7 @@ class Asked:
     sampling: Mapping[str, Any]
 
 
-def read_request(request: Any, triton: Any) -> Asked:
+def read_request(request: Any, triton: Any) -> TritonRequest:
     """The request's meaning.
 
     Args:
@@ -57,7 +57,9 @@ def read_request(request: Any, triton: Any) -> Asked:
         raise RequestError("exclude_input_in_output must be true with messages")
     sampling = _object("parameters", request.parameters() or "{}")
     sampling |= _object("sampling_parameters", _text(request, triton, "sampling_parameters") or "{}")
-    return Asked(text, None if messages is None else _messages(messages), stream, echo, _sampling(sampling))
+    return TritonRequest(
+        text, None if messages is None else _messages(messages), stream, echo, _sampling(sampling)
+    )
 
 
 def texts(request: Any, triton: Any) -> list[str]:
@@ -122,9 +124,11 @@ def _messages(text: str) -> list[dict[str, str]]:
 
 
 def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = sorted(given.keys() - set(SAMPLING))
+    unknown = sorted(given.keys() - set(SAMPLING_FIELDS))
     if unknown:
-        raise RequestError(f"{shown(unknown[0])} is no sampling parameter; known are {', '.join(SAMPLING)}")
+        raise RequestError(
+            f"{shown(unknown[0])} is no sampling parameter; known are {', '.join(SAMPLING_FIELDS)}"
+        )
     found = {name: _number(value) for name, value in given.items() if value is not None}
     if isinstance(bias := found.get("logit_bias"), dict):
         found["logit_bias"] = {

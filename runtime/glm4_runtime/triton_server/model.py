@@ -8,10 +8,9 @@ from typing import Any
 
 from glm4_runtime.errors import BundleError
 from glm4_runtime.session import Session
+from glm4_runtime.triton_server import BUNDLE
 from glm4_runtime.triton_server.generating import Generating
 from glm4_runtime.triton_server.pooling import Pooling
-
-BUNDLE = "bundle"  # beside model.py
 
 
 class TritonPythonModel:

@@ -61,13 +61,16 @@ class RopeParameters:
             original is not None and 0 < original <= LARGEST_SIZE,
             f"yarn's original_max_position_embeddings is {original}, but must be 1 ... {LARGEST_SIZE}",
         )
-        require_value(
-            self.attention_factor is None or self.attention_factor > 0,
-            f"yarn's attention_factor is {self.attention_factor}, but must be above 0 (or absent: it follows from factor)",
+        _require_range(
+            "attention_factor", self.attention_factor, 1e-3, 1e3, " (or absent: it follows from factor)"
         )
+        for name in ("mscale", "mscale_all_dim"):
+            _require_range(name, getattr(self, name), 0, 1e3)
+        for name in ("beta_fast", "beta_slow"):
+            _require_range(name, getattr(self, name), 1e-3, 1e6)
         require_value(
-            self.beta_fast >= self.beta_slow > 0,
-            f"yarn's beta_fast {self.beta_fast} and beta_slow {self.beta_slow} must be positive, the fast one the larger",
+            self.beta_fast >= self.beta_slow,
+            f"yarn's beta_fast {self.beta_fast} is below beta_slow {self.beta_slow}; the fast one must be the larger",
         )
 
     @property
@@ -86,6 +89,14 @@ class RopeParameters:
         if self.rope_type == "yarn":
             values |= {key: getattr(self, key) for key in YARN_KEYS if getattr(self, key) is not None}
         return dict(sorted(values.items()))
+
+
+def _require_range(name: str, value: float | None, low: float, high: float, hint: str = "") -> None:
+    """Values far from any model's, whose angles overflow."""
+    require_value(
+        value is None or low <= value <= high,
+        f"yarn's {name} is {value}, but must be {low:g} ... {high:g}{hint}",
+    )
 
 
 def rope_parameters(mapping: Mapping[str, Any], positions: int) -> RopeParameters:

@@ -114,7 +114,16 @@ def test_other_rope_types(rope_type):
             "max_position_embeddings is 1000",
         ),
         ({"rope_scaling": YARN | {"attention_factor": -1.0}}, "attention_factor is -1.0"),
-        ({"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 32}}, "the fast one the larger"),
+        ({"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 32}}, "the fast one must be the larger"),
+        ({"rope_scaling": YARN | {"beta_fast": 1e-320, "beta_slow": 1e-320}}, "must be 0.001 ... 1e+06"),
+        (
+            {"rope_scaling": YARN | {"attention_factor": 1e300}},
+            "attention_factor is 1e+300, but must be 0.001 ... 1000",
+        ),
+        (
+            {"rope_scaling": YARN | {"mscale": -5.0, "mscale_all_dim": 1.0}},
+            "mscale is -5.0, but must be 0 ... 1000",
+        ),
         ({"rope_scaling": YARN | {"truncate": 1}}, "rope_scaling.truncate is 1"),
         ({"rope_scaling": YARN | {"finetuned": True}}, "holds finetuned, which yarn does not use"),
         ({"rope_scaling": YARN | {"type": "linear"}}, 'two types, "yarn" and "linear"'),

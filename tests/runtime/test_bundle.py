@@ -24,6 +24,7 @@ from glm4_runtime.bundle import (
     write_manifest,
 )
 from glm4_runtime.bundle.files import checked_at_opening
+from glm4_runtime.bundle.json_file import parse_object
 from glm4_runtime.errors import shown
 
 MANIFEST = Manifest(
@@ -393,3 +394,15 @@ def test_an_exported_manifest_describes_its_folder(tiny_bundle):
 def test_an_unknown_dialect_is_answered_with_the_known_ones(edited_manifest):
     with pytest.raises(BundleError, match=r"dialect 'tflite'; this runtime opens cpu, native, ort"):
         Session.open(edited_manifest(dialect="tflite"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b'{"a": ' + b"9" * 5000 + b"}", "a number has thousands of digits"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+    ],
+)
+def test_limits_of_python_are_said_in_words(text, words):
+    with pytest.raises(BundleError, match=words):
+        parse_object(text, "x.json", BundleError)

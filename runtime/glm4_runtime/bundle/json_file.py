@@ -44,6 +44,13 @@ def read_small(
     return data
 
 
+def _in_words(cause: Exception) -> str:
+    """Python's reason, but for the two whose texts speak of Python's own limits."""
+    if isinstance(cause, RecursionError):
+        return "it is nested too deeply"
+    return "a number has thousands of digits" if "integer string conversion" in str(cause) else str(cause)
+
+
 def parse_object(data: bytes, source: str, error: type[Glm4Error], advice: str = DOWNLOAD) -> dict[str, Any]:
     """A JSON object in UTF-8, without duplicate keys, with at most 100 levels and valid text.
 
@@ -62,7 +69,7 @@ def parse_object(data: bytes, source: str, error: type[Glm4Error], advice: str =
         if HALF_PAIR.search(data):
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as cause:  # of which JSON and UTF-8 errors are two
-        raise error(f"{source} is damaged, it is no JSON ({cause}); {advice}") from cause
+        raise error(f"{source} is damaged, it is no JSON ({_in_words(cause)}); {advice}") from cause
     if not isinstance(value, dict):
         raise error(f"{source} holds {shown(value)}, but must hold a JSON object; {advice}")
     if _too_deep(value):

@@ -81,6 +81,8 @@ lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --platform win32
+	$(BIN)/mypy --platform darwin
 
 format: $(VENV)/.installed  ## let ruff format and fix
 	$(BIN)/ruff check --fix .

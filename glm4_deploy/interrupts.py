@@ -123,7 +123,7 @@ def _raise_again(_number: int, _frame: FrameType | None) -> None:
 
 def _unraisable(lost: "sys.UnraisableHookArgs") -> None:
     """A KeyboardInterrupt in a destructor or in a weak reference's callback is lost, so raise it again soon."""
-    if received() and lost.exc_type is KeyboardInterrupt and ALARMS:
+    if sys.platform != "win32" and received() and lost.exc_type is KeyboardInterrupt and ALARMS:
         signal.setitimer(signal.ITIMER_REAL, 0.01)
     else:
         sys.__unraisablehook__(lost)

@@ -1,5 +1,6 @@
 """Memory that this process can still use: the machine's, within the limits of control groups and of the process."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -81,15 +82,18 @@ def _cached(place: Path, name: str) -> int:
 
 def _of_limits(process: Path) -> Iterator[int]:
     """The room within ``ulimit -v`` and ``ulimit -d``."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limits
-        return
-    pages = [int(field) for line in _lines(process / "statm") for field in line.split()]
-    for limit, field in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
-        soft = resource.getrlimit(limit)[0]
-        if soft != resource.RLIM_INFINITY and len(pages) > field:
-            yield soft - pages[field] * resource.getpagesize()
+    if sys.platform == "win32":  # without such limits
+        yield from ()
+    else:
+        try:
+            import resource
+        except ImportError:  # a system with neither
+            return
+        pages = [int(field) for line in _lines(process / "statm") for field in line.split()]
+        for limit, field in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
+            soft = resource.getrlimit(limit)[0]
+            if soft != resource.RLIM_INFINITY and len(pages) > field:
+                yield soft - pages[field] * resource.getpagesize()
 
 
 def _number(path: Path) -> int | None:

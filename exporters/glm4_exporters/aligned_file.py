@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from glm4_exporters.file_positions import write_at
+
 ALIGNMENT = 4096  # bytes
 WRITE_BLOCK = 32 << 20
 WRITE_BUFFERS = 4
@@ -24,7 +26,7 @@ class AlignedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         try:
             self._fd = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o644)
         except OSError:
@@ -85,7 +87,7 @@ class AlignedFile:
 
     def _write(self, chunk: memoryview, at: int) -> None:
         while chunk:
-            written = os.pwrite(self._fd, chunk, at)
+            written = write_at(self._fd, chunk, at)
             chunk, at = chunk[written:], at + written
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

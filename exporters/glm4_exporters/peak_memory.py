@@ -1,6 +1,7 @@
 """The peak memory of a process. Needs neither torch nor onnx."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -13,9 +14,10 @@ def peak_memory(process: int | str = "self") -> int:
         return int(Path(f"/proc/{process}/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError, ValueError):  # not Linux, or a sandbox that does not tell
         pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if process == "self" else 0
+    if sys.platform != "win32" and process == "self":
+        with suppress(ImportError):  # a system with neither
+            import resource
+
+            unit = 1 if sys.platform == "darwin" else 1024
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return 0

@@ -5,11 +5,13 @@ import math
 import os
 import re
 import stat
+import sys
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from glm4_exporters.file_positions import READ_ONLY, read_at
 from glm4_runtime.bundle.json_file import parse_object
 from glm4_runtime.bundle.onnx_file import MOST_AXES
 from glm4_runtime.errors import CheckpointError, shown
@@ -41,9 +43,11 @@ class TensorHeader:
 
 def _open_direct(fd: int) -> int:
     """Open a file for reads that bypass the page cache; -1 if the file system cannot."""
+    if sys.platform != "linux":
+        return -1
     try:
-        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-    except (OSError, AttributeError):
+        return os.open(f"/proc/self/fd/{fd}", READ_ONLY | os.O_DIRECT)
+    except OSError:
         return -1
 
 
@@ -60,7 +64,7 @@ class SafetensorsFile:
 
     def __post_init__(self) -> None:
         try:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(self.path, READ_ONLY)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
         self._close = weakref.finalize(self, os.close, self._fd)
@@ -98,7 +102,7 @@ class SafetensorsFile:
             raise ValueError(f"{self.path} is closed")
         while target:
             try:
-                count = os.preadv(self._fd, [target], offset)
+                count = read_at(self._fd, target, offset)
             except OSError as error:
                 raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
             if count == 0:
@@ -120,7 +124,7 @@ class SafetensorsFile:
         done, wanted = 0, -(-count // PAGE) * PAGE
         while done < count:
             try:
-                found = os.preadv(self._direct, [target[done:wanted]], offset + done)
+                found = read_at(self._direct, target[done:wanted], offset + done)
             except OSError:
                 return False
             done += found
@@ -139,7 +143,8 @@ class SafetensorsFile:
     def _read_headers(self) -> None:
         size = self._stat.st_size
         try:
-            start = os.pread(self._fd, len(LFS_POINTER), 0)
+            begun = bytearray(len(LFS_POINTER))
+            start = bytes(begun[: read_at(self._fd, memoryview(begun), 0)])
         except OSError as error:  # a file of /proc, say
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
         if start == LFS_POINTER:

@@ -1,10 +1,13 @@
 """Damaged safetensors files."""
 
+import importlib.util
 import json
 import os
 import shutil
 import struct
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis
 import hypothesis.strategies as st
@@ -131,3 +134,22 @@ def test_weights_that_are_a_file_of_the_system(tmp_path, tiny):
     (folder / "model.safetensors").symlink_to("/proc/self/mem")
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: "):
         Checkpoint.load(folder)
+
+
+def test_positions_are_read_and_written_as_on_windows(tmp_path, monkeypatch):
+    """Without pread, by moving the one position of the descriptor."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    windows = importlib.util.module_from_spec(importlib.util.find_spec("glm4_exporters.file_positions"))
+    windows.__spec__.loader.exec_module(windows)
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    data = os.urandom(40_000)
+    with ThreadPoolExecutor(4) as pool:
+        starts = range(0, 40_000, 1000)
+        pool.map(lambda at: windows.write_at(fd, memoryview(data)[at : at + 1000], at), starts)
+    found = bytearray(40_000)
+    with ThreadPoolExecutor(4) as pool:
+        counts = pool.map(lambda at: windows.read_at(fd, memoryview(found)[at : at + 1000], at), starts)
+        assert set(counts) == {1000}
+    assert windows.read_at(fd, memoryview(found), 40_000) == 0
+    os.close(fd)
+    assert found == data

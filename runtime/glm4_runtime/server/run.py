@@ -129,17 +129,16 @@ def _limits(options: ServerOptions) -> ConnectionLimits:
 
 def _affordable(connections: int) -> int:
     """The number of connections for which the process may have files, after raising that limit if allowed."""
-    try:
+    if sys.platform != "win32":
         import resource
-    except ModuleNotFoundError:  # Windows has no such limit
-        return connections
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + _OTHER_FILES
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return connections
-    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    return max(1, allowed - _OTHER_FILES)
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = connections + _OTHER_FILES
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+            return max(1, allowed - _OTHER_FILES)
+    return connections
 
 
 def bind(host: str, port: int) -> list[socket.socket]:

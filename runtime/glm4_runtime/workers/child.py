@@ -6,6 +6,7 @@ and a limited address space. The parent process enforces the deadline.
 
 import contextlib
 import json
+import mmap
 import os
 import signal
 import sys
@@ -70,7 +71,7 @@ def resident() -> int:
 
 def _pages(column: int) -> int:
     try:
-        return int(Path("/proc/self/statm").read_bytes().split()[column]) * os.sysconf("SC_PAGESIZE")
+        return int(Path("/proc/self/statm").read_bytes().split()[column]) * mmap.PAGESIZE
     except OSError:
         return 0
 
@@ -78,21 +79,19 @@ def _pages(column: int) -> int:
 def _limit(seconds: float, memory: int | None) -> None:
     """Limit the following code to ``seconds`` of processor time (0: no limit) and ``memory`` more bytes (None: no
     limit)."""
-    if sys.platform == "win32":
-        return
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    most = resource.RLIM_INFINITY if memory is None else address_space() + memory
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    if hard != resource.RLIM_INFINITY:
-        most = hard if most == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    if sys.platform != "win32":
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        most = resource.RLIM_INFINITY if memory is None else address_space() + memory
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        if hard != resource.RLIM_INFINITY:
+            most = hard if most == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
 def _expect_to_end() -> None:
     """No core files, no Ctrl-C. If the machine runs out of memory, the system ends this process first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "win32":
-        return
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
+    if sys.platform != "win32":
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,9 @@ from glm4_deploy.commands.text import TEXT_ARGUMENT
 from glm4_runtime.errors import BundleError
 from glm4_runtime.install import install_command
 
+if TYPE_CHECKING:
+    from glm4_runtime.cluster.scaling import ReplicaCount
+
 _Option = Callable[[Callable[..., None]], Callable[..., None]]
 
 
@@ -18,6 +21,17 @@ def _seconds(name: str, default: float, words: str) -> _Option:
     return click.option(
         f"--{name}-timeout", type=float, default=default, show_default=True, metavar="SECONDS", help=words
     )
+
+
+def _replica_count(text: str) -> "ReplicaCount":
+    from glm4_runtime.cluster.scaling import ReplicaCount
+
+    try:
+        return ReplicaCount.parse(text)
+    except ValueError as error:
+        raise click.UsageError(
+            f"--replicas is {text}; give a number such as 4, or the least and the most, such as 1:8"
+        ) from error
 
 
 @click.command("serve")
@@ -141,9 +155,8 @@ def _seconds(name: str, default: float, words: str) -> _Option:
 )
 @click.option(
     "--replicas",
-    type=click.IntRange(min=1),
     metavar="N",
-    help="Serve by N replicas on a Ray cluster. Needs the extra ray.",
+    help="Serve by N replicas on a Ray cluster, or by 1:8, a number that follows the load. Needs the extra ray.",
 )
 @click.option(
     "--ray-address",
@@ -165,7 +178,7 @@ def command(
     max_seq_len: int | None,
     max_batch_size: int | None,
     verify: bool,
-    replicas: int | None,
+    replicas: str | None,
     ray_address: str | None,
     step_timeout: float | None,
     **options: Any,
@@ -174,6 +187,7 @@ def command(
     for name, value in (("--ray-address", ray_address), ("--step-timeout", step_timeout)):
         if value is not None and replicas is None:
             raise click.UsageError(f"{name} goes with --replicas")
+    count = None if replicas is None else _replica_count(replicas)
     with interrupts.exiting():  # until requests are taken; then the server answers signals
         try:
             from glm4_runtime.server import ServerOptions, read_api_keys
@@ -190,7 +204,7 @@ def command(
             "max_batch_size": max_batch_size,
             "verify": verify,
         }
-        if replicas is None:
+        if count is None:
             open_and_serve(bundle, chosen, **session)
             return
         from glm4_runtime.cluster.serve import ClusterOptions, serve_replicas
@@ -198,5 +212,5 @@ def command(
         serve_replicas(
             bundle,
             chosen,
-            ClusterOptions(replicas, ray_address, step_timeout or ClusterOptions.step_timeout, session),
+            ClusterOptions(count, ray_address, step_timeout or ClusterOptions.step_timeout, session),
         )

@@ -121,10 +121,17 @@ def test_replicas_without_ray_say_what_to_install(run, demo_bundle, monkeypatch)
 def test_replicas_are_for_bundles_that_generate(run, demo_bundle, monkeypatch):
     monkeypatch.setattr("glm4_runtime.cluster.ray_module.find_spec", lambda _: True)
     encoder = replace(read_manifest(demo_bundle), task="encoder")
-    monkeypatch.setattr("glm4_runtime.cluster.serve.read_manifest", lambda _: encoder)
+    monkeypatch.setattr("glm4_runtime.cluster.described.read_manifest", lambda _: encoder)
     code, _, err = run("serve", demo_bundle, "--port", 0, "--replicas", 2)
     assert (code, err.count("\n")) == (1, 1)
     assert "replicas need causal-lm" in err
+
+
+@pytest.mark.parametrize("count", ["0", "3:2", "1:2:3", "many"])
+def test_a_wrong_number_of_replicas_is_refused(run, demo_bundle, count):
+    code, _, err = run("serve", demo_bundle, "--replicas", count)
+    assert code == 2
+    assert f"--replicas is {count}; give a number such as 4" in err
 
 
 @pytest.mark.parametrize(("option", "value"), [("--ray-address", "auto"), ("--step-timeout", 9)])
@@ -142,7 +149,8 @@ def test_serve_passes_the_options_of_replicas_on(run, monkeypatch, tmp_path):
     assert run("serve", tmp_path, *more)[0] == 0
     ((bundle, options, cluster),) = seen
     assert (bundle, options.max_queue) == (tmp_path, 5)
-    assert (cluster.replicas, cluster.address, cluster.step_timeout) == (3, "auto", 9)
+    assert (cluster.replicas.least, cluster.replicas.most) == (3, 3)
+    assert (cluster.address, cluster.step_timeout) == ("auto", 9)
     assert cluster.session["threads"] == 2
 
 

@@ -61,6 +61,7 @@ class Lane:
     waiting: deque[Migration] = field(default_factory=deque)
     stats: SchedulerStats | None = None
     reports: int = 0
+    retiring: bool = False
 
     @property
     def standing(self) -> Standing:
@@ -109,9 +110,13 @@ class Fleet:
     ``deliver`` and ``lost`` of one replica must be called by one thread.
     """
 
-    def __init__(self, max_queue: int) -> None:
-        """``max_queue``: most requests that wait for one replica."""
-        self._max_queue = max_queue
+    def __init__(self, max_queue: int, before: "Fleet | None" = None) -> None:
+        """
+        Args:
+            max_queue: most requests that wait for one replica.
+            before: the fleet that this one replaces. Its statistics count here.
+        """
+        self._max_queue, self._before = max_queue, before
         self._router = Router()
         self._lock = threading.RLock()
         self._lanes: dict[str, Lane] = {}
@@ -153,6 +158,8 @@ class Fleet:
             migration.fail(StoppedError("the server stopped before the request was done"))
         with self._lock:
             lanes, self._lanes = list(self._lanes.values()), {}
+            for lane in lanes:
+                self._gone(lane)
         for lane in lanes:
             lane.replica.close()
         self._stopped.set()
@@ -160,19 +167,35 @@ class Fleet:
     def stats(self) -> SchedulerStats:
         with self._lock:
             waiting = len(self._homeless) + sum(len(lane.waiting) for lane in self._lanes.values())
-            found = total([*self._retired, *self.stats_by_replica().values()])
-        return replace(found, queued=found.queued + waiting)
+            found = total([*self._retired, *self._own_stats().values()])
+            before = self._before
+        found = replace(found, queued=found.queued + waiting)
+        return found if before is None else total([found, before.stats()])
 
     # Replicas ---------------------------------------------------------------------------------------
 
     def stats_by_replica(self) -> Mapping[str, SchedulerStats]:
         """The last statistics of each replica that is alive."""
         with self._lock:
-            return {name: lane.stats for name, lane in self._lanes.items() if lane.stats is not None}
+            mine, before = self._own_stats(), self._before
+        return mine if before is None else {**before.stats_by_replica(), **mine}
+
+    def _own_stats(self) -> dict[str, SchedulerStats]:
+        return {name: lane.stats for name, lane in self._lanes.items() if lane.stats is not None}
 
     @property
     def ready(self) -> bool:
         return bool(self._lanes) and not self._closed
+
+    @property
+    def requests(self) -> int:
+        """The number of requests that run or wait."""
+        return len(self._open())
+
+    @property
+    def slots_of_each(self) -> int:
+        """The number of slots of a replica; 0 while none is alive."""
+        return next((lane.replica.slots for lane in list(self._lanes.values())), 0)
 
     @property
     def closed(self) -> bool:
@@ -232,11 +255,7 @@ class Fleet:
                 return
             logger.error("replica %s is lost: %s", name, reason)
             self.deaths += 1
-            self._router.forget(name)
-            if lane.stats is not None:
-                self._retire(lane.stats)
-            if not self._lanes:
-                self._alone_since = time.monotonic()
+            self._gone(lane)
             given_up = [
                 (one, error)
                 for number, one in lane.running.items()
@@ -252,6 +271,39 @@ class Fleet:
                     self._place(one, None)
         for migration, error in given_up:
             migration.fail(error)
+
+    def retire(self, name: str) -> None:
+        """Give a replica no more requests, and close it when its own have ended. Blocks until then.
+
+        Requests that wait for it go to others.
+        """
+        with self._lock:
+            lane = self._lanes.get(name)
+            if lane is None:
+                return
+            lane.retiring = True
+            waiting, lane.waiting = lane.waiting, deque()
+            for migration in waiting:
+                self._place(migration, None)
+        while not self._left(lane):
+            time.sleep(_TICK)
+        lane.replica.close()
+
+    def _left(self, lane: Lane) -> bool:
+        """Let a replica without requests leave. Returns whether it has left."""
+        with self._lock:
+            if (lane.running or lane.waiting) and not self._closed:
+                return False
+            if self._lanes.pop(lane.replica.name, None) is not None:
+                self._gone(lane)
+            return True
+
+    def succeeded(self) -> None:
+        """Take over what the fleet before has counted, after its end."""
+        with self._lock:
+            before, self._before = self._before, None
+            if before is not None:
+                self._retire(before.stats())
 
     def tick(self) -> None:
         """Fail requests that waited beyond their deadline, or for too long without any replica."""
@@ -278,7 +330,8 @@ class Fleet:
 
     def _place(self, migration: Migration, most_waiting: int | None) -> bool:
         """Put a request into a replica's queue. Without replicas it waits for one. False: all queues are full."""
-        standings = {name: lane.standing for name, lane in self._lanes.items()}
+        staying = {name: lane for name, lane in self._lanes.items() if not lane.retiring} or self._lanes
+        standings = {name: lane.standing for name, lane in staying.items()}
         name = self._router.choose(migration.ids, standings, most_waiting)
         if name is None:
             if most_waiting is None:
@@ -343,6 +396,14 @@ class Fleet:
             lanes = list(self._lanes.values())
             found = [one for lane in lanes for one in (*lane.running.values(), *lane.waiting)]
             return [one for one in (*found, *self._homeless) if not one.closed]
+
+    def _gone(self, lane: Lane) -> None:
+        """Forget a replica that is no longer one of the lanes."""
+        self._router.forget(lane.replica.name)
+        if lane.stats is not None:
+            self._retire(lane.stats)
+        if not self._lanes:
+            self._alone_since = time.monotonic()
 
     def _retire(self, stats: SchedulerStats) -> None:
         """Keep what a lost replica counted, so that no sum shrinks. Its gauges become 0."""

@@ -61,6 +61,7 @@ class Metrics:
         self, stats: Callable[[], Any], by_replica: Callable[[], Mapping[str, Any]] = lambda: {}
     ) -> None:
         self._registry = CollectorRegistry()
+        self.follow(stats, by_replica)
         self.requests = Counter(
             "glm4_http_requests", "Requests answered.", ("route", "status"), registry=self._registry
         )
@@ -74,8 +75,12 @@ class Metrics:
             "request", "From a request to the end of its answer.", _REQUEST
         )
         self.mask_seconds = self._histogram("mask", "One token of a reply with a prescribed form.", _MASK)
-        self._registry.register(_SchedulerCollector(stats))
-        self._registry.register(_ReplicaCollector(by_replica))
+        self._registry.register(_SchedulerCollector(lambda: self._stats()))
+        self._registry.register(_ReplicaCollector(lambda: self._by_replica()))
+
+    def follow(self, stats: Callable[[], Any], by_replica: Callable[[], Mapping[str, Any]]) -> None:
+        """Read the statistics of requests from these functions from now on."""
+        self._stats, self._by_replica = stats, by_replica
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"glm4_{name}_seconds", text, buckets=buckets, registry=self._registry)

@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +21,7 @@ from glm4_runtime.errors import RequestError
 from glm4_runtime.server import log
 from glm4_runtime.server.app import create_app
 from glm4_runtime.server.connections import ConnectionLimits, Connections
+from glm4_runtime.server.front import Front
 from glm4_runtime.server.options import ServerOptions
 from glm4_runtime.server.served_model import ServedModel
 from glm4_runtime.session import Session
@@ -29,6 +30,8 @@ from glm4_runtime.session import Session
 _MOST_CONNECTIONS, _OTHER_FILES = 1024, 128
 # Seconds that a request may take beyond its own limits.
 _GRACE = 5.0
+# None: Windows has no such signal.
+_HANGUP: int | None = getattr(signal, "SIGHUP", None)
 # uvicorn ticks every 0.1 s; connections are checked at every fifth tick.
 _SWEEP_TICKS = 5
 
@@ -36,10 +39,12 @@ _SWEEP_TICKS = 5
 class Server(uvicorn.Server):
     """uvicorn that continues after a signal until all running requests have finished."""
 
-    def __init__(self, served: ServedModel) -> None:
-        options = served.options
+    def __init__(self, served: ServedModel, on_hangup: Callable[["Server"], None] | None = None) -> None:
+        """``on_hangup``: called on a thread of its own after SIGHUP."""
+        options, self._on_hangup = served.options, on_hangup
+        self._front = Front(create_app(served))
         log.configure(options.log_level, options.log_prompts)
-        self._served = served
+        self._models = [served]
         self._signals: list[int] = []
         self._drain_began: float | None = None
         self._connections = Connections(_limits(options))
@@ -47,7 +52,7 @@ class Server(uvicorn.Server):
         served.metrics.watch_log(log.dropped)
         super().__init__(
             uvicorn.Config(
-                create_app(served),
+                self._front,
                 http=self._connections.protocol,  # type: ignore[arg-type]  # called as a class would be
                 ws="none",
                 log_config=None,
@@ -66,13 +71,35 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if counter % _SWEEP_TICKS == 0:
             self._connections.sweep()
+        if _HANGUP in self._signals:
+            self._signals.remove(_HANGUP)
+            threading.Thread(target=self._hang_up, name="glm4-hangup", daemon=True).start()
         if self._signals and self._drain_began is None:
             self._begin_to_drain()
         elif self._signals.count(signal.SIGINT) > 1:  # second Ctrl-C: do not wait any longer
-            self._served.drain(at_once=True)
-        if self._served.drained:
+            self._drain(at_once=True)
+        if all(one.drained for one in self._models):
             self.should_exit = True
         return await super().on_tick(counter)
+
+    def change(self, served: ServedModel) -> threading.Event:
+        """Give new requests to another model. Returns the event of the end of those that the old model has."""
+        self._models = [*(one for one in self._models if not one.drained), served]
+        served.metrics.follow(served.stats, served.stats_by_replica)
+        return self._front.change(create_app(served))
+
+    @property
+    def _served(self) -> ServedModel:
+        """The model that takes new requests."""
+        return self._models[-1]
+
+    def _drain(self, at_once: bool = False) -> None:
+        for one in self._models:
+            one.drain(at_once)
+
+    def _hang_up(self) -> None:
+        if self._on_hangup is not None and self._drain_began is None:
+            self._on_hangup(self)
 
     def _begin_to_drain(self) -> None:
         self._drain_began = time.monotonic()
@@ -83,7 +110,7 @@ class Server(uvicorn.Server):
             drain_seconds=seconds,
             **self._served.load,
         )
-        self._served.drain()
+        self._drain()
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
@@ -206,11 +233,21 @@ def serve(session: Session, options: ServerOptions, sockets: Sequence[socket.soc
     serve_model(ServedModel(session, options), listening)
 
 
-def serve_model(served: ServedModel, listening: list[socket.socket]) -> None:
-    """:func:`serve` for a model that is there, on sockets from :func:`bind`."""
+def serve_model(
+    served: ServedModel,
+    listening: list[socket.socket],
+    on_hangup: Callable[[Server], None] | None = None,
+) -> None:
+    """:func:`serve` for a model that is there, on sockets from :func:`bind`.
+
+    Args:
+        on_hangup: called on a thread after SIGHUP. None: SIGHUP ends the process, as is usual.
+    """
     logging.basicConfig(handlers=[log.Handler()], level=logging.WARNING)
     logging.captureWarnings(True)  # else they go straight to stderr, and wait for who reads it
-    options, server = served.options, Server(served)
+    options, server = served.options, Server(served, on_hangup)
+    if on_hangup is not None and _HANGUP is not None:
+        signal.signal(_HANGUP, server.handle_exit)
     try:
         server.run(listening)
     except OSError as error:  # another server bound the port at the same time, and listened first
@@ -224,8 +261,15 @@ def serving(
     session: OpenBundle, options: ServerOptions, scheduler: Backend | None = None
 ) -> Iterator[Server]:
     """A server on its own thread during the block; ``scheduler`` as for :class:`ServedModel`."""
-    listening = bind(options.host, options.port)
-    server = Server(ServedModel(session, options, scheduler))
+    with serving_model(ServedModel(session, options, scheduler)) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serving_model(served: ServedModel, on_hangup: Callable[[Server], None] | None = None) -> Iterator[Server]:
+    """:func:`serving` for a model that is there; ``on_hangup`` as for :func:`serve_model`."""
+    listening = bind(served.options.host, served.options.port)
+    server = Server(served, on_hangup)
     thread = threading.Thread(target=server.run, args=(listening,), name="glm4-http", daemon=True)
     thread.start()
     try:

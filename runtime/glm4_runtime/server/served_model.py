@@ -47,11 +47,18 @@ class ServedModel:
         draining: whether the server shuts down and refuses new requests.
     """
 
-    def __init__(self, session: OpenBundle, options: ServerOptions, scheduler: Backend | None = None) -> None:
+    def __init__(
+        self,
+        session: OpenBundle,
+        options: ServerOptions,
+        scheduler: Backend | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
         """
         Args:
             session: the bundle. Without ``scheduler`` it must be a :class:`Session`, which then runs all requests.
             scheduler: runs the requests of a causal LM. None: it makes one. :meth:`start` starts it.
+            metrics: those of the model that this one replaces, which go on; see :meth:`Metrics.follow`.
 
         Raises:
             BundleError: the bundle has no tokenizer.
@@ -68,7 +75,7 @@ class ServedModel:
         self.draining = self._hurried = False
         self.turn_token = _turn_token(self.tokenizer)
         self.defaults = read_sampling_defaults(session.folder)
-        self.metrics = Metrics(self._stats, self.stats_by_replica)
+        self.metrics = metrics or Metrics(self.stats, self.stats_by_replica)
         generates = session.manifest.task == "causal-lm"
         self._scheduler = (scheduler or _local(session, options)) if generates else None
         self._worker = None if generates else ThreadPoolExecutor(1, "glm4-session")
@@ -117,7 +124,7 @@ class ServedModel:
     @property
     def load(self) -> dict[str, Any]:
         """Numbers of running and waiting requests."""
-        stats = self._stats()
+        stats = self.stats()
         if stats is None:
             return {"waiting": self._waiting}
         return {"active": stats.active, "queued": stats.queued}
@@ -140,7 +147,8 @@ class ServedModel:
         """The statistics of each replica that is alive; empty without replicas."""
         return {} if self._scheduler is None else self._scheduler.stats_by_replica()
 
-    def _stats(self) -> Any:
+    def stats(self) -> SchedulerStats | None:
+        """The statistics of the requests. None: the bundle does not generate text."""
         return None if self._scheduler is None else self._scheduler.stats()
 
     # Asking -------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 from local_replicas import SAME
 
 from glm4_runtime.cluster.fleet import Fleet
-from glm4_runtime.cluster.start import Keeper
+from glm4_runtime.cluster.keeper import Keeper
 from glm4_runtime.errors import BundleError, ReplicaError
 
 
@@ -35,7 +35,7 @@ def fleet():
 
 
 def test_a_replica_is_replaced_even_after_a_start_that_fails_unexpectedly(fleet, monkeypatch):
-    monkeypatch.setattr("glm4_runtime.cluster.start._FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("glm4_runtime.cluster.keeper._FIRST_PAUSE", 0.01)
     made, third = [], threading.Event()
 
     def make(name):
@@ -46,8 +46,8 @@ def test_a_replica_is_replaced_even_after_a_start_that_fails_unexpectedly(fleet,
             third.set()
         return made[-1]
 
-    keeper = Keeper(fleet, make, 1, 9.0)
-    keeper.start()
+    keeper = Keeper(fleet, make, 9.0)
+    keeper.start(1)
     assert fleet.ready
     made[0].end.set()
     assert third.wait(20)
@@ -63,4 +63,4 @@ def test_the_error_of_a_first_start_is_told(fleet, error):
         return Dying(name)
 
     with pytest.raises((BundleError, ReplicaError), match=str(error)):
-        Keeper(fleet, make, 2, 9.0).start()
+        Keeper(fleet, make, 9.0).start(2)

@@ -1,8 +1,12 @@
 """Replicas on a real Ray cluster are killed while clients read: no answer is lost or changed."""
 
 import itertools
+import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +16,13 @@ import httpx
 import openai
 import pytest
 
+from benchmarks.chaos_clients import ask, questions
+from glm4_runtime.cluster.described import DescribedBundle
+from glm4_runtime.cluster.fleet import Fleet
+from glm4_runtime.cluster.keeper import Keeper
+from glm4_runtime.cluster.ray_module import require_ray
+from glm4_runtime.cluster.replica import RayReplica, ReplicaOptions
+from glm4_runtime.cluster.start import connect
 from glm4_runtime.server import ServerOptions
 from glm4_runtime.server.run import serving
 from glm4_runtime.session import Session
@@ -20,60 +31,7 @@ pytestmark = pytest.mark.skipif(
     find_spec("ray") is None, reason="Ray is not installed; run make .venv/.installed"
 )
 
-SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
-    "required": ["name", "age"],
-    "additionalProperties": False,
-}
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
-_SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 7}
-# further members of a request's body
-BODIES = [
-    {},
-    _SAMPLED,
-    _SAMPLED | {"frequency_penalty": 0.5, "extra_body": {"repetition_penalty": 1.1}},
-    _SAMPLED | {"logprobs": True, "top_logprobs": 3},
-    _SAMPLED | {"n": 2},
-    _SAMPLED | {"stop": ["e t", "never to be seen"]},
-    {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
-    {"tools": [TOOL], "tool_choice": "required"},
-]
-REQUESTS = 40
-
-
-def ask(client, number):
-    """The answer to one request as plain data, without ids and times; every second request is streamed."""
-    body = {
-        "model": client.models.list().data[0].id,
-        "messages": [{"role": "user", "content": f"Tell me story number {number % 5} of the old king."}],
-        "max_tokens": 48,
-    } | BODIES[number % len(BODIES)]
-    if number % 2 == 0:
-        whole = client.chat.completions.create(**body)
-        return [choice.model_dump(exclude={"message": {"tool_calls": {"__all__": {"id"}}}}) for choice in whole.choices], (
-            whole.usage.prompt_tokens, whole.usage.completion_tokens
-        )  # fmt: skip
-    texts, usage = {}, None
-    for chunk in client.chat.completions.create(**body, stream=True, stream_options={"include_usage": True}):
-        usage = chunk.usage or usage
-        for choice in chunk.choices:
-            delta = choice.delta
-            calls = [(call.function.name, call.function.arguments) for call in delta.tool_calls or ()]
-            found = texts.setdefault(choice.index, [])
-            found.append(
-                (
-                    delta.content or "",
-                    calls,
-                    choice.finish_reason,
-                    choice.logprobs and choice.logprobs.model_dump(),
-                )
-            )
-    joined = {
-        index: ("".join(part[0] for part in parts), [part[1:] for part in parts if any(part[1:])])
-        for index, parts in texts.items()
-    }
-    return joined, (usage.prompt_tokens, usage.completion_tokens)
+QUESTIONS = questions(prompts=2)
 
 
 def answers(url, on_answer=lambda: None):
@@ -81,25 +39,20 @@ def answers(url, on_answer=lambda: None):
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client,
         ThreadPoolExecutor(8) as clients,
     ):
+        model = client.models.list().data[0].id
 
-        def one(number):
-            found = ask(client, number)
+        def one(question):
+            found = ask(client, model, *question)
             on_answer()
             return found
 
-        return list(clients.map(one, range(REQUESTS)))
+        return list(clients.map(one, QUESTIONS))
 
 
 @pytest.mark.alone
 # at the end of Ray, a thread that starts a replica gets SystemExit, which ends the thread as it should
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_no_answer_is_lost_or_changed_when_replicas_are_killed(demo_cpu):
-    from glm4_runtime.cluster.fleet import Fleet
-    from glm4_runtime.cluster.ray_module import require_ray
-    from glm4_runtime.cluster.replica import RayReplica, ReplicaOptions
-    from glm4_runtime.cluster.serve import DescribedBundle
-    from glm4_runtime.cluster.start import Keeper, connect
-
     with Session.open(demo_cpu, threads=1) as session, serving(session, ServerOptions(port=0)) as server:
         wanted = answers(server.url)
     connect(None)
@@ -114,9 +67,9 @@ def test_no_answer_is_lost_or_changed_when_replicas_are_killed(demo_cpu):
             pids[name] = replica.pid
             return replica
 
-        keeper = Keeper(fleet, make, 3, 30.0)
+        keeper = Keeper(fleet, make, 30.0)
         with serving(bundle, ServerOptions(port=0), fleet) as server:
-            keeper.start()
+            keeper.start(3)
 
             def kill():
                 """Kill a replica after 8 answers, and another one once each moved request has a new token."""
@@ -152,5 +105,67 @@ def test_no_answer_is_lost_or_changed_when_replicas_are_killed(demo_cpu):
             keeper.stop()
     finally:
         require_ray().shutdown()
-    for number, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
-        assert ours == theirs, BODIES[number % len(BODIES)]
+    for question, ours, theirs in zip(QUESTIONS, found, wanted, strict=True):
+        assert ours == theirs, question
+
+
+@pytest.mark.alone
+def test_the_command_scales_and_changes_the_bundle_without_a_refused_request(demo_cpu, other_cpu, tmp_path):
+    folder, log = tmp_path / "bundle", tmp_path / "log"
+    shutil.copytree(demo_cpu, folder)
+    command = [sys.executable, "-m", "glm4_deploy", "serve", str(folder), "--replicas", "1:2", "--port", "0"]
+    with log.open("w") as lines, subprocess.Popen([*command, "--threads", "1"], stderr=lines) as server:
+        try:
+            url = waited(log, "listening")["url"]
+            end, seen = threading.Event(), []
+
+            def client(number):
+                while not end.is_set():
+                    body = {
+                        "model": "bundle",
+                        "prompt": f"Story {number}:",
+                        "max_tokens": 24,
+                        "temperature": 0,
+                    }
+                    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+                    seen.append((number, answer.status_code, answer.json()["choices"][0]["text"]))
+
+            with ThreadPoolExecutor(8) as pool:
+                clients = [pool.submit(client, number) for number in range(8)]
+                until(lambda: len(httpx.get(f"{url}/health/replicas").json().get("replicas", ())) == 2)
+                folder.rename(tmp_path / "before")
+                shutil.copytree(other_cpu, tmp_path / "next").rename(folder)
+                server.send_signal(signal.SIGHUP)
+                assert waited(log, "change_")["event"] == "change_began"
+                assert waited(log, "change_ended")["replicas"] == 2
+                end.set()
+                for one in clients:
+                    one.result(60)
+        finally:
+            server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+    assert {status for _, status, _ in seen} == {200}
+    texts = [{text for asked, _, text in seen if asked == number} for number in range(8)]
+    assert max(map(len, texts)) == 2, "one text of each bundle, which may be the same"
+
+
+def until(found):
+    end = time.monotonic() + 60
+    while not (value := found()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return value
+
+
+def waited(log, event):
+    """The first line of an event whose name begins so."""
+
+    def line():
+        found = [
+            json.loads(one)
+            for one in log.read_text().splitlines()
+            if one.startswith("{") and one.endswith("}")
+        ]
+        return next((one for one in found if one["event"].startswith(event)), None)
+
+    return until(line)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from glm4_runtime.bundle import read_manifest
+from glm4_runtime.cluster.scaling import ReplicaCount
 from glm4_runtime.cluster.serve import ClusterOptions, gpus_of_each, session_options
 from glm4_runtime.errors import UnavailableError
 
@@ -44,7 +45,8 @@ def manifest(demo_cpu):
 def test_replicas_of_one_machine_share_its_cores(manifest, monkeypatch, dialect, address, asked, threads):
     monkeypatch.setattr("glm4_runtime.cluster.serve.cores", lambda: 9)
     found = session_options(
-        replace(manifest, dialect=dialect), ClusterOptions(2, address, session={"threads": asked})
+        replace(manifest, dialect=dialect),
+        ClusterOptions(ReplicaCount(2, 2), address, session={"threads": asked}),
     )
     assert found["threads"] == threads
 
@@ -59,13 +61,17 @@ def test_replicas_of_one_machine_share_its_cores(manifest, monkeypatch, dialect,
     ],
 )
 def test_a_replica_gets_a_gpu_unless_it_computes_on_the_cpu(manifest, providers, provider, gpus, each):
-    options = ClusterOptions(2, session={"provider": provider})
+    options = ClusterOptions(ReplicaCount(2, 2), session={"provider": provider})
     assert gpus_of_each(replace(manifest, providers=providers), options, Resources(gpus, gpus)) == each
 
 
 def test_an_engine_gets_a_gpu(manifest):
     assert (
-        gpus_of_each(replace(manifest, providers=(), engine=object()), ClusterOptions(2), Resources(2, 2))
+        gpus_of_each(
+            replace(manifest, providers=(), engine=object()),
+            ClusterOptions(ReplicaCount(2, 2)),
+            Resources(2, 2),
+        )
         == 1
     )
 
@@ -73,4 +79,6 @@ def test_an_engine_gets_a_gpu(manifest):
 @pytest.mark.parametrize("free", [0, 1])
 def test_more_replicas_than_free_gpus_are_refused(manifest, free):
     with pytest.raises(UnavailableError, match=f"each of the 2 replicas needs a GPU, and {free} are free"):
-        gpus_of_each(replace(manifest, providers=(CUDA,)), ClusterOptions(2), Resources(4, free))
+        gpus_of_each(
+            replace(manifest, providers=(CUDA,)), ClusterOptions(ReplicaCount(2, 2)), Resources(4, free)
+        )

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from glm4_deploy import interrupts, streams
-from glm4_runtime.errors import Glm4Error
+from glm4_runtime.errors import Glm4Error, shown
 
 # command -> its module; imported when called, so that --help stays quick
 COMMANDS = {
@@ -136,6 +136,11 @@ def _run(arguments: list[str] | None) -> int:
         return _unwritten(error)
     except Glm4Error as error:
         return _refused(error)
+    except OSError as error:  # a path that the system refuses: too long, a loop of links, not permitted
+        if error.filename is None:
+            raise
+        path, reason = shown(os.fsdecode(error.filename)), error.strerror
+        return _refused(Glm4Error(f"{path} cannot be used: {reason}; choose another path"))
     return status if isinstance(status, int) else 0
 
 

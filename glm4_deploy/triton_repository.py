@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from glm4_runtime.bundle import Manifest, read_manifest
+from glm4_runtime.bundle.file_names import CONFIG, MANIFEST
 from glm4_runtime.errors import ExportError
 from glm4_runtime.session import limits_of
 from glm4_runtime.triton_server import BUNDLE
@@ -74,6 +75,7 @@ def write_repository(
     if Path(name).name != name or name.startswith("."):
         raise ExportError(f"{name!r} cannot be the name of a model; give one without slashes by --name")
     folder = repository / name
+    _require_apart(repository, bundle)
     if folder.exists():
         raise ExportError(f"{folder} exists; remove it, or give another name by --name")
     repository.mkdir(parents=True, exist_ok=True)
@@ -85,6 +87,13 @@ def write_repository(
         (made / "config.pbtxt").write_text(config(manifest, name, parameters), "utf-8")
         made.rename(folder)
     return folder
+
+
+def _require_apart(repository: Path, bundle: Path) -> None:
+    """A repository is neither in the bundle that it takes, nor a bundle or a checkpoint itself."""
+    inside = repository.resolve().is_relative_to(bundle.resolve())
+    if inside or any((repository / name).is_file() for name in (MANIFEST, CONFIG)):
+        raise ExportError(f"{repository} is a bundle or a checkpoint, or inside one; choose another place")
 
 
 def config(manifest: Manifest, name: str, parameters: Mapping[str, str]) -> str:

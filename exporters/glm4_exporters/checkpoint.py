@@ -10,6 +10,7 @@ decoder has names without ``model.``; :meth:`Checkpoint.name_of` translates.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -187,8 +188,17 @@ class Checkpoint:
         return digest.hexdigest()
 
     def side_files(self) -> dict[str, Path]:
-        """Paths of the tokenizer, chat template and generation settings that the folder has, by file name."""
-        return {name: path for name in SIDE_FILES if (path := self.folder / name).is_file()}
+        """Paths of the tokenizer, chat template and generation settings that the folder has, by file name.
+
+        Raises:
+            CheckpointError: one is there, but is no file: a link to nothing, a folder, a pipe.
+        """
+        found = {name: path for name in SIDE_FILES if os.path.lexists(path := self.folder / name)}
+        for path in found.values():
+            if not path.is_file():
+                what = "a link to a file that does not exist" if path.is_symlink() else "not a file"
+                raise CheckpointError(f"{path} is {what}; finish the download, or remove it")
+        return found
 
     @property
     def stored(self) -> dict[str, TensorHeader]:

@@ -197,3 +197,31 @@ def test_a_tokenizer_in_a_folder_whose_name_is_not_utf8(tmp_path, demo_bundle):
     folder.mkdir()
     shutil.copyfile(demo_bundle / "tokenizer.json", folder / "tokenizer.json")
     assert Tokenizer.from_folder(folder).vocab_size == 2048
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "y/" * 3000 + "z"])
+def test_paths_that_the_system_refuses_are_one_line(
+    tiny_bundles, tiny_checkpoint, tmp_path, run, path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    bundle = tiny_bundles["ort"]
+    for command in (
+        ("inspect", path),
+        ("export", path, "out"),
+        ("export", tiny_checkpoint, path),
+        ("export", tiny_checkpoint, "out", "--lora", path),
+        ("serve", path),
+        ("generate", path, "x"),
+        ("chat", path),
+        ("bench", path),
+        ("validate", path, "--reference", tiny_checkpoint),
+        ("validate", bundle, "--reference", path),
+        ("validate", bundle, "--reference", tiny_checkpoint, "--html", path),
+        ("triton", bundle, path),
+        ("eval", path),
+    ):
+        code, _, error = run(*command)
+        assert code == 1, command
+        assert len(error.splitlines()) == 1, error
+        assert len(error) <= 520
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@ bundle is opened."""
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -336,3 +337,23 @@ def test_json_of_strangers_is_refused_in_one_line(checkpoint, bundle, name, data
         assert name in str(error)
         assert str(error).isprintable()
         assert len(str(error)) <= 500
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path.symlink_to("../../blobs/gone"), "is a link to a file that does not exist; finish"),
+        (os.mkfifo, "is not a file"),
+        (Path.mkdir, "is not a file"),
+    ],
+)
+def test_a_side_file_that_cannot_be_read_is_not_left_out(tmp_path, run, name, make, words):
+    folder = shutil.copytree(DEMO, tmp_path / "checkpoint")
+    (folder / name).unlink()
+    make(folder / name)
+    for command in (("export", folder, tmp_path / "bundle"), ("inspect", folder)):
+        code, _, error = run(*command)
+        assert code == 1
+        assert f"{name} {words}" in error
+    assert not (tmp_path / "bundle").exists()

@@ -233,6 +233,10 @@ def test_the_command_and_its_refusals(demo_bundle, tmp_path, run):
         ((demo_bundle, tmp_path / "models", "--name", "a/b"), "cannot be the name of a model"),
         ((demo_bundle, tmp_path / "models", "--max-batch-size", 99), "max_batch_size is 99"),
         ((DEMO, tmp_path / "models"), "is a checkpoint"),
+        ((demo_bundle, demo_bundle), "choose another place"),
+        ((demo_bundle, demo_bundle / "models"), "choose another place"),
+        ((demo_bundle, DEMO), "choose another place"),
+        ((demo_bundle, "x" * 300), "cannot be used: File name too long"),
     ):
         code, _, error = run("triton", *arguments)
         assert code == 1

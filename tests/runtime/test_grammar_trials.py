@@ -105,7 +105,7 @@ def test_known_faults_are_named_before_a_worker_sees_them(compiler, monkeypatch,
         (schema(patterned(300)), "processor time"),
         (regex("(a{1000}){1000}"), "128 MiB"),
         (schema({"const": "c" * 1_000_000}), "128 MiB"),
-        (schema({"$ref": "#"}), ""),  # allows no reply
+        (schema({"$ref": "#"}), "no text fits this format"),
         (regex("[a&&b]"), ""),
     ],
 )

@@ -65,6 +65,8 @@ def reason(matcher: llguidance.LLMatcher) -> str:
     lines = [line.strip() for line in _TAIL.sub("", str(matcher.get_error())).splitlines()]
     said = [line for line in lines if line and line != "^" and not _LISTED.match(line)]
     text = " ".join(said[:4]) or "no reason was given"
+    if text == "NoExtensionBias":  # of a grammar that never comes to a token
+        return "no text fits this format; give one that some text can fit"
     return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."
 
 

@@ -177,7 +177,7 @@ def _reached(limit: str, limits: TaskLimits) -> str:
         "deadline": f"it takes more than {limits.deadline:g} s",
         "seconds": f"it takes more than {limits.seconds:g} s of processor time",
         "memory": f"it needs more than {limits.memory >> 20} MiB of memory",
-        "stack": "it is nested too deeply and ended the process that tried it",
+        "stack": "it ended the process that tried it; it may be nested too deeply",
         "unknown": "it ended the process that tried it",
         "answer": f"it makes more than {limits.answer >> 20} MiB of text",
     }[limit]

@@ -21,12 +21,14 @@ from pathlib import Path
 
 from glm4_deploy import interrupts
 from glm4_deploy.locks import lock
+from glm4_deploy.own_text import OWN_TEXT
 from glm4_runtime.bundle import MANIFEST, REPORT
-from glm4_runtime.bundle.file_names import LONGEST_FILE_NAME
+from glm4_runtime.bundle.file_names import LONGEST_FILE_NAME, SIDE_FILES
 from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import ExportError
 
 LOCK, NEW, REPLACED = "lock", "bundle", "replaced"
+WRITTEN = (".onnx", ".onnx.data", ".engine")  # ends of the names of graphs, weights and engines
 MOUNTS = Path("/proc/self/mountinfo")
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 
@@ -256,7 +258,12 @@ def _files_of_ours(folder: Path) -> set[str] | None:
         )
     except (ExportError, LookupError, TypeError, AttributeError):
         return None
-    return {*files, MANIFEST, REPORT} if ours else None
+    return {MANIFEST, REPORT, *filter(_is_a_bundles, files)} if ours else None
+
+
+def _is_a_bundles(name: str) -> bool:
+    """Whether an export writes files of this name. A manifest may be forged, and name a user's own files."""
+    return name in SIDE_FILES or name.endswith(WRITTEN) or Path(name).stem == OWN_TEXT
 
 
 def _exchange(one: Path, other: Path) -> bool:

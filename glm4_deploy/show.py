@@ -2,8 +2,8 @@
 
 import contextlib
 import json
-import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,8 +23,13 @@ def require_writable(path: Path | None) -> None:
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():
         raise RequestError(f"{folder} is not a folder; name another file than {path}")
-    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise RequestError(f"{path} cannot be written; name another file")
+    try:
+        if path.exists():
+            path.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror}; name another file") from error
 
 
 @contextlib.contextmanager

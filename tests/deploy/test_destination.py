@@ -117,6 +117,17 @@ def test_a_manifest_of_others_is_not_ours(tmp_path, missing):
         publish(bundle_at(tmp_path / "bundle", **{missing: None}))
 
 
+def test_a_forged_manifest_gives_no_file_of_a_user_away(tmp_path):
+    bundle = bundle_at(tmp_path / "bundle")
+    (bundle / "thesis.tex").write_text("...")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"]["thesis.tex"] = {"sha256": "x", "bytes": 3}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ExportError, match=r"holds 'thesis\.tex', which is not of the bundle"):
+        publish(bundle)
+    assert (bundle / "thesis.tex").read_text() == "..."
+
+
 def test_bundles_of_other_schemas_and_incomplete_ones_are_replaced(tmp_path):
     publish(bundle_at(tmp_path / "later", schema_version=99, new_field=1))
     incomplete = bundle_at(tmp_path / "incomplete")

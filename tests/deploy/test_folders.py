@@ -199,6 +199,14 @@ def test_a_tokenizer_in_a_folder_whose_name_is_not_utf8(tmp_path, demo_bundle):
     assert Tokenizer.from_folder(folder).vocab_size == 2048
 
 
+def test_an_output_that_cannot_be_made_is_refused_before_the_work(tiny_bundles, tiny_checkpoint, run):
+    arguments = ("--reference", tiny_checkpoint, "--html", "/proc/x/y.html")
+    code, _, error = run("validate", tiny_bundles["ort"], *arguments)
+    assert code == 1
+    assert "/proc/x/y.html cannot be written" in error
+    assert "compare" not in error
+
+
 @pytest.mark.parametrize("path", ["x" * 300, "y/" * 3000 + "z"])
 def test_paths_that_the_system_refuses_are_one_line(
     tiny_bundles, tiny_checkpoint, tmp_path, run, path, monkeypatch

@@ -252,9 +252,17 @@ async def _http_error(request: Request, error: Exception) -> Response:
         405: f"{request.method} is not possible here",
     }
     status = error.status_code if error.status_code in known else 400
-    response = await _refused(request, ApiError(status, known.get(status, str(error.detail))))
+    response = await _refused(request, ApiError(status, known.get(status) or _unparsed(request)))
     response.headers.update(error.headers or {})
     return response
+
+
+def _unparsed(request: Request) -> str:
+    """Why the body could not be parsed, although its error is no JSON error."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        return f"the body has the Content-Encoding {encoding[:40]!r}; send it without compression"
+    return "the body cannot be parsed: it is not UTF-8, is nested too deeply, or has a number of thousands of digits"
 
 
 def _without_422(document: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What is refused, and how: a 4xx in OpenAI's shape that names the option, before any token is generated."""
 
+import gzip
 import json
 import time
 
@@ -301,3 +302,21 @@ def test_a_body_that_cannot_be_read_says_what_to_send(post, content, headers, wo
         error = refused(post(path, content=content, headers={"Content-Type": "application/json"} | headers))
         assert words in error["message"]
         assert "Content-Type: application/json" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "words"),
+    [
+        (
+            gzip.compress(b"{}"),
+            {"Content-Encoding": "gzip"},
+            "has the Content-Encoding 'gzip'; send it without",
+        ),
+        (b'{"a":' + b"[" * 100_000, {}, "nested too deeply"),
+        (b'{"a":' + b"9" * 10_000 + b"}", {}, "thousands of digits"),
+        (b'{"a": "\xff"}', {}, "not UTF-8"),
+    ],
+)
+def test_a_body_beyond_what_json_allows_says_why(post, content, headers, words):
+    answer = post("/tokenize", content=content, headers={"Content-Type": "application/json"} | headers)
+    assert words in refused(answer)["message"]

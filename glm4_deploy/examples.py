@@ -36,5 +36,5 @@ HELP_EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
 
 def epilog(command: str) -> str:
     """The examples of a command, as click's epilog; ``\\b`` keeps the lines as they are."""
-    lines = [f"  {meaning}:\n    glm4-deploy {line}" for meaning, line in HELP_EXAMPLES[command]]
+    lines = [f"  {meaning}:\n    glm4-deploy {line}" for meaning, line in HELP_EXAMPLES.get(command, ())]
     return "\b\nExamples:\n" + "\n".join(lines)

@@ -45,12 +45,19 @@ def pytest_runtest_call(item):
 def processor_seconds():
     """Of this process, of the children that have ended, and on Linux of those that run, such as Triton's interpreter."""
     seconds = sum(os.times()[:4])
-    for children in Path("/proc/self/task").glob("*/children"):
-        for child in children.read_text().split():
-            with contextlib.suppress(OSError):  # it has just ended
-                times = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11:13]
-                seconds += sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+    for child in running_children():
+        with contextlib.suppress(OSError):  # it has just ended
+            times = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11:13]
+            seconds += sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
     return seconds
+
+
+def running_children():
+    found = []
+    for thread in Path("/proc/self/task").glob("*"):
+        with contextlib.suppress(OSError):  # the thread has just ended
+            found += (thread / "children").read_text().split()
+    return found
 
 
 def measured(config, report):

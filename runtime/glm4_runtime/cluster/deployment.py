@@ -8,7 +8,6 @@ from glm4_runtime.cluster.described import DescribedBundle
 from glm4_runtime.cluster.fleet import Fleet, Replica
 from glm4_runtime.cluster.keeper import Keeper
 from glm4_runtime.cluster.scaling import ReplicaCount, Scaler
-from glm4_runtime.errors import Glm4Error
 from glm4_runtime.server import log
 from glm4_runtime.server.options import ServerOptions
 from glm4_runtime.server.run import Server
@@ -104,7 +103,7 @@ class Deployment:
         Requests finish on replicas of the bundle that they began with. If the new bundle cannot be served, the old one
         stays. Blocks until the old replicas have ended.
         """
-        if not self._changing.acquire(blocking=False):
+        if not self._changing.acquire(timeout=_LOOK):  # a look at the load is shorter
             log.write("change_refused", "warning", error="the last change of the bundle has not ended yet")
             return
         try:
@@ -119,25 +118,35 @@ class Deployment:
             self._changing.release()
 
     def _replace(self, server: Server, new: Version) -> None:
-        """The new version gets the new requests as soon as it has half of the replicas."""
+        """The new version gets the new requests as soon as it has half of the replicas. Until then the old one can stay,
+        after that the new one does."""
         old, count = self.current, len(self.current.keeper)
         new.served.start()
         ended = None
         try:
             for ready in range(1, count + 1):
                 room = self._room()
-                if not room and len(old.keeper) > 1:
-                    old.keeper.remove()
+                if not room:
+                    _shrink(old)
                 new.keeper.add(insist=ended is not None)
                 if ended is None and 2 * ready >= count:
                     ended, self.current = server.change(new.served), new
-                if room and len(old.keeper) > 1:
-                    old.keeper.remove()
-        except Glm4Error:
-            new.end()
-            old.keeper.resize(count)  # they may fail to start, as the folder has another bundle now
-            raise
+                if room:
+                    _shrink(old)
+        except Exception as error:
+            if ended is None:
+                new.end()
+                old.keeper.resize(count)  # they may fail to start, as the folder has another bundle now
+                raise
+            log.write("change_disturbed", "error", error=f"{type(error).__name__}: {error}")
+            new.keeper.resize(count)
         assert ended is not None
         ended.wait()
         old.end()
         new.fleet.succeeded()
+
+
+def _shrink(old: Version) -> None:
+    """End one replica; the last one stays until no request needs it."""
+    if len(old.keeper) > 1:
+        old.keeper.remove()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from glm4_runtime.bundle import read_manifest
+from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.errors import RequestError
 from glm4_runtime.opening import check_opening
 from glm4_runtime.session import limits_of
@@ -29,8 +30,7 @@ class DescribedBundle:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        has_one = (self.folder / "tokenizer.json").exists()
-        return Tokenizer.from_folder(self.folder) if has_one else None
+        return Tokenizer.from_folder(self.folder) if TOKENIZER in self.manifest.files else None
 
     @property
     def warnings(self) -> tuple[str, ...]:

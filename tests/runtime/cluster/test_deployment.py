@@ -13,8 +13,9 @@ from local_replicas import LocalReplica
 
 from glm4_runtime.cluster.deployment import Deployment
 from glm4_runtime.cluster.described import DescribedBundle
+from glm4_runtime.cluster.keeper import Keeper
 from glm4_runtime.cluster.order import Identity
-from glm4_runtime.cluster.scaling import ReplicaCount
+from glm4_runtime.cluster.scaling import ReplicaCount, Scaler
 from glm4_runtime.server import ServerOptions
 from glm4_runtime.server.run import serving, serving_model
 from glm4_runtime.session import Session
@@ -147,3 +148,53 @@ def test_replicas_follow_the_load(deploy, monkeypatch):
             one.result(LATEST)
         wait_until(lambda: len(deployment.current.fleet.stats_by_replica()) == 1)
         assert ask(server.url, PROMPTS[0]).status_code == 200
+
+
+def replaced(folder, bundle):
+    folder.rename(folder.with_name("before"))
+    shutil.copytree(bundle, folder)
+
+
+@pytest.mark.parametrize(("step", "changes"), [("add", False), ("remove", True)])
+def test_an_unknown_error_leaves_one_whole_version(deploy, demo_cpu, other_cpu, monkeypatch, step, changes):
+    """Of Ray, say: before the new bundle gets requests, or after."""
+    folder, start = deploy
+    expected = answers(other_cpu if changes else demo_cpu)
+    deployment = start(ReplicaCount(2, 2))
+    first = deployment.current
+
+    def broken(*_, **__):
+        raise RuntimeError("of Ray")
+
+    with serving_model(first.served) as server:
+        replaced(folder, other_cpu)
+        monkeypatch.setattr(Keeper, step, broken)
+        deployment.change(server)
+        assert (deployment.current is not first) == changes
+        wait_until(lambda: len(deployment.current.fleet.stats_by_replica()) == 2)
+        assert len(deployment.current.keeper) == 2
+        assert {
+            prompt: ask(server.url, prompt).json()["choices"][0]["text"] for prompt in PROMPTS
+        } == expected
+
+
+def test_a_look_at_the_load_refuses_no_change(deploy, other_cpu, monkeypatch):
+    folder, start = deploy
+    looks = threading.Event()
+
+    def slow(*_):
+        looks.set()
+        time.sleep(0.3)
+        return 1
+
+    monkeypatch.setattr(Scaler, "wanted", slow)
+    deployment = start(ReplicaCount(1, 2))
+    first = deployment.current
+    with serving_model(first.served) as server:
+        ask(server.url, PROMPTS[0])  # the fleet knows its slots
+        replaced(folder, other_cpu)
+        assert looks.wait(LATEST)
+        looks.clear()
+        assert looks.wait(LATEST)
+        deployment.change(server)
+    assert deployment.current is not first

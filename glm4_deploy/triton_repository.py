@@ -75,6 +75,8 @@ def write_repository(
     if Path(name).name != name or name.startswith("."):
         raise ExportError(f"{name!r} cannot be the name of a model; give one without slashes by --name")
     folder = repository / name
+    if "max_queue" in parameters and manifest.task != "causal-lm":
+        raise ExportError(f"a model for {manifest.task} has no queue; leave out --max-queue")
     _require_apart(repository, bundle)
     if folder.exists():
         raise ExportError(f"{folder} exists; remove it, or give another name by --name")

@@ -15,7 +15,7 @@ from google.protobuf import json_format, text_format
 
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_deploy.triton_repository import write_repository
-from glm4_runtime import SamplingParams, Session
+from glm4_runtime import BundleError, SamplingParams, Session
 from glm4_runtime.tokenizer import Tokenizer
 from glm4_runtime.triton_server.model import PARAMETERS
 
@@ -205,6 +205,32 @@ def exported(folder, task):
         (checkpoint / name).write_bytes((DEMO / name).read_bytes())
     export(checkpoint, folder / f"{task}-bundle", ExportOptions(task=task, precision="fp32", parity=False))
     return folder / f"{task}-bundle"
+
+
+def test_a_client_that_leaves_the_queue_is_dropped_while_others_are_answered(model, expected):
+    """4 slots are taken, and answers go on all the time."""
+    busy = [asking({"ignore_eos": True}, text_input=PROMPT, stream=True) for _ in range(4)]
+    waiting = asking(GREEDY, text_input=PROMPT)
+    model.execute([*busy, waiting])
+    busy[0].sender.responses.get(timeout=60)
+    waiting.sender.cancelled = True
+    assert waiting.sender.responses.get(timeout=10) == (None, fake_triton.FINAL)
+    assert not any(request.sender.closed for request in busy)
+    for request in busy:
+        request.sender.cancelled = True
+    assert all(request.all_responses() is not None for request in busy)
+
+
+def test_a_model_without_a_queue_takes_no_length_of_it(tmp_path, load, run):
+    bundle = exported(tmp_path, "encoder")
+    code, _, error = run("triton", bundle, tmp_path / "repository", "--max-queue", 5)
+    assert code == 1
+    assert "a model for encoder has no queue; leave out --max-queue" in error
+    folder = write_repository(bundle, tmp_path / "repository", "encoder")
+    with (folder / "config.pbtxt").open("a") as file:
+        file.write('parameters { key: "max_queue" value { string_value: "5" } }\n')
+    with pytest.raises(BundleError, match="a model for encoder has no queue"):
+        load(folder)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +25,7 @@ TRITON_OUTPUTS = ("text_output", "finish_reason", "num_input_tokens", "num_outpu
 
 @dataclass(eq=False)
 class Answer:
-    """One request under way. Used by the sending thread only, except ``ticket``.
+    """One request under way. Used by the sending thread only.
 
     Attributes:
         sender: Triton's response sender.
@@ -43,7 +44,7 @@ class Answer:
 class Generating:
     """Runs requests on a scheduler. One thread of its own sends the responses, since sending may block."""
 
-    def __init__(self, triton: Any, session: Session, max_queue: int) -> None:
+    def __init__(self, triton: Any, session: Session, max_queue: int = 64) -> None:
         """
         Args:
             triton: the module ``triton_python_backend_utils``.
@@ -106,25 +107,29 @@ class Generating:
     # On the sending thread ------------------------------------------------------------------------
 
     def _send_all(self) -> None:
+        looked = time.monotonic()
         while True:
+            if time.monotonic() - looked >= LOOK:
+                self._drop_who_left()
+                looked = time.monotonic()
             try:
                 found = self._events.get(timeout=LOOK)
             except queue.Empty:
-                self._drop_who_left()
                 continue
             if found is None:
                 return
-            answer, event = found
-            with self._lock:
-                known = answer in self._open
-            if not known:  # its client left
-                continue
-            if isinstance(event, Generated):
-                self._add(answer, event)
-            elif isinstance(event, Failed):
-                self._fail(answer.sender, event.error)
-            if event.last:
-                self._forget(answer)
+            self._send(*found)
+
+    def _send(self, answer: Answer, event: Event) -> None:
+        with self._lock:
+            if answer not in self._open:  # its client left
+                return
+        if isinstance(event, Generated):
+            self._add(answer, event)
+        elif isinstance(event, Failed):
+            self._fail(answer.sender, event.error)
+        if event.last:
+            self._forget(answer)
 
     def _add(self, answer: Answer, event: Generated) -> None:
         token = event.token

@@ -31,10 +31,14 @@ class TritonPythonModel:
         if args["model_instance_kind"] == "GPU":  # an instance is a process of its own
             os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
         options = _parameters(json.loads(args["model_config"]))
-        max_queue = options.pop("max_queue", 64)
+        queue = {name: options.pop(name) for name in QUEUE & options.keys()}
         session = Session.open(Path(args["model_repository"]) / args["model_version"] / BUNDLE, **options)
-        work = Generating if session.manifest.task == "causal-lm" else Pooling
-        self._work = work(triton, session, max_queue)
+        generates = session.manifest.task == "causal-lm"
+        if queue and not generates:
+            raise BundleError(
+                f"a model for {session.manifest.task} has no queue; leave out {', '.join(queue)}"
+            )
+        self._work = Generating(triton, session, **queue) if generates else Pooling(triton, session)
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
         """Answer requests. A causal LM answers later, through each request's response sender."""
@@ -45,8 +49,9 @@ class TritonPythonModel:
         self._work.close()
 
 
-# Parameters of config.pbtxt: options of Session.open, and the length of the queue.
+# Parameters of config.pbtxt: options of Session.open, and of a causal LM's queue.
 PARAMETERS = {"threads": int, "max_seq_len": int, "max_batch_size": int, "provider": str, "max_queue": int}
+QUEUE = {"max_queue"}
 
 
 def _parameters(config: Mapping[str, Any]) -> dict[str, Any]:

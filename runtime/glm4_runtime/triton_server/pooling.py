@@ -16,7 +16,7 @@ OUTPUT = {"sequence-classification": "logits", "token-classification": "logits",
 class Pooling:
     """Runs one text after the other, on Triton's thread."""
 
-    def __init__(self, triton: Any, session: Session, max_queue: int) -> None:  # noqa: ARG002  as Generating
+    def __init__(self, triton: Any, session: Session) -> None:
         """
         Raises:
             BundleError: the bundle has no tokenizer.

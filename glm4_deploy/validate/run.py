@@ -11,6 +11,7 @@ from typing import Any
 
 from glm4_deploy.folders import is_checkpoint
 from glm4_deploy.memory import available_memory
+from glm4_deploy.own_text import own_text
 from glm4_deploy.validate.bands import find_culprit, is_out_of_band
 from glm4_deploy.validate.comparison import NO_TARGET, Comparison, worst_positions
 from glm4_deploy.validate.drift import BlockError
@@ -217,8 +218,8 @@ def _choose_text(models: Models, options: ValidateOptions) -> Text:
     for name, value in (("length", length), ("max_tokens", options.max_tokens)):
         if value < 2:
             raise RequestError(f"{name} is {value}, but a token can be predicted only after another one")
-    first = models.bundles[0].folder
-    return choose_text(models.checkpoint, options.text, length, options.max_tokens, first)
+    path = options.text or own_text(models.bundles[0].folder)
+    return choose_text(models.checkpoint, path, length, options.max_tokens)
 
 
 def _comparisons(models: Models) -> list[Comparison]:

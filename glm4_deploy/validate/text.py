@@ -37,13 +37,11 @@ class Text:
         return sum(map(len, self.sequences))
 
 
-def choose_text(
-    checkpoint: Checkpoint, path: Path | None, length: int, max_tokens: int, bundle: Path | None = None
-) -> Text:
+def choose_text(checkpoint: Checkpoint, path: Path | None, length: int, max_tokens: int) -> Text:
     """At most ``max_tokens`` tokens, in sequences of at most ``length``.
 
-    The first that exists of: the user's file, the text that the bundle keeps, the checkpoint's own, the built-in corpus
-    (with a tokenizer), random ids.
+    The first that exists of: the file ``path``, the checkpoint's own text, the built-in corpus (with a tokenizer),
+    random ids.
 
     Raises:
         TextError: the file cannot be read as text or token ids of this model.
@@ -55,7 +53,7 @@ def choose_text(
     limit = max_tokens // 2
     found: list[list[int]] = []
     is_random = False
-    own = own_text(*filter(None, (bundle, checkpoint.folder)))
+    own = own_text(checkpoint.folder)
     if path is None and own is not None and (tokenizer is not None or own.suffix == IDS):
         path = own
     if path is not None:

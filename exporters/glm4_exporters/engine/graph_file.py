@@ -16,11 +16,11 @@ def save_graphs(models: Mapping[str, ir.Model], folder: Path, data: str) -> None
     """
     places: dict[str, ir.ExternalTensor] = {}
     for name, model in models.items():
-        for value in model.graph.initializers.values():
+        for weight, value in model.graph.initializers.items():
             if isinstance(value.const_value, ir.LazyTensor):
-                if value.const_value.name not in places:
-                    places[str(value.name)] = _append(value.const_value, folder, data)
-                value.const_value = places[str(value.name)]
+                if weight not in places:
+                    places[weight] = _append(value.const_value, folder, data)
+                value.const_value = places[weight]
         ir.save(model, folder / name)
 
 

@@ -8,6 +8,8 @@ from glm4_runtime.server.reply import Delta
 from glm4_runtime.text_pieces import TextPieces
 
 Kind = Literal["thinking", "text", "call"]
+# kind of part -> the key of its text in a delta
+_KEYS: dict[Kind, str] = {"thinking": "reasoning_content", "text": "content"}
 
 
 @dataclass
@@ -47,9 +49,9 @@ class Parts:
         """The events of a delta; an empty delta ends the reply."""
         if not delta:
             yield from self._end()
-        for kind, key in (("thinking", "reasoning_content"), ("text", "content")):
+        for kind, key in _KEYS.items():
             if text := delta.get(key):
-                yield from self._extend(kind, text)  # type: ignore[arg-type]  # a row of the table above
+                yield from self._extend(kind, text)
         for call in delta.get("tool_calls", ()):
             if "id" in call:
                 yield from self.begin("call", call["id"], call["function"]["name"])

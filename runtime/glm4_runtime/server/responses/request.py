@@ -14,6 +14,7 @@ from glm4_runtime.server.responses.schema import (
     MessageItem,
     ResponsesRequest,
     ResultItem,
+    ToolChoice,
 )
 from glm4_runtime.server.turns import Role, Turns
 
@@ -89,10 +90,10 @@ def _tool(tool: FunctionTool) -> Tool:
     return Tool(type="function", function=function)
 
 
-def _choice(choice: str | ChosenFunction | None) -> chat_schema.ToolChoice | None:
+def _choice(choice: ToolChoice | None) -> chat_schema.ToolChoice | None:
     if isinstance(choice, ChosenFunction):
         return chat_schema.ChosenTool(type="function", function=chat_schema.ChosenName(name=choice.name))
-    return choice  # type: ignore[return-value]  # the same three words
+    return choice
 
 
 def _format(body: ResponsesRequest) -> chat_schema.ResponseFormat | None:

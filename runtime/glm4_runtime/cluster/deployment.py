@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable
 
 from glm4_runtime.cluster.described import DescribedBundle
-from glm4_runtime.cluster.fleet import Fleet, Replica
+from glm4_runtime.cluster.fleet import Fleet
 from glm4_runtime.cluster.keeper import Keeper
+from glm4_runtime.cluster.lane import Replica
 from glm4_runtime.cluster.scaling import ReplicaCount, Scaler
 from glm4_runtime.server import log
 from glm4_runtime.server.options import ServerOptions

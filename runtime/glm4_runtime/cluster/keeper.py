@@ -5,7 +5,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from glm4_runtime.cluster.fleet import Fleet, Replica
+from glm4_runtime.cluster.fleet import Fleet
+from glm4_runtime.cluster.lane import Replica
 from glm4_runtime.cluster.watch import watch
 from glm4_runtime.errors import Glm4Error, ReplicaError, StoppedError
 

@@ -2,7 +2,8 @@
 
 import logging
 
-from glm4_runtime.cluster.fleet import Fleet, Replica
+from glm4_runtime.cluster.fleet import Fleet
+from glm4_runtime.cluster.lane import Replica
 from glm4_runtime.cluster.order import ReplicaReport
 from glm4_runtime.errors import DamagedModelError, ReplicaError
 from glm4_runtime.scheduler import Failed

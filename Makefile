@@ -37,7 +37,7 @@ SIDE_BY_SIDE := -n $(PROCESSES) --dist loadfile
 test-fast: $(VENV)/.installed  ## run the quick tests: the loop while writing, about 3 minutes
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not alone and not more"
 
-test: $(VENV)/.installed  ## run the test suite, about 10 minutes
+test: $(VENV)/.installed  ## run the test suite, about 12 minutes
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not alone and not more"
 	$(BIN)/python -m pytest -m "alone and not more"
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from glm4_deploy.texts import LINES, cut_text, random_sequences, read_sequences
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.form import Form
+from glm4_runtime.bundle.element_types import QUANTIZED_CACHES
 from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.progress import Progress, silent
 from glm4_runtime.tokenizer import Tokenizer
@@ -86,9 +87,9 @@ def read_text(source: Checkpoint, path: Path | None, max_seq_len: int) -> Calibr
 
 
 def needs_text(form: Form, given: bool) -> bool:
-    """Whether the export calibrates: always with a given text, with fp16 activations (overflow), and with an int8
-    cache."""
-    return given or form.activations == "float16" or form.kv_cache == "int8"
+    """Whether the export calibrates: always with a given text, with fp16 activations (overflow), and with a
+    quantized cache."""
+    return given or form.activations == "float16" or form.kv_cache in QUANTIZED_CACHES
 
 
 def prepare(
@@ -133,8 +134,8 @@ def prepare(
         remedy = remedies(calibration, source.config, smoothing)
         smoothing = smoothing.then(remedy.weights)
     scales: tuple[CacheScales, ...] = ()
-    if form.kv_cache == "int8":
-        scales = cache_scales(calibration, smoothing)
+    if form.kv_cache in QUANTIZED_CACHES:
+        scales = cache_scales(calibration, smoothing, form.kv_cache)
         report["kv_cache"] = {"scales": "per head and channel, of K and of V apart", "margin": MARGIN}
     rounded = (
         {}

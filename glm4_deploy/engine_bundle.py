@@ -130,7 +130,7 @@ def engine_report(built: BuiltEngine) -> dict[str, Any]:
         "weights": built.weights,
         "warnings": list(built.warnings),
         "parity": "measured on the ONNX graph that the engine was built from, by ONNX Runtime on the CPU; "
-        "the rounding of an int8 cache is the engine's own and not part of it",
+        "keys and values are rounded as the engine's cache rounds them",
     }
 
 

@@ -17,12 +17,13 @@ from glm4_deploy.memory import available_memory
 from glm4_deploy.metrics import Logits, kl_divergence, log_softmax, near_ties
 from glm4_deploy.own_text import IDS, own_text
 from glm4_deploy.texts import LINES, prefix_of, read_sequences
-from glm4_deploy.thresholds import PARITY, PARITY_INT8_CACHE
+from glm4_deploy.thresholds import PARITY, PARITY_CACHE
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.pieces import GraphPieces
 from glm4_exporters.streamed import reference_outputs
 from glm4_runtime import SamplingParams, Session
 from glm4_runtime.bundle import Manifest
+from glm4_runtime.bundle.element_types import QUANTIZED_CACHES
 from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.errors import GateError, RequestError, TextError, UnavailableError
 from glm4_runtime.progress import Progress, silent
@@ -94,11 +95,11 @@ def measure_parity(
 
 
 def limits_of(manifest: Manifest) -> ParityLimits:
-    """The limits of a bundle's precision, widened for an int8 cache."""
-    limits = LIMITS[manifest.precision]
-    if manifest.kv_cache != "int8":
+    """The limits of a bundle's precision, widened for a quantized cache."""
+    limits, cache = LIMITS[manifest.precision], QUANTIZED_CACHES.get(str(manifest.kv_cache))
+    if cache is None:
         return limits
-    mean_kl, top1 = PARITY_INT8_CACHE
+    mean_kl, top1 = PARITY_CACHE[cache]
     most = (limits.mean_kl or 0.0) + mean_kl
     return replace(
         limits, max_abs=None, mean_kl=most, top1=None if limits.top1 is None else limits.top1 - top1
@@ -137,7 +138,8 @@ def check_parity(parity: Parity, manifest: Manifest) -> None:
             parity.greedy_gap > 2 * limits.max_abs,
         )
     if wrong:
-        cache = " with an int8 KV cache" if manifest.kv_cache == "int8" else ""
+        quantized = manifest.kv_cache in QUANTIZED_CACHES
+        cache = f" with a KV cache in {QUANTIZED_CACHES[str(manifest.kv_cache)]}" if quantized else ""
         raise GateError(
             f"the bundle does not match the reference in {manifest.precision}{cache}: {'; '.join(wrong)}"
         )
@@ -210,8 +212,9 @@ def graph_inputs(manifest: Manifest, ids: Sequence[int]) -> dict[str, npt.NDArra
         "query_lengths": np.array([count], np.int32),
     }
     if manifest.task == "causal-lm":
-        # bfloat16 is computed in float32: see GraphPieces.
-        dtype = "float32" if manifest.kv_cache == "bfloat16" else str(manifest.kv_cache)
+        # An engine's graph has a cache of the activations' type. bfloat16 is computed in float32: see GraphPieces.
+        cache = str(manifest.kv_cache) if manifest.engine is None else manifest.activations
+        dtype = "float32" if cache == "bfloat16" else cache
         empty = np.zeros((1, model.num_kv_heads, count, model.head_dim), dtype)
         inputs |= {"past_lengths": np.zeros(1, np.int32), "logits_indices": np.arange(count)[None]}
         inputs |= {spec.name: empty for spec in manifest.inputs if spec.name.startswith("past_key_values.")}

@@ -75,7 +75,7 @@ def export(
             parity, gate, engine = None, None, None
             if options.parity:
                 with clock("parity"):
-                    parity, gate = _prove(folder, manifest, source, progress)
+                    parity, gate = _prove(folder, manifest, plan, source, progress)
             if plan.engine is not None:
                 with clock("engine"):
                     engine = _build_engine(plan, prepared, model, folder, manifest, progress)
@@ -185,7 +185,7 @@ def _trace(plan: Plan, prepared: "Prepared", engine_graph: str | None = None) ->
     passes = model_passes(
         plan.form,
         norm_bits=prepared.norm_bits,
-        cache_scales=prepared.cache_scales if plugin is not None or plan.graph_cache == "int8" else (),
+        cache_scales=prepared.cache_scales,
         input_scales=prepared.input_scales,
         plugin=plugin,
     )
@@ -217,15 +217,18 @@ def _copy_side_files(source: Checkpoint, plan: Plan, folder: Path) -> None:
 
 
 def _prove(
-    folder: Path, manifest: Manifest, source: Checkpoint, progress: Progress
+    folder: Path, manifest: Manifest, plan: Plan, source: Checkpoint, progress: Progress
 ) -> "tuple[Parity, ExportVerdict]":
     """Measure parity, and refuse a bundle that exceeds a limit of parity or of the gate."""
     from glm4_deploy.export_gate import judge, require_passed
     from glm4_deploy.parity import check_parity, measure_parity
 
     parity = measure_parity(folder, manifest, source, progress)
-    check_parity(parity, manifest)
-    verdict = judge(parity, manifest)
+    rounded = dataclasses.replace(
+        manifest, kv_cache=plan.form.kv_cache
+    )  # the graph rounds as an engine's cache
+    check_parity(parity, rounded)
+    verdict = judge(parity, rounded)
     require_passed(verdict)
     return parity, verdict
 

@@ -43,7 +43,7 @@ class ExportOptions:
     text: str | None = None  # a file of text or token ids to compare on, which the bundle keeps
     recipe: str | None = None  # a file of formats by tensor
     adapters: tuple[tuple[str, float], ...] = ()  # folders of LoRA adapters, and a factor for each
-    kv_cache: str = "auto"  # the activations' type, or int8
+    kv_cache: str = "auto"  # the activations' type, int8 or fp8
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -197,7 +197,7 @@ def _engine(source: Checkpoint, options: ExportOptions, form: Form, limits: Limi
     attention, gpu = engine_attention(kind, source.task, asked), gpu_capability()
     by_plugin = attention == "plugin"
     if by_plugin:
-        require_plugin(source.config, form.activations, limits.max_batch_size, gpu or "")
+        require_plugin(source.config, form, limits.max_batch_size, gpu or "")
     named, runs_on, later = engine_capabilities(kind, form.precision, asked)
     return EngineBuild(
         kind=kind,

@@ -12,15 +12,15 @@ Row = Mapping[str, float]
 
 _ALL = tomllib.loads(files(__package__).joinpath("thresholds.toml").read_text("utf-8"))
 _DERIVED: Row = _ALL["derived"]
-_CACHE: Row = _ALL["int8_cache"]
+_CACHES: Mapping[str, Row] = _ALL["cache"]
 
 PARITY: Mapping[str, Row] = _ALL["parity"]
 BAND_LIMITS: Mapping[str, Row] = _ALL["band"]
 GPU_CHECK: Row = _ALL["gpu_check"]
-PARITY_INT8_CACHE = (_DERIVED["parity_kl"], _DERIVED["parity_top1"])
+PARITY_CACHE = {name: (row["parity_kl"], row["parity_top1"]) for name, row in _CACHES.items()}
 
 GATED_PRECISIONS = tuple(_ALL["gate"])
-CACHE_SUFFIX = "+kv-int8"
+CACHE_SUFFIXES = {name: f"+kv-{name}" for name in _CACHES}
 GATES = ("strict", "default", "loose")
 
 # The value of each metric for a bundle that equals the reference.
@@ -38,15 +38,20 @@ PERFECT = {
 
 
 def named_gate(name: str) -> dict[str, dict[str, float]]:
-    """The limits of a gate in ``GATES``, by precision and metric. ``CACHE_SUFFIX`` marks rows with an int8 KV cache."""
-    rows = {precision: dict(_ALL["gate"][precision]) for precision in GATED_PRECISIONS}
-    rows |= {precision + CACHE_SUFFIX: _with_int8_cache(row) for precision, row in rows.items()}
-    return {precision: _complete(name, row) for precision, row in rows.items()}
+    """The limits of a gate in ``GATES``, by precision and metric. ``CACHE_SUFFIXES`` mark rows with a quantized KV
+    cache."""
+    plain = {precision: dict(_ALL["gate"][precision]) for precision in GATED_PRECISIONS}
+    cached = {
+        precision + CACHE_SUFFIXES[cache]: _with_cache(row, changes)
+        for cache, changes in _CACHES.items()
+        for precision, row in plain.items()
+    }
+    return {precision: _complete(name, row) for precision, row in (plain | cached).items()}
 
 
-def _with_int8_cache(row: Row) -> dict[str, float]:
+def _with_cache(row: Row, changes: Row) -> dict[str, float]:
     def limit(metric: str, value: float) -> float:
-        change = _CACHE[metric]
+        change = changes[metric]
         if metric == "greedy_prefix":
             return min(value, change)
         return value - change if _is_agreement(metric) else value + change

@@ -11,7 +11,7 @@ from glm4_exporters.formats import Format, InputRounding, StoredFormat, require_
 from glm4_exporters.formats.base import scale_type
 from glm4_exporters.quantize.recipe import Recipe
 from glm4_exporters.targets import ACTIVATIONS, GROUPS, Precision, Target, require_target
-from glm4_runtime.bundle.element_types import bits
+from glm4_runtime.bundle.element_types import QUANTIZED_CACHES, bits
 from glm4_runtime.errors import ExportError
 
 
@@ -70,10 +70,15 @@ class Form:
 
     @property
     def uses_text(self) -> bool:
-        """Whether calibration text changes the bundle: by GPTQ and AWQ, by scales of inputs or of an int8 cache, or by
+        """Whether calibration text changes the bundle: by GPTQ and AWQ, by scales of inputs or of a quantized cache, or by
         fp16's powers of two."""
         fitted = any(form.bits < 8 and form.fitted for form in self.encodings.values())
-        return fitted or bool(self.rounded_inputs) or self.activations == "float16" or self.kv_cache == "int8"
+        return (
+            fitted
+            or bool(self.rounded_inputs)
+            or self.activations == "float16"
+            or self.kv_cache in QUANTIZED_CACHES
+        )
 
     @property
     def needs_text(self) -> bool:

@@ -38,8 +38,8 @@ _PACKED = Products("packed", lookups=True, unsigned_inputs=True, integer_activat
 
 
 @dataclass(frozen=True)
-class Int8Cache:
-    """The int8 KV cache of a target's attention.
+class QuantizedCache:
+    """A quantized KV cache that a target's attention takes.
 
     Attributes:
         head_multiple: the head size must be a multiple of this.
@@ -88,7 +88,7 @@ class Target:
         formats: replacements of a precision's formats, by name, for which this target has faster kernels.
         own: this target's overrides of PRECISIONS.
         says: additional entries of the manifest's ``tensor_precisions``.
-        int8_cache: None if attention supports no int8 cache.
+        caches: the quantized KV caches that attention takes, by name.
         input_major: whether integer matrices are stored [in, out], as the products read them.
         own_operators: whether the graph has operators of ``glm4_plugins``, which ONNX Runtime must load.
     """
@@ -105,7 +105,7 @@ class Target:
     formats: Mapping[str, str] = field(default_factory=dict)
     own: Mapping[str, Precision] = field(default_factory=dict)
     says: Mapping[str, str] = field(default_factory=dict)
-    int8_cache: Int8Cache | None = None
+    caches: Mapping[str, QuantizedCache] = field(default_factory=dict)
     input_major: bool = False
     own_operators: bool = False
 
@@ -175,7 +175,9 @@ _ROWS = (
         providers={"float32": (_CPU,), "float16": (_CUDA, _CPU), "bfloat16": (_CUDA,)},
         formats=_SIGNED,
         own=_INT4_ON_CPU,
-        int8_cache=Int8Cache(head_multiple=8),  # the fallback for other head sizes has no int8 cache
+        caches={
+            "int8": QuantizedCache(head_multiple=8)
+        },  # the fallback for other head sizes has no int8 cache
     ),
     # Our own kernels for products and attention. They read the weights as the file holds them.
     Target(
@@ -191,13 +193,19 @@ _ROWS = (
         formats=_SIGNED,
         own=_INT4_ON_CPU,
         says={"inputs of products": "int8, a scale per row and block"},
-        int8_cache=Int8Cache(),
+        caches={"int8": QuantizedCache()},
         own_operators=True,
     ),
     _NATIVE,
     replace(_TENSORRT, name="tensorrt-rtx", runtime="tensorrt-rtx", input_major=True),
-    # The int8 cache is the plugin's; the graph that parity checks has another cache. input_major was not measured.
-    replace(_TENSORRT, name="tensorrt", runtime="tensorrt", int8_cache=Int8Cache(providers=())),
+    # A quantized cache is the plugin's: the graph that parity checks rounds keys and values. input_major was not
+    # measured.
+    replace(
+        _TENSORRT,
+        name="tensorrt",
+        runtime="tensorrt",
+        caches=dict.fromkeys(("int8", "fp8"), QuantizedCache(providers=())),
+    ),
 )
 TARGETS = {row.name: row for row in _ROWS}
 

@@ -15,6 +15,7 @@ from glm4_exporters.engine.kinds import ATTENTIONS
 from glm4_exporters.engine.options import ENGINE_LAYOUTS, EngineOptions
 from glm4_exporters.targets import ACTIVATIONS, PRECISIONS, TARGETS
 from glm4_runtime.bundle import Manifest
+from glm4_runtime.bundle.element_types import QUANTIZED_CACHES
 
 if TYPE_CHECKING:
     from glm4_deploy.parity import Parity
@@ -50,13 +51,14 @@ if TYPE_CHECKING:
     type=click.Choice(KV_CACHES),
     default="auto",
     show_default=True,
-    help="Type of the KV cache. auto: as the activations. int8: 8 bits with a scale per head and channel, for targets ort, cpu and tensorrt.",
+    help="Type of the KV cache. auto: as the activations. int8: 8 bits with a scale per head and channel, for targets ort, cpu and tensorrt. "
+    "fp8: 8-bit floats with such scales, for target tensorrt on GPUs from 8.9 on.",
 )
 @click.option(
     "--calibration",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="A file of text similar to the model's later input (.txt, .jsonl, .ids). Makes int4 and an int8 cache more accurate. "
+    help="A file of text similar to the model's later input (.txt, .jsonl, .ids). Makes int4 and a quantized cache more accurate. "
     "Required for int8-sq and fp8.",
 )
 @click.option(
@@ -238,9 +240,11 @@ def _rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
     rows += [("warning", warning) for warning in result.warnings]
     if result.source is not None:
         rows.append(("source", f"quantized by {result.source['method']}, {result.source['stored']}"))
-    if manifest.kv_cache == "int8":
+    if manifest.kv_cache in QUANTIZED_CACHES:
         text, tokens = (result.calibration[key] for key in ("text", "tokens"))
-        rows.append(("KV cache", f"int8, calibrated on {tokens} tokens: {text}"))
+        rows.append(
+            ("KV cache", f"{QUANTIZED_CACHES[manifest.kv_cache]}, calibrated on {tokens} tokens: {text}")
+        )
     if result.engine is not None:
         rows.append(("engine build", f"{show.readable_size(result.engine.built.peak_rss_bytes)} at its peak"))
         rows += [("warning", warning) for warning in result.engine.built.warnings]

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from glm4_deploy.thresholds import CACHE_SUFFIX, GATES, named_gate
+from glm4_deploy.thresholds import CACHE_SUFFIXES, GATES, named_gate
 from glm4_exporters.targets import PRECISIONS
 from glm4_runtime.bundle import Manifest
+from glm4_runtime.bundle.element_types import QUANTIZED_CACHES
 from glm4_runtime.errors import RequestError
 
 TEXT, LABELS, STATES = ("causal-lm",), ("sequence-classification", "token-classification"), ("encoder",)
@@ -53,7 +54,7 @@ METRICS = {
     ),
 }
 SHARES = ("top1_agreement", "label_agreement")  # of positions
-PRECISION_ROWS = tuple(name + suffix for name in PRECISIONS for suffix in ("", CACHE_SUFFIX))
+PRECISION_ROWS = tuple(name + suffix for name in PRECISIONS for suffix in ("", *CACHE_SUFFIXES.values()))
 NAMES = GATES
 
 Table = Mapping[str, Mapping[str, float]]
@@ -155,7 +156,7 @@ def verdict_of(checks: Sequence[Check], fit_text: bool) -> str:
 
 def row_of(manifest: Manifest) -> str:
     """The name of a bundle's precision in gates."""
-    return manifest.precision + (CACHE_SUFFIX if manifest.kv_cache == "int8" else "")
+    return manifest.precision + CACHE_SUFFIXES.get(QUANTIZED_CACHES.get(str(manifest.kv_cache), ""), "")
 
 
 def load_gate(name: str, manifest: Manifest) -> Gate:

@@ -29,7 +29,8 @@ import numpy.typing as npt
 
 DOMAIN = "glm4"
 OP_TYPE = "PartialRopeGqaAttention"
-PLUGIN_INT8 = f"{OP_TYPE}Int8"  # TensorRT's plugin with an int8 cache, which has two inputs more
+# TensorRT's plugins with an int8 or fp8 cache, which have two more inputs.
+PLUGIN_INT8, PLUGIN_FP8 = f"{OP_TYPE}Int8", f"{OP_TYPE}Fp8"
 VERSION = 1  # of the domain
 
 INPUTS = (

@@ -32,12 +32,12 @@ from glm4_plugins.launch import (
     partials_shape,
     unsupported,
 )
-from glm4_plugins.operator import DOMAIN, OP_TYPE, PLUGIN_INT8
+from glm4_plugins.operator import DOMAIN, OP_TYPE, PLUGIN_FP8, PLUGIN_INT8
 
 PLUGINS = {
     f"{DOMAIN}::{OP_TYPE}": None,
     f"{DOMAIN}::{PLUGIN_INT8}": "int8",
-    f"{DOMAIN}::{OP_TYPE}Fp8": "fp8",
+    f"{DOMAIN}::{PLUGIN_FP8}": "fp8",
 }
 """Names of the plugins, with the type of a quantized cache."""
 

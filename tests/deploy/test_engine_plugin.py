@@ -12,15 +12,16 @@ from fake_driver import FakeGpu
 
 from glm4_deploy import engine_bundle
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
+from glm4_deploy.validate.run import ValidateOptions, validate
 from glm4_exporters.engine import checks as engine_checks
 from glm4_exporters.engine import gpu as engine_gpu
 from glm4_exporters.engine.build import BuiltEngine
 from glm4_exporters.engine.network import Network, float32_operators
 from glm4_exporters.engine.options import EngineOptions
 from glm4_plugins.launch import PHASES, PLUGIN_INPUTS, PLUGIN_SCALES, choices, counters_shape
-from glm4_plugins.operator import OP_TYPE, PLUGIN_INT8
+from glm4_plugins.operator import OP_TYPE, PLUGIN_FP8, PLUGIN_INT8
 from glm4_runtime import ExportError
-from glm4_runtime.bundle import FileEntry, read_manifest
+from glm4_runtime.bundle import file_entry, read_manifest
 
 LAYERS, KV_HEADS, BATCH, PROCESSORS = 2, 2, 3, 114
 SIZES = dict(head_dim=64, max_position_embeddings=32768)
@@ -38,7 +39,7 @@ def gpu(monkeypatch):
             ir.external_data.load_to_model(model)
         for name in plan.graphs:
             (folder / name).write_bytes(b"engine")
-        entries = {name: FileEntry("0" * 64, 6) for name in plan.graphs}
+        entries = {name: file_entry(folder / name) for name in plan.graphs}
         return BuiltEngine(entries, {}, {}, (host.capability,), {}, 1, 1)
 
     monkeypatch.setattr(engine_checks, "find_spec", lambda _: True)
@@ -100,23 +101,27 @@ def test_the_builder_gets_the_plugins_graph_and_the_manifest_says_so(tmp_path, g
     assert manifest.compute_capabilities == ("90",)
 
 
-@pytest.mark.parametrize("layout", ["shared", "split"])
-def test_an_int8_cache_is_the_plugins(tmp_path, gpu, layout):
-    """The graph that is proved has a cache of the activations' type: only the plugin knows an int8 one."""
-    manifest = exported(tmp_path, kv_cache="int8", layout=layout, keep_onnx=True)
+@pytest.mark.parametrize(
+    ("layout", "cache", "element", "plugin"),
+    [
+        ("shared", "int8", ir.DataType.INT8, PLUGIN_INT8),
+        ("split", "int8", ir.DataType.INT8, PLUGIN_INT8),
+        ("shared", "fp8", ir.DataType.FLOAT8E4M3FN, PLUGIN_FP8),
+    ],
+)
+def test_a_quantized_cache_is_the_plugins(tmp_path, gpu, layout, cache, element, plugin):
+    """The graph that is proved has a cache of the activations' type, and rounds what it stores."""
+    manifest = exported(tmp_path, kv_cache=cache, layout=layout, keep_onnx=True)
     assert gpu.plan.layers["PLUGIN_V3"] == LAYERS
     for model in gpu.models.values():
         assert plugins(model) == []
-        nodes = plugins(model, PLUGIN_INT8)
+        nodes = plugins(model, plugin)
         assert len(nodes) == LAYERS
         for node in nodes:
             assert len(node.inputs) == len(PLUGIN_INPUTS) + len(PLUGIN_SCALES)
             assert node.inputs[9].dtype == ir.DataType.INT32  # the counters stand before the scales
             for i in (3, 4):
-                assert (node.inputs[i].dtype, node.outputs[i - 2].dtype) == (
-                    ir.DataType.INT8,
-                    ir.DataType.INT8,
-                )
+                assert (node.inputs[i].dtype, node.outputs[i - 2].dtype) == (element, element)
             for scale in node.inputs[10:]:
                 array = scale.const_value.numpy()
                 assert (array.shape, array.dtype) == ((KV_HEADS, SIZES["head_dim"]), "float32")
@@ -124,11 +129,27 @@ def test_an_int8_cache_is_the_plugins(tmp_path, gpu, layout):
     caches = {
         s.dtype for s in (*gpu.plan.inputs, *manifest.inputs, *manifest.outputs) if "key_values" in s.name
     }
-    assert (manifest.kv_cache, caches) == ("int8", {"int8"})
+    assert caches == {manifest.kv_cache} == {element.name.lower()}
     kept = ir.load(tmp_path / "bundle" / "model.onnx").graph
     assert {v.dtype for v in kept.inputs if "key_values" in v.name} == {ir.DataType.FLOAT16}
+    rounding = [node.inputs[2].dtype for node in kept if node.op_type == "QuantizeLinear"]
+    assert rounding == [element] * 2 * LAYERS
+    assert not [
+        node for model in gpu.models.values() for node in model.graph if node.op_type == "QuantizeLinear"
+    ]
     report = json.loads((tmp_path / "bundle" / "report.json").read_text())
     assert report["calibration"]["kv_cache"]["scales"].startswith("per head and channel")
+
+
+def test_validate_runs_the_kept_graph_with_the_rounding(tmp_path, gpu):
+    losses = {}
+    for cache in ("auto", "int8"):
+        exported(tmp_path / cache, kv_cache=cache, keep_onnx=True)
+        folders = tmp_path / cache / "bundle", tmp_path / cache / "source"
+        report = validate(*folders, ValidateOptions(layers=True, gate=None, greedy=False))
+        assert report.out_of_band == []
+        losses[cache] = report.comparisons[0].metrics["relative_error"]
+    assert losses["int8"] > 2 * losses["auto"] > 0
 
 
 @pytest.mark.parametrize("layout", ["shared", "split"])
@@ -213,6 +234,11 @@ def test_a_classifier_has_no_cache_and_attends_natively(tmp_path, gpu):
             "cannot be int8: TensorRT's own attention takes no int8 cache",
         ),
         (dict(kv_cache="int8", precision="bf16"), "cannot be int8: .* fp32 and fp16 activations only"),
+        (dict(kv_cache="fp8", attention="native"), "TensorRT's own attention takes no fp8 cache"),
+        (
+            dict(kv_cache="fp8", capability="86"),
+            "cannot be fp8: .*capability 89 or newer, and this GPU has 86; use --kv-cache int8",
+        ),
         (
             dict(capability="75"),
             "no attention plugin .*capability 75 has no block sizes; .*--attention native",

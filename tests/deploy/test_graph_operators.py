@@ -17,6 +17,7 @@ from glm4_exporters.quantize.recipe import Recipe
 from glm4_exporters.targets import ACTIVATIONS, ONNX_RUNTIME, PRECISIONS, RECIPE_FORMATS, TARGETS
 from glm4_runtime import Session
 from glm4_runtime.bundle import read_manifest
+from glm4_runtime.bundle.element_types import QUANTIZED_CACHES
 from glm4_runtime.bundle.graph_checks import OPERATORS
 from glm4_runtime.errors import ExportError
 
@@ -48,12 +49,7 @@ def graph_of(config, task, form):
     from glm4_exporters.trace import trace
 
     ones = np.ones((config.num_key_value_heads, config.head_dim), np.float32)
-    engine = (
-        form.target.engine is not None
-    )  # the graph that is proved then has a cache of the activations' type
-    scales = (
-        [CacheScales(ones, ones)] * config.num_hidden_layers if form.kv_cache == "int8" and not engine else []
-    )
+    scales = [CacheScales(ones, ones)] * config.num_hidden_layers if form.kv_cache in QUANTIZED_CACHES else []
     steps = model_passes(form, norm_bits={}, cache_scales=scales, input_scales=dict.fromkeys(form.rounded_inputs, 1.0))  # fmt: skip
     return apply(trace(config, task, form.activations), steps).graph
 

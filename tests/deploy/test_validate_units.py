@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from glm4_deploy import show
-from glm4_deploy.thresholds import CACHE_SUFFIX, PARITY, named_gate
+from glm4_deploy.thresholds import CACHE_SUFFIXES, PARITY, named_gate
 from glm4_deploy.thresholds import GATES as NAMES
 from glm4_deploy.validate.bands import BANDS, ORDER, arithmetic_of, find_culprit, is_out_of_band
 from glm4_deploy.validate.drift import BlockError, Error, ErrorSum
@@ -37,10 +37,13 @@ def test_named_gates_have_every_precision_and_metric_and_grow_looser():
         for metric, about in METRICS.items():
             limits = [gates[name][row][metric] for name in NAMES]
             assert limits == sorted(limits, reverse=about.at_least), (row, metric)
-    for name in NAMES:  # a cache in int8 costs something
+    for name in NAMES:  # a quantized cache costs something, and fp8 more than int8
         for precision in PRECISIONS:
-            bare, cached = gates[name][precision], gates[name][precision + CACHE_SUFFIX]
-            assert cached["kl_mean"] > bare["kl_mean"]
+            rows = [
+                gates[name][precision + suffix]
+                for suffix in ("", *(CACHE_SUFFIXES[c] for c in ("int8", "fp8")))
+            ]
+            assert rows[0]["kl_mean"] < rows[1]["kl_mean"] < rows[2]["kl_mean"]
 
 
 def test_every_limit_has_its_reason_beside_it():

@@ -69,6 +69,16 @@ def test_one_row_is_cleared_and_no_other(cuda):
             assert not array_at(view)[1].any()
 
 
+@pytest.mark.parametrize(("kv_cache", "number"), [("bfloat16", 16), ("float8e4m3fn", 17)])
+def test_types_that_numpy_lacks_are_named_by_onnxs_number(cuda, kv_cache, number):
+    memory = on_the_gpu(kv_cache, 3)
+    memory.resize(8, 0)
+    assert {view[2] for view in memory.views(0, 3)} == {number}
+    assert {view[3] for view in memory.views(1, 2)} == {(2, 2, 8, 4)}
+    first, second = memory.views(0, 1)[0], memory.views(1, 1)[0]
+    assert second[4] - first[4] == 2 * 8 * 4 * {16: 2, 17: 1}[number]
+
+
 @pytest.mark.parametrize("kv_cache", ["float32", "float16"])
 @pytest.mark.parametrize("seed", range(8))
 def test_random_operations_leave_both_memories_equal(cuda, kv_cache, seed):

@@ -99,6 +99,7 @@ def test_a_number_that_disagrees_with_the_inputs_the_outputs_or_the_configuratio
         (("task",), "encoder", 'kv_cache is "float32", but task encoder has no cache'),
         (("activations",), "float8", 'activations is "float8", but must be one of float32'),
         (("kv_cache",), "uint4", 'kv_cache is "uint4", but must be one of float32'),
+        (("kv_cache",), "float8e4m3fn", 'kv_cache is "float8e4m3fn", but must be one of float32'),  # an engine's only
         (("kv_cache",), "int8", 'past_key_values.0.key is "float32" ["batch", 2, "capacity", 16] instead of "int8"'),
         (("precision",), "x" * 1000, "is longer than 255 characters"),
         (("model", "num_kv_heads"), 3, "num_heads 4 is not a multiple of model.num_kv_heads 3"),
@@ -212,3 +213,10 @@ def test_counters_that_cannot_be(tmp_path, count):
 def test_counters_of_one_number_in_and_another_out(tmp_path):
     changes = {("outputs", -1, "shape", 0): 527}
     assert "present_counters is" in refusal(tmp_path, with_counters(528), changes)
+
+
+def test_an_engine_may_have_a_cache_of_8_bit_floats(tmp_path):
+    io = graph_io("causal-lm", MODEL, "float8e4m3fn", 256)
+    engine = dataclasses.replace(ENGINE, kv_cache="float8e4m3fn", inputs=io.inputs, outputs=io.outputs)
+    write_manifest(tmp_path, engine)
+    assert read_manifest(tmp_path).kv_cache == "float8e4m3fn"

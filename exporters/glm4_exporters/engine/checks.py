@@ -10,8 +10,10 @@ from glm4_exporters.config import Glm4Config
 from glm4_exporters.engine.gpu import gpu_capability
 from glm4_exporters.engine.kinds import ENGINE_KINDS, EngineKind
 from glm4_exporters.engine.options import ENGINE_LAYOUTS, SMALL_TILES, EngineOptions, engine_attention
+from glm4_exporters.form import Form
 from glm4_exporters.targets import PRECISIONS
-from glm4_plugins.launch import KernelShape, choices, unsupported
+from glm4_plugins.launch import QUANTIZED, KernelShape, choices, unsupported
+from glm4_runtime.bundle.element_types import QUANTIZED_CACHES
 from glm4_runtime.errors import ExportError
 from glm4_runtime.install import install_command
 
@@ -122,13 +124,13 @@ def _require_gpu(target: str, precision: str) -> None:
         )
 
 
-def require_plugin(config: Glm4Config, activations: str, max_batch: int, capability: str) -> None:
-    """Refuse a model or a GPU for which our attention plugin has no kernel.
+def require_plugin(config: Glm4Config, form: Form, max_batch: int, capability: str) -> None:
+    """Refuse a model, a cache or a GPU for which our attention plugin has no kernel.
 
     Raises:
         ExportError: the model's heads, or the GPU.
     """
-    name = {"float16": "fp16", "bfloat16": "bf16"}.get(activations, activations)
+    name = {"float16": "fp16", "bfloat16": "bf16"}.get(form.activations, form.activations)
     heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     refusal = unsupported(KernelShape(*heads, config.scale, max_batch, name), config.rotary_dim)
     try:
@@ -138,4 +140,10 @@ def require_plugin(config: Glm4Config, activations: str, max_batch: int, capabil
     if refusal:
         raise ExportError(
             f"there is no attention plugin for this model here: {refusal}; use --attention native"
+        )
+    cache = QUANTIZED_CACHES.get(str(form.kv_cache))
+    if cache is not None and int(capability) < QUANTIZED[cache][1]:
+        raise ExportError(
+            f"the KV cache cannot be {cache}: this needs compute capability {QUANTIZED[cache][1]} or newer, and this "
+            f"GPU has {capability}; use --kv-cache int8"
         )

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glm4_plugins.operator import OP_TYPE, PLUGIN_INT8
+from glm4_plugins.operator import OP_TYPE, PLUGIN_FP8, PLUGIN_INT8
 from glm4_runtime.errors import ExportError
 
 # Operators that compute in float32 on purpose: inside norms, and the last cast of the logits.
@@ -23,7 +23,7 @@ LAYERS_OF_OPERATORS = {
 }
 
 # Operators from which the parser makes the same layer as from another one.
-SAME_LAYER = {PLUGIN_INT8: OP_TYPE, "TRT_MXFP8DequantizeLinear": "DequantizeLinear"}
+SAME_LAYER = {PLUGIN_INT8: OP_TYPE, PLUGIN_FP8: OP_TYPE, "TRT_MXFP8DequantizeLinear": "DequantizeLinear"}
 
 
 class Network:

@@ -21,6 +21,7 @@ from glm4_exporters.passes.plugin_attention import PluginAttention
 from glm4_exporters.passes.quantize_cache import QuantizeCache
 from glm4_exporters.passes.quantize_inputs import QuantizeInputs
 from glm4_exporters.passes.quantize_weights import QuantizeWeights
+from glm4_exporters.passes.round_cache import RoundCache
 from glm4_exporters.passes.scale_eps import ScaleEps
 from glm4_exporters.passes.skip_norm import SkipNorm
 from glm4_exporters.passes.split_products import SplitProducts
@@ -74,11 +75,19 @@ def model_passes(
     return [
         *([ScaleEps(norm_bits)] if norm_bits else []),  # before a pass that fuses norms
         *lowering(form.target, plugin),
-        *([QuantizeCache(cache_scales)] if cache_scales else []),
+        *_cache_passes(form, cache_scales, plugin),
         *(make(form.formats) for make in STORED[products.name] if form.formats),
         *([QuantizeInputs(input_scales, unsigned=products.unsigned_inputs)] if input_scales else []),
         *([InputMajor()] if form.target.input_major else []),
     ]
+
+
+def _cache_passes(form: Form, scales: Sequence[CacheScales], plugin: PluginAttention | None) -> list[Pass]:
+    """A quantized cache; in the graph that parity checks for an engine, its rounding alone."""
+    if not scales or form.kv_cache is None:
+        return []
+    proof = form.target.engine is not None and plugin is None
+    return [RoundCache(scales, form.kv_cache) if proof else QuantizeCache(scales, form.kv_cache)]
 
 
 def engine_passes(capacity: int) -> list[Pass]:

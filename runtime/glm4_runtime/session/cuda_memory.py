@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from glm4_runtime.bundle import Manifest
-from glm4_runtime.bundle.element_types import BFLOAT16, bits
+from glm4_runtime.bundle.element_types import NUMPY_LACKS, bits
 from glm4_runtime.kv_cache import Move
 from glm4_runtime.session.cuda_device import Cuda
 from glm4_runtime.session.memory import CacheMemory
@@ -22,7 +22,7 @@ class CudaMemory(CacheMemory):
         super().__init__(manifest, rows)
         self._cuda = cuda
         name = str(manifest.kv_cache)
-        self._element: Any = BFLOAT16 if name == "bfloat16" else np.dtype(name)
+        self._element: Any = NUMPY_LACKS.get(name) or np.dtype(name)
         self._item = bits(name) // 8
         self._pointers = [0] * len(self.names)
         self._capacities = [0] * len(self.names)

@@ -13,7 +13,8 @@ from glm4_runtime.session.kernel_cache import KernelCache
 
 # TensorRT's names of a manifest's element types.
 TENSORRT_TYPES = {
-    "float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int8": "INT8", "int32": "INT32", "int64": "INT64",
+    "float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "float8e4m3fn": "FP8", "int8": "INT8", "int32": "INT32",
+    "int64": "INT64",
 }  # fmt: skip
 CUDA_GRAPH = "CUDA graph"  # the key in ``skipped`` for the reason why a session records none
 # What to do on a GPU that an engine does not support.

@@ -1,12 +1,8 @@
 """The routes and the middleware of the server."""
 
 import asyncio
-import base64
-import hashlib
-import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI
@@ -26,11 +22,11 @@ from glm4_runtime.server.bodies import Bodies
 from glm4_runtime.server.error_forms import error_response
 from glm4_runtime.server.errors import ApiError, Json, api_error
 from glm4_runtime.server.guard import Guarded, Recorded
+from glm4_runtime.server.page import headers_of, whole_page
 from glm4_runtime.server.proxy import Prefixed, shared_with
 from glm4_runtime.server.responses.routes import add_routes as add_responses
 from glm4_runtime.server.served_model import ServedModel
 
-_PAGE = "page.html"
 # Maximum seconds between two pieces of a body.
 _LONGEST_SILENCE = 10.0
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -137,12 +133,8 @@ def _add_api(app: FastAPI, served: ServedModel) -> None:
 
 
 def _add_operations(app: FastAPI, served: ServedModel) -> None:
-    page = files("glm4_runtime.server").joinpath(_PAGE).read_text("utf-8")
-    page_headers = {
-        "Content-Security-Policy": _content_security_policy(page),
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-    }
+    page = whole_page()
+    page_headers = headers_of(page)
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
@@ -271,18 +263,3 @@ def _without_422(document: dict[str, Any]) -> dict[str, Any]:
         for operation in path.values():
             operation["responses"].pop("422", None)
     return document
-
-
-def _content_security_policy(page: str) -> str:
-    """Allow only the page's own script and style, and requests to this server."""
-    allowed = {
-        tag: " ".join(
-            f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-            for text in re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        )
-        for tag in ("script", "style")
-    }
-    return (
-        f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )

@@ -4,12 +4,13 @@ import json
 import math
 import re
 import shutil
-from importlib.resources import files
 
 import httpx
 import pytest
 
-PAGE = files("glm4_runtime.server").joinpath("page.html").read_text("utf-8")
+from glm4_runtime.server.page import whole_page
+
+PAGE = whole_page()
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TOOLS = [{"type": "function", "function": {"name": "get_time"}}]
 THOUGHT = ["\nLet", " me see.", "</think>", "\n\nIt is", " <b>noon</b>."]

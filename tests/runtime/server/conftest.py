@@ -4,6 +4,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
+import chat_page
 import openai
 import pytest
 from bundles import rehash
@@ -92,3 +93,41 @@ def bundle_of(tmp_path_factory):
         return folder / task
 
     return make
+
+
+@pytest.fixture(scope="session")
+def browser():
+    if chat_page.CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chat_page.CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def complaints():
+    """What the browser complained of; empty it where a test expects complaints."""
+    return []
+
+
+@pytest.fixture
+def opened(browser, complaints):
+    """A function that opens a server's page; complaints of the browser fail the test."""
+    contexts = []
+
+    def open_page(server, **options):
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on(
+            "console", lambda message: complaints.append(message.text) if message.type == "error" else None
+        )
+        page.goto(server.url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []

@@ -3,15 +3,14 @@
 import json
 import math
 import re
-import shutil
 
 import httpx
 import pytest
+from chat_page import answer, answered, say
 
 from glm4_runtime.server.page import whole_page
 
 PAGE = whole_page()
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TOOLS = [{"type": "function", "function": {"name": "get_time"}}]
 THOUGHT = ["\nLet", " me see.", "</think>", "\n\nIt is", " <b>noon</b>."]
 
@@ -24,58 +23,6 @@ def test_the_page_needs_nothing_from_elsewhere(server):
     policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def complaints():
-    """What the browser complained of; empty it where a test expects complaints."""
-    return []
-
-
-@pytest.fixture
-def opened(browser, complaints):
-    """A function that opens a server's page; complaints of the browser fail the test."""
-    pages = []
-
-    def open_page(server, **options):
-        page = browser.new_page(**options)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on(
-            "console", lambda message: complaints.append(message.text) if message.type == "error" else None
-        )
-        page.goto(server.url)
-        pages.append(page)
-        return page
-
-    yield open_page
-    for page in pages:
-        page.close()
-    assert complaints == []
-
-
-def say(page, text):
-    page.fill("#say", text)
-    page.keyboard.press("Enter")
-
-
-def answered(page, count=1):
-    """Wait until so many answers have ended."""
-    page.locator(".assistant:not([aria-busy]) .figures").nth(count - 1).wait_for()
-
-
-def answer(page, index=0):
-    return page.locator(".assistant > .text").nth(index).inner_text()
 
 
 def contents(scheduler, index, bundle):
@@ -155,7 +102,7 @@ def test_an_answer_can_be_stopped(opened, scripted, way):
     say(page, "Hi")
     page.locator(".assistant").get_by_text("Hello", exact=True).wait_for()
     page.get_by_role("button", name="Stop").click() if way == "button" else page.keyboard.press("Escape")
-    page.get_by_text("Stopped.").wait_for()
+    page.locator(".assistant").get_by_text("Stopped.").wait_for()
     assert scheduler.tickets[0].cancelled.wait(5)
     assert page.get_by_role("button", name="Send").is_visible()
 
@@ -289,97 +236,3 @@ def test_a_classifier_has_no_chat_box(opened, server_of, bundle_of):
         shares = [float(text.split()[0]) for text in page.locator(".label span:last-child").all_inner_texts()]
         assert sum(shares) == pytest.approx(100, abs=0.2)
         assert shares == sorted(shares, reverse=True)
-
-
-MARKDOWN = {
-    "# Title": "<h3>Title</h3>",
-    "a *b* **c** ***d*** ~~e~~ `f*g*`": "<p>a <em>b</em> <strong>c</strong> <strong><em>d</em></strong> <s>e</s> <code>f*g*</code></p>",
-    "snake_case_name and 2 * 3 * 4": "<p>snake_case_name and 2 * 3 * 4</p>",
-    "one\ntwo\n\nthree": "<p>one<br>two</p><p>three</p>",
-    "- a\n- b\n  - c\n- d": "<ul><li>a</li><li>b<ul><li>c</li></ul></li><li>d</li></ul>",
-    "3. a\n4. b": '<ol start="3"><li>a</li><li>b</li></ol>',
-    "1. a\n\n   more\n2. b": '<ol start="1"><li>a<p>more</p></li><li>b</li></ol>',
-    "1. a\n   - x\n   - y\n2. b": '<ol start="1"><li>a<ul><li>x</li><li>y</li></ul></li><li>b</li></ol>',
-    "Steps:\n- a\n- b\nafter": "<p>Steps:</p><ul><li>a</li><li>b<br>after</li></ul>",
-    "- [ ] open\n- [x] done": "<ul><li>☐ open</li><li>☑ done</li></ul>",
-    "> a\n> b\n\nc": "<blockquote><p>a<br>b</p></blockquote><p>c</p>",
-    "---": "<hr>",
-    "| a | b |\n|---|--:|\n| 1 | 2 |\n| `x\\|y` |": '<div class="wide"><table><thead><tr><th>a</th><th class="right">b</th></tr></thead>'
-    '<tbody><tr><td>1</td><td class="right">2</td></tr><tr><td><code>x|y</code></td><td class="right"></td></tr></tbody></table></div>',
-    "a | b, no table": "<p>a | b, no table</p>",
-    "[x](https://e.org/a_(b))": '<p><a href="https://e.org/a_(b)" target="_blank" rel="noopener noreferrer">x</a></p>',
-    "[x](javascript:alert(1))": "<p><span>x</span></p>",
-    "see https://e.org/a_b_c.": '<p>see <a href="https://e.org/a_b_c" target="_blank" rel="noopener noreferrer">https://e.org/a_b_c</a>.</p>',
-    "<img src=x onerror=alert(1)>": "<p>&lt;img src=x onerror=alert(1)&gt;</p>",
-    "\\*plain\\*": "<p>*plain*</p>",
-    "$a_1 * b_1$ costs $5 or $6": '<p><span class="formula">$a_1 * b_1$</span> costs $5 or $6</p>',
-    "\\(x_1 * y_1\\)": '<p><span class="formula">\\(x_1 * y_1\\)</span></p>',
-    "$$\na_1 *\n\nb_1*\n$$\nc": '<div class="formula">$$\na_1 *\n\nb_1*\n$$</div><p>c</p>',
-    "\\[ x^2 \\]": '<div class="formula">\\[ x^2 \\]</div>',
-    "**unclosed and `open": "<p>**unclosed and `open</p>",
-    "你好，**世界**。": "<p>你好，<strong>世界</strong>。</p>",
-}
-
-
-def markdown(page, source):
-    return page.evaluate(
-        "source => { const box = make('div'); new Markdown(box).show(source); return box.innerHTML; }", source
-    )
-
-
-def test_markdown(opened, server):
-    page = opened(server)
-    assert {source: markdown(page, source) for source in MARKDOWN} == MARKDOWN
-    code = markdown(page, "```py\nif x < 1:\n\n    *y*\n```\nafter")
-    assert "<pre><code>if x &lt; 1:\n\n    *y*</code></pre></div><p>after</p>" in code
-    assert "<span>py</span>" in code
-    assert "<pre><code>a\nb</code></pre>" in markdown(
-        page, "```\na\nb"
-    )  # a block that is still being written
-
-
-def test_a_growing_text_ends_as_the_whole_text(opened, server):
-    page = opened(server)
-    source = "\n\n".join([*MARKDOWN, "```py\nx\n```"])
-    grown, kept = page.evaluate(
-        """source => {
-          const box = make('div'), grown = new Markdown(box);
-          grown.show(source.slice(0, 40));
-          const first = box.firstChild;
-          for (let length = 41; length <= source.length; length += 3) grown.show(source.slice(0, length));
-          grown.show(source);
-          return [box.innerHTML, box.firstChild === first];
-        }""",
-        source,
-    )
-    assert grown == markdown(page, source)
-    assert kept  # what has not changed is not drawn again
-
-
-@pytest.mark.parametrize(
-    "piece",
-    [
-        "*",
-        "`",
-        "[",
-        "$",
-        "> ",
-        "- ",
-        "**a ",
-        "`a",
-        "\\(",
-        "\\[\n",
-        "$$\n",
-        "| ",
-        "|-|\n",
-        "_a ",
-        "~~a",
-        "[](",
-        "1. ",
-        "  - a\n",
-    ],
-)
-def test_no_text_stops_the_page(opened, server, piece):
-    page = opened(server)
-    page.set_default_timeout(20_000)
-    page.evaluate("source => { new Markdown(make('div')).show(source); }", piece * (40_000 // len(piece)))

@@ -4,7 +4,21 @@
 // A text becomes elements. Nothing of the text is ever read as HTML. Formulas stay as they were written.
 const LONGEST_INLINE = 8000;  // characters; a longer paragraph is shown as it is
 const DEEPEST = 16;  // quotes and lists within each other; deeper ones are shown as paragraphs
-const INLINE = /(?<!`)(?<ticks>`+)(?<code>[^`]|[^`][^]*?[^`])\k<ticks>(?!`)|(?<formula>\$\$[^$]+\$\$|\\\([^]+?\\\)|\\\[[^]+?\\\]|\$(?![\s$])[^$\n]*[^\s$\\]\$(?!\d))|\*\*(?=\S)(?<strong>[^]*?[^\s*]\**)\*\*|\*(?![\s*])(?<em>[^*]*[^\s*])\*(?!\*)|(?<![\p{L}\p{N}_])__(?=\S)(?<strong2>[^_]*[^\s_])__(?![\p{L}\p{N}_])|(?<![\p{L}\p{N}_])_(?![\s_])(?<em2>[^_]*[^\s_])_(?![\p{L}\p{N}_])|~~(?=\S)(?<struck>[^~]*[^\s~])~~|!?\[(?<label>[^\[\]]*)\]\((?<to>[^\s()]*(?:\([^\s()]*\)[^\s()]*)*)(?:\s+"[^"]*")?\)|<(?<auto>https?:\/\/[^\s<>]+)>|(?<bare>https?:\/\/[^\s<>]*[^\s<>.,;:!?'")\]])|\\(?<escaped>[!-\/:-@\[-`{-~])|(?<line> {2,}\n|\\\n|\n)/gu;
+// What may stand within a line. A formula's $ touches what is inside, and no digit follows: "$5 or $6" is no formula.
+const INLINE = new RegExp([
+  /(?<!`)(?<ticks>`+)(?<code>[^`]|[^`][^]*?[^`])\k<ticks>(?!`)/u,
+  /(?<formula>\$\$[^$]+\$\$|\\\([^]+?\\\)|\\\[[^]+?\\\]|\$(?![\s$])[^$\n]*[^\s$\\]\$(?!\d))/u,
+  /\*\*(?=\S)(?<strong>[^]*?[^\s*]\**)\*\*/u,
+  /\*(?![\s*])(?<em>[^*]*[^\s*])\*(?!\*)/u,
+  /(?<![\p{L}\p{N}_])__(?=\S)(?<strong2>[^_]*[^\s_])__(?![\p{L}\p{N}_])/u,
+  /(?<![\p{L}\p{N}_])_(?![\s_])(?<em2>[^_]*[^\s_])_(?![\p{L}\p{N}_])/u,
+  /~~(?=\S)(?<struck>[^~]*[^\s~])~~/u,
+  /!?\[(?<label>[^\[\]]*)\]\((?<to>[^\s()]*(?:\([^\s()]*\)[^\s()]*)*)(?:\s+"[^"]*")?\)/u,
+  /<(?<auto>https?:\/\/[^\s<>]+)>/u,
+  /(?<bare>https?:\/\/[^\s<>]*[^\s<>.,;:!?'")\]])/u,
+  /\\(?<escaped>[!-\/:-@\[-`{-~])/u,
+  /(?<line> {2,}\n|\\\n|\n)/u,
+].map(part => part.source).join("|"), "gu");
 
 function link(to, ...children) {
   if (!/^(https?:|mailto:)/i.test(to)) return make("span", {}, ...children);
@@ -56,7 +70,7 @@ const BLOCKS = [
     const last = end < 0 ? lines.length : end;
     const indent = new RegExp("^ {0," + opened[1].length + "}");
     const code = lines.slice(i + 1, last).map(line => line.replace(indent, "")).join("\n");
-    return [last + 1, () => make("div", {kind: "code"}, make("header", {}, make("span", {text: opened[3].trim() || "text"}), copyButton(() => code)), make("pre", {}, make("code", {text: code})))];
+    return [last + 1, () => codeBox(opened[3].trim() || "text", code)];
   },
   function display(lines, i) {
     const opened = DISPLAY.exec(lines[i])?.[1];
@@ -117,6 +131,11 @@ const BLOCKS = [
     return [end, () => make("p", {}, ...inline(lines.slice(i, end).join("\n").trim()))];
   },
 ];
+
+function codeBox(language, code) {
+  const head = make("div", {kind: "head"}, make("span", {text: language}), copyButton(() => code));
+  return make("div", {kind: "code"}, head, make("pre", {tabindex: 0, role: "region", "aria-label": "Code: " + language}, make("code", {text: code})));
+}
 
 function listItem(lines, depth) {
   const box = /^\[([ xX])\] +/.exec(lines[0]);

@@ -223,6 +223,9 @@ def test_the_page_works_on_a_phone(opened, scripted):
     assert page.locator("#side").is_visible()
     page.click("#new")
     assert not page.locator("#side").is_visible()
+    page.get_by_role("button", name="Conversations").click()
+    page.mouse.click(330, 300)  # beside the list
+    assert not page.locator("#side").is_visible()
 
 
 def test_a_classifier_has_no_chat_box(opened, server_of, bundle_of):

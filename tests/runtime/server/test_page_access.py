@@ -9,7 +9,9 @@ from chat_page import CHROMIUM, answered, say
 
 if CHROMIUM is None:
     pytest.skip("no Chromium on this machine", allow_module_level=True)
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+axe = pytest.importorskip(
+    "axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed"
+)
 
 TOOLS = [{"type": "function", "function": {"name": "get_time"}}]
 THOUGHT = ["\nThe user asks for", " the time in Oslo.", "</think>", 'get_time\n{"city": "Oslo"}']
@@ -35,7 +37,9 @@ LOOKS = {
     "phone-dark": {"color_scheme": "dark", "viewport": {"width": 360, "height": 740}},
 }
 HARM = "<img src=x onerror=harm()><script>harm()</script><iframe src='javascript:harm()'></iframe>"
-HARMFUL_LINKS = "[a](javascript:harm()) [b](data:text/html,<script>harm()</script>) ![c](http://127.0.0.1:9/x.png)"
+HARMFUL_LINKS = (
+    "[a](javascript:harm()) [b](data:text/html,<script>harm()</script>) ![c](http://127.0.0.1:9/x.png)"
+)
 
 
 def conversation(opened, scripted, bundle, **look):
@@ -60,7 +64,9 @@ def faults(page):
     return [(one["id"], one["help"], one["nodes"][0]["html"]) for one in found]
 
 
-@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize(
+    "look", [pytest.param(look, marks=pytest.mark.more if look == "phone-dark" else ()) for look in LOOKS]
+)
 def test_axe_finds_no_fault(opened, scripted, thinking_bundle, look):
     """Pictures for people are in out/page."""
     page = conversation(opened, scripted, thinking_bundle, **LOOKS[look])
@@ -74,7 +80,9 @@ def test_axe_finds_no_fault(opened, scripted, thinking_bundle, look):
         page.get_by_role("button", name="Conversations").click()
     page.screenshot(path=pictures / f"{look}-open.png")
     assert faults(page) == []
-    page.get_by_role("button", name="Keys").click() if "phone" not in look else page.keyboard.press("Control+/")
+    page.get_by_role("button", name="Keys").click() if "phone" not in look else page.keyboard.press(
+        "Control+/"
+    )
     page.screenshot(path=pictures / f"{look}-keys.png")
     assert faults(page) == []
 
@@ -162,8 +170,10 @@ def test_the_keyboard_is_enough(opened, scripted):
 
 def test_harmful_answers_are_only_text(opened, scripted, thinking_bundle):
     thought = [f"\n{HARM}", "</think>", "get_time\n", json.dumps({"x": HARM})]
-    scheduler, server, _ = scripted(
-        thought, ["\n</think>", f"\n{HARM}\n\n{HARMFUL_LINKS}\n\n```{HARM}\n{HARM}\n```"], bundle=thinking_bundle
+    _, server, _ = scripted(
+        thought,
+        ["\n</think>", f"\n{HARM}\n\n{HARMFUL_LINKS}\n\n```{HARM}\n{HARM}\n```"],
+        bundle=thinking_bundle,
     )
     page = opened(server)
     asked = []

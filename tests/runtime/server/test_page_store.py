@@ -5,7 +5,10 @@ import json
 import pytest
 from chat_page import answer, answered, say
 
-SOUND = {"id": "a1", "messages": [{"role": "user", "content": "kept"}, {"role": "assistant", "content": "yes"}]}
+SOUND = {
+    "id": "a1",
+    "messages": [{"role": "user", "content": "kept"}, {"role": "assistant", "content": "yes"}],
+}
 SPOILT = {
     "no JSON": "{",
     "no list": '{"a": 1}',
@@ -43,7 +46,9 @@ def test_what_is_spoilt_in_the_store_is_left_out(opened, server):
         page.evaluate("text => localStorage.setItem(STORE, text)", store)
         page.reload()
         assert titles(page) == [], name
-        assert page.evaluate("document.activeElement.id") == "say", name  # the last of what the page does at its start
+        assert page.evaluate("document.activeElement.id") == "say", (
+            name
+        )  # the last of what the page does at its start
     page.evaluate("text => localStorage.setItem(STORE, text)", json.dumps([{"messages": 3}, SOUND]))
     page.reload()
     assert titles(page) == ["kept"]
@@ -80,7 +85,9 @@ def test_a_page_without_a_store_remembers_by_itself(opened, scripted, what):
 
 def test_the_oldest_conversations_make_room(opened, scripted):
     _, server, _ = scripted(["\n" + "y" * 150_000])
-    old = [{"id": f"c{i}", "title": f"old {i}", "messages": PAIR} for i in range(52)]  # 5.2 of 5.24 million characters
+    old = [
+        {"id": f"c{i}", "title": f"old {i}", "messages": PAIR} for i in range(52)
+    ]  # 5.2 of 5.24 million characters
     page = open_with(opened, server, json.dumps(old))
     page.click("#new")
     say(page, "Hi")

@@ -72,7 +72,7 @@ function shares(scores) {
 
 // ---- The message box -----------------------------------------------------------------------------
 const WORDS = {
-  "causal-lm": ["Send", "Message (Enter sends, Shift+Enter breaks the line)"],
+  "causal-lm": ["Send", "Message"],
   "sequence-classification": ["Classify", "A text to classify"],
   "token-classification": ["Classify", "A text whose tokens to classify"],
 };
@@ -136,6 +136,7 @@ at("form").addEventListener("submit", event => { event.preventDefault(); if (run
 at("new").addEventListener("click", newChat);
 at("fold").addEventListener("click", toggleSide);
 at("undo").addEventListener("click", bringBack);
+at("page").addEventListener("pointerdown", () => { if (narrow.matches) showSide(false); });
 at("help").addEventListener("click", showKeys);
 at("close").addEventListener("click", () => at("keys").close());
 at("models").addEventListener("change", () => useModel(models.find(one => one.id === at("models").value)));

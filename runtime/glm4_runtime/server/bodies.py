@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from starlette.types import Message, Receive
 
 from glm4_runtime.server.errors import ApiError
-from glm4_runtime.server.served_model import ClientGoneError
+from glm4_runtime.server.running_replies import ClientGoneError
 
 # uvicorn buffers this much of each connection anyway.
 SMALL = 64 * 2**10

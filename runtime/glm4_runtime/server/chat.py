@@ -29,7 +29,8 @@ from glm4_runtime.server.errors import ApiError, Json
 from glm4_runtime.server.event_stream import PLAIN_EVENTS, Chunk, EventStyle
 from glm4_runtime.server.messages import Tool
 from glm4_runtime.server.reply import CallRules, Delta, Reply
-from glm4_runtime.server.served_model import RunningReplies, ServedModel
+from glm4_runtime.server.running_replies import RunningReplies
+from glm4_runtime.server.served_model import ServedModel
 from glm4_runtime.structured import MAX_CALLS, Function, ReplyFormat
 
 _ANY_ARGUMENTS = {"type": "object"}

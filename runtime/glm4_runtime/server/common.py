@@ -17,7 +17,8 @@ from glm4_runtime.server import log, schema
 from glm4_runtime.server.connections import is_blocked
 from glm4_runtime.server.errors import ApiError
 from glm4_runtime.server.event_stream import Chunk, EventStyle, event_stream
-from glm4_runtime.server.served_model import RunningReplies, ServedModel
+from glm4_runtime.server.running_replies import RunningReplies
+from glm4_runtime.server.served_model import ServedModel
 from glm4_runtime.structured import AnswerFormat
 
 _GIVEN_AS_THEY_ARE = (

@@ -27,7 +27,8 @@ from glm4_runtime.server.errors import ApiError, Json
 from glm4_runtime.server.event_stream import PLAIN_EVENTS, Chunk, EventStyle
 from glm4_runtime.server.prompt_scores import prompt_entries, prompt_logprobs
 from glm4_runtime.server.reply import token_logprobs
-from glm4_runtime.server.served_model import RunningReplies, ServedModel
+from glm4_runtime.server.running_replies import RunningReplies
+from glm4_runtime.server.served_model import ServedModel
 from glm4_runtime.structured import GrammarMask, ReplyFormat
 from glm4_runtime.text_pieces import TextPieces
 

@@ -9,7 +9,7 @@ from starlette.responses import StreamingResponse
 
 from glm4_runtime.server import log
 from glm4_runtime.server.errors import ApiError, api_error, encode
-from glm4_runtime.server.served_model import ClientGoneError
+from glm4_runtime.server.running_replies import ClientGoneError
 
 Chunk = dict[str, Any]
 

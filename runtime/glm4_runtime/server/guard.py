@@ -17,7 +17,8 @@ from glm4_runtime.server import lanes, log
 from glm4_runtime.server.bodies import Bodies
 from glm4_runtime.server.error_forms import error_response
 from glm4_runtime.server.errors import ApiError
-from glm4_runtime.server.served_model import ClientGoneError, ServedModel
+from glm4_runtime.server.running_replies import ClientGoneError
+from glm4_runtime.server.served_model import ServedModel
 
 # The page asks the user for the key. Health probes have no key.
 _OPEN = frozenset({"/", "/health", "/health/live", "/health/ready"})

@@ -9,7 +9,7 @@ import pytest
 from glm4_runtime.server import bodies
 from glm4_runtime.server.bodies import SMALL, Bodies
 from glm4_runtime.server.errors import ApiError
-from glm4_runtime.server.served_model import ClientGoneError
+from glm4_runtime.server.running_replies import ClientGoneError
 
 LARGE = 2 * SMALL
 

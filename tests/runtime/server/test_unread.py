@@ -13,7 +13,7 @@ from glm4_runtime import SamplingParams
 from glm4_runtime.generate import Token
 from glm4_runtime.scheduler import Generated, Request
 from glm4_runtime.server import served_model
-from glm4_runtime.server.served_model import RunningReplies
+from glm4_runtime.server.running_replies import RunningReplies
 from glm4_runtime.server.unread import Unread, UnreadOfOne
 
 MODEL = "glm4-tiny"

@@ -14,7 +14,8 @@ from glm4_runtime.server.chat import ChatPlan, ChatRun
 from glm4_runtime.server.errors import ApiError, Json
 from glm4_runtime.server.event_stream import NAMED_EVENTS, Chunk, EventStyle
 from glm4_runtime.server.parts import Part, PartEvent, Parts
-from glm4_runtime.server.served_model import RunningReplies, ServedModel
+from glm4_runtime.server.running_replies import RunningReplies
+from glm4_runtime.server.served_model import ServedModel
 
 Block = dict[str, Any]
 

@@ -17,8 +17,9 @@ from glm4_runtime.server.responses.answer import ResponsesAnswer
 from glm4_runtime.server.responses.request import chat_request, require_reasoning
 from glm4_runtime.server.responses.schema import Item, MessageItem, ResponsesRequest
 from glm4_runtime.server.responses.store import ResponseStore, Stored
+from glm4_runtime.server.running_replies import RunningReplies
 from glm4_runtime.server.schema import ChatRequest
-from glm4_runtime.server.served_model import RunningReplies, ServedModel
+from glm4_runtime.server.served_model import ServedModel
 
 _ITEMS: TypeAdapter[list[Item]] = TypeAdapter(list[Item])
 _PATH = "/v1/responses/{response_id}"

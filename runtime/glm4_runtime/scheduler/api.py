@@ -1,7 +1,7 @@
 """The scheduler's interface: requests, events, and statistics."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from glm4_runtime.errors import Glm4Error
 from glm4_runtime.generate import Token
@@ -27,6 +27,8 @@ class Request:
             it had not stopped; ``params.seed`` must be that of the earlier run. There is no :class:`Started` then.
         deadline: the ``time.monotonic()`` at which the request fails with :class:`DeadlineError`, also in the queue.
         id: joins the log lines of this request. Requests of one HTTP request share its id.
+        trace: headers such as ``traceparent``, which join traces of other processes to this request. The scheduler does
+            not read them.
     """
 
     prompt_ids: tuple[int, ...]
@@ -39,6 +41,7 @@ class Request:
     generated: tuple[int, ...] = ()
     deadline: float | None = None
     id: str = ""
+    trace: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,13 @@ class Started:
 
     Attributes:
         scores: scores of the prompt's tokens, if requested.
+        prompt_seconds: from the request's slot to the end of its prompt.
     """
 
     cached_tokens: int
     prompt_tokens: int
     scores: PromptScores | None = None
+    prompt_seconds: float = 0.0
 
     @property
     def last(self) -> bool:
@@ -64,10 +69,12 @@ class Generated:
 
     Attributes:
         top: the requested number of likeliest tokens with their log-probabilities, best first.
+        mask_seconds: seconds for the mask after this token; 0 without a mask.
     """
 
     token: Token
     top: tuple[tuple[int, float], ...] = ()
+    mask_seconds: float = 0.0
 
     @property
     def last(self) -> bool:

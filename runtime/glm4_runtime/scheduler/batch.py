@@ -265,7 +265,7 @@ class Batch:
             return
         self._figures.prompt_tokens += job.prompt
         self._figures.cached_tokens += cached
-        job.started, started = True, Started(cached, job.prompt, job.scores)
+        job.started, started = True, Started(cached, job.prompt, job.scores, job.slot_seconds)
         if job.request.generates:
             job.ticket.tell(started)
             self._take(job, row)
@@ -330,7 +330,7 @@ class Batch:
         elif job.request.mask is None:
             job.ticket.tell(generated)
         else:
-            job.pending = Pending(generated, self._mask_threads().submit(job.request.mask.advance, token.id))
+            job.pending = Pending.begun(generated, job.request.mask, self._mask_threads())
             job.pending.mask.add_done_callback(lambda _: self._wake())
 
     def _settle_masks(self) -> None:
@@ -343,12 +343,12 @@ class Batch:
         pending, job.pending = job.pending, None
         assert pending is not None
         assert job.request.mask is not None
-        pending.mask.result()
+        told = replace(pending.told, mask_seconds=pending.mask.result())
         if job.request.mask.finished:
-            token = job.continuation.ended_by_mask(pending.told.token)
-            self._end(job, str(token.finish_reason), replace(pending.told, token=token))
+            token = job.continuation.ended_by_mask(told.token)
+            self._end(job, str(token.finish_reason), replace(told, token=token))
             return
-        job.ticket.tell(pending.told)
+        job.ticket.tell(told)
         if pending.logits is not None:
             self._take(job, pending.logits)
 

@@ -4,12 +4,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 import numpy as np
 
 from glm4_runtime.generate import Continuation, Logits
+from glm4_runtime.sampling import TokenMask
 from glm4_runtime.scheduler.api import Event, Generated, Request
 from glm4_runtime.scheduler.prefix_cache import Ids
 from glm4_runtime.scheduler.slots import Lease
@@ -97,15 +98,26 @@ class Pending:
 
     Attributes:
         told: the event with the token, not delivered yet.
-        mask: done when the mask is computed.
+        mask: done when the mask is computed; its seconds.
         logits: logits of the next token, float32 [vocab], if the model ran before the mask was ready.
         runs_ahead: whether the model may run before the mask is ready. False after such a run failed.
     """
 
     told: Generated
-    mask: Future[None]
+    mask: Future[float]
     logits: Logits | None = None
     runs_ahead: bool = True
+
+    @classmethod
+    def begun(cls, told: Generated, mask: TokenMask, threads: Executor) -> "Pending":
+        """Begin to compute the mask after a token."""
+        return cls(told, threads.submit(_advance, mask, told.token.id))
+
+
+def _advance(mask: TokenMask, token: int) -> float:
+    began = time.perf_counter()
+    mask.advance(token)
+    return time.perf_counter() - began
 
 
 class Job:

@@ -9,6 +9,7 @@ from glm4_runtime.backend import Backend, Handle
 from glm4_runtime.errors import Glm4Error, RequestError
 from glm4_runtime.scheduler import Event, Failed, Generated, Request, Started
 from glm4_runtime.server.metrics import Metrics
+from glm4_runtime.server.sequence_times import SequenceTimes
 from glm4_runtime.server.unread import UnreadOfOne
 from glm4_runtime.structured import GrammarMask
 
@@ -18,7 +19,11 @@ class ClientGoneError(Exception):
 
 
 class RunningReplies:
-    """The running sequences of one HTTP request."""
+    """The running sequences of one HTTP request.
+
+    Attributes:
+        began: ``time.perf_counter()`` at the submission. ``times``: the moments of each sequence.
+    """
 
     def __init__(
         self,
@@ -28,11 +33,10 @@ class RunningReplies:
         unread: UnreadOfOne,
     ) -> None:
         self.began = time.perf_counter()
-        self.first_token: float | None = None
         self._requests, self._metrics = requests, metrics
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
-        self._last = [self.began] * len(requests)
+        self.times = [SequenceTimes(self.began) for _ in requests]
         self._open = set(range(len(requests)))
         self._tickets: list[Handle] = []
         self._unread = unread
@@ -62,17 +66,24 @@ class RunningReplies:
                 self.cancel()
                 raise self._cause(index, event.error)
             if isinstance(event, Generated):
-                self._measure(index)
+                self._measure(index, event)
                 if event.token.finish_reason is not None:
                     self._open.discard(index)
-            elif not self._requests[index].generates:
-                self._open.discard(index)
+            else:
+                self.times[index].begin(event, time.perf_counter())
+                if not self._requests[index].generates:
+                    self._open.discard(index)
             yield index, event
+
+    @property
+    def first_token(self) -> float | None:
+        """``time.perf_counter()`` at the first token of all sequences. None: there is none yet."""
+        return min((one.first for one in self.times if one.first is not None), default=None)
 
     @property
     def last_token(self) -> float:
         """``time.perf_counter()`` at the last token, or ``began`` before the first token."""
-        return max(self._last)
+        return max(one.last for one in self.times)
 
     def end(self, index: int) -> None:
         """Cancel one sequence and ignore its further events."""
@@ -108,11 +119,9 @@ class RunningReplies:
 
         return receive
 
-    def _measure(self, index: int) -> None:
-        now = time.perf_counter()
-        if self.first_token is None:
-            self.first_token = now
-        first = self._last[index] == self.began
-        histogram = self._metrics.first_token_seconds if first else self._metrics.inter_token_seconds
-        histogram.observe(now - self._last[index])
-        self._last[index] = now
+    def _measure(self, index: int, event: Generated) -> None:
+        times = self.times[index]
+        histogram = (
+            self._metrics.first_token_seconds if times.first is None else self._metrics.inter_token_seconds
+        )
+        histogram.observe(times.take(event, time.perf_counter()))

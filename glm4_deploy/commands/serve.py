@@ -142,6 +142,13 @@ def _replica_count(text: str) -> "ReplicaCount":
 )
 @click.option("--log-prompts", is_flag=True, help="Write prompts and answers to the log.")
 @click.option(
+    "--traces",
+    metavar="ENDPOINT",
+    help="Send traces to this OpenTelemetry collector (OTLP over HTTP), such as http://127.0.0.1:4318. env takes the "
+    "variables OTEL_EXPORTER_OTLP_... Needs the extra otel. Default: no traces.",
+)
+@click.option("--trace-prompts", is_flag=True, help="Put prompts and answers into the traces.")
+@click.option(
     "--provider",
     metavar="NAME",
     help="ONNX Runtime execution provider. Default: the fastest that the bundle supports here.",

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import os
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from glm4_runtime.cluster.work import ReplicaWork
 from glm4_runtime.errors import Glm4Error, ReplicaError
 from glm4_runtime.scheduler import Scheduler
 from glm4_runtime.session import Session
+from glm4_runtime.trace_options import TraceOptions, started
 
 # Seconds for which a replica waits for events before it reports none.
 _REPORT = 0.5
@@ -34,12 +35,14 @@ class ReplicaOptions:
         ends: ids of the tokens that end a reply.
         max_queue: most requests that wait within the replica.
         session: options of ``Session.open``.
+        traces: where the replica sends its spans. None: it makes none.
     """
 
     bundle: str
     ends: tuple[int, ...]
     max_queue: int
     session: dict[str, Any] = field(default_factory=dict)
+    traces: TraceOptions | None = None
 
 
 class ReplicaActor:
@@ -47,10 +50,10 @@ class ReplicaActor:
 
     def __init__(self, options: ReplicaOptions) -> None:
         _log_orders()
+        traces = started(options.traces)
         self._session = Session.open(options.bundle, **options.session)
-        self._work = ReplicaWork(
-            self._session, Scheduler(self._session, max_queue=options.max_queue), options.ends
-        )
+        scheduler = Scheduler(self._session, max_queue=options.max_queue)
+        self._work = ReplicaWork(self._session, scheduler, options.ends, traces)
 
     def describe(self) -> tuple[Identity, int, int]:
         """Identity, number of slots, and process id."""
@@ -64,6 +67,11 @@ class ReplicaActor:
 
     def report(self) -> ReplicaReport:
         return self._work.report(_REPORT)
+
+
+def _named(options: ReplicaOptions, name: str) -> ReplicaOptions:
+    """The options with the replica's name in its traces."""
+    return replace(options, traces=options.traces and replace(options.traces, replica=name))
 
 
 def _log_orders() -> None:
@@ -96,7 +104,7 @@ class RayReplica:
             scheduling_strategy="SPREAD",
             max_restarts=0,
         )(ReplicaActor)
-        self._actor = kind.remote(options)
+        self._actor = kind.remote(_named(options, name))
         try:
             self.identity, self.slots, self.pid = ray.get(self._actor.describe.remote())
         except ray.exceptions.RayError as error:

@@ -1,7 +1,8 @@
 """Serves a bundle by replicas on a Ray cluster, behind the same HTTP app as a single session."""
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from glm4_runtime.server.run import bind, serve_model
 from glm4_runtime.server.served_model import ServedModel
 from glm4_runtime.session import RUNTIMES
 from glm4_runtime.session.ort import cores
+from glm4_runtime.trace_options import TraceOptions
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,18 @@ def _maker(served: ServedModel, cluster: ClusterOptions, gpus: int) -> Callable[
         served.ends,
         served.options.max_queue,
         session_options(served.session.manifest, cluster),
+        _traces(served.options),
     )
     # an actor that hangs in a step without releasing Python's lock leaves its reports unanswered
     patience = cluster.step_timeout + 10
     return lambda name: RayReplica(name, chosen, patience, gpus)
+
+
+def _traces(options: ServerOptions) -> TraceOptions | None:
+    """The options of a replica's traces, with the variables ``OTEL_...`` of this process."""
+    found = options.trace_options
+    variables = {name: value for name, value in os.environ.items() if name.startswith("OTEL_")}
+    return found and replace(found, environment=variables)
 
 
 def session_options(manifest: Manifest, cluster: ClusterOptions) -> dict[str, Any]:

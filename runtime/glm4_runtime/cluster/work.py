@@ -4,16 +4,20 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from glm4_runtime.cluster.order import Action, Order, ReplicaReport, request_of
 from glm4_runtime.errors import Glm4Error, ModelError, RequestError
 from glm4_runtime.scheduler import Event, Failed, Generated, Request, Scheduler, Ticket
 from glm4_runtime.session import Session
 from glm4_runtime.structured import GrammarCompiler, GrammarMask
+
+if TYPE_CHECKING:
+    from glm4_runtime.tracing import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -28,19 +32,27 @@ class _Running:
     """An order from its arrival to its end.
 
     Attributes:
-        id: of its request, for the log.
+        id: of its request, for the log. ``trace``: headers of the request.
         ticket: None while its grammar is compiled. ``later``: the actions that wait for the ticket.
         tokens: how many were generated here, since ``began`` on the clock of ``time.monotonic()``.
     """
 
     id: str
+    trace: Mapping[str, str]
     ticket: Ticket | None = None
     later: list[Action] = field(default_factory=list)
     tokens: int = 0
     began: float = field(default_factory=time.monotonic)
 
-    def log(self, outcome: str) -> None:
-        """Write one line, which the id joins with the server's line of this request."""
+    def end(self, outcome: str, traces: "Traces | None") -> None:
+        """Write one line, which the id joins with the server's line of this request, and make a span."""
+        if traces is not None:
+            seen = {
+                "glm4.request.id": self.id,
+                "glm4.outcome": outcome,
+                "gen_ai.usage.output_tokens": self.tokens,
+            }
+            traces.order(self.trace, self.began, seen)
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         seconds = round(time.monotonic() - self.began, 4)
         line = {"time": now, "event": "order", "id": self.id, "outcome": outcome, "tokens": self.tokens}
@@ -50,10 +62,16 @@ class _Running:
 class ReplicaWork:
     """Runs orders and collects their events. All methods may be called from any thread."""
 
-    def __init__(self, session: Session, scheduler: Scheduler, ends: Sequence[int]) -> None:
-        """``ends``: ids of the tokens that end a reply; grammars allow them."""
+    def __init__(
+        self,
+        session: Session,
+        scheduler: Scheduler,
+        ends: Sequence[int],
+        traces: "Traces | None" = None,
+    ) -> None:
+        """``ends``: ids of the tokens that end a reply; grammars allow them. ``traces``: makes a span of each order."""
         assert session.tokenizer is not None
-        self._scheduler = scheduler
+        self._scheduler, self._traces = scheduler, traces
         self._grammars = GrammarCompiler(session.tokenizer, session.manifest.model.vocab_size, ends)
         self._threads = ThreadPoolExecutor(_PREPARING, "replica-order")
         self._lock = threading.Condition()
@@ -68,7 +86,7 @@ class ReplicaWork:
             if number in self._early:
                 del self._early[number]
                 return
-            self._orders[number] = _Running(order.request.id)
+            self._orders[number] = _Running(order.request.id, order.request.trace)
         if order.grammar is None:
             self._begin(number, order)
         else:
@@ -99,7 +117,7 @@ class ReplicaWork:
 
     def _cancelled(self, number: int) -> None:
         if running := self._orders.pop(number, None):
-            running.log("cancelled")
+            running.end("cancelled", self._traces)
         else:
             self._early[number] = None
             while len(self._early) > _MOST_EARLY:
@@ -144,7 +162,7 @@ class ReplicaWork:
             running.tokens += isinstance(event, Generated)
             if last:
                 del self._orders[number]
-                running.log(_outcome(event))
+                running.end(_outcome(event), self._traces)
             self._events.append((number, event))
             self._lock.notify_all()
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -27,6 +27,9 @@ from glm4_runtime.server.proxy import Prefixed, shared_with
 from glm4_runtime.server.responses.routes import add_routes as add_responses
 from glm4_runtime.server.served_model import ServedModel
 
+if TYPE_CHECKING:
+    from glm4_runtime.tracing import Traces
+
 # Maximum seconds between two pieces of a body.
 _LONGEST_SILENCE = 10.0
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -45,8 +48,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(served: ServedModel) -> FastAPI:
-    """The application of a served model; starts and closes the model."""
+def create_app(served: ServedModel, traces: "Traces | None" = None) -> FastAPI:
+    """The application of a served model; starts and closes the model. ``traces``: makes the spans of requests."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -76,17 +79,17 @@ def create_app(served: ServedModel) -> FastAPI:
     document = app.openapi
     app.openapi = lambda: _without_422(document())  # type: ignore[method-assign]
     paths = [route.path for route in app.routes if hasattr(route, "path")]
-    app.user_middleware = _middleware(served, paths)
+    app.user_middleware = _middleware(served, paths, traces)
     return app
 
 
-def _middleware(served: ServedModel, paths: list[str]) -> list[Middleware]:
+def _middleware(served: ServedModel, paths: list[str], traces: "Traces | None") -> list[Middleware]:
     """The middleware in the order in which a request passes it."""
     options = served.options
     bodies = Bodies(options.max_body_bytes, options.body_timeout, min(options.body_timeout, _LONGEST_SILENCE))
     return [
         *([Middleware(Prefixed, prefix=options.path_prefix)] if options.path_prefix else []),
-        Middleware(Recorded, served=served, routes=paths),
+        Middleware(Recorded, served=served, routes=paths, traces=traces),
         *shared_with(options.allow_origins),
         Middleware(Guarded, api_keys=options.api_keys, host_names=options.host_names, bodies=bodies),
     ]

@@ -221,7 +221,7 @@ class ChatRun:
         self.usage.completion = sum(reply.tokens for reply in self.replies)
         self.usage.reasoning = sum(reply.thought_tokens for reply in self.replies)
         note_answer(self.job, self.usage, [reply.finish_reason for reply in self.replies])
-        if self._served.options.log_prompts:
+        if self._served.options.keeps_prompts:
             log.record()["answers"] = [reply.message for reply in self.replies]
 
 

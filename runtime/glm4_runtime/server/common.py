@@ -17,6 +17,7 @@ from glm4_runtime.server import log, schema
 from glm4_runtime.server.connections import is_blocked
 from glm4_runtime.server.errors import ApiError
 from glm4_runtime.server.event_stream import Chunk, EventStyle, event_stream
+from glm4_runtime.server.guard import trace_of
 from glm4_runtime.server.running_replies import RunningReplies
 from glm4_runtime.server.served_model import ServedModel
 from glm4_runtime.structured import AnswerFormat
@@ -100,6 +101,7 @@ async def answered(
         DeadlineError: the plan was not ready by the deadline.
     """
     served.require_model(body.model)
+    log.record()["model"] = body.model
     served.require_running()
     deadline = time.monotonic() + served.options.request_timeout
     try:
@@ -108,9 +110,13 @@ async def answered(
     except TimeoutError as error:
         raise DeadlineError("the request was not prepared by its deadline") from error
     log.record()["user"] = body.asked_by
-    if served.options.log_prompts:
+    if served.options.keeps_prompts:
         log.record()["prompts"] = list(planned.prompts)
-    reply = answer(served, body, planned, served.generate(planned.requests, is_blocked(http.scope)))
+    trace = trace_of(http.scope)
+    job = served.generate(planned.requests, is_blocked(http.scope), {} if trace is None else trace.headers)
+    if trace is not None:
+        trace.submitted(planned.requests, job.times, bool(body.stream))
+    reply = answer(served, body, planned, job)
     if body.stream:
         return await event_stream(reply.chunks(http), reply.style, reply.failed)
     return await reply.whole(http)

@@ -221,7 +221,7 @@ class CompletionAnswer:
         finally:
             self._usage.completion = sum(choice.tokens for choice in self._choices)
             note_answer(self._job, self._usage, [choice.finish_reason for choice in self._choices])
-            if self._served.options.log_prompts:
+            if self._served.options.keeps_prompts:
                 log.record()["answers"] = [str(choice.text) for choice in self._choices]
 
     def _take(self, choice: ChoiceText, event: Generated) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import re
 import secrets
 import time
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,19 +21,26 @@ from glm4_runtime.server.errors import ApiError
 from glm4_runtime.server.running_replies import ClientGoneError
 from glm4_runtime.server.served_model import ServedModel
 
+if TYPE_CHECKING:
+    from glm4_runtime.tracing import RequestTrace, Traces
+
 # The page asks the user for the key. Health probes have no key.
 _OPEN = frozenset({"/", "/health", "/health/live", "/health/ready"})
 # Paths that monitoring requests every few seconds.
 _PROBES = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 _KEY = "glm4.api_key"
+_TRACE = "glm4.trace"
 _PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Recorded:
     """Writes one log line and one count for each request, and catches all remaining errors."""
 
-    def __init__(self, app: ASGIApp, served: ServedModel, routes: Collection[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, served: ServedModel, routes: Collection[str], traces: "Traces | None"
+    ) -> None:
         self._app, self._served, self._routes = app, served, frozenset(routes)
+        self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,6 +50,8 @@ class Recorded:
         request_id = given if _PLAIN_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
         fields = log.begin(request_id)
         status, began = 0, time.perf_counter()
+        if self._traces is not None and scope["path"] not in _PROBES:
+            scope[_TRACE] = self._traces.begin(scope)
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -67,11 +77,13 @@ class Recorded:
             self._served.metrics.requests.labels(path, str(status or 499)).inc()
             if path.startswith("/v1/") and scope["method"] == "POST":
                 self._served.metrics.request_seconds.observe(seconds)
+            if (trace := trace_of(scope)) is not None:
+                trace.end(path, status or 499, self._served.name, fields)
             method, shown = scope["method"], scope["path"][:200]
             log.write(
                 "request",
                 "debug" if scope["path"] in _PROBES and status < 500 else "info",
-                **fields
+                **log.shown(fields)
                 | {"method": method, "path": shown, "status": status or 499, "seconds": round(seconds, 4)},
             )
 
@@ -140,6 +152,12 @@ class Guarded:
 def key_of(scope: Scope) -> bytes:
     """The digest of the API key of a request that passed; empty if the server has no keys."""
     return bytes(scope.get(_KEY, b""))
+
+
+def trace_of(scope: Scope) -> "RequestTrace | None":
+    """The trace of a request. None: traces are off."""
+    found: RequestTrace | None = scope.get(_TRACE)
+    return found
 
 
 def _given_keys(headers: Headers) -> list[bytes]:

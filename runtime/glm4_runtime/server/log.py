@@ -16,6 +16,7 @@ from typing import Any
 from glm4_runtime.server.errors import ApiError
 from glm4_runtime.server.log_writer import LogWriter
 
+_TEXTS = {"prompts", "answers"}
 _LEVELS = logging.getLevelNamesMapping()
 
 
@@ -49,6 +50,11 @@ def configure(level: str, words: bool) -> None:
         words: whether to write errors as the client sees them, which may quote the client.
     """
     _settings.level, _settings.words = _LEVELS[level.upper()], words
+
+
+def shown(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a request without its texts, which may be there for traces alone, unless the log has them too."""
+    return {name: value for name, value in fields.items() if _settings.words or name not in _TEXTS}
 
 
 def write(event: str, level: str = "info", **fields: Any) -> None:

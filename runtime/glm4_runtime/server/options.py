@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from glm4_runtime.errors import RequestError
+from glm4_runtime.trace_options import TraceOptions, require_traces
 
 KEYS_VARIABLE = "GLM4_API_KEYS"
 
@@ -53,6 +54,8 @@ class ServerOptions:
         path_prefix: the path of this server behind a reverse proxy, such as ``/llm``; empty for none.
         log_level: the lowest level in the log: debug, info or warning.
         log_prompts: whether the log contains prompts and answers.
+        traces: where traces go, as ``TraceOptions.endpoint``. None: there are none.
+        trace_prompts: whether traces contain prompts and answers.
     """
 
     host: str = "127.0.0.1"
@@ -77,6 +80,8 @@ class ServerOptions:
     path_prefix: str = ""
     log_level: str = "info"
     log_prompts: bool = False
+    traces: str | None = None
+    trace_prompts: bool = False
 
     def __post_init__(self) -> None:
         for name in (*_COUNTS, *_TIMES):
@@ -91,6 +96,10 @@ class ServerOptions:
             raise RequestError(
                 f"log_level is {self.log_level!r}, but must be one of: {', '.join(LOG_LEVELS)}"
             )
+        if self.traces is not None:
+            require_traces(self.traces)
+        elif self.trace_prompts:
+            raise RequestError("trace_prompts goes with traces; add --traces ENDPOINT")
         _require_prefix(self.path_prefix)
         for origin in self.allow_origins:
             _require_origin(origin)
@@ -105,6 +114,15 @@ class ServerOptions:
     @property
     def is_local(self) -> bool:
         return self.host in (*LOOPBACK, "::1")
+
+    @property
+    def keeps_prompts(self) -> bool:
+        """Whether the record of a request has its prompts and answers."""
+        return self.log_prompts or self.trace_prompts
+
+    @property
+    def trace_options(self) -> TraceOptions | None:
+        return None if self.traces is None else TraceOptions(self.traces, self.trace_prompts)
 
     def names(self, bundle: Path) -> dict[str, str]:
         """The model's name of each name in the API: of itself, and of its aliases.

@@ -61,8 +61,8 @@ async def _run(
     if len(given) > MAX_INPUTS:
         raise ApiError(400, f"{len(given)} inputs were given; this server takes {MAX_INPUTS}", param="input")
     inputs = await served.prepare(lambda: [encoded(served, one) for one in given])
-    log.record().update(user=body.user, prompt_tokens=sum(map(len, inputs)))
-    if served.options.log_prompts:
+    log.record().update(model=body.model, user=body.user, prompt_tokens=sum(map(len, inputs)))
+    if served.options.keeps_prompts:
         log.record()["prompts"] = given
     return inputs, [await served.pooled(partial(work, session, ids), deadline) for ids in inputs]
 

@@ -1,5 +1,6 @@
 """Runs the HTTP server for a bundle until a signal."""
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -15,6 +16,7 @@ from typing import Any
 
 import uvicorn
 
+from glm4_runtime import trace_options
 from glm4_runtime.backend import Backend, OpenBundle
 from glm4_runtime.chat_template import start_template_worker
 from glm4_runtime.errors import RequestError
@@ -42,7 +44,8 @@ class Server(uvicorn.Server):
     def __init__(self, served: ServedModel, on_hangup: Callable[["Server"], None] | None = None) -> None:
         """``on_hangup``: called on a thread of its own after SIGHUP."""
         options, self._on_hangup = served.options, on_hangup
-        self._front = Front(create_app(served))
+        self._traces = trace_options.started(options.trace_options)
+        self._front = Front(create_app(served, self._traces))
         log.configure(options.log_level, options.log_prompts)
         self._models = [served]
         self._signals: list[int] = []
@@ -86,7 +89,7 @@ class Server(uvicorn.Server):
         """Give new requests to another model. Returns the event of the end of those that the old model has."""
         self._models = [*(one for one in self._models if not one.drained), served]
         served.metrics.follow(served.stats, served.stats_by_replica)
-        return self._front.change(create_app(served))
+        return self._front.change(create_app(served, self._traces))
 
     @property
     def _served(self) -> ServedModel:
@@ -134,6 +137,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: Any = None) -> None:
         await super().shutdown(sockets)
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
         began = self._drain_began or time.monotonic()
         log.write("stopped", seconds=round(time.monotonic() - began, 3))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from glm4_runtime.backend import Backend, OpenBundle
@@ -250,16 +251,20 @@ class ServedModel:
         return await self._lanes.render(lambda: conversation.render(messages, tools, add_generation_prompt))
 
     def generate(
-        self, requests: Sequence[Request], blocked: Callable[[], bool] = lambda: False
+        self,
+        requests: Sequence[Request],
+        blocked: Callable[[], bool] = lambda: False,
+        trace: Mapping[str, str] = MappingProxyType({}),
     ) -> RunningReplies:
         """Start all requests, or none. Raises the errors of :meth:`Backend.submit`.
 
         Args:
             blocked: whether the client's connection is full; called on a thread of the backend.
+            trace: as in the scheduler's request.
         """
         self.require_running()
         assert self._scheduler is not None
-        requests = [replace(one, id=log.record().get("id", "")) for one in requests]
+        requests = [replace(one, id=log.record().get("id", ""), trace=dict(trace)) for one in requests]
         return RunningReplies(self._scheduler, requests, self.metrics, UnreadOfOne(self._unread, blocked))
 
     async def pooled(self, work: Callable[[], T], deadline: float) -> T:

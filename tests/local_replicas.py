@@ -16,12 +16,13 @@ SAME = Identity("bundle", "code", "kernels", "cpu", (512, 4))
 class LocalReplica:
     """Runs orders on a session of its own; what crosses its border is pickled, as between processes."""
 
-    def __init__(self, name, bundle, identity=SAME):
+    def __init__(self, name, bundle, identity=SAME, traces=None):
         self.name, self.identity = name, identity
         self.session = Session.open(bundle, threads=1, max_batch_size=4)
         self.slots = 4
         self.scheduler = Scheduler(self.session)
-        self.work = ReplicaWork(self.session, self.scheduler, self.session.manifest.model.eos_token_ids)
+        ends = self.session.manifest.model.eos_token_ids
+        self.work = ReplicaWork(self.session, self.scheduler, ends, traces)
         self.dead = threading.Event()
 
     def submit(self, number, order):

@@ -28,10 +28,20 @@ from glm4_runtime.server.responses.routes import add_routes as add_responses
 from glm4_runtime.server.served_model import ServedModel
 
 if TYPE_CHECKING:
+    from fastapi.telemetry import TelemetryConfig
+
     from glm4_runtime.tracing import Traces
 
 # Maximum seconds between two pieces of a body.
 _LONGEST_SILENCE = 10.0
+# FastAPI's own, since 0.165: it would export texts of errors wherever the environment names a collector.
+_NO_TELEMETRY: "TelemetryConfig" = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorBody, "description": text}
     for status, text in {
@@ -65,6 +75,7 @@ def create_app(served: ServedModel, traces: "Traces | None" = None) -> FastAPI:
         docs_url=None,  # these pages load their scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
+        telemetry=_NO_TELEMETRY,
         responses=_ERRORS,
         exception_handlers={
             Glm4Error: _refused,

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 import httpx
 import openai
 import pytest
+from collector import collecting
 
 from benchmarks.chaos_clients import ask, questions
 from glm4_runtime.cluster.described import DescribedBundle
@@ -147,6 +148,36 @@ def test_the_command_scales_and_changes_the_bundle_without_a_refused_request(dem
     assert {status for _, status, _ in seen} == {200}
     texts = [{text for asked, _, text in seen if asked == number} for number in range(8)]
     assert max(map(len, texts)) == 2, "one text of each bundle, which may be the same"
+
+
+@pytest.mark.alone
+@pytest.mark.more
+def test_a_trace_goes_through_ray(demo_cpu, tmp_path):
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "glm4_deploy", "serve", str(demo_cpu), "--replicas", "1", "--port", "0"]
+    environment = os.environ | {"OTEL_RESOURCE_ATTRIBUTES": "deployment.environment=test"}
+    body = {"model": "glm4-tiny", "prompt": "Story:", "max_tokens": 3}
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    with (
+        collecting() as collector,
+        log.open("w") as lines,
+        subprocess.Popen([*command, "--traces", collector.url], stderr=lines, env=environment) as server,
+    ):
+        try:
+            url = waited(log, "listening")["url"]
+            headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+            httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60).raise_for_status()
+            until(lambda: any(span.name == "replica" for span in collector.spans))
+        finally:
+            server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+    by_name = {span.name: (resource, span) for resource, spans in collector.resources for span in spans}
+    (ours, request), (theirs, order) = by_name["text_completion glm4-tiny"], by_name["replica"]
+    assert {span.trace_id.hex() for _, span in by_name.values()} == {trace}
+    assert order.parent_span_id == request.span_id
+    assert theirs["service.instance.id"] == "0"
+    assert "service.instance.id" not in ours or ours["service.instance.id"] != "0"
+    assert theirs["deployment.environment"] == ours["deployment.environment"] == "test"
 
 
 def until(found):

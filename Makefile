@@ -11,7 +11,7 @@ PROCESSES ?= 2
 9B := $(BENCH)/9b$(LAYERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test-fast test test-more slow-list foreign-names bench gpu-check lint format wheel sdist clean
+.PHONY: help demo test-fast test test-more clients slow-list foreign-names bench gpu-check lint format wheel sdist clean
 
 help:  ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -44,8 +44,16 @@ test: $(VENV)/.installed  ## run the test suite, about 12 minutes
 slow-list: $(VENV)/.installed  ## measure the tests, and write tests/slow.txt: those that test-fast leaves out
 	$(BIN)/python -m pytest -m "not more" --write-slow
 
-test-more: $(VENV)/.installed  ## run the tests that take minutes each: soak, kills, fuzzing
+test-more: $(VENV)/.installed clients  ## run the tests that take minutes each: soak, kills, fuzzing, client libraries
 	$(BIN)/python -m pytest -m more
+
+# Their libraries need other versions of openai, anthropic and more than the tests do.
+clients: $(OUT)/clients/.installed  ## the environment of client libraries that test-more tries against the server
+
+$(OUT)/clients/.installed: tests/clients/requirements.txt
+	test -x $(OUT)/clients/bin/python || $(PYTHON) -m venv $(OUT)/clients
+	$(OUT)/clients/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
 
 # The suite holds the names that we use of these packages against their pinned versions.
 FOREIGN := tensorrt-cu13-bindings tensorrt-lean-cu13-libs tensorrt-rtx tensorrt-rtx-cu13 tensorrt-rtx-cu13-bindings \

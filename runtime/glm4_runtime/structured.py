@@ -31,6 +31,10 @@ MAX_CALLS = 16
 
 # An uncertain model can write white space endlessly. So JSON may have one space, or a line break and its indentation.
 _JSON_OPTIONS = {"whitespace_pattern": r"[ ]?|\n[ ]{0,32}"}
+# References that can only mean the schema itself, though their # is missing.
+_LOCAL = ("/$defs/", "/definitions/")
+# Members of a schema that hold values, not schemas.
+_DATA = ("const", "default", "enum", "examples")
 _FREE = "start: ANY\nANY: /(.|\\n)*/"
 
 # Maximum bytes of all compiled grammars together, as measured by their trials.
@@ -299,4 +303,17 @@ def _answer(answer: AnswerFormat) -> dict[str, Any]:
 
 
 def _schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {**schema, "x-guidance": _JSON_OPTIONS}
+    return {**_with_local_references(schema), "x-guidance": _JSON_OPTIONS}
+
+
+def _with_local_references(schema: Any) -> Any:
+    """Write ``#/$defs/NAME`` for ``/$defs/NAME``, which LiteLLM sends to Anthropic's API."""
+    if isinstance(schema, list):
+        return [_with_local_references(member) for member in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    local = {key: value if key in _DATA else _with_local_references(value) for key, value in schema.items()}
+    reference = local.get("$ref")
+    if isinstance(reference, str) and reference.startswith(_LOCAL):
+        local["$ref"] = f"#{reference}"
+    return local

@@ -154,6 +154,23 @@ def test_what_cannot_be_enforced_is_refused_in_one_line(compiler, answer, words)
     assert len(str(caught.value)) < 400
 
 
+def test_a_reference_without_its_hash_means_the_schema_itself(follow):
+    schema = {
+        "type": "object",
+        "properties": {
+            "a": {"$ref": "/$defs/x"},
+            "b": {"type": "array", "items": {"$ref": "/definitions/y"}},
+        },
+        "required": ["a", "b"],
+        "additionalProperties": False,
+        "$defs": {"x": {"const": 7}},
+        "definitions": {"y": {"const": {"$ref": "/$defs/x"}}},  # a value, which stays
+    }
+    form = ReplyFormat(AnswerFormat("json_schema", schema), turn=False)
+    assert follow(form, '{"a": 7, "b": [{"$ref": "/$defs/x"}]}') == "ends"
+    assert follow(form, '{"a": 8') == "8"
+
+
 def test_a_deep_schema_is_no_crash(compiler):
     schema = {}
     for _ in range(5000):

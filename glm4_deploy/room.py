@@ -6,7 +6,7 @@ from pathlib import Path
 from glm4_deploy.plan import Plan
 from glm4_exporters.architecture import expected_tensors
 from glm4_exporters.engine.profiles import engine_profiles
-from glm4_exporters.safetensors_file import PAGE
+from glm4_runtime.bundle.safetensors_file import PAGE
 from glm4_runtime.errors import ExportError
 
 PARTS = (

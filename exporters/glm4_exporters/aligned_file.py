@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glm4_exporters.file_positions import write_at
+from glm4_runtime.bundle.file_positions import write_at
 
 ALIGNMENT = 4096  # bytes
 WRITE_BLOCK = 32 << 20

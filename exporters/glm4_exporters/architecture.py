@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from math import prod
 
 from glm4_exporters.config import Glm4Config
+from glm4_runtime.adapters.modules import EMBEDDING as EMBEDDING
+from glm4_runtime.adapters.modules import FUSED as FUSED
+from glm4_runtime.adapters.modules import HALVES as HALVES
+from glm4_runtime.adapters.modules import HEAD as HEAD
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
 BACKBONE = "model."  # prefix of the decoder's weights in a model with a head
 SCORES = frozenset({"score.weight", "score.bias"})  # a classification head
@@ -52,9 +55,6 @@ LAYER: tuple[Norm | Linear, ...] = (
     Norm("post_mlp_layernorm"),
 )
 MATRICES: dict[str, Linear] = {row.name: row for row in LAYER if isinstance(row, Linear)}
-
-# The two halves of the fused matrix, which other tools store and adapt apart: its first rows, then its last.
-FUSED, HALVES = "mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")
 
 # Per site: the matrices that read one input, in the order in which a layer computes them.
 LAYER_SITES: dict[str, tuple[str, ...]] = {

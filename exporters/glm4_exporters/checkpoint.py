@@ -16,18 +16,19 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING
 
-from glm4_exporters.adapters import Adapter, Merged, merge, require_base
+from glm4_exporters.adapters import Adapter, Merged, merge
 from glm4_exporters.adapters.changes import Change, ChangeRows, combined
 from glm4_exporters.architecture import BACKBONE, EMBEDDING, HEAD, SCORES, expected_tensors
 from glm4_exporters.checkpoint_folder import open_shards, require_folder
 from glm4_exporters.config import TASKS, Glm4Config
-from glm4_exporters.safetensors_file import SafetensorsFile, TensorHeader
 from glm4_exporters.sources import MODELOPT_CONFIG, SourceFormat, detect
 from glm4_exporters.sources.view import NO_VIEWS, find_views
 from glm4_exporters.tensor_checks import require_tensors
 from glm4_exporters.weight_reader import WeightReader, require_finite_rows
+from glm4_runtime.adapters.base_model import names_of, require_base
 from glm4_runtime.bundle.file_names import CONFIG, SIDE_FILES
 from glm4_runtime.bundle.json_file import read_small
+from glm4_runtime.bundle.safetensors_file import SafetensorsFile, TensorHeader
 from glm4_runtime.errors import CheckpointError
 
 if TYPE_CHECKING:  # torch loads with the first weight, not with the headers
@@ -92,7 +93,8 @@ class Checkpoint:
         headers = {name: header for shard in shards for name, header in shard.headers.items()}
         prefix = BACKBONE if any(name.startswith(BACKBONE) for name in headers) else ""
         for adapter in opened:
-            require_base(adapter.folder, adapter.config.base, folder, config)
+            size = config.hidden_size, config.num_hidden_layers
+            require_base(adapter.folder, adapter.config.base, names_of(folder), size, folder)
         merged = merge(opened, _mergeable(config, task))
         whole = {_own_name(name, prefix): header for name, header in merged.whole.items()}
         if merged.whole.keys() & SCORES:  # the adapter's classification head replaces the LM head

@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from glm4_exporters.safetensors_file import SafetensorsFile
 from glm4_runtime.bundle.file_names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -16,6 +15,7 @@ from glm4_runtime.bundle.file_names import (
     SAFETENSORS,
 )
 from glm4_runtime.bundle.json_file import read_object
+from glm4_runtime.bundle.safetensors_file import SafetensorsFile
 from glm4_runtime.errors import CheckpointError, shown, some
 
 # Files that a folder without safetensors may hold instead, with advice for the error.

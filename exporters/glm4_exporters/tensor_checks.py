@@ -6,8 +6,8 @@ from pathlib import Path
 
 from glm4_exporters.architecture import BACKBONE, HEAD, SCORES
 from glm4_exporters.config import DTYPES, Glm4Config
-from glm4_exporters.safetensors_file import TensorHeader
 from glm4_runtime.bundle.file_names import CONFIG
+from glm4_runtime.bundle.safetensors_file import TensorHeader
 from glm4_runtime.errors import CheckpointError, some
 
 HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # a buffer saved by old releases, and not needed

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from glm4_exporters.safetensors_file import PAGE, SafetensorsFile, TensorHeader
+from glm4_runtime.bundle.safetensors_file import PAGE, SafetensorsFile, TensorHeader
 from glm4_runtime.errors import CheckpointError
 
 if TYPE_CHECKING:  # torch loads with the first weight, not with the headers

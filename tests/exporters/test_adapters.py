@@ -8,9 +8,8 @@ import torch
 from adapters import merged_weights, rewrite, write_adapter
 from checkpoints import tiny_config, write_checkpoint
 
-from glm4_exporters.adapters.base_model import require_base
 from glm4_exporters.checkpoint import Checkpoint
-from glm4_exporters.config import Glm4Config
+from glm4_runtime.adapters.base_model import names_of, require_base
 from glm4_runtime.errors import CheckpointError
 
 MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -312,14 +311,14 @@ def test_tied_embeddings_are_changed_together_or_not_at_all(tmp_path):
     ],
 )
 def test_the_base_model_is_the_checkpoint(tmp_path, folder, base, right):
-    large = Glm4Config.from_dict(tiny_config(hidden_size=6144, num_hidden_layers=61))
     checkpoint = tmp_path / folder
     checkpoint.mkdir(parents=True)
+    ours = names_of(checkpoint), (6144, 61), checkpoint
     if right:
-        require_base(tmp_path, base, checkpoint, large)
+        require_base(tmp_path, base, *ours)
         return
     with pytest.raises(CheckpointError, match="was trained on"):
-        require_base(tmp_path, base, checkpoint, large)
+        require_base(tmp_path, base, *ours)
 
 
 def random_options(chance):

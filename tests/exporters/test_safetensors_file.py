@@ -139,7 +139,7 @@ def test_weights_that_are_a_file_of_the_system(tmp_path, tiny):
 def test_positions_are_read_and_written_as_on_windows(tmp_path, monkeypatch):
     """Without pread, by moving the one position of the descriptor."""
     monkeypatch.setattr(sys, "platform", "win32")
-    windows = importlib.util.module_from_spec(importlib.util.find_spec("glm4_exporters.file_positions"))
+    windows = importlib.util.module_from_spec(importlib.util.find_spec("glm4_runtime.bundle.file_positions"))
     windows.__spec__.loader.exec_module(windows)
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     data = os.urandom(40_000)

@@ -89,7 +89,7 @@ def test_row_blocks_past_the_page_cache_are_the_tensor(tmp_path, monkeypatch, co
     """Buffers that begin at a page, tensors that do not; with and without a file system that can."""
     import mmap
 
-    from glm4_exporters import safetensors_file as module
+    from glm4_runtime.bundle import safetensors_file as module
 
     if not direct:
         monkeypatch.setattr(module, "_open_direct", lambda _fd: -1)

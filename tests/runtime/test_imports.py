@@ -48,7 +48,7 @@ ROOT = Path(__file__).parents[2]
 MAY_IMPORT = {
     "exporters/glm4_exporters": {
         "glm4_plugins",
-        *(f"glm4_runtime.{m}" for m in ("bundle", "errors", "install", "progress")),
+        *(f"glm4_runtime.{m}" for m in ("adapters", "bundle", "errors", "install", "progress")),
     },
     "runtime/glm4_runtime": set(),
     "plugins/glm4_plugins": set(),

@@ -5,7 +5,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import (
     FLOATS,
     INT32,
@@ -21,6 +20,7 @@ from glm4_exporters.sources.base import (
     require,
     require_finite,
 )
+from glm4_runtime.bundle.safetensors_file import TensorHeader
 from glm4_runtime.errors import CheckpointError
 
 BITS, PER_WORD = 4, 8

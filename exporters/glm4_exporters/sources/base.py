@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from glm4_exporters.config import DTYPES
-from glm4_exporters.safetensors_file import TensorHeader
+from glm4_runtime.bundle.safetensors_file import TensorHeader
 from glm4_runtime.errors import CheckpointError, shown
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import (
     FLOATS,
     FP8,
@@ -30,6 +29,7 @@ from glm4_exporters.sources.base import (
 )
 from glm4_exporters.sources.float4 import nvfp4_matrix
 from glm4_exporters.sources.float8 import ScaledMatrix, float8_blocks, float8_matrix, owned
+from glm4_runtime.bundle.safetensors_file import TensorHeader
 from glm4_runtime.errors import CheckpointError, shown
 
 WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_ZEROS, GLOBAL_SCALE = (

@@ -8,10 +8,10 @@ from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.form import Form
 from glm4_exporters.formats.brought import Brought
 from glm4_exporters.formats.narrow import Narrow
-from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import QuantizedMatrix, Storage
 from glm4_exporters.sources.view import View
 from glm4_exporters.targets import ACTIVATIONS, TARGETS, Target, target_row
+from glm4_runtime.bundle.safetensors_file import TensorHeader
 from glm4_runtime.errors import ExportError
 
 # Sizes of the blocks that a target's product reads, by the name of its products. Longer blocks would round the inputs

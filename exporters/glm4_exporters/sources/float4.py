@@ -6,7 +6,6 @@ Twice a 4-bit float is an integer of magnitude <= 12. So int8 numbers with halve
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import (
     FP8,
     UINT8,
@@ -17,6 +16,7 @@ from glm4_exporters.sources.base import (
     require,
     require_finite,
 )
+from glm4_runtime.bundle.safetensors_file import TensorHeader
 from glm4_runtime.errors import CheckpointError
 
 GROUP = 16

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import (
     FLOATS,
     FP8,
@@ -15,6 +14,7 @@ from glm4_exporters.sources.base import (
     require,
     require_finite,
 )
+from glm4_runtime.bundle.safetensors_file import TensorHeader
 from glm4_runtime.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ weight is multiplied by this scale, in spite of the name. Other scales are ``wei
 
 from collections.abc import Mapping
 
-from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import FP8, TAKE_ORIGINAL, QuantizedMatrix, Settings, SourceFormat
 from glm4_exporters.sources.float8 import float8_blocks, float8_matrix
+from glm4_runtime.bundle.safetensors_file import TensorHeader
 from glm4_runtime.errors import CheckpointError, shown
 
 SCALES_OF_BLOCKS, SCALE_OF_MATRIX = "weight_scale_inv", "weight_scale"

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from glm4_exporters.formats.base import CODES, SCALES, Encoded
 from glm4_exporters.formats.brought import ZEROS, Brought
-from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import QuantizedMatrix, Read, Rows
 from glm4_exporters.sources.reading import finite_rows
 from glm4_exporters.sources.view import View
+from glm4_runtime.bundle.safetensors_file import TensorHeader
 
 COPIED_AT_ONCE = 4096
 

@@ -7,10 +7,10 @@ NVFP4: ``weight`` uint8 [rows, width / 2] with two numbers per byte, multiplied 
 
 from collections.abc import Mapping
 
-from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import FP8, UINT8, QuantizedMatrix, Settings, SourceFormat
 from glm4_exporters.sources.float4 import nvfp4_matrix
 from glm4_exporters.sources.float8 import float8_matrix, owned
+from glm4_runtime.bundle.safetensors_file import TensorHeader
 
 SECOND_SCALE = "weight_scale_2"
 ALGORITHMS = ("FP8", "NVFP4", "FP8_PER_CHANNEL_PER_TOKEN")

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from glm4_exporters.architecture import FUSED, HALVES
 from glm4_exporters.config import DTYPES, Glm4Config
-from glm4_exporters.safetensors_file import TensorHeader
 from glm4_exporters.sources.base import QuantizedMatrix, SourceFormat
+from glm4_runtime.bundle.safetensors_file import TensorHeader
 
 QKV_PARTS, QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.qkv_proj"
 # Scales of an int8 or float8 KV cache. They are not used.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glm4_exporters.file_positions import READ_ONLY, read_at
+from glm4_runtime.bundle.file_positions import READ_ONLY, read_at
 from glm4_runtime.bundle.json_file import parse_object
 from glm4_runtime.bundle.onnx_file import MOST_AXES
 from glm4_runtime.errors import CheckpointError, shown

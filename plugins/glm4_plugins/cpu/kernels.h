@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "lora.h"
 #include "product.h"
 
 namespace glm4 {
@@ -12,6 +13,7 @@ struct Kernels {
   MultiplyPanel multiply_panel;
   Gate gate;
   AttentionKernels attention;
+  LoraKernels lora;
 };
 
 // The fastest kernels that this processor supports. Tests may name kernels; null: the processor does not support them.

@@ -7,12 +7,12 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
 // As in kernels_avx512.cpp: with tree-pre, attention is a third slower.
 #pragma GCC optimize("no-tree-pre")
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 #include "loops.h"
@@ -23,6 +23,12 @@ namespace {
 using Lanes = float __attribute__((vector_size(32)));
 constexpr int kLanes = 8, kTileRows = 6, kTileVectors = 2;  // registers: 12 sums, 2 of b, 1 of a
 inline Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
+using LoraLanes = Lanes;
+constexpr int kLanesOfLora = kLanes;
+inline Lanes exact(Lanes a, Lanes b, Lanes c) { return fused(a, b, c); }
+inline Lanes halves(const uint16_t* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
 inline Lanes widen(const int8_t* from) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
@@ -31,6 +37,7 @@ inline Lanes widen(const int8_t* from) {
 }  // namespace glm4
 
 #include "attention_loops.h"
+#include "lora_loops.h"
 
 namespace glm4 {
 namespace {
@@ -108,7 +115,7 @@ void multiply_panel(const Weights& w, const Rounded& x, int rows, int64_t panel,
 }  // namespace
 
 extern const Kernels kAvx2Kernels;
-const Kernels kAvx2Kernels = {"avx2", round_row, multiply_panel, gate_up, kAttention};
+const Kernels kAvx2Kernels = {"avx2", round_row, multiply_panel, gate_up, kAttention, kLora};
 
 }  // namespace glm4
 #ifdef __clang__

@@ -24,6 +24,12 @@ namespace {
 using Lanes = float __attribute__((vector_size(64)));
 constexpr int kLanes = 16, kTileRows = 6, kTileVectors = 4;  // registers: 24 sums, 4 of b, 1 of a
 inline Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+using LoraLanes = Lanes;
+constexpr int kLanesOfLora = kLanes;
+inline Lanes exact(Lanes a, Lanes b, Lanes c) { return fused(a, b, c); }
+inline Lanes halves(const uint16_t* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
 inline Lanes widen(const int8_t* from) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
@@ -32,6 +38,7 @@ inline Lanes widen(const int8_t* from) {
 }  // namespace glm4
 
 #include "attention_loops.h"
+#include "lora_loops.h"
 
 namespace glm4 {
 namespace {
@@ -182,7 +189,7 @@ void multiply_panel(const Weights& w, const Rounded& x, int rows, int64_t panel,
 }  // namespace
 
 extern const Kernels kAvx512Kernels;
-const Kernels kAvx512Kernels = {"avx512-vnni", round_row, multiply_panel, gate_up, kAttention};
+const Kernels kAvx512Kernels = {"avx512-vnni", round_row, multiply_panel, gate_up, kAttention, kLora};
 
 }  // namespace glm4
 #ifdef __clang__

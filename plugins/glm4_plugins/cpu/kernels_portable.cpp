@@ -11,12 +11,22 @@ namespace {
 using Lanes = float __attribute__((vector_size(16)));
 constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 2;
 inline Lanes fused(Lanes a, Lanes b, Lanes c) { return a * b + c; }  // not every processor has FMA
+using LoraLanes = Lanes;
+constexpr int kLanesOfLora = kLanes;
+inline Lanes exact(Lanes a, Lanes b, Lanes c) {
+  return Lanes{std::fma(a[0], b[0], c[0]), std::fma(a[1], b[1], c[1]), std::fma(a[2], b[2], c[2]),
+               std::fma(a[3], b[3], c[3])};
+}
+inline Lanes halves(const uint16_t* from) {
+  return Lanes{float_of_half(from[0]), float_of_half(from[1]), float_of_half(from[2]), float_of_half(from[3])};
+}
 inline Lanes widen(const int8_t* from) { return Lanes{float(from[0]), float(from[1]), float(from[2]), float(from[3])}; }
 
 }  // namespace
 }  // namespace glm4
 
 #include "attention_loops.h"
+#include "lora_loops.h"
 
 namespace glm4 {
 namespace {
@@ -48,6 +58,6 @@ void multiply_panel(const Weights& w, const Rounded& x, int rows, int64_t panel,
 }  // namespace
 
 extern const Kernels kPortableKernels;
-const Kernels kPortableKernels = {"portable", round_row, multiply_panel, gate_up, kAttention};
+const Kernels kPortableKernels = {"portable", round_row, multiply_panel, gate_up, kAttention, kLora};
 
 }  // namespace glm4

@@ -19,8 +19,8 @@ struct ShapeInfo;
 struct Domain;
 struct SessionOptions;
 
-enum ElementType { kAnyType = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kFloat16 = 10, kBfloat16 = 16 };
-enum Presence { kRequired = 0, kOptional = 1 };
+enum ElementType { kAnyType = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16 };
+enum Presence { kRequired = 0, kOptional = 1, kVariadic = 2 };
 constexpr int kInvalidArgument = 2;
 
 class Api {
@@ -47,6 +47,9 @@ class Api {
   }
   Status* attribute(const KernelInfo* info, const char* name, int64_t* out) const {
     return call<Status*(const KernelInfo*, const char*, int64_t*)>(86)(info, name, out);
+  }
+  Status* input_count(const Context* context, size_t* out) const {
+    return call<Status*(const Context*, size_t*)>(88)(context, out);
   }
   Status* input(const Context* context, size_t index, const Value** out) const {
     return call<Status*(const Context*, size_t, const Value**)>(90)(context, index, out);

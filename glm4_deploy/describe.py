@@ -43,5 +43,6 @@ def describe(
         source_sha256=written.source_sha256,
         files={**files, WEIGHTS: written.file},
         adapters=plan.adapters,
+        adapter_slots=plan.slots,
         pooling="last-token, L2" if task == "encoder" else None,
     )

@@ -17,9 +17,9 @@ from glm4_deploy.side_files import compare_side_files
 from glm4_deploy.tools import require_installed
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.peak_memory import peak_memory
-from glm4_runtime.bundle import GRAPH, WEIGHTS, Manifest, write_manifest
+from glm4_runtime.bundle import GRAPH, WEIGHTS, AdapterSlots, Manifest, write_manifest
 from glm4_runtime.bundle.ascii_path import ascii_path
-from glm4_runtime.bundle.file_names import TOKENIZER
+from glm4_runtime.bundle.file_names import ADAPTER_GRAPH, TOKENIZER
 from glm4_runtime.bundle.graph_checks import check_graph
 from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
@@ -62,12 +62,14 @@ def export(
         plan = make_plan(source, options)
         warnings = _check_before_work(plan, source, destination)
         prepared = _prepare(plan, source, clock, progress)
+        _require_unscaled(plan, prepared)
         with clock("trace"):
             progress("trace the model", 0, 0)
             model = _trace(plan, prepared)
         with destination.staged() as folder:
             with clock("weights"):
                 written = _write_model(source, model, prepared, folder, progress)
+            _write_adapter_graph(plan, prepared, model, folder)
             _copy_side_files(source, plan, folder)
             manifest = describe(plan, prepared, model, folder, written)
             write_manifest(folder, manifest)
@@ -142,6 +144,15 @@ def _prepare(plan: Plan, source: Checkpoint, clock: Clock, progress: Progress) -
         return _keeping(source, plan, prepare(source, plan.form, text, progress, brought))
 
 
+def _require_unscaled(plan: Plan, prepared: "Prepared") -> None:
+    """Refuse adapters beside weights that smoothing scales: adapters are trained for the checkpoint's own weights."""
+    if plan.slots is not None and prepared.edits.smoothing.names:
+        raise ExportError(
+            f"precision {plan.form.precision} with {plan.form.activations} activations scales this model's weights, so "
+            "that adapters do not fit them; take another --precision, or merge the adapter with --lora"
+        )
+
+
 def _brought_scales(source: Checkpoint, plan: Plan) -> dict[str, float]:
     """The input scales that a quantized checkpoint brings; empty where the user gives text to find others."""
     from glm4_exporters.sources.inputs import brought_scales
@@ -170,8 +181,18 @@ def _keeping(source: Checkpoint, plan: Plan, prepared: "Prepared") -> "Prepared"
     return dataclasses.replace(prepared, edits=edits) if kept else prepared
 
 
-def _trace(plan: Plan, prepared: "Prepared", engine_graph: str | None = None) -> "ir.Model":
-    """The graph that is written and proved; or, with ``engine_graph``, an engine's graph with our plugin."""
+def _trace(
+    plan: Plan,
+    prepared: "Prepared",
+    engine_graph: str | None = None,
+    slots: AdapterSlots | None = None,
+) -> "ir.Model":
+    """The graph that is written and proved.
+
+    Args:
+        engine_graph: name of an engine's graph with our plugin, to be traced instead.
+        slots: adapters that the graph takes.
+    """
     from glm4_exporters.passes import model_passes, run
     from glm4_exporters.passes.plugin_attention import PluginAttention
     from glm4_exporters.trace import trace
@@ -188,6 +209,7 @@ def _trace(plan: Plan, prepared: "Prepared", engine_graph: str | None = None) ->
         cache_scales=prepared.cache_scales,
         input_scales=prepared.input_scales,
         plugin=plugin,
+        slots=slots,
     )
     return run(trace(plan.config, plan.task, plan.form.activations), passes)
 
@@ -195,18 +217,33 @@ def _trace(plan: Plan, prepared: "Prepared", engine_graph: str | None = None) ->
 def _write_model(
     source: Checkpoint, model: "ir.Model", prepared: "Prepared", folder: Path, progress: Progress
 ) -> "WrittenWeights":
-    import onnx
-    import onnx_ir as ir
-
     from glm4_exporters.weights import attach, layout, write_weights
 
     tensors = layout(model)
     written = write_weights(source, tensors, folder / WEIGHTS, prepared.edits, progress)
     attach(model, tensors, WEIGHTS)
-    ir.save(model, folder / GRAPH)
-    with ascii_path(folder / GRAPH) as path:
-        onnx.checker.check_model(path, full_check=True)
+    _save(model, folder / GRAPH)
     return written
+
+
+def _save(model: "ir.Model", path: Path) -> None:
+    import onnx
+    import onnx_ir as ir
+
+    ir.save(model, path)
+    with ascii_path(path) as plain:
+        onnx.checker.check_model(plain, full_check=True)
+
+
+def _write_adapter_graph(plan: Plan, prepared: "Prepared", model: "ir.Model", folder: Path) -> None:
+    """Write the graph that takes adapters, if the user wants one. It has the weights of ``model``."""
+    from glm4_exporters.weights import share_weights
+
+    if plan.slots is None:
+        return
+    adapted = _trace(plan, prepared, slots=plan.slots)
+    share_weights(model, adapted)
+    _save(adapted, folder / ADAPTER_GRAPH)
 
 
 def _copy_side_files(source: Checkpoint, plan: Plan, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from glm4_exporters.architecture import EMBEDDING, expected_tensors
 from glm4_exporters.cache_types import choose_cache
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
@@ -22,9 +23,12 @@ from glm4_exporters.quantize.recipe import read_recipe
 from glm4_exporters.sources.fitting import keep_form
 from glm4_exporters.sources.inputs import brought_scales
 from glm4_exporters.targets import RECIPE_FORMATS
-from glm4_runtime.bundle import AdapterInfo, Limits
+from glm4_runtime.adapters.base_model import released_name
+from glm4_runtime.bundle import AdapterInfo, AdapterSlots, Limits
+from glm4_runtime.bundle.manifest_checks import MOST_ADAPTERS, MOST_RANK
 from glm4_runtime.errors import ExportError
 
+DEFAULT_RANK = 64
 DEFAULT_TARGET, DEFAULT_PRECISION, DEFAULT_BATCH = "ort", "int8", 8
 
 
@@ -44,6 +48,8 @@ class ExportOptions:
     recipe: str | None = None  # a file of formats by tensor
     adapters: tuple[tuple[str, float], ...] = ()  # folders of LoRA adapters, and a factor for each
     kv_cache: str = "auto"  # the activations' type, int8 or fp8
+    lora_slots: int = 0  # number of LoRA adapters that a session can load at run time
+    lora_rank: int = DEFAULT_RANK  # maximum rank of such an adapter
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -104,6 +110,7 @@ class Plan:
         form: how every tensor is stored, and the target's row.
         engine: None if ONNX Runtime runs the bundle.
         adapters: the adapters to merge into the weights.
+        slots: the adapters that a session can load at run time; None: no adapters.
     """
 
     config: Glm4Config
@@ -113,6 +120,7 @@ class Plan:
     limits: Limits
     engine: EngineBuild | None
     adapters: tuple[AdapterInfo, ...] = ()
+    slots: AdapterSlots | None = None
 
     @property
     def graph_cache(self) -> str | None:
@@ -150,7 +158,8 @@ def make_plan(source: Checkpoint, options: ExportOptions) -> Plan:
     limits = Limits(options.max_seq_len or source.config.positions, options.max_batch_size)
     engine = _engine(source, options, form, limits)
     adapters = tuple(AdapterInfo(each.name, each.sha256(), each.scale) for each in source.adapters)
-    return Plan(source.config, source.task, options, form, limits, engine, adapters)
+    slots = _adapter_slots(source, options, form)
+    return Plan(source.config, source.task, options, form, limits, engine, adapters, slots)
 
 
 def _form(source: Checkpoint, options: ExportOptions) -> Form:
@@ -179,6 +188,38 @@ def _with_cache(source: Checkpoint, options: ExportOptions, form: Form) -> Form:
     native = kind is not None and engine_attention(kind, source.task, options.engine) == "native"
     asked_cache = form.activations, options.kv_cache, native
     return form.with_cache(choose_cache(source.config, source.task, form.target, *asked_cache))
+
+
+def _adapter_slots(source: Checkpoint, options: ExportOptions, form: Form) -> AdapterSlots | None:
+    """The adapters that the bundle takes at run time.
+
+    Raises:
+        ExportError: the target, the task or the form cannot take adapters.
+    """
+    if options.lora_slots == 0:
+        return None
+    for name, value, most in (
+        ("slots", options.lora_slots, MOST_ADAPTERS),
+        ("rank", options.lora_rank, MOST_RANK),
+    ):
+        if not 1 <= value <= most:
+            raise ExportError(f"--lora-{name} is {value}, but must be 1 ... {most}")
+    reason = None
+    if form.target.engine is not None:
+        reason = f"target {form.target.name} has no products for adapters; take --target cpu, ort or native"
+    elif source.task != "causal-lm":
+        reason = f"the task is {source.task}; take --task causal-lm"
+    elif form.activations == "bfloat16":
+        reason = "ONNX Runtime's CPU provider has no bfloat16 kernels; take --activations fp32 or fp16"
+    if reason is not None:
+        raise ExportError(f"a bundle with --lora-slots cannot be made: {reason}")
+    tensors = expected_tensors(source.config, source.task)
+    matrices = {
+        name.removesuffix(".weight"): shape
+        for name, shape in tensors.items()
+        if len(shape) == 2 and name != EMBEDDING
+    }
+    return AdapterSlots(options.lora_slots, options.lora_rank, matrices, released_name(source.folder))
 
 
 def _require_limits(config: Glm4Config, options: ExportOptions) -> None:

@@ -9,7 +9,7 @@ import click
 from glm4_deploy import folders, hub, pipeline, show
 from glm4_deploy.adapters import find_adapters, lora_option
 from glm4_deploy.engine_bundle import engine_report
-from glm4_deploy.plan import DEFAULT_BATCH, DEFAULT_PRECISION, DEFAULT_TARGET
+from glm4_deploy.plan import DEFAULT_BATCH, DEFAULT_PRECISION, DEFAULT_RANK, DEFAULT_TARGET
 from glm4_exporters.cache_types import KV_CACHES
 from glm4_exporters.engine.kinds import ATTENTIONS
 from glm4_exporters.engine.options import ENGINE_LAYOUTS, EngineOptions
@@ -75,6 +75,20 @@ if TYPE_CHECKING:
     help="A TOML file with formats of single matrices; validate --sensitivity writes one.",
 )
 @lora_option
+@click.option(
+    "--lora-slots",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="Number of LoRA adapters that the bundle can take at run time, one per request. For cpu, ort and native.",
+)
+@click.option(
+    "--lora-rank",
+    type=click.IntRange(min=1),
+    metavar="R",
+    help=f"Maximum rank of such an adapter. Default: {DEFAULT_RANK}.",
+)
 @click.option(
     "--task",
     type=click.Choice(["causal-lm", "sequence-classification", "token-classification", "encoder"]),
@@ -148,6 +162,8 @@ def command(
     text: str | None,
     recipe: str | None,
     lora: tuple[str, ...],
+    lora_slots: int,
+    lora_rank: int | None,
     task: str | None,
     max_seq_len: int | None,
     max_batch_size: int,
@@ -181,7 +197,11 @@ def command(
         recipe=recipe,
         kv_cache=kv_cache,
         engine=engine,
+        lora_slots=lora_slots,
+        lora_rank=lora_rank or DEFAULT_RANK,
     )
+    if lora_rank is not None and not lora_slots:
+        raise click.UsageError("--lora-rank needs --lora-slots.")
     folders.require_checkpoint(checkpoint)
     if key is not None and not print_key:
         raise click.UsageError("--key needs --print-key.")

@@ -18,7 +18,17 @@ KERNELS = ("avx512-vnni", "avx2", "portable")
 def product():
     function = ctypes.CDLL(str(library())).glm4_lora
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [ctypes.c_char_p, pointer, pointer, integer, integer, integer, pointer, pointer, integer]
+    function.argtypes = [
+        ctypes.c_char_p,
+        pointer,
+        pointer,
+        integer,
+        integer,
+        integer,
+        pointer,
+        pointer,
+        integer,
+    ]
     function.argtypes += [ctypes.c_int, pointer]
 
     def run(name, x, y, entries, elements, gated=False):
@@ -75,7 +85,9 @@ def test_kernels_compute_what_the_operator_means(product, name, inputs, outputs,
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize(("inputs", "outputs", "ranks", "rows"), [case for case in CASES if case[1] % 128 == 0])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "ranks", "rows"), [case for case in CASES if case[1] % 128 == 0]
+)
 def test_kernels_agree_bit_by_bit_and_so_do_rows_alone(product, inputs, outputs, ranks, rows, gated):
     entries, elements = random_adapter(inputs, outputs, ranks)
     x, y = values(rows, inputs, 3), values(rows, outputs, 4)
@@ -122,7 +134,19 @@ def test_entries_outside_the_adapter_are_refused(product):
     x, y = values(1, 64, 7), values(1, 128, 8)
     assert isinstance(product(None, x, y, entries, elements), np.ndarray)
     huge = 2**62
-    for place, value in ((0, -1), (0, huge), (1, -1), (1, 2**63 - 1), (2, 0), (2, huge), (3, -1), (3, 2), (4, 0), (4, 3), (4, huge)):
+    for place, value in (
+        (0, -1),
+        (0, huge),
+        (1, -1),
+        (1, 2**63 - 1),
+        (2, 0),
+        (2, huge),
+        (3, -1),
+        (3, 2),
+        (4, 0),
+        (4, 3),
+        (4, huge),
+    ):
         wrong = [list(entries[0]), entries[1]]
         wrong[0][place] = value
         assert product(None, x, y, wrong, elements) == 2, (place, value)

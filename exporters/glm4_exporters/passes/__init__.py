@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from glm4_exporters.form import Form
 from glm4_exporters.formats import StoredFormat
+from glm4_exporters.passes.add_adapters import AddAdapters
 from glm4_exporters.passes.fix_capacity import FixCapacity
 from glm4_exporters.passes.fp4_weights import Fp4Weights
 from glm4_exporters.passes.group_query_attention import GroupQueryAttention
@@ -28,6 +29,7 @@ from glm4_exporters.passes.split_products import SplitProducts
 from glm4_exporters.passes.transposed_matmul import TransposedMatMul
 from glm4_exporters.quantize.kv_cache import CacheScales
 from glm4_exporters.targets import Target
+from glm4_runtime.bundle import AdapterSlots
 
 Pass = ir.passes.InPlacePass
 
@@ -64,15 +66,18 @@ def model_passes(
     cache_scales: Sequence[CacheScales],
     input_scales: Mapping[str, float],
     plugin: PluginAttention | None = None,
+    slots: AdapterSlots | None = None,
 ) -> list[Pass]:
     """All passes before weights are written, in order. An empty argument leaves its pass out.
 
     Args:
         norm_bits, cache_scales, input_scales: results of the calibration.
         plugin: attention for an engine, in place of the target's own.
+        slots: LoRA adapters that the graph takes at run time.
     """
     products = form.target.products
     return [
+        *([AddAdapters(slots, form.target.dialect, form.activations)] if slots is not None else []),
         *([ScaleEps(norm_bits)] if norm_bits else []),  # before a pass that fuses norms
         *lowering(form.target, plugin),
         *_cache_passes(form, cache_scales, plugin),

@@ -9,6 +9,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 MANIFEST = "manifest.json"
 REPORT = "report.json"
 GRAPH = "model.onnx"
+ADAPTER_GRAPH = "model.lora.onnx"  # takes LoRA adapters at run time; has the weights of GRAPH
 WEIGHTS = "model.onnx.data"
 ENGINE = "model.engine"
 

@@ -7,9 +7,11 @@ another shape.
 """
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
-from glm4_runtime.bundle.file_names import GRAPH
+from glm4_runtime.bundle.adapter_inputs import adapter_specs
+from glm4_runtime.bundle.file_names import ADAPTER_GRAPH, GRAPH
 from glm4_runtime.bundle.manifest import EXPORT_AGAIN, Manifest
 from glm4_runtime.bundle.manifest_checks import difference
 from glm4_runtime.bundle.onnx_file import OnnxGraph, Tensor, read_graph
@@ -36,7 +38,7 @@ OPERATORS = {
     | _named(MICROSOFT, f"{_PRODUCTS} GroupQueryAttention"),
     "cpu": _named(STANDARD, _COMMON)
     | _named(MICROSOFT, _PRODUCTS)
-    | _named(OURS, "BlockQuantizedMatMul PartialRopeGqaAttention"),
+    | _named(OURS, "BlockQuantizedMatMul LoraProduct PartialRopeGqaAttention"),
 }
 ENGINE_DIALECT = "native"  # of the graph that an engine is built from
 ATTENTION_OPERATORS = ("Attention", "GroupQueryAttention", "PartialRopeGqaAttention")
@@ -58,7 +60,14 @@ def check_graph(folder: Path, manifest: Manifest) -> None:
     Raises:
         BundleError: naming the first thing that differs.
     """
-    path = folder / GRAPH
+    _check_file(folder / GRAPH, manifest)
+    slots = manifest.adapter_slots
+    if slots is not None:
+        inputs = (*manifest.inputs, *adapter_specs(slots, manifest.dialect))
+        _check_file(folder / ADAPTER_GRAPH, replace(manifest, inputs=inputs))
+
+
+def _check_file(path: Path, manifest: Manifest) -> None:
     graph = read_graph(path)
 
     def refuse(complaint: str) -> BundleError:

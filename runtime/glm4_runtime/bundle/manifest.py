@@ -79,6 +79,23 @@ class AdapterInfo:
     scale: float
 
 
+@dataclass(frozen=True)
+class AdapterSlots:
+    """The LoRA adapters that a session can load at run time.
+
+    Attributes:
+        count: maximum number of loaded adapters.
+        rank: maximum rank of an adapter.
+        matrices: shapes [outputs, inputs] of the matrices that adapters may change, by name without ``.weight``.
+        base: name of the released model in lower case, if the checkpoint's folder had such a name.
+    """
+
+    count: int
+    rank: int
+    matrices: Mapping[str, tuple[int, ...]]
+    base: str | None = None
+
+
 # Input and output of an engine with our plugin, bound to one address; zero before and after each run.
 COUNTERS, PRESENT_COUNTERS = "counters", "present_counters"
 
@@ -144,6 +161,7 @@ class Manifest:
         source_sha256: digest of the checkpoint's tensors: SHA-256 over one line per tensor, sorted by
             name, of name, element type, shape and the SHA-256 of its bytes; with adapters of the merged values.
         adapters: in the order in which they were merged.
+        adapter_slots: None: the bundle takes no adapters at run time.
     """
 
     task: str
@@ -168,6 +186,7 @@ class Manifest:
     engine: EngineInfo | None = None
     scaled_bits: Mapping[str, int] = field(default_factory=dict)
     adapters: tuple[AdapterInfo, ...] = ()
+    adapter_slots: AdapterSlots | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property

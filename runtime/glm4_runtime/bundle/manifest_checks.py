@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from glm4_runtime.bundle.element_types import QUANTIZED_CACHES
-from glm4_runtime.bundle.file_names import GRAPH, MANIFEST, REPORT
+from glm4_runtime.bundle.file_names import ADAPTER_GRAPH, GRAPH, MANIFEST, REPORT
 from glm4_runtime.bundle.graph_io import CAPACITY, GraphIO, graph_io
 from glm4_runtime.bundle.manifest import (
     COUNTERS,
     EXPORT_AGAIN,
     PRESENT_COUNTERS,
+    AdapterSlots,
     EngineInfo,
     EngineProfile,
     Manifest,
@@ -26,6 +27,7 @@ LARGEST_NUMBER = 2**31 - 1
 MOST_COUNTERS = 2**20  # of the attention plugin: four for each processor of a GPU
 MOST_LAYERS, MOST_ROWS, MOST_END_TOKENS, MOST_PROFILES = 10_000, 65_536, 1_000, 16
 LONGEST_WORD = 255  # characters of a name
+MOST_ADAPTERS, MOST_RANK, MOST_NAMES = 256, 1024, 100_000  # of adapters at run time
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CAPABILITY = re.compile(r"[1-9][0-9]{1,2}")
 
@@ -74,6 +76,7 @@ def check_manifest(manifest: Manifest) -> None:
     _check_numbers(manifest)
     _check_model(manifest)
     _check_files(manifest)
+    _check_adapter_slots(manifest, manifest.adapter_slots)
     if manifest.dialect in ENGINE_DIALECTS:
         _check_engine(manifest, manifest.engine)
     _check_io(manifest)
@@ -166,6 +169,26 @@ def _check_files(manifest: Manifest) -> None:
                 digest is None or SHA256.fullmatch(digest) is not None,
                 f"files.{name}.{what} is {shown(digest)}, but must be 64 hexadecimal digits",
             )
+
+
+def _check_adapter_slots(manifest: Manifest, slots: AdapterSlots | None) -> None:
+    if slots is None:
+        return
+    _require(
+        manifest.dialect in ONNX_DIALECTS and manifest.task == "causal-lm",
+        f"there are adapter_slots, but task {manifest.task} in the dialect {shown(manifest.dialect)} takes no adapters",
+    )
+    _require(ADAPTER_GRAPH in manifest.files, f"files does not list {ADAPTER_GRAPH}")
+    _require_number("adapter_slots.count", slots.count, 1, MOST_ADAPTERS)
+    _require_number("adapter_slots.rank", slots.rank, 1, MOST_RANK)
+    _require_number("the count of adapter_slots.matrices", len(slots.matrices), 1, MOST_NAMES)
+    for name, shape in slots.matrices.items():
+        _require(
+            0 < len(name) <= LONGEST_WORD and len(shape) == 2,
+            f"adapter_slots.matrices has {shown(name)} {shown(list(shape))}, which is no matrix",
+        )
+        for size in shape:
+            _require_number(f"adapter_slots.matrices.{name}", size, 1, LARGEST_NUMBER)
 
 
 # Engines ------------------------------------------------------------------------------------------

@@ -40,6 +40,10 @@ class SlotTable:
     def row(self, slot: int) -> int:
         return self._row_of[slot]
 
+    def slot(self, row: int) -> int | None:
+        """The slot in a row; None if the row is not in use."""
+        return self._slot_in_row[row]
+
     def length(self, slot: int) -> int:
         """Positions of the slot; 0 where it is not in use."""
         return self._length.get(slot, 0)

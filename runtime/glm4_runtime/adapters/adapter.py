@@ -121,6 +121,15 @@ class AdapterFolder:
         """Number of labels of the classification head."""
         return self._matrix("score", "weight")[0]
 
+    @property
+    def whole(self) -> list[str]:
+        """Names of tensors that replace tensors of the model, or are copies of them."""
+        return sorted(
+            f"{module}.{leaf}"
+            for module, parts in self._modules.items()
+            for leaf in {"weight", "bias"} & parts.keys()
+        )
+
     def sha256(self) -> str:
         """SHA-256 of the configuration and the tensors, in hex."""
         config = (self.folder / ADAPTER_CONFIG).read_bytes()

@@ -21,6 +21,7 @@ from glm4_runtime.kv_cache import Move, SlotTable
 from glm4_runtime.sampling import SamplingParams, TokenMask
 from glm4_runtime.scoring import LogLikelihood, log_likelihoods, rolling_log_likelihood
 from glm4_runtime.session.checks import require_task, require_tokens
+from glm4_runtime.session.slot_adapters import SlotAdapters
 from glm4_runtime.session.slot_steps import SlotSteps
 from glm4_runtime.side_files import check_bundle
 from glm4_runtime.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ from glm4_runtime.tokenizer import Tokenizer
 DEFAULT_CHUNK = 512
 
 
-class Session(abc.ABC):
+class Session(SlotAdapters, abc.ABC):
     """One opened bundle. Not thread-safe: one thread drives a session.
 
     Attributes:
@@ -36,6 +37,7 @@ class Session(abc.ABC):
         max_seq_len, max_batch_size: this session's limits, at most the bundle's.
         provider: the device's kernels in use; ``skipped`` says by name why others are not used.
         prefill_chunk: maximum number of new positions per run; longer prompts run in chunks.
+        adapter: the adapter of sequences for which :meth:`use_adapter` chose none. None: the base model.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, max_seq_len: int, max_batch_size: int) -> None:
@@ -44,7 +46,9 @@ class Session(abc.ABC):
         self.prefill_chunk = DEFAULT_CHUNK
         self.provider = ""
         self.skipped: dict[str, str] = {}
+        self.adapter = None
         self._slots = SlotTable(max_batch_size)
+        self._adapter_of = {}
         self._tokenizer: Tokenizer | None = None
         self._warnings: tuple[str, ...] | None = None
 
@@ -174,13 +178,23 @@ class Session(abc.ABC):
         self._slots.set_length(slot, length)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """Start the free slot ``target`` with the first ``length`` positions of ``source``."""
+        """Start the free slot ``target`` with the first ``length`` positions of ``source``.
+
+        Raises:
+            SlotError: a wrong slot or length, or other adapters: keys and values belong to one adapter.
+        """
         self._require_slot(source, in_use=True)
         self._require_slot(target)
         if target in self._slots:
             raise SlotError(f"slot {target} is in use; release it first")
         if not 0 <= length <= self._slots.length(source):
             raise SlotError(f"slot {source} holds {self._slots.length(source)} positions, not {length}")
+        theirs = self.adapter_of(source)
+        if self._adapter_of.setdefault(target, theirs) != theirs:
+            raise SlotError(
+                f"slot {source} has {theirs or 'no adapter'}, but slot {target} has {self._adapter_of[target] or 'none'}; "
+                "a prefix belongs to one adapter"
+            )
         row = self._slots.add(target)
         self._move_row(Move(self._slots.row(source), row, length))
         self._slots.set_length(target, length)
@@ -188,6 +202,7 @@ class Session(abc.ABC):
     def release(self, slot: int) -> None:
         """Free a slot. Releasing a free one does nothing."""
         self._require_slot(slot)
+        self._adapter_of.pop(slot, None)
         if slot in self._slots:
             self._slots.remove(slot)
 
@@ -200,6 +215,7 @@ class Session(abc.ABC):
                 self._clear_row(self._slots.row(slot))
             finally:
                 self._slots.remove(slot)
+                self._adapter_of.pop(slot, None)
 
     def length(self, slot: int) -> int:
         """Positions in a slot; 0 if it is not in use."""
@@ -347,6 +363,7 @@ class Session(abc.ABC):
     def _run_chunks(self, slot: int, ids: Ids, first_asked: int, chunk: int) -> Iterator[Logits]:
         was_in_use, before = slot in self._slots, self._slots.length(slot)
         if not was_in_use:
+            self._adapter_of.setdefault(slot, self.adapter)
             self._slots.add(slot)
         try:
             self._fit_cache(max(self._slots.longest(), before + len(ids)))
@@ -366,7 +383,7 @@ class Session(abc.ABC):
             if was_in_use:
                 self._slots.set_length(slot, before)
             elif slot in self._slots:
-                self._slots.remove(slot)
+                self.release(slot)
             raise
 
     def _encoded(self, token_ids: Sequence[int]) -> Logits:
@@ -388,18 +405,6 @@ class Session(abc.ABC):
         if not free:
             raise SlotError(f"all {self.max_batch_size} slots are in use; release one first")
         return free[0]
-
-    def _require_slot(self, slot: int, in_use: bool = False) -> None:
-        if (
-            isinstance(slot, bool)
-            or not isinstance(slot, int | np.integer)
-            or not 0 <= slot < self.max_batch_size
-        ):
-            raise SlotError(
-                f"slot {slot!r} does not exist; this session has slots 0 ... {self.max_batch_size - 1}"
-            )
-        if in_use and slot not in self._slots:
-            raise SlotError(f"slot {slot} is not in use; prefill it first")
 
     def _require_room(self, slot: int, count: int) -> None:
         length = self._slots.length(slot)

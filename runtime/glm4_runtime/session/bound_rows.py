@@ -1,6 +1,6 @@
 """The inputs and outputs of a step on some rows of the cache, bound to fixed addresses."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,8 @@ import numpy.typing as npt
 
 from glm4_runtime.session.base import Ids, Logits
 from glm4_runtime.session.memory import CacheMemory
+
+NO_ADAPTERS: Mapping[str, npt.NDArray[Any]] = {}
 
 
 class BoundRows:
@@ -26,8 +28,10 @@ class BoundRows:
         count: int,
         device: str,
         new_logits: Callable[[tuple[int, int]], Logits],
+        adapters: Mapping[str, npt.NDArray[Any]] = NO_ADAPTERS,
     ) -> None:
         self.binding = binding
+        self.adapters = adapters  # further inputs, which the caller writes
         self._new_logits = new_logits  # (rows, positions)
         # Binding an input copies it to the device. So it is done for each step, unless the device is the CPU.
         self._binds_each_step = device != "cpu"
@@ -37,6 +41,8 @@ class BoundRows:
         for past, present, dtype, shape, address in cache.views(first_row, count):
             binding.bind_input(past, device, 0, dtype, shape, address)
             binding.bind_output(present, device, 0, dtype, shape, address)
+        for name, array in adapters.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
     def write(self, ids: Ids, past: Sequence[int], logits_indices: Ids) -> Logits:
         """Set the inputs of the next run; returns the array that will receive its logits."""

@@ -4,18 +4,23 @@ and as present."""
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from glm4_runtime.bundle import GRAPH, Manifest
+from glm4_runtime.bundle.adapter_inputs import PACKED_DIALECT, ROWS
 from glm4_runtime.bundle.ascii_path import ascii_path
+from glm4_runtime.bundle.file_names import ADAPTER_GRAPH
 from glm4_runtime.errors import BundleError, ModelError, UnavailableError
 from glm4_runtime.install import install_command
 from glm4_runtime.kv_cache import Move
+from glm4_runtime.session.adapters import AdapterTable, make_table
 from glm4_runtime.session.base import Ids, Logits
 from glm4_runtime.session.bound_rows import BoundRows
 from glm4_runtime.session.growing import GrowingSession
@@ -124,6 +129,27 @@ def _failed(error: Exception) -> ModelError:
     return ModelError(f"a step of the model failed in ONNX Runtime: {error}")
 
 
+@dataclass(frozen=True)
+class Graphs:
+    """Opens graphs of a bundle, all with the same options."""
+
+    ort: Any
+    folder: Path
+    options: Any
+    provider: Any
+
+    def open(self, name: str) -> Any:
+        """Raises :class:`BundleError`."""
+        try:
+            with warnings.catch_warnings(), ascii_path(self.folder / name) as path:
+                warnings.simplefilter("ignore")
+                return self.ort.InferenceSession(path, self.options, providers=[self.provider])
+        except Exception as error:  # onnxruntime's exceptions have no common base class
+            raise BundleError(
+                f"ONNX Runtime {self.ort.__version__} cannot open {self.folder / name}: {error}"
+            ) from error
+
+
 class OrtSession(GrowingSession):
     """A bundle that is an ONNX graph, on ONNX Runtime."""
 
@@ -163,13 +189,10 @@ class OrtSession(GrowingSession):
             if library is not None:
                 with ascii_path(library) as path:
                     options.register_custom_ops_library(path)
-            with warnings.catch_warnings(), ascii_path(self.folder / GRAPH) as path:
-                warnings.simplefilter("ignore")
-                self._session = ort.InferenceSession(path, options, providers=[provider])
         except Exception as error:  # onnxruntime's exceptions have no common base class
-            raise BundleError(
-                f"ONNX Runtime {ort.__version__} cannot open {self.folder / GRAPH}: {error}"
-            ) from error
+            raise BundleError(f"ONNX Runtime {ort.__version__} cannot load {library}: {error}") from error
+        self._graphs = Graphs(ort, self.folder, options, provider)
+        self._session = self._graphs.open(GRAPH)
         if self._session.get_providers()[0] != self.provider:
             missing = gpu.missing[:200] if gpu is not None else ""
             raise BundleError(
@@ -178,7 +201,10 @@ class OrtSession(GrowingSession):
             )
         if manifest.kv_cache is not None:
             self._cache = self._new_cache()
-        self._bindings: dict[tuple[int, int], BoundRows] = {}
+        self._bindings: dict[tuple[int, int, bool], BoundRows] = {}
+        self._table: AdapterTable | None = None  # None: no adapter is loaded
+        self._adapted: Any = None  # the graph with adapters
+        self.adapter_runs = 0
 
     def _new_cache(self) -> CacheMemory:
         if self._gpu is None:
@@ -193,10 +219,15 @@ class OrtSession(GrowingSession):
         return np.empty(shape, np.float32) if self._gpu is None else self._gpu.new_logits(shape)
 
     def _run_decoder(self, first_row: int, ids: Ids, past: Sequence[int], logits_indices: Ids) -> Logits:
-        rows = self._bound_rows(first_row, len(ids))
+        numbers = None if self._table is None else self._adapter_rows(self._table, first_row, len(ids))
+        session, rows = self._session, self._bound_rows(first_row, len(ids), numbers is not None)
         logits = rows.write(ids, past, logits_indices)
+        if numbers is not None:
+            session = self._adapted
+            rows.adapters[ROWS][:] = numbers
+            self.adapter_runs += 1
         try:  # no context manager, which costs three calls a token
-            self._session.run_with_iobinding(rows.binding)
+            session.run_with_iobinding(rows.binding)
         except Exception as error:
             raise _failed(error) from error
         if self._gpu is not None:
@@ -205,19 +236,86 @@ class OrtSession(GrowingSession):
             rows.forget()
         return logits
 
-    def _bound_rows(self, first_row: int, count: int) -> BoundRows:
-        key = first_row, count
+    def _bound_rows(self, first_row: int, count: int, adapted: bool) -> BoundRows:
+        key = first_row, count, adapted
         if key not in self._bindings:
             device = "cpu" if self._gpu is None else "cuda"
+            adapters: dict[str, Any] = {}
+            if adapted and self._table is not None:
+                adapters = {ROWS: np.empty(count, np.int64), **self._table.arrays}
             self._bindings[key] = BoundRows(
-                self._session.io_binding(),
+                (self._adapted if adapted else self._session).io_binding(),
                 self._cache,
                 first_row,
                 count,
                 device,
                 self._new_logits,
+                adapters,
             )
         return self._bindings[key]
+
+    # Adapters --------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> Sequence[str]:
+        return () if self._table is None else self._table.names
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        slots = self.manifest.adapter_slots
+        if slots is None:
+            super().load_adapter(name, folder)
+            return
+        if self._gpu is not None:
+            raise BundleError(f"{self.provider} runs no adapters; open the bundle with CPUExecutionProvider")
+        table = self._table or make_table(self.manifest, slots)
+        table.load(name, Path(folder))
+        self._forget_adapted()
+        if self._table is None:
+            self._open_adapted()
+            self._table = table
+
+    def _open_adapted(self) -> None:
+        """Open the graph with adapters. Where a session copies its weights, it replaces the graph without them."""
+        if self._maps_weights:
+            self._adapted = self._adapted or self._graphs.open(ADAPTER_GRAPH)
+            return
+        self._bindings.clear()
+        self._session = None
+        try:
+            self._session = self._adapted = self._graphs.open(ADAPTER_GRAPH)
+        except BaseException:
+            self._session = self._graphs.open(GRAPH)
+            raise
+
+    def _unload_adapter(self, name: str) -> None:
+        assert self._table is not None
+        self._table.unload(name)
+        self._forget_adapted()
+        if self._table.names:
+            return
+        self._table = None
+        if not self._maps_weights:
+            self._session = self._adapted = None
+            self._session = self._graphs.open(GRAPH)
+
+    @property
+    def _maps_weights(self) -> bool:
+        """Whether our own products read the weights in the mapped file, so that a second graph needs no memory."""
+        return self.manifest.dialect == PACKED_DIALECT
+
+    def _forget_adapted(self) -> None:
+        """Drop bindings to arrays of adapters, which may have changed."""
+        self._bindings = {key: rows for key, rows in self._bindings.items() if not key[2]}
+
+    def _adapter_rows(
+        self, table: AdapterTable, first_row: int, count: int
+    ) -> "npt.NDArray[np.int64] | None":
+        """The adapter of each row. None: no row has one, and there is a graph without adapters."""
+        slots = [self._slots.slot(row) for row in range(first_row, first_row + count)]
+        names = [None if slot is None else self._adapter_of.get(slot) for slot in slots]
+        if self._maps_weights and not any(names):
+            return None
+        return table.numbers(names)
 
     def _run_encoder(self, ids: Ids) -> Logits:
         lengths = np.array([ids.shape[1]], np.int32)
@@ -241,6 +339,6 @@ class OrtSession(GrowingSession):
         self._bindings.clear()
         if self.manifest.kv_cache is not None:
             self._cache.free()
-        self._session = None
+        self._session = self._adapted = self._table = None
         if self._gpu is not None:
             self._gpu.close()

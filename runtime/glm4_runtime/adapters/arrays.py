@@ -92,7 +92,8 @@ def _halves(adapter: AdapterFolder, matrix: str, right: Floats, left: Floats) ->
     most = float(np.abs(right).max()), float(np.abs(left).max())
     shift = round((math.log2(most[0]) - math.log2(most[1])) / 2) if all(most) else 0
     scaled = np.ldexp(right, -shift), np.ldexp(left, shift)
-    halves = scaled[0].astype(np.float16), scaled[1].astype(np.float16)
+    with np.errstate(over="ignore"):
+        halves = scaled[0].astype(np.float16), scaled[1].astype(np.float16)
     if not all(np.isfinite(half).all() for half in halves):
         adapter.refuse(f"has values in {matrix} that are too large for float16; {MERGE}")
     return halves

@@ -18,7 +18,7 @@ from glm4_runtime.bundle.adapter_inputs import (
     packed_name,
     stacked_names,
 )
-from glm4_runtime.errors import CheckpointError, RequestError
+from glm4_runtime.errors import CheckpointError, RequestError, some
 
 Arrays = dict[str, npt.NDArray[Any]]
 PANEL = 64  # columns of B that are stored together, for glm4::LoraProduct
@@ -68,8 +68,8 @@ class AdapterTable(abc.ABC):
             )
         if len(self.names) >= self._slots.count:
             raise RequestError(
-                f"this bundle takes {self._slots.count} adapters at a time, and {self._slots.count} are loaded; "
-                "unload one first, or export with a higher --lora-slots"
+                f"all {self._slots.count} adapter slots of this bundle are in use ({some(self.names)}); unload one first, "
+                "or export with a higher --lora-slots"
             )
         try:
             self._add(name, read_parts(folder, self._manifest, self._slots))

@@ -1,14 +1,17 @@
-"""The option ``--lora DIR`` or ``--lora DIR=SCALE``: LoRA adapters to merge into a checkpoint's weights."""
+"""The option ``--lora``: adapters to merge into a checkpoint's weights, or one to apply to a bundle at run time."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from glm4_deploy import hub
 from glm4_runtime.errors import RequestError
 from glm4_runtime.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from glm4_runtime import Session
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -22,6 +25,26 @@ def lora_option(command: Command) -> Command:
         help="LoRA adapter to merge into the weights: a folder as PEFT saves it, or a name on the hub. "
         "Repeat the option for several.",
     )(command)
+
+
+def run_time_lora_option(command: Command) -> Command:
+    """Add the option ``--lora`` of a command that runs a bundle."""
+    return click.option(
+        "--lora",
+        metavar="DIR",
+        help="LoRA adapter to apply: a folder as PEFT saves it, or a name on the hub. For bundles exported with --lora-slots.",
+    )(command)
+
+
+def apply_adapter(session: "Session", given: str | None) -> None:
+    """Load the adapter of ``--lora`` for all sequences of a session. None: no adapter.
+
+    Raises:
+        BundleError: the bundle takes no adapters. CheckpointError: the adapter is damaged or does not fit.
+    """
+    if given is not None:
+        session.load_adapter(given, hub.local_folder(given))
+        session.adapter = given
 
 
 def find_adapters(given: Sequence[str], progress: Progress = silent) -> tuple[tuple[str, float], ...]:

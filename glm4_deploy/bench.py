@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from glm4_deploy.adapters import apply_adapter
 from glm4_exporters.peak_memory import peak_memory
 from glm4_runtime import Session
 from glm4_runtime.bundle import WEIGHTS, Manifest, read_manifest
@@ -68,6 +69,7 @@ class BenchOptions:
         batch: how many sequences decode together, each after ``context`` tokens, for ``steps`` tokens.
         rounds: measured rounds, after one that is not counted.
         threads: of the session; all cores by default.
+        lora: a LoRA adapter of all sequences, as a folder or a name on the hub. None: the base model.
     """
 
     prefill: Sequence[int] = (512, 2048)
@@ -76,6 +78,7 @@ class BenchOptions:
     steps: int = 32
     rounds: int = 5
     threads: int | None = None
+    lora: str | None = None
 
 
 Rates = Mapping[str, Mapping[str, list[float]]]
@@ -97,6 +100,7 @@ def bench(
     progress("load", 0, 0)
     start = time.perf_counter()
     with Session.open(bundle, max_batch_size=max(options.batch), threads=options.threads) as session:
+        apply_adapter(session, options.lora)
         runner = Runner(session)
         runner.prefill(runner.tokens(1))
         load = time.perf_counter() - start
@@ -107,6 +111,7 @@ def bench(
             "precision": manifest.precision,
             "provider": session.provider,
             "threads": options.threads,
+            "lora": options.lora,
             "rounds": options.rounds,
             "context": options.context,
             "steps": options.steps,

@@ -93,6 +93,30 @@ def demo_cpu(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def demo_slots(tmp_path_factory):
+    """The demo checkpoint for target cpu in int8, with four slots, that takes three adapters at run time."""
+    folder = tmp_path_factory.mktemp("slots") / "glm4-tiny"
+    demo = Path(__file__).parents[1] / "demo" / "glm4-tiny"
+    options = ExportOptions(target="cpu", max_batch_size=4, parity=False, lora_slots=3, lora_rank=8)
+    export(demo, folder, options)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_adapters(tmp_path_factory):
+    """Random adapters of the demo checkpoint, by name."""
+    from adapters import write_adapter
+
+    folder = tmp_path_factory.mktemp("adapters")
+    demo = Path(__file__).parents[1] / "demo" / "glm4-tiny"
+    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+    return {
+        name: write_adapter(demo, folder / name, seed=seed, target_modules=every, r=rank)
+        for seed, (name, rank) in enumerate({"poet": 4, "clerk": 8, "coder": 2}.items())
+    }
+
+
 @pytest.fixture
 def edited_manifest(tmp_path, tiny_bundles):
     """A function that copies a bundle and changes fields of its manifest."""

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from glm4_deploy import folders, show
+from glm4_deploy.adapters import run_time_lora_option
 from glm4_deploy.commands.numbers import numbers
 
 
@@ -46,6 +47,7 @@ from glm4_deploy.commands.numbers import numbers
     show_default=True,
     help="Measured rounds, after one that is not counted.",
 )
+@run_time_lora_option
 @click.option("--threads", type=click.IntRange(min=1), help="Number of threads. Default: all cores.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def command(bundle: Path, prefill: str, batch: str, as_json: bool, **how: Any) -> None:
@@ -65,6 +67,7 @@ def command(bundle: Path, prefill: str, batch: str, as_json: bool, **how: Any) -
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("runs on", f"{report['provider']}, {report['threads'] or 'all'} threads"),
+        *([("adapter", report["lora"])] if report["lora"] else []),
         ("load", f"{report['load_seconds']:.2f} s"),
     ]
     rows += [(f"prefill {n}", _rate(figures)) for n, figures in report["prefill"].items()]

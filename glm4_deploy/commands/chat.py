@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from glm4_deploy import folders, interrupts, show, streams
+from glm4_deploy.adapters import apply_adapter, run_time_lora_option
 from glm4_deploy.commands.text import TEXT_ARGUMENT
 from glm4_deploy.typed import is_command, message_reader
 from glm4_runtime.errors import RequestError
@@ -41,6 +42,7 @@ _THOUGHT, _PLAIN = "\x1b[2m", "\x1b[0m"
 )
 @click.option("--seed", type=int, help="Seed of the sampling. Default: a random one.")
 @click.option("--hide-thoughts", is_flag=True, help="Hide the thinking.")
+@run_time_lora_option
 @click.option(
     "--provider",
     metavar="NAME",
@@ -57,6 +59,7 @@ def command(
     bundle: Path,
     system: str | None,
     hide_thoughts: bool,
+    lora: str | None,
     provider: str | None,
     threads: int | None,
     max_seq_len: int | None,
@@ -78,6 +81,7 @@ def command(
     with Session.open(
         bundle, provider=provider, threads=threads, max_seq_len=max_seq_len, max_batch_size=1
     ) as session:
+        apply_adapter(session, lora)
         show.print_warnings(session.warnings)
         dialogue = Dialogue(session, params, system)
         if sys.stdin.isatty():

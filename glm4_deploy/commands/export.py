@@ -232,6 +232,11 @@ def _runs_on(manifest: Manifest) -> str:
     return f"{manifest.engine.kind} {manifest.engine.version}, GPUs of compute capability {gpus}{later}"
 
 
+def _adapter_slots(manifest: Manifest) -> list[tuple[str, str]]:
+    slots = manifest.adapter_slots
+    return [] if slots is None else [("adapters", f"{slots.count} at run time, of rank up to {slots.rank}")]
+
+
 def _as_json(result: pipeline.ExportResult) -> dict[str, object]:
     return {
         "bundle": str(result.bundle),
@@ -252,6 +257,7 @@ def _rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
         ("task", manifest.task),
         ("target", f"{manifest.target}, {manifest.precision}"),
         *[("adapter", f"{each.name} times {each.scale:g}, merged") for each in manifest.adapters],
+        *_adapter_slots(manifest),
         ("runs on", _runs_on(manifest)),
         ("size", show.readable_size(sum(entry.bytes for entry in manifest.files.values()))),
         ("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from glm4_deploy import folders, show, streams
+from glm4_deploy.adapters import apply_adapter, run_time_lora_option
 from glm4_deploy.commands.text import TEXT_ARGUMENT
 from glm4_runtime.errors import BundleError, RequestError
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     help="End before this text. Repeat the option for several.",
 )
 @click.option("--ignore-eos", is_flag=True, help="Continue after end-of-sequence tokens.")
+@run_time_lora_option
 @click.option(
     "--provider",
     metavar="NAME",
@@ -73,6 +75,7 @@ def command(
     chat: bool,
     system: str | None,
     stream: bool,
+    lora: str | None,
     provider: str | None,
     threads: int | None,
     max_seq_len: int | None,
@@ -99,6 +102,7 @@ def command(
     with Session.open(
         bundle, provider=provider, threads=threads, max_seq_len=max_seq_len, max_batch_size=1, verify=verify
     ) as session:
+        apply_adapter(session, lora)
         show.print_warnings(() if as_json else session.warnings)
         ids, ends = _prompt(bundle, session, text, chat, system)
         if not params.ignore_eos:

@@ -138,6 +138,7 @@ def _bundle_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             ("adapter" if i == 0 else "", _merged(each))
             for i, each in enumerate(manifest.get("adapters", []))
         ],
+        *_adapter_slots(manifest.get("adapter_slots")),
         ("parity", _parity(report.get("parity", "not recorded"))),
     ]
     return rows
@@ -179,6 +180,12 @@ def _spec(spec: dict[str, Any]) -> str:
 
 def _pairs(mapping: dict[str, Any]) -> str:
     return ", ".join(f"{name or 'ai.onnx'} {value}" for name, value in mapping.items())
+
+
+def _adapter_slots(slots: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if slots is None:
+        return []
+    return [("adapters", f"{slots['count']} at run time, of rank up to {slots['rank']}")]
 
 
 def _merged(adapter: dict[str, Any]) -> str:

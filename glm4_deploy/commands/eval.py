@@ -14,7 +14,11 @@ from glm4_runtime.install import install_command
 if TYPE_CHECKING:
     from glm4_deploy.evaluate.engines import Engine
     from glm4_deploy.evaluate.gates import LossGate
+    from glm4_deploy.evaluate.positions import LongTexts
     from glm4_deploy.evaluate.run import Evaluation
+    from glm4_deploy.evaluate.task_list import Selection
+
+FEWEST_WORDS = 14  # of two lines
 
 
 @click.command("eval")
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     default="glm4",
     show_default=True,
     metavar="NAME,...",
-    help="Tasks: glm4 (generated items, without a network), names of lm-evaluation-harness, *.yaml files or folders.",
+    help="Tasks: glm4 (generated items, without a network), glm4_positions (perplexity by position in long texts), names of lm-evaluation-harness, *.yaml files or folders.",
 )
 @click.option(
     "--items",
@@ -45,11 +49,23 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--words",
-    type=click.IntRange(min=14),
-    default=200,
+    default="200",
     show_default=True,
+    metavar="N,...",
+    callback=lambda _, __, value: _word_counts(value),
+    help="Words in each text of the task glm4_needle; for several numbers, one row of the report each.",
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Long documents for the task glm4_positions: *.txt, *.jsonl or *.ids. Default: heldout.txt of an engine's folder.",
+)
+@click.option(
+    "--positions",
+    type=click.IntRange(min=128),
     metavar="N",
-    help="Words in each text of the task glm4_needle.",
+    help="Tokens of a text of the task glm4_positions. Default: the least room of the engines.",
 )
 @click.option(
     "--shots",
@@ -83,7 +99,9 @@ def command(
     revision: str | None,
     tasks: str,
     items: int,
-    words: int,
+    words: tuple[int, ...],
+    text: Path | None,
+    positions: int | None,
     shots: int | None,
     chat: bool,
     seed: int,
@@ -100,6 +118,7 @@ def command(
     try:
         import glm4_deploy.evaluate.html  # noqa: F401  its packages are needed after the work
         from glm4_deploy.evaluate.engines import find_engines
+        from glm4_deploy.evaluate.positions import long_texts
         from glm4_deploy.evaluate.run import ask_engines, foreseen
         from glm4_deploy.evaluate.task_list import Selection
     except ModuleNotFoundError as error:
@@ -107,9 +126,12 @@ def command(
     with show.shown_progress() as progress:
         folder = None if reference is None else hub.local_folder(reference, revision, progress)
     found = find_engines(engines, folder, chat)
-    selection = Selection(_names(tasks), items, words, shots, seed, chat)
-    expected = foreseen(selection)
-    limits = _gates(gates, found, list(expected))
+    selection = Selection(
+        _names(tasks), items, words, shots, seed, chat, None if text is None else str(text), positions
+    )
+    _require_used(selection)
+    expected, texts = foreseen(selection), long_texts(found, selection)
+    limits = _gates(gates, found, [*expected, *_buckets(texts)])
     for name, (count, least) in expected.items():
         shown = (
             f"a difference of about {100 * least:.1f} points"
@@ -117,12 +139,38 @@ def command(
             else "no difference, there are too few"
         )
         click.echo(f"{name}: {count} items show {shown}", err=True)
+    for name, blocks in _buckets(texts).items():
+        click.echo(f"{name}: {blocks}", err=True)
     with show.shown_progress() as progress:
-        evaluation = ask_engines(found, selection, limits, output, progress)
+        evaluation = ask_engines(found, selection, limits, output, progress, texts)
     _write(evaluation, output)
     _print(evaluation, output, as_json)
     if evaluation.failed:
         raise GateError(f"{len(evaluation.failed)} of {len(evaluation.verdicts)} gates failed")
+
+
+def _word_counts(value: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(word) for word in value.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < FEWEST_WORDS or len(set(counts)) < len(counts):
+        raise click.BadParameter(
+            f"{value!r} must be different whole numbers of at least {FEWEST_WORDS}, with commas between."
+        )
+    return counts
+
+
+def _require_used(selection: "Selection") -> None:
+    if not selection.has_positions and (selection.text is not None or selection.positions is not None):
+        raise click.UsageError("--text and --positions are for the task glm4_positions; add it to --tasks.")
+
+
+def _buckets(texts: "LongTexts | None") -> dict[str, str]:
+    """What is known of each bucket of positions before the work."""
+    if texts is None:
+        return {}
+    return {each.task: f"{texts.count(each)} blocks of 64 tokens" for each in texts.buckets}
 
 
 def _prepare_harness() -> None:
@@ -160,12 +208,14 @@ def _write(evaluation: "Evaluation", output: Path) -> None:
 
 
 def _print(evaluation: "Evaluation", output: Path, as_json: bool) -> None:
-    from glm4_deploy.evaluate.table import table
+    from glm4_deploy.evaluate.table import positions_table, table
 
     if as_json:
         show.print_json(evaluation.as_dict())
         return
     print(table(evaluation))
+    if evaluation.buckets:
+        print(positions_table(evaluation))
     for verdict in evaluation.verdicts:
         print(f"{'failed' if verdict.failed else 'passed'}: {verdict.line}")
     for warning in evaluation.warnings:

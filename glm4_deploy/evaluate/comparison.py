@@ -5,7 +5,14 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from glm4_deploy.evaluate.scored import ScoredItem
-from glm4_deploy.evaluate.statistics import Difference, MeanEstimate, detectable, paired_difference, score
+from glm4_deploy.evaluate.statistics import (
+    ROUNDING,
+    Difference,
+    MeanEstimate,
+    detectable,
+    paired_difference,
+    score,
+)
 from glm4_runtime.errors import Glm4Error
 
 ALL = "all tasks"
@@ -19,12 +26,14 @@ class Answers:
         metric: name of the task's metric; None if the task has only log-probabilities.
         tokens: mean tokens of a generated answer; None if the task generates none.
         cut: number of prompts that are longer than the engine has room for.
+        rounding: items' log-probabilities that differ less are called equal.
     """
 
     items: tuple[ScoredItem, ...]
     metric: str | None
     tokens: float | None = None
     cut: int = 0
+    rounding: float = ROUNDING
 
     @property
     def scores(self) -> list[float]:
@@ -92,7 +101,7 @@ def compare_answers(task: str, engine: str, first: Answers, answers: Answers, is
         score_change=None if is_first or not scored else paired_difference(first.scores, answers.scores),
         nats_change=None
         if is_first or not measured
-        else paired_difference([a for a, _ in measured], [b for _, b in measured]),
+        else paired_difference([a for a, _ in measured], [b for _, b in measured], answers.rounding),
         lost=tuple(place for place, (a, b) in pairs if _below(b.score, a.score)),
         won=tuple(place for place, (a, b) in pairs if _below(a.score, b.score)),
         changed=sum(a.answer != b.answer for _, (a, b) in pairs),
@@ -109,4 +118,5 @@ def pooled(answers: Sequence[Answers]) -> Answers:
     return Answers(
         tuple(item for each in answers for item in each.items),
         metrics.pop() if len(metrics) == 1 else "score",
+        rounding=min(each.rounding for each in answers),
     )

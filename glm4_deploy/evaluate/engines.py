@@ -1,7 +1,6 @@
 """The engines to ask: bundles, servers, and a checkpoint as the reference. Each is a model of the harness."""
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 from lm_eval.api.model import LM
 
 from glm4_deploy import folders
+from glm4_deploy.evaluate.server_engine import PROBE_SECONDS, key_header, open_server, server_logprobs
 from glm4_deploy.harness.model import BundleModel
 from glm4_deploy.memory import available_memory
+from glm4_deploy.metrics import Vector
 from glm4_deploy.show import readable_size
 from glm4_exporters.architecture import parameter_count
 from glm4_exporters.checkpoint import Checkpoint
@@ -22,9 +24,10 @@ from glm4_runtime.errors import Glm4Error, RequestError
 from glm4_runtime.install import install_command
 
 REFERENCE = "reference"
+USUAL_ROOM = 2048  # tokens; of a server that does not say how many, as the harness assumes
 URL = re.compile(r"https?://")
-PROBE_SECONDS = 10.0
 FLOAT32 = 4  # bytes
+TOKENS_AT_ONCE = 256  # of a text that the checkpoint reads
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,21 @@ class Engine:
         label: a short name, which ``--gate`` uses.
         where: a folder or an address.
         identity: SHA-256 of what determines the answers; kept answers of another identity are not used.
+        room: tokens of a prompt and its answer at most.
         open: loads the model.
+        token_logprobs: of an opened model, gives the log-probability of each token after the first, in nats.
     """
 
     label: str
     where: str
     identity: str
+    room: int
     open: Callable[[], LM]
+    token_logprobs: Callable[[LM, Sequence[int]], Vector]
+
+    @property
+    def is_folder(self) -> bool:
+        return not URL.match(self.where)
 
 
 def find_engines(named: Sequence[str], reference: Path | None, chat: bool = False) -> list[Engine]:
@@ -81,16 +92,16 @@ def _of_bundle(label: str, folder: Path) -> Engine:
         label or manifest.precision,
         str(folder),
         hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
+        manifest.limits.max_seq_len,
         lambda: BundleModel(str(folder)),
+        BundleModel.token_logprobs,
     )
 
 
 def _of_server(label: str, url: str, reference: Path | None, prefix: bool) -> Engine:
-    if reference is None:
-        raise RequestError(f"{url} gives no tokenizer to the harness; add --reference CHECKPOINT")
     base = url.rstrip("/").removesuffix("/completions").removesuffix("/v1") + "/v1"
     try:
-        listed = httpx.get(f"{base}/models", timeout=PROBE_SECONDS, headers=_key())
+        listed = httpx.get(f"{base}/models", timeout=PROBE_SECONDS, headers=key_header())
         listed.raise_for_status()
         model = listed.json()["data"][0]
     except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
@@ -100,26 +111,27 @@ def _of_server(label: str, url: str, reference: Path | None, prefix: bool) -> En
     arguments = {
         "base_url": f"{base}/completions",
         "model": model["id"],
-        "tokenizer": str(reference),
-        "tokenizer_backend": "huggingface",
         "add_bos_token": prefix,
         "num_concurrent": 4,
-        **({"max_length": model["max_model_len"]} if "max_model_len" in model else {}),
+        "max_length": model.get("max_model_len", USUAL_ROOM),
+        **({} if reference is None else {"tokenizer": str(reference)}),
     }
     identity = hashlib.sha256(f"{base} {model}".encode()).hexdigest()
-    return Engine(label or model["id"], base, identity, lambda: _made("local-completions", arguments))
-
-
-def _key() -> dict[str, str]:
-    """The header with GLM4_API_KEY, as ``bench-serve`` sends it. The harness reads the same key from OPENAI_API_KEY."""
-    key = os.environ.get("GLM4_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    return Engine(
+        label or model["id"],
+        base,
+        identity,
+        arguments["max_length"],
+        lambda: _made(lambda: open_server(arguments)),
+        server_logprobs,
+    )
 
 
 def _of_checkpoint(folder: Path, prefix: bool) -> Engine:
     folders.require_checkpoint(folder)
     with Checkpoint.load(folder) as checkpoint:
         needed = FLOAT32 * parameter_count(checkpoint.config, checkpoint.task)
+        room = checkpoint.config.positions
     if needed > (available := available_memory()):
         raise RequestError(
             f"{folder} takes {readable_size(needed)} in float32, and {readable_size(available)} of memory are available; "
@@ -130,16 +142,43 @@ def _of_checkpoint(folder: Path, prefix: bool) -> Engine:
         not prefix
     ):  # True would change the tokenizer; without the argument, the tokenizer's own prefix is used
         arguments["add_bos_token"] = False
-    return Engine(REFERENCE, str(folder), _sizes(folder), lambda: _made("hf", arguments))
+    return Engine(
+        REFERENCE,
+        str(folder),
+        _sizes(folder),
+        room,
+        lambda: _made(lambda: _open_checkpoint(arguments)),
+        _checkpoint_logprobs,
+    )
 
 
-def _made(name: str, arguments: dict[str, Any]) -> LM:
-    from lm_eval.api.registry import get_model
-
+def _made(open_model: Callable[[], LM]) -> LM:
     try:
-        return get_model(name).create_from_arg_obj(arguments, {"batch_size": 1})
+        return open_model()
     except ModuleNotFoundError as error:
-        raise Glm4Error(f"{name} needs {error.name}; run {install_command('eval')}") from error
+        raise Glm4Error(f"an engine needs {error.name}; run {install_command('eval')}") from error
+
+
+def _open_checkpoint(arguments: dict[str, Any]) -> LM:
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(batch_size=1, **arguments)
+
+
+def _checkpoint_logprobs(model: LM, ids: Sequence[int]) -> Vector:
+    """Log-probability of each token after the first, in nats, float64 [len(ids) - 1], a part of the text at a time."""
+    import torch
+
+    found, cache = [], None
+    with torch.inference_mode():
+        for start in range(0, len(ids) - 1, TOKENS_AT_ONCE):
+            part = ids[start : min(start + TOKENS_AT_ONCE, len(ids) - 1)]
+            output = model.model(torch.tensor([part]), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            targets = torch.tensor(ids[start + 1 : start + 1 + len(part)])
+            logs = output.logits[0].double().log_softmax(-1)
+            found.append(logs.gather(-1, targets[:, None])[:, 0].numpy())
+    return np.concatenate(found)
 
 
 def _sizes(folder: Path) -> str:

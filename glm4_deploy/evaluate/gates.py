@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from glm4_deploy.evaluate.task_list import GROUPS
 from glm4_runtime.errors import RequestError
 
 FORM = re.compile(
@@ -19,7 +20,7 @@ class LossGate:
 
     Attributes:
         engine: a label, or ``*`` for every engine.
-        task: a task's name; None: all tasks together.
+        task: the name of a task, or of a group with one task per length; None: all tasks together.
         loss: in ``unit``.
         unit: "points" (percent of the items) or "nats" (mean log-probability of the right answer).
     """
@@ -33,6 +34,12 @@ class LossGate:
 
     def applies_to(self, label: str) -> bool:
         return self.engine in (ANY, label)
+
+    def judges(self, task: str, whole: str) -> bool:
+        """Whether the gate judges the row of a task. ``whole``: the row of all tasks together."""
+        if self.task is None:
+            return task == whole
+        return task == self.task or (self.task in GROUPS and task.startswith(f"{self.task}_"))
 
 
 def parse_gate(text: str, labels: Sequence[str], tasks: Sequence[str]) -> LossGate:
@@ -49,8 +56,11 @@ def parse_gate(text: str, labels: Sequence[str], tasks: Sequence[str]) -> LossGa
             f"--gate names {found['engine']!r}, but the engines to compare with {labels[0]} are "
             f"{', '.join(labels[1:]) or 'none'}"
         )
-    if found["task"] not in (None, *tasks):
-        raise RequestError(f"--gate names the task {found['task']!r}; the tasks are {', '.join(tasks)}")
+    groups = [name for name in GROUPS if any(task.startswith(f"{name}_") for task in tasks)]
+    if found["task"] not in (None, *tasks, *groups):
+        raise RequestError(
+            f"--gate names the task {found['task']!r}; the tasks are {', '.join([*tasks, *groups])}"
+        )
     return LossGate(
         text.strip(), found["engine"], found["task"], float(found["loss"]), found["unit"], float(found["p"])
     )

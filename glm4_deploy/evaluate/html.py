@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from glm4_deploy import __version__
 from glm4_deploy.evaluate.comparison import TaskRow
-from glm4_deploy.evaluate.plots import score_plot
+from glm4_deploy.evaluate.plots import position_plot, score_plot
 from glm4_deploy.evaluate.run import Evaluation
 from glm4_deploy.evaluate.scored import ScoredItem
 from glm4_deploy.evaluate.statistics import Difference
@@ -65,6 +65,7 @@ def eval_page(found: Evaluation) -> str:
         style=Markup(PAGE_STYLE),
         tiles=[_tile(found, engine.label) for engine in found.engines],
         plot=Markup(score_plot(found)),
+        by_position=Markup(position_plot(found)),
         flips=_flips(found),
         depths=_depths(found),
     )

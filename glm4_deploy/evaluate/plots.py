@@ -1,4 +1,4 @@
-"""The report's plot: scores with their intervals."""
+"""The report's plots: scores with their intervals, and perplexity by position."""
 
 from glm4_deploy.evaluate.run import Evaluation
 from glm4_deploy.validate.plots import BLUE, GREEN, ORANGE, RED, SOFT, svg_figure
@@ -34,6 +34,30 @@ def score_plot(found: Evaluation) -> str:
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("score, % (bar: 95 % interval)")
+        axes.legend(loc="lower center", ncols=5, bbox_to_anchor=(0.5, 1.0), fontsize=9.5)
+        figure.tight_layout()
+    return out.getvalue()
+
+
+def position_plot(found: Evaluation) -> str:
+    """Perplexity per bucket of positions, one line per engine. Empty without such a task."""
+    if not found.buckets:
+        return ""
+    places = range(len(found.buckets))
+    with svg_figure(9.6, 3.4) as (figure, axes, out):
+        for number, engine in enumerate(found.engines):
+            axes.plot(
+                places,
+                [found.perplexity(bucket, engine.label) for bucket in found.buckets],
+                "o-",
+                color=ENGINE_COLOURS[number % len(ENGINE_COLOURS)],
+                linewidth=1.8,
+                markersize=5,
+                label=engine.label,
+            )
+        axes.set_xticks(places, [bucket.rpartition("_")[2] for bucket in found.buckets])
+        axes.set_xlabel("position in the text, tokens")
+        axes.set_ylabel("perplexity")
         axes.legend(loc="lower center", ncols=5, bbox_to_anchor=(0.5, 1.0), fontsize=9.5)
         figure.tight_layout()
     return out.getvalue()

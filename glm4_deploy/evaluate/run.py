@@ -8,6 +8,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -21,9 +22,10 @@ from tqdm import tqdm
 from glm4_deploy.evaluate.comparison import ALL, Answers, TaskRow, compare_answers, pooled
 from glm4_deploy.evaluate.engines import Engine
 from glm4_deploy.evaluate.gates import LossGate
+from glm4_deploy.evaluate.positions import LongTexts, ask_positions, perplexity_of
 from glm4_deploy.evaluate.scored import metric_of, scored_items
 from glm4_deploy.evaluate.statistics import detectable
-from glm4_deploy.evaluate.task_list import Selection, load_tasks, require_usable
+from glm4_deploy.evaluate.task_list import POSITIONS, Selection, load_tasks, require_usable
 from glm4_runtime.progress import Progress, silent
 
 ASSUMED = 0.05  # share of the items that two engines answer differently, before they are asked
@@ -83,8 +85,18 @@ class Evaluation:
     def tasks(self) -> list[str]:
         return list(dict.fromkeys(row.task for row in self.rows))
 
+    @property
+    def buckets(self) -> list[str]:
+        """The tasks of glm4_positions, from the start of a text to the limit."""
+        return [task for task in self.tasks if task.startswith(f"{POSITIONS}_")]
+
     def row(self, task: str, engine: str) -> TaskRow:
         return next(row for row in self.rows if (row.task, row.engine) == (task, engine))
+
+    def perplexity(self, bucket: str, engine: str) -> float:
+        nats = self.row(bucket, engine).nats
+        assert nats is not None
+        return perplexity_of(nats)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything needed to repeat the run, as JSON values. Items have their prompts, with the examples in them."""
@@ -102,6 +114,10 @@ class Evaluation:
             ],
             "selection": asdict(self.selection),
             "rows": [asdict(row) | {"detectable": row.detectable} for row in self.rows],
+            "perplexity_by_position": {
+                bucket: {each.label: self.perplexity(bucket, each.label) for each in self.engines}
+                for bucket in self.buckets
+            },
             "gates": [
                 {"gate": each.gate.text, "line": each.line, "failed": each.failed} for each in self.verdicts
             ],
@@ -135,10 +151,12 @@ def ask_engines(
     gates: Sequence[LossGate],
     output: Path,
     progress: Progress = silent,
+    texts: LongTexts | None = None,
 ) -> Evaluation:
     """Ask every engine, one after another, so that only one is in memory.
 
     Args:
+        texts: what glm4_positions reads.
         output: a folder. Answers are kept there, so that an interrupted run continues where it stopped.
 
     Raises:
@@ -151,7 +169,9 @@ def ask_engines(
     for engine in engines:
         start = time.monotonic()
         with _without_bars():
-            answers[engine.label], kept[engine.label] = _ask(engine, selection, output / KEPT, progress)
+            answers[engine.label], kept[engine.label] = _ask(
+                engine, selection, texts, output / KEPT, progress
+            )
         seconds[engine.label] = time.monotonic() - start
     rows = _rows(answers)
     return Evaluation(
@@ -231,7 +251,7 @@ def _requests(task: Any, most: int) -> int:
 
 
 def _ask(
-    engine: Engine, selection: Selection, folder: Path, progress: Progress
+    engine: Engine, selection: Selection, texts: LongTexts | None, folder: Path, progress: Progress
 ) -> tuple[dict[str, Answers], int]:
     """One engine's answers by task, and how many requests were answered in an earlier run."""
     stage = f"ask {engine.label}"
@@ -239,26 +259,45 @@ def _ask(
     model = engine.open()
     caching = CachingLM(model, str(_kept_file(folder, engine, selection)))
     try:
-        tasks = load_tasks(selection)
-        total = sum(_requests(task, selection.items) for task in tasks.values())
-        hook = _Counting(caching, lambda count: progress(stage, min(count, total), total))
-        model.set_cache_hook(hook)
-        samples = ask_harness(
-            lm=caching,
-            task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
-            limit=selection.items,
-            bootstrap_iters=0,
-            log_samples=True,
-            apply_chat_template=selection.chat,
-            fewshot_as_multiturn=selection.chat,
-        )["samples"]
-        found = {task: _answers(samples[task], tasks[task], caching, model) for task in tasks}
-        progress(stage, total, total)
-        return found, sum(_requested(tasks[name], found[name]) for name in tasks) - hook.count
+        found, kept = _ask_tasks(selection, caching, model, partial(progress, stage))
+        if texts is not None:
+            before = len(caching.dbdict)
+            found |= ask_positions(
+                texts,
+                partial(engine.token_logprobs, model),
+                caching.dbdict,
+                partial(progress, f"read by {engine.label}"),
+            )
+            kept += len(texts.sequences) - (len(caching.dbdict) - before)
+        return found, kept
     finally:
         caching.dbdict.close()
         del caching, model
         gc.collect()
+
+
+def _ask_tasks(
+    selection: Selection, caching: CachingLM, model: LM, report: Callable[[int, int], None]
+) -> tuple[dict[str, Answers], int]:
+    """The harness's tasks: answers, and the number of requests that were answered in an earlier run."""
+    tasks = load_tasks(selection)
+    if not tasks:
+        return {}, 0
+    total = sum(_requests(task, selection.items) for task in tasks.values())
+    hook = _Counting(caching, lambda count: report(min(count, total), total))
+    model.set_cache_hook(hook)
+    samples = ask_harness(
+        lm=caching,
+        task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
+        limit=selection.items,
+        bootstrap_iters=0,
+        log_samples=True,
+        apply_chat_template=selection.chat,
+        fewshot_as_multiturn=selection.chat,
+    )["samples"]
+    found = {task: _answers(samples[task], tasks[task], caching, model) for task in tasks}
+    report(total, total)
+    return found, sum(_requested(tasks[name], found[name]) for name in tasks) - hook.count
 
 
 def _requested(task: Any, answers: Answers) -> int:
@@ -307,19 +346,21 @@ def _rows(answers: dict[str, dict[str, Answers]]) -> list[TaskRow]:
         for label in answers
     ]
     if len(tasks) > 1:
-        whole = {label: pooled([answers[label][task] for task in tasks]) for label in answers}
+        # Blocks of long texts count only if there is nothing else: their log-probabilities are means of a token.
+        whole_tasks = [task for task in tasks if not task.startswith(f"{POSITIONS}_")] or tasks
+        whole = {label: pooled([answers[label][task] for task in whole_tasks]) for label in answers}
         rows += [compare_answers(ALL, label, whole[first], whole[label], label == first) for label in answers]
     return rows
 
 
 def _judge(gates: Sequence[LossGate], rows: Sequence[TaskRow], labels: Sequence[str]) -> list[Verdict]:
-    """A gate judges all tasks together, or the one task that there is, or the task that it names."""
+    """A gate judges all tasks together, or the one task that there is, or each task that it names."""
     whole = rows[-1].task
     return [
         Verdict(gate, row, _fails(gate, row))
         for gate in gates
         for row in rows
-        if row.engine in labels and gate.applies_to(row.engine) and row.task == (gate.task or whole)
+        if row.engine in labels and gate.applies_to(row.engine) and gate.judges(row.task, whole)
     ]
 
 

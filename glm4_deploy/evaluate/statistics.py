@@ -50,8 +50,10 @@ def score(values: Sequence[float]) -> MeanEstimate:
     return _mean(x)
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Compare two engines on the same items.
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], rounding: float = ROUNDING
+) -> Difference:
+    """Compare two engines on the same items. Items that differ by less than ``rounding`` count as equal.
 
     p is McNemar's exact test for right and wrong (McNemar, "Note on the sampling error of the difference between
     correlated proportions or percentages", 1947), and else a test that flips the signs of the paired differences.
@@ -60,7 +62,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
     if _is_binary(a) and _is_binary(b):
         return Difference(_mean(b - a), mcnemar_p(int((a > b).sum()), int((a < b).sum())), "McNemar")
     change = b - a
-    change[np.abs(change) < ROUNDING] = 0
+    change[np.abs(change) < rounding] = 0
     return Difference(_mean(change), sign_flip_p(change), "sign flips")
 
 

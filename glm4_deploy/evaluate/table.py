@@ -1,5 +1,7 @@
 """The result as one table of text."""
 
+from collections.abc import Sequence
+
 from glm4_deploy.evaluate.comparison import TaskRow
 from glm4_deploy.evaluate.run import Evaluation
 from glm4_deploy.evaluate.statistics import Difference, MeanEstimate
@@ -9,28 +11,47 @@ LEFT = 2  # columns that are text
 
 
 def table(found: Evaluation) -> str:
-    """One line per task and engine, aligned."""
-    lines = [HEADINGS, *(cells(row) for row in found.rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+    """One line per task and engine."""
+    return _aligned([HEADINGS, *(cells(row) for row in found.rows)], LEFT)
+
+
+def positions_table(found: Evaluation) -> str:
+    """Perplexity by position: one line per engine, with the change to the first in percent."""
+    first = found.engines[0].label
+    lines = [("perplexity by position", *(bucket.rpartition("_")[2] for bucket in found.buckets))]
+    lines += [
+        (engine.label, *(_perplexity(found, bucket, engine.label, first) for bucket in found.buckets))
+        for engine in found.engines
+    ]
+    return _aligned(lines, left=1)
+
+
+def _aligned(lines: Sequence[Sequence[str]], left: int) -> str:
+    """Columns of one width; the first ``left`` are text, the others numbers."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if column < LEFT else cell.rjust(width)
+            cell.ljust(width) if column < left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     )
 
 
+def _perplexity(found: Evaluation, bucket: str, label: str, first: str) -> str:
+    value, expected = found.perplexity(bucket, label), found.perplexity(bucket, first)
+    return f"{value:.3f}" if label == first else f"{value:.3f} ({100 * (value / expected - 1):+.2f} %)"
+
+
 def cells(row: TaskRow) -> tuple[str, ...]:
     """A row's values as text, in the order of HEADINGS; empty if not measured."""
-    first = row.score_change is None and row.nats_change is None
     return (
         row.task,
         row.engine,
         "" if row.score is None else percent(row.score),
         *_change(row.score_change, 100, 1),
-        "" if first else str(len(row.lost)),
-        "" if first else str(len(row.won)),
+        "" if row.score_change is None else str(len(row.lost)),
+        "" if row.score_change is None else str(len(row.won)),
         "" if row.nats is None else f"{row.nats:.3f}",
         *_change(row.nats_change, 1, 4),
         "" if row.tokens is None else f"{row.tokens:.1f}",

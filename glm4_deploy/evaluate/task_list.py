@@ -13,6 +13,9 @@ from glm4_runtime.errors import Glm4Error, RequestError, one_line
 
 SHIPPED = "glm4"
 FOLDER = Path(__file__).parent / "tasks"
+POSITIONS = "glm4_positions"  # no task of the harness: see positions.py
+NEEDLE = "glm4_needle"
+GROUPS = (NEEDLE, POSITIONS)  # each has one row per length; a gate of the name judges all of them
 
 
 @dataclass(frozen=True)
@@ -22,18 +25,30 @@ class Selection:
     Attributes:
         names: tasks, groups, ``*.yaml`` files, or folders of these.
         items: items per task at most.
-        words: words in a text of the task glm4_needle.
+        words: words in a text of the task glm4_needle. Several numbers make a task of each.
         shots: solved examples in each prompt; None: what the task says.
         seed: of the generated items and of the choice of examples.
         chat: whether the chat template writes the prompts.
+        text: file of the long documents of glm4_positions; None: an engine's own text.
+        positions: tokens of a text of glm4_positions; None: the least room of the engines.
     """
 
     names: tuple[str, ...] = (SHIPPED,)
     items: int = 200
-    words: int = 200
+    words: tuple[int, ...] = (200,)
     shots: int | None = None
     seed: int = 0
     chat: bool = False
+    text: str | None = None
+    positions: int | None = None
+
+    @property
+    def harness_names(self) -> tuple[str, ...]:
+        return tuple(name for name in self.names if name != POSITIONS)
+
+    @property
+    def has_positions(self) -> bool:
+        return POSITIONS in self.names
 
 
 def load_tasks(selection: Selection) -> dict[str, Any]:
@@ -42,7 +57,10 @@ def load_tasks(selection: Selection) -> dict[str, Any]:
     Raises:
         RequestError: a name is unknown, a file cannot be read as a task, or data is not on this machine.
     """
-    files = [Path(name) for name in selection.names if _is_path(name)]
+    names = selection.harness_names
+    if not names:
+        return {}
+    files = [Path(name) for name in names if _is_path(name)]
     missing = next((path for path in files if not path.exists()), None)
     if missing is not None:
         raise RequestError(
@@ -51,24 +69,49 @@ def load_tasks(selection: Selection) -> dict[str, Any]:
     with _one_line():
         manager = TaskManager(
             include_path=[str(FOLDER), *(str(path if path.is_dir() else path.parent) for path in files)],
-            include_defaults=any(
-                not name.startswith(SHIPPED) and not _is_path(name) for name in selection.names
-            ),
-            metadata={"items": selection.items, "words": selection.words, "seed": selection.seed},
+            include_defaults=any(not name.startswith(SHIPPED) and not _is_path(name) for name in names),
+            metadata=_metadata(selection, selection.words[0]),
         )
-    wanted = [spec for name in selection.names for spec in _specs(name)]
+    wanted = [spec for name in names for spec in _specs(name)]
     unknown = sorted(spec for spec in wanted if not _is_path(spec) and spec not in manager.all_tasks)
     if unknown:
         raise RequestError(
             f"there is no task {unknown[0]}; `lm_eval ls tasks` lists the harness's, {SHIPPED} is ours"
         )
     if not wanted:
-        raise RequestError(f"{', '.join(selection.names)} has no *.yaml file; give a task's file or its name")
+        raise RequestError(f"{', '.join(names)} has no *.yaml file; give a task's file or its name")
     with _one_line():
-        tasks: dict[str, Any] = manager.load(wanted)["tasks"]
+        tasks = _by_words(manager.load(wanted)["tasks"], selection)
         for task in tasks.values():
             _set_shots(task, selection)
     return tasks
+
+
+def _metadata(selection: Selection, words: int) -> dict[str, int]:
+    return {"items": selection.items, "words": words, "seed": selection.seed}
+
+
+def _by_words(tasks: dict[str, Any], selection: Selection) -> dict[str, Any]:
+    """The tasks, with one glm4_needle per number of words if there are several."""
+    if len(selection.words) == 1 or NEEDLE not in tasks:
+        return tasks
+    found: dict[str, Any] = {}
+    for name, task in tasks.items():
+        found |= (
+            {name: task}
+            if name != NEEDLE
+            else {f"{NEEDLE}_{n}": _needle(selection, n) for n in selection.words}
+        )
+    return found
+
+
+def _needle(selection: Selection, words: int) -> Any:
+    manager = TaskManager(
+        include_path=str(FOLDER), include_defaults=False, metadata=_metadata(selection, words)
+    )
+    task = manager.load(NEEDLE)["tasks"][NEEDLE]
+    task.set_config(key="task", value=f"{NEEDLE}_{words}")
+    return task
 
 
 def require_usable(tasks: Mapping[str, Any]) -> None:

@@ -11,6 +11,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -117,6 +119,10 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
             chat_history[-1]["content"].strip(),
         )
         return rendered[: rendered.rindex(begun) + len(begun)]
+
+    def token_logprobs(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
+        """Log-probability of each token after the first, in nats, float64 [len(ids) - 1]. The text is read once."""
+        return self._session.log_likelihood(ids[:1], ids[1:]).logprobs
 
     def _loglikelihood_tokens(
         self, requests: list[Scored], disable_tqdm: bool = False, **_: Any

@@ -26,6 +26,7 @@ from glm4_deploy.evaluate.statistics import detectable, mcnemar_p, paired_differ
 from glm4_deploy.pipeline import ExportOptions, export
 
 DEMO = Path(__file__).parents[2] / "demo" / "glm4-tiny"
+HELD_OUT = DEMO.parent / "heldout.txt"
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +194,18 @@ def test_a_gate_in_words():
     assert parse_gate("*: -0.01 nats at p < .01", ["a", "b"], []).applies_to("b")
 
 
+def test_a_gate_of_a_group_judges_each_length():
+    tasks = ["glm4_needle_40", "glm4_needle_80", "glm4_order"]
+    of_group, of_one, of_all = (
+        parse_gate(f"b{name}: -1 points at p < 0.05", ["a", "b"], tasks)
+        for name in ("/glm4_needle", "/glm4_needle_40", "")
+    )
+    rows = [*tasks, "all tasks"]
+    assert [of_group.judges(row, "all tasks") for row in rows] == [True, True, False, False]
+    assert [of_one.judges(row, "all tasks") for row in rows] == [True, False, False, False]
+    assert [of_all.judges(row, "all tasks") for row in rows] == [False, False, False, True]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -318,6 +331,31 @@ def test_a_server_and_the_checkpoint_answer_as_the_bundle(run_eval, demo_bundle,
     assert rows["reference"]["nats"] == pytest.approx(rows["bundle"]["nats"], abs=1e-3)
 
 
+def test_a_server_gives_its_own_tokenizer(run_eval, demo_bundle):
+    """Without --reference: prompts with the template, answers' tokens and log-probabilities are the bundle's."""
+    options = ("--tasks", "glm4_order,glm4_records", "--items", "4", "--chat")
+    with serving(Session.open(demo_bundle), ServerOptions(port=0)) as server:
+        found, results = run_eval(demo_bundle, f"server={server.url}", *options)
+    assert found.exit_code == 0, found.output
+    for task in ("glm4_order", "glm4_records"):
+        rows = {row["engine"]: row for row in results["rows"] if row["task"] == task}
+        assert rows["server"]["nats"] == pytest.approx(rows["fp32"]["nats"], abs=1e-3)
+        assert rows["server"]["tokens"] == rows["fp32"]["tokens"]
+        assert rows["server"]["changed"] == 0
+
+
+def test_a_server_without_a_tokenizer_asks_for_one(run_eval, demo_bundle, monkeypatch):
+    from glm4_deploy.evaluate import server_engine
+
+    posted = server_engine.posted
+    monkeypatch.setattr(
+        server_engine, "posted", lambda url, *rest: posted(url.replace("/tokenize", "/nothing"), *rest)
+    )
+    with serving(Session.open(demo_bundle), ServerOptions(port=0)) as server:
+        found, _ = run_eval(f"server={server.url}", "--tasks", "glm4_order", "--items", "2")
+    assert "add --reference CHECKPOINT" in str(found.exception)
+
+
 def test_a_checkpoint_that_memory_cannot_hold_is_refused_before_the_work(run_eval, demo_bundle, monkeypatch):
     monkeypatch.setattr("glm4_deploy.evaluate.engines.available_memory", lambda: 10_000_000)
     found, results = run_eval(demo_bundle, "--reference", DEMO, "--items", "2")
@@ -400,8 +438,15 @@ def test_damaged_answers_are_asked_again(run_eval, demo_bundle, tmp_path):
         (["{demo}", "--tasks", "nothing.yaml"], "there is no file nothing.yaml"),
         (["{demo}", "--tasks", ","], "at least one name"),
         (["{demo}", "--gate", "x"], "has another form"),
-        (["http://127.0.0.1:9"], "add --reference"),
-        (["http://127.0.0.1:9", "--reference", str(DEMO)], "start the server first"),
+        (["http://127.0.0.1:9"], "start the server first"),
+        (["{demo}", "--words", "500,2"], "at least 14"),
+        (["{demo}", "--words", "500,500"], "different whole numbers"),
+        (["{demo}", "--positions", "512"], "add it to --tasks"),
+        (["{demo}", "--tasks", "glm4_positions"], "give --text FILE"),
+        (
+            ["{demo}", "--tasks", "glm4_positions", "--positions", "4096", "--text", str(HELD_OUT)],
+            "room for 2048",
+        ),
     ],
 )
 def test_what_is_refused(run_eval, demo_bundle, arguments, said):
@@ -413,3 +458,15 @@ def test_what_is_refused(run_eval, demo_bundle, arguments, said):
     words = f"{found.output} {found.exception}"
     assert said in words
     assert len(str(found.exception)) < 500
+
+
+def test_needles_of_several_lengths_are_a_row_each(run_eval, demo_bundle):
+    options = ("--tasks", "glm4_needle", "--words", "16,40", "--items", "3", "--seed", "1")
+    found, results = run_eval(f"a={demo_bundle}", *options)
+    assert found.exit_code == 0, found.output
+    assert [row["task"] for row in results["rows"]] == ["glm4_needle_16", "glm4_needle_40", "all tasks"]
+    words = [len(results["items"][f"glm4_needle_{n}"][0]["prompt"].split()) for n in (16, 40)]
+    assert words[1] - words[0] == 24  # three lines of eight words more
+    assert results["selection"]["words"] == [16, 40]
+    single = run_eval(f"a={demo_bundle}", *options, "--words", "40", output="single")[1]
+    assert single["items"]["glm4_needle"] == results["items"]["glm4_needle_40"]

@@ -18,9 +18,8 @@ EXAMPLES = 64  # items to take solved examples from
 def _splits(kind: str, **metadata: Any) -> dict[str, Dataset]:
     """The items of one kind. ``metadata`` may have seed, words and items of a Selection; other keys are not read."""
     usual = Selection()
-    seed, words, count = (
-        int(metadata.get(name, getattr(usual, name))) for name in ("seed", "words", "items")
-    )
+    given = {"seed": usual.seed, "words": usual.words[0], "items": usual.items} | metadata
+    seed, words, count = (int(given[name]) for name in ("seed", "words", "items"))
     asked, examples = (items(kind, seed, words, held_out) for held_out in (True, False))
     return {
         "test": Dataset.from_list([vars(item) for item in islice(asked, count)]),

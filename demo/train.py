@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import tokenizers
@@ -41,14 +42,20 @@ SPECIAL_TOKENS = (
     "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>",
     "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
 )  # fmt: skip
-ID = {token: VOCABULARY - len(SPECIAL_TOKENS) + i for i, token in enumerate(SPECIAL_TOKENS)}
+
+
+def special_ids(vocabulary: int) -> dict[str, int]:
+    return {token: vocabulary - len(SPECIAL_TOKENS) + i for i, token in enumerate(SPECIAL_TOKENS)}
+
+
+ID = special_ids(VOCABULARY)
 PREFIX = [ID["[gMASK]"], ID["<sop>"]]
 END_IDS = [ID["<|endoftext|>"], ID["<|user|>"], ID["<|observation|>"]]
 # Contractions, words with what stands before them, up to three digits, punctuation, line ends, blanks.
 WORDS = r"(?i:'[stmd]|'re|'ve|'ll)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 # Every matrix's input width is a multiple of 256, the largest block of any quantization scheme.
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["Glm4ForCausalLM"],
     "attention_bias": True,
     "attention_dropout": 0.0,
@@ -84,18 +91,25 @@ def read_documents(path: Path) -> list[str]:
 # ------------------------------------------------------------------------------------ tokenizer
 
 
-def train_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
-    """Byte-level BPE: any text survives the round trip, whatever it was trained on."""
+def train_tokenizer(
+    texts: list[str], vocabulary: int = VOCABULARY, words: str = WORDS
+) -> tokenizers.Tokenizer:
+    """Byte-level BPE: any text survives the round trip, whatever it was trained on.
+
+    Args:
+        words: a regular expression of the pieces of text that no token crosses.
+    """
+    ids = special_ids(vocabulary)
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(words), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
+        vocab_size=vocabulary - len(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -104,14 +118,14 @@ def train_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[gMASK] <sop> $A",
         pair="[gMASK] <sop> $A $B",
-        special_tokens=[(token, ID[token]) for token in ("[gMASK]", "<sop>")],
+        special_tokens=[(token, ids[token]) for token in ("[gMASK]", "<sop>")],
     )
-    if any(tokenizer.token_to_id(token) != id_ for token, id_ in ID.items()):
+    if any(tokenizer.token_to_id(token) != id_ for token, id_ in ids.items()):
         raise SystemExit("the text is too short for the vocabulary: the special tokens got other ids")
     return tokenizer
 
 
-def tokenizer_config() -> dict[str, object]:
+def tokenizer_config(ids: dict[str, int]) -> dict[str, object]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|endoftext|>",
@@ -126,7 +140,7 @@ def tokenizer_config() -> dict[str, object]:
                 "single_word": False,
                 "special": True,
             }
-            for token, id_ in ID.items()
+            for token, id_ in ids.items()
         },
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
@@ -341,20 +355,20 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path) -> ChatTemplate:
+def write_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path, ids: dict[str, int] = ID) -> ChatTemplate:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", tokenizer_config())
+    write_json(folder / "tokenizer_config.json", tokenizer_config(ids))
     template = (HERE / "glm4-tiny" / CHAT_TEMPLATE).read_text(encoding="utf-8")
     (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     return ChatTemplate.from_folder(folder)
 
 
-def write_weights(model: Glm4ForCausalLM, folder: Path) -> None:
+def write_weights(model: Glm4ForCausalLM, folder: Path, config: dict[str, Any] = CONFIG) -> None:
     tensors = {name: t.detach().to(torch.bfloat16).contiguous() for name, t in model.state_dict().items()}
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", CONFIG)
-    generation = {"eos_token_id": END_IDS, "pad_token_id": CONFIG["pad_token_id"]}
+    write_json(folder / "config.json", config)
+    generation = {name: config[name] for name in ("eos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", generation)
 
 

@@ -20,7 +20,11 @@ SIZE = 5
 
 
 def item(chance: random.Random, _length: int) -> Item:
-    people = chance.sample(PERSONS, SIZE)
+    return of_size(chance, SIZE)
+
+
+def of_size(chance: random.Random, size: int) -> Item:
+    people = chance.sample(PERSONS, size)
     comparative, first, last = chance.choice(SCALES)
     told = [f"{a} is {comparative} than {b}." for a, b in itertools.pairwise(people)]
     chance.shuffle(told)

@@ -19,7 +19,11 @@ PEOPLE = 3
 
 
 def item(chance: random.Random, _length: int) -> Item:
-    records = [_record(name, chance) for name in chance.sample(PERSONS, PEOPLE)]
+    return of_people(chance, PEOPLE)
+
+
+def of_people(chance: random.Random, people: int) -> Item:
+    records = [_record(name, chance) for name in chance.sample(PERSONS, people)]
     text = " ".join(chance.choice(SENTENCES).format(**record) for record in records)
     wanted = chance.choice(records)
     fields = chance.sample(list(wanted), chance.randint(2, len(wanted)))

@@ -11,8 +11,12 @@ LARGEST = 400
 
 
 def item(chance: random.Random, _length: int) -> Item:
+    return up_to(chance, LARGEST)
+
+
+def up_to(chance: random.Random, largest: int) -> Item:
     name, things = chance.choice(PERSONS), chance.choice(COUNTED)
-    have, gain = chance.randint(10, LARGEST), chance.randint(10, LARGEST)
+    have, gain = chance.randint(10, largest), chance.randint(10, largest)
     loss = chance.randint(1, have + gain - 1)
     both, left = have + gain, have + gain - loss
     prompt = (

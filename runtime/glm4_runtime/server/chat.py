@@ -25,6 +25,7 @@ from glm4_runtime.server.common import (
     watched,
 )
 from glm4_runtime.server.conversation import definitions
+from glm4_runtime.server.effort import require_effort
 from glm4_runtime.server.errors import ApiError, Json
 from glm4_runtime.server.event_stream import PLAIN_EVENTS, Chunk, EventStyle
 from glm4_runtime.server.messages import Tool
@@ -69,7 +70,14 @@ class Offer:
 
 
 async def chat(served: ServedModel, body: schema.ChatRequest, http: HttpRequest) -> Response:
-    return await answered(served, body, http, plan, ChatAnswer)
+    return await answered(served, body, http, _plan, ChatAnswer)
+
+
+async def _plan(served: ServedModel, body: schema.ChatRequest, deadline: float) -> ChatPlan:
+    """The plan of this route's own requests. Other routes' options have other names and defaults."""
+    planned = await plan(served, body, deadline)
+    require_effort(body.reasoning_effort, begins_inside(planned.prompts[0]), "medium", "reasoning_effort")
+    return planned
 
 
 async def plan(served: ServedModel, body: schema.ChatRequest, deadline: float) -> ChatPlan:
@@ -100,7 +108,7 @@ def _planned(
     inside = begins_inside(prompt)
     max_calls = 1 if body.parallel_tool_calls is False else None
     form = _form(served, body, offer, max_calls or MAX_CALLS)
-    bounded = _with_budget(form, body.thinking_budget, inside)
+    bounded = _with_limit(form, body, inside)
     mask = None if bounded is None else grammars.compile(bounded, inside)
     requests = [
         Request(
@@ -170,13 +178,13 @@ def _form(served: ServedModel, body: schema.ChatRequest, offer: Offer, max_calls
     return ReplyFormat(answer, offer.functions, offer.required, max_calls, enveloped=enveloped)
 
 
-def _with_budget(form: ReplyFormat | None, budget: int | None, thinks: bool) -> ReplyFormat | None:
-    """The format with a limit of the thinking. A free reply may have one, too."""
-    if budget is None:
-        return form
-    if not thinks:
+def _with_limit(form: ReplyFormat | None, body: schema.ChatRequest, thinks: bool) -> ReplyFormat | None:
+    """The format with the limit of the thinking. A free reply may have one, too."""
+    if body.thinking_budget is not None and not thinks:
         raise ApiError(400, "this model does not think, so that no budget is needed", param="thinking_budget")
-    return replace(form or ReplyFormat(turn=False), thinking_budget=budget)
+    if body.thinking_limit is None or not thinks:
+        return form
+    return replace(form or ReplyFormat(turn=False), thinking_budget=body.thinking_limit)
 
 
 class ChatRun:

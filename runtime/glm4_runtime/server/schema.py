@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from glm4_runtime.server.effort import Effort, thinking_limit
 from glm4_runtime.server.messages import Messages, Tools
 from glm4_runtime.server.strict import Body, FunctionName, NonEmptyText, Unsupported
 
@@ -133,7 +134,6 @@ class ChatRequest(Sampling):
         "moderation": (),
         "prediction": (),
         "prompt_cache_retention": ("in_memory",),
-        "reasoning_effort": (),
         "service_tier": ("auto", "default"),
         "store": (False,),
         "verbosity": ("medium",),
@@ -155,11 +155,18 @@ class ChatRequest(Sampling):
         default=None, description="Most tokens of the thinking before its closing tag."
     )
 
+    reasoning_effort: Effort | None = None
+
+    @property
+    def thinking_limit(self) -> int | None:
+        """Most tokens of the thinking; None: no limit."""
+        return thinking_limit(self.reasoning_effort, self.thinking_budget)
+
     @property
     def has_form(self) -> bool:
         called = isinstance(self.tool_choice, ChosenTool) or self.tool_choice == "required"
         strict = any(tool.function.strict for tool in self.tools or ())
-        return called or strict or self.response_format is not None or self.thinking_budget is not None
+        return called or strict or self.response_format is not None or self.thinking_limit is not None
 
 
 class CompletionRequest(Sampling):

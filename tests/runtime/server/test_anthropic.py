@@ -541,7 +541,7 @@ REFUSED = [
     ({"diagnostics": {}}, "diagnostics is not implemented"),
     ({"service_tier": "priority"}, "service_tier is not implemented"),
     ({"speed": "fast"}, "speed is not implemented"),
-    ({"output_config": {"effort": "low"}}, "effort is not implemented"),
+    ({"output_config": {"effort": "low"}}, "output_config.effort is 'low', but this model does not think"),
     ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "q"}}}}, "cannot be enforced"),
     ({"cache_control": {"type": "forever"}}, "cache_control.type"),
     ({"metadata": {"name": "x"}}, "metadata.name"),

@@ -39,7 +39,7 @@ CHAT = [
     ({"store": True}, "store", "not implemented"),
     ({"metadata": {"a": "b"}}, "metadata", "not implemented"),
     ({"prediction": {"type": "content", "content": "x"}}, "prediction", "not implemented"),
-    ({"reasoning_effort": "low"}, "reasoning_effort", "not implemented"),
+    ({"reasoning_effort": "low"}, "reasoning_effort", "does not think"),
     ({"service_tier": "flex"}, "service_tier", "not implemented"),
     ({"web_search_options": {}}, "web_search_options", "not implemented"),
     ({"functions": [{"name": "f"}]}, "functions", "not implemented"),

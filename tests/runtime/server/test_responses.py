@@ -444,7 +444,7 @@ REFUSED = [
     ({"moderation": {"model": "m"}}, "moderation", "not implemented"),
     ({"stream_options": {"include_obfuscation": True}, "stream": True}, "stream_options.include_obfuscation", "not implemented"),
     ({"include": ["file_search_call.results"]}, "include[0]", "reasoning.encrypted_content"),
-    ({"reasoning": {"effort": "high"}}, "reasoning.effort", "'none' or 'medium'"),
+    ({"reasoning": {"effort": "high"}}, "reasoning.effort", "does not think"),
     ({"reasoning": {"summary": "concise"}}, "reasoning.summary", "'auto' or 'detailed'"),
     ({"text": {"verbosity": "low"}}, "text.verbosity", "not implemented"),
     ({"text": {"format": {"type": "xml"}}}, "text.format", "json_schema"),

@@ -17,6 +17,7 @@ from glm4_runtime.server.anthropic.schema import (
     ToolResult,
     ToolUse,
 )
+from glm4_runtime.server.effort import require_effort
 from glm4_runtime.server.errors import ApiError
 from glm4_runtime.server.messages import FunctionDefinition, Message, Tool
 from glm4_runtime.server.turns import Turns
@@ -32,6 +33,7 @@ def chat_request(body: MessagesRequest) -> chat_schema.ChatRequest:
         parallel_tool_calls=False if getattr(body.tool_choice, "disable_parallel_tool_use", None) else None,
         response_format=_format(body),
         thinking_budget=None if body.thinking is None else body.thinking.budget_tokens,
+        reasoning_effort=None if body.output_config is None else body.output_config.effort,
         max_tokens=body.max_tokens,
         stop=body.stop_sequences,
         temperature=body.temperature,
@@ -46,6 +48,8 @@ def require_thinking(body: Conversation, thinks: bool) -> None:
     if asked is not None and (asked.type == "disabled") == thinks:
         does = "always thinks" if thinks else "does not think"
         raise ApiError(400, f"thinking.type is {asked.type!r}, but this model {does}", param="thinking")
+    if body.output_config is not None:
+        require_effort(body.output_config.effort, thinks, "high", "output_config.effort")
 
 
 def messages_of(body: Conversation) -> list[Message]:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from glm4_runtime.server.effort import Effort
 from glm4_runtime.server.messages import Echoed, EchoedMessage
 from glm4_runtime.server.strict import MOST_PARTS, Body, FunctionName, NonEmptyText, Unsupported
 
@@ -163,9 +164,8 @@ class OutputFormat(Body):
 
 
 class OutputConfig(Body):
-    UNSUPPORTED: ClassVar[Unsupported] = {"effort": ("high",)}
-
     format: OutputFormat | None = None
+    effort: Effort | None = None
 
 
 class Metadata(Body):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from glm4_runtime.server import schema as chat_schema
+from glm4_runtime.server.effort import require_effort
 from glm4_runtime.server.errors import ApiError
 from glm4_runtime.server.messages import FunctionDefinition, TextPart, Tool
 from glm4_runtime.server.responses.schema import (
@@ -53,6 +54,7 @@ def chat_request(
         tool_choice=_choice(body.tool_choice),
         parallel_tool_calls=body.parallel_tool_calls,
         response_format=_format(body),
+        reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
         max_tokens=body.max_output_tokens,
         temperature=body.temperature,
         top_p=body.top_p,
@@ -62,11 +64,9 @@ def chat_request(
 
 
 def require_reasoning(body: ResponsesRequest, thinks: bool) -> None:
-    """Raises :class:`ApiError` (400) if the model thinks, and the request forbids it."""
-    if thinks and body.reasoning is not None and body.reasoning.effort == "none":
-        raise ApiError(
-            400, "reasoning.effort is 'none', but this model always thinks", param="reasoning.effort"
-        )
+    """Raises :class:`ApiError` (400) if the model does not think as the request asks."""
+    if body.reasoning is not None:
+        require_effort(body.reasoning.effort, thinks, "medium", "reasoning.effort")
 
 
 def _add(turns: Turns, item: Item, place: str) -> None:

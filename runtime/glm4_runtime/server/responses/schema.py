@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from glm4_runtime.server.effort import Effort
 from glm4_runtime.server.messages import Echoed, EchoedMessage, Parts, written_arguments
 from glm4_runtime.server.schema import JsonObjectFormat, TextFormat
 from glm4_runtime.server.strict import MOST_PARTS, Body, FunctionName, NonEmptyText, Unsupported
@@ -138,11 +139,11 @@ class TextConfig(Body):
 
 
 class Reasoning(Body):
-    """How the model thinks, which its chat template decides."""
+    """How the model thinks. The chat template decides whether it thinks."""
 
     UNSUPPORTED: ClassVar[Unsupported] = {"context": ("auto",), "mode": ("standard",)}
 
-    effort: Literal["none", "medium"] | None = None
+    effort: Effort | None = None
     summary: Literal["auto", "detailed"] | None = None
     generate_summary: Literal["auto", "detailed"] | None = None
 

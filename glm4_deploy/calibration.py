@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from glm4_deploy.texts import LINES, cut_text, random_sequences, read_sequences
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.form import Form
+from glm4_exporters.formats.base import FittedFormat
 from glm4_runtime.bundle.element_types import QUANTIZED_CACHES
 from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.progress import Progress, silent
@@ -233,7 +234,7 @@ def _awq(source: Checkpoint, form: Form) -> "AwqSearch | None":
     """
     from glm4_exporters.quantize.awq import AwqSearch
 
-    low = {name for name, each in form.encodings.items() if each.bits < 8 and each.fitted}
+    low = {name for name, each in form.encodings.items() if each.bits < 8 and isinstance(each, FittedFormat)}
     if not low:
         return None
     others = _searched_inputs(form)

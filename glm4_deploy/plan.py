@@ -152,7 +152,7 @@ def make_plan(source: Checkpoint, options: ExportOptions) -> Plan:
         stored = "kept numbers" if form.kept else form.precision
         raise ExportError(
             f"--calibration changes nothing in a bundle of {stored} with {form.activations} activations; leave it out, "
-            "or choose --precision int4, int8-sq or fp8, --activations fp16 or --kv-cache int8"
+            "or choose --precision int4, nvfp4, int8-sq or fp8, --activations fp16 or --kv-cache int8"
         )
     _require_limits(source.config, options)
     limits = Limits(options.max_seq_len or source.config.positions, options.max_batch_size)

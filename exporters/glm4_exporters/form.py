@@ -8,7 +8,7 @@ from math import prod
 from glm4_exporters.architecture import EMBEDDING, HEAD, MATRICES, matrix_width
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.formats import Format, InputRounding, StoredFormat, require_format
-from glm4_exporters.formats.base import scale_type
+from glm4_exporters.formats.base import FittedFormat, scale_type
 from glm4_exporters.quantize.recipe import Recipe
 from glm4_exporters.targets import ACTIVATIONS, GROUPS, Precision, Target, require_target
 from glm4_runtime.bundle.element_types import QUANTIZED_CACHES, bits
@@ -72,7 +72,7 @@ class Form:
     def uses_text(self) -> bool:
         """Whether calibration text changes the bundle: by GPTQ and AWQ, by scales of inputs or of a quantized cache, or by
         fp16's powers of two."""
-        fitted = any(form.bits < 8 and form.fitted for form in self.encodings.values())
+        fitted = any(form.bits < 8 and isinstance(form, FittedFormat) for form in self.encodings.values())
         return (
             fitted
             or bool(self.rounded_inputs)

@@ -123,6 +123,9 @@ PRECISIONS = {
     "int4": Precision(None, {"embedding": "int8", "layers": "int4", "head": "int8"}),
     "fp8": Precision(None, {"embedding": "int8", "layers": "fp8", "head": "int8"}, capability=89),
     "nvfp4": Precision(None, {"embedding": "int8", "layers": "nvfp4", "head": "int8"}, capability=100),
+    "nvfp4-w4a4": Precision(
+        None, {"embedding": "int8", "layers": "nvfp4-w4a4", "head": "int8"}, capability=100
+    ),
     "mxfp8": Precision(None, {"embedding": "int8", "layers": "mxfp8", "head": "int8"}, capability=89),
     # down_proj's input is a product of two activations. With one scale, its few huge values leave too few steps for
     # the rest.
@@ -158,7 +161,9 @@ _NATIVE = Target(
     formats=_PER_CHANNEL,
 )
 _TENSORRT = replace(
-    _NATIVE, precisions=("fp16", "bf16", *_INTEGERS, "fp8", "nvfp4", "mxfp8"), quantized_activations="float16"
+    _NATIVE,
+    precisions=("fp16", "bf16", *_INTEGERS, "fp8", "nvfp4", "nvfp4-w4a4", "mxfp8"),
+    quantized_activations="float16",
 )
 _ROWS = (
     Target(

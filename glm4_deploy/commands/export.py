@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     type=click.Choice(list(PRECISIONS)),
     show_default=f"what a quantized checkpoint brings, else {DEFAULT_PRECISION}",
     help="How weights are stored. int8 and int4: weights; on a CPU, matrix products also round their inputs to int8. int8-sq and fp8: weights and the inputs of matrix products. "
-    "nvfp4 and mxfp8, for TensorRT: weights only, in blocks of 4-bit and 8-bit floats. "
+    "nvfp4 and mxfp8, for TensorRT: weights only, in blocks of 4-bit and 8-bit floats. nvfp4-w4a4: the inputs of products too. "
     "fp32, fp16, bf16: weights, activations and KV cache.",
 )
 @click.option(
@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     "--calibration",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="A file of text similar to the model's later input (.txt, .jsonl, .ids). Makes int4 and a quantized cache more accurate. "
-    "Required for int8-sq and fp8.",
+    help="A file of text similar to the model's later input (.txt, .jsonl, .ids). Makes int4, nvfp4 and a quantized cache more accurate. "
+    "Required for int8-sq, fp8 and nvfp4-w4a4.",
 )
 @click.option(
     "--text",

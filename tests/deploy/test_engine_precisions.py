@@ -51,6 +51,7 @@ BUILT = {
 # The weights that the built engine's layers read, in each profile. NVFP4's float8 numbers are its scales.
 STORED = {
     "nvfp4": {"FP4E2M1": 7 * LAYERS, "FP8": 7 * LAYERS, "Int8": 1},
+    "nvfp4-w4a4": {"FP4E2M1": 5 * LAYERS, "FP8": 5 * LAYERS, "Int8": 1},  # at least: q, k and v may be joined
     "mxfp8": {"FP8": 7 * LAYERS, "Int8": 1},
 }
 
@@ -93,11 +94,17 @@ def test_the_onnx_that_is_kept_has_its_weights_as_they_were(tmp_path, precision)
 
 
 @pytest.mark.parametrize("precision", STORED)
-def test_the_engine_holds_weights_of_the_precision(tmp_path, precision):
+def test_the_engine_holds_weights_of_the_precision(tmp_path, text, precision):
     """The proof without a GPU: the compiled layers read constants of the type, and every matrix is one of them."""
-    result = export(DEMO, tmp_path / "bundle", options(precision))
+    given = text if precision == "nvfp4-w4a4" else None
+    result = export(DEMO, tmp_path / "bundle", options(precision, given))
     report = json.loads((tmp_path / "bundle" / "report.json").read_text())
-    assert report["engine"]["weights"] == dict.fromkeys(("prefill", "decode"), STORED[precision])
+    for found in report["engine"]["weights"].values():
+        assert found.keys() == STORED[precision].keys()
+        if precision != "nvfp4-w4a4":
+            assert found == STORED[precision]
+        else:
+            assert all(STORED[precision][name] <= count <= 7 * LAYERS for name, count in found.items())
     folder = {path.name for path in (tmp_path / "bundle").iterdir()}
     assert folder == {
         *result.manifest.files,
@@ -109,6 +116,7 @@ def test_the_engine_holds_weights_of_the_precision(tmp_path, precision):
         result.manifest.compute_capabilities
         == {
             "nvfp4": ("120",),
+            "nvfp4-w4a4": ("120",),
             "mxfp8": ("89", "120"),
         }[precision]
     )
@@ -122,7 +130,7 @@ SHAPES = {
     "odd width": dict(intermediate_size=91),
 }
 # RMS of the difference over the reference's, on random weights, the worst of these a third above what was measured.
-LARGEST = {"int8": 0.03, "int4": 0.32, "fp8": 0.125, "nvfp4": 0.3, "mxfp8": 0.1}
+LARGEST = {"int8": 0.03, "int4": 0.32, "fp8": 0.125, "nvfp4": 0.3, "nvfp4-w4a4": 0.44, "mxfp8": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -137,6 +145,7 @@ LARGEST = {"int8": 0.03, "int4": 0.32, "fp8": 0.125, "nvfp4": 0.3, "mxfp8": 0.1}
         ("odd width", "fp8", "fp16", "shared"),
         ("whole blocks", "nvfp4", "fp16", "split"),
         ("tied", "nvfp4", "bf16", "shared"),
+        ("whole blocks", "nvfp4-w4a4", "bf16", "split"),
         ("whole blocks", "mxfp8", "bf16", "shared"),
         ("tied", "mxfp8", "fp16", "split"),
     ],
@@ -148,7 +157,7 @@ def test_shapes_that_are_not_round(tmp_path, monkeypatch, shape, precision, acti
     text = tmp_path / "text.ids"
     text.write_text("\n".join(" ".join(str(4 + 7 * i * j % 290) for i in range(40)) for j in (1, 2, 3)))
     # Other precisions are refused with a text that changes nothing.
-    used = text if precision in ("int4", "fp8") else None
+    used = text if precision in ("int4", "fp8", "nvfp4", "nvfp4-w4a4") else None
     result = export(source, tmp_path / "bundle", options(precision, used, activations, layout))
     assert 0 < result.parity.relative_error < LARGEST[precision]
     manifest = result.manifest
@@ -173,9 +182,10 @@ def test_widths_that_int4_does_not_divide_are_refused_before_the_work(tmp_path, 
         export(source, tmp_path / "bundle", options("int4"))
 
 
-@pytest.mark.parametrize(("precision", "sm"), [("nvfp4", "89"), ("mxfp8", "86")])
-def test_gpus_without_such_floats_are_refused(tmp_path, precision, sm):
-    asked = dataclasses.replace(options(precision), engine=EngineOptions(sm=(sm,)))
+@pytest.mark.parametrize(("precision", "sm"), [("nvfp4", "89"), ("nvfp4-w4a4", "89"), ("mxfp8", "86")])
+def test_gpus_without_such_floats_are_refused(tmp_path, text, precision, sm):
+    given = None if precision == "mxfp8" else text
+    asked = dataclasses.replace(options(precision, given), engine=EngineOptions(sm=(sm,)))
     with pytest.raises(ExportError, match=f"{precision} needs compute capability .* not {sm}"):
         export(DEMO, tmp_path / "bundle", asked)
 

@@ -114,6 +114,7 @@ class Built:
         assert engine is not None
         self.bytes_per_weight = engine.nbytes / (OUT * IN)
         self.weights = compiled_weights(logger.text, ["prefill", "decode"])
+        self.log = logger.text
         self.kernels = check_compiled(logger.text, ["prefill", "decode"], {})
 
 
@@ -190,12 +191,12 @@ def test_why_transposes_are_folded():
     assert built.bytes_per_weight > 2
 
 
-def by_weight(constants, dequantize, domain=""):
-    """x times the transpose of a weight that the given nodes dequantize to "wd"."""
+def by_weight(constants, dequantize, x="x"):
+    """x times the transpose of a weight that the given nodes dequantize to "wd"; ``x``: their rounded input."""
     nodes = [
         *dequantize,
         helper.make_node("Transpose", ["wd"], ["wt"], perm=[1, 0]),
-        helper.make_node("MatMul", ["x", "wt"], ["y"]),
+        helper.make_node("MatMul", [x, "wt"], ["y"]),
     ]
     ends = [
         helper.make_tensor_value_info(n, FP16, ["batch", "sequence", w]) for n, w in (("x", IN), ("y", OUT))
@@ -226,6 +227,32 @@ def test_nvfp4_weights_are_stored_in_4_bits():
     assert built.weights == {name: {"FP4E2M1": 1, "FP8": 1} for name in ("prefill", "decode")}
     # as int8 in blocks: the whole weight is written as fp16 before the product
     assert {kind for kind in built.kernels["prefill"] if kind != "shape_call"} == {"kgen", "gemm"}
+
+
+def test_4_bit_floats_are_multiplied_by_4_bit_floats():
+    """With rounded inputs the product itself reads them; nothing is widened."""
+    blocks = dict(axis=-1, block_size=16)
+    nodes = [
+        helper.make_node(
+            "TRT_FP4DynamicQuantize", ["x", "xt"], ["xq", "xs"], domain="trt", scale_type=FP8, **blocks
+        ),
+        helper.make_node("DequantizeLinear", ["xs", "xt"], ["xsd"]),
+        helper.make_node("DequantizeLinear", ["xq", "xsd"], ["xd"], **blocks),
+        helper.make_node("DequantizeLinear", ["s", "t"], ["sd"]),
+        helper.make_node("DequantizeLinear", ["w", "sd"], ["wd"], axis=1, block_size=16),
+    ]
+    totals = [tensor(name, np.float16(0.25), FP16) for name in ("t", "xt")]
+    built = Built(
+        by_weight([raw("w", FP4, (OUT, IN), 0.5), raw("s", FP8, (OUT, IN // 16)), *totals], nodes, "xd")
+    )
+    assert (built.refusal, built.network.count()["DYNAMIC_QUANTIZE"]) == (None, 1)
+    products = [line for line in built.log.splitlines() if "LayerType: gemm," in line]
+    assert len(products) == 2  # one per profile
+    for line in products:
+        inputs, _, constants = line.partition("Constants: [")
+        assert "Datatype: FP4E2M1" in inputs
+        assert "Datatype: FP4E2M1" in constants.partition("Outputs: [")[0]
+    assert "runtime_fusion" not in built.kernels["decode"]
 
 
 def test_mxfp8_weights_need_the_parsers_own_operator():

@@ -139,7 +139,7 @@ def test_a_format_is_what_its_parts_say(name):
         assert exact.numel() == prod(said.shape)
         assert said.scaled_by is None or said.scaled_by in plain
     assert float((form.decode(parts, 320) - w).norm() / w.norm()) < (0.03 if form.bits == 8 else 0.15)
-    assert form.bits_per_weight() == {"int8": 8.125, "int4": 4.5, "int4-signed": 4.5, "int4-fine": 5.0, "int4-fine-signed": 5.0, "int4-wide": 4.25, "int4-wide-signed": 4.25, "nvfp4": 8.5, "mxfp8": 8.5}.get(name, 8.0)  # fmt: skip
+    assert form.bits_per_weight() == {"int8": 8.125, "int4": 4.5, "int4-signed": 4.5, "int4-fine": 5.0, "int4-fine-signed": 5.0, "int4-wide": 4.25, "int4-wide-signed": 4.25, "nvfp4": 8.5, "nvfp4-w4a4": 8.5, "mxfp8": 8.5}.get(name, 8.0)  # fmt: skip
 
 
 def test_fp8_values_are_within_half_a_step():

@@ -34,7 +34,7 @@ def correlated(tokens, width, seed=0):
 
 def room(rows, width):
     return Rounded(torch.zeros(rows, FORMAT.stored_width(width), dtype=torch.int8),
-                   torch.zeros(rows, FORMAT.blocks(width)))  # fmt: skip
+                   torch.zeros(rows, FORMAT.blocks(width)), torch.bfloat16)  # fmt: skip
 
 
 def product_error(x, found, wanted):
@@ -54,6 +54,19 @@ def test_products_are_nearer_than_by_rounding_alone(width, window, monkeypatch):
     assert product_error(x, values, x @ w.T) < 0.7 * product_error(x, plain, x @ w.T)
 
 
+def test_4_bit_floats_are_chosen_too():
+    form, x = FORMATS["nvfp4"], correlated(512, 256)
+    w = torch.randn(40, 256, generator=torch.Generator().manual_seed(1))
+    result = Rounded(torch.zeros(40, 256, dtype=torch.int8), torch.zeros(40, 16), torch.float8_e4m3fn)
+    values = torch.cat([rows for _, rows in _Moments([x], [x]).rounded(w, form, torch.float16, result)])
+    kept = result.rows(0, 40)
+    assert kept[SCALES].dtype == torch.float8_e4m3fn
+    assert set(kept[CODES].unique().abs().tolist()) == {0, 1, 2, 3, 4, 6, 8, 12}
+    assert torch.equal(form.decode(kept, 256), values)
+    plain = form.decode(form.encode(w, torch.float16, largest=float(w.abs().max())), 256)
+    assert product_error(x, values, x @ w.T) < 0.8 * product_error(x, plain, x @ w.T)
+
+
 def test_what_was_lost_before_a_matrix_is_made_up_for():
     exact = correlated(512, 64)
     seen = exact * 0.8  # as if everything before had shrunk it
@@ -64,7 +77,7 @@ def test_what_was_lost_before_a_matrix_is_made_up_for():
 
 
 def _int8_room():
-    return Rounded(torch.zeros(40, 128, dtype=torch.int8), torch.zeros(40, 1))
+    return Rounded(torch.zeros(40, 128, dtype=torch.int8), torch.zeros(40, 1), torch.float32)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

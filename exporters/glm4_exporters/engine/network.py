@@ -19,6 +19,7 @@ LAYERS_OF_OPERATORS = {
     "MatMul": "MATRIX_MULTIPLY",
     "QuantizeLinear": "QUANTIZE",
     "DequantizeLinear": "DEQUANTIZE",
+    "TRT_FP4DynamicQuantize": "DYNAMIC_QUANTIZE",
     OP_TYPE: "PLUGIN_V3",
 }
 

@@ -19,6 +19,7 @@ from glm4_exporters.formats.base import (
 from glm4_exporters.formats.float8 import Float8
 from glm4_exporters.formats.integers import Integers
 from glm4_exporters.formats.mxfp8 import Mxfp8
+from glm4_exporters.formats.nvfp4 import INPUTS as NVFP4_INPUTS
 from glm4_exporters.formats.nvfp4 import Nvfp4
 from glm4_runtime.errors import ExportError
 
@@ -37,6 +38,7 @@ FORMATS: Mapping[str, Format] = {
     "int4-wide-signed": Integers(bits=4, block=64, ranges=(1.0, 0.85), signed_scales=True),
     "fp8": Float8(),
     "nvfp4": Nvfp4(),
+    "nvfp4-w4a4": Nvfp4(inputs=NVFP4_INPUTS),
     "mxfp8": Mxfp8(),
 }
 

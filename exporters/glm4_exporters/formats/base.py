@@ -49,16 +49,20 @@ class Part:
 class InputRounding:
     """How a product rounds its input: with one scale per matrix, found on calibration text.
 
+    With blocks, each block has a scale from its own largest magnitude, and the scale per matrix scales these.
+
     Attributes:
         dtype: element type. Targets that accept only unsigned integers store ``int8`` with an offset of 128.
         largest: the largest number of that type.
         searched: whether scale and smoothing are searched together, by the error of the product. If not, the
             scale is the smallest that clips nothing.
+        block: how many inputs share one scale; None if all do.
     """
 
     dtype: str
     largest: float
     searched: bool = False
+    block: int | None = None
 
     def scale(self, absmax: float) -> float:
         """The scale that maps ``absmax`` to ``largest``; at least ``SMALLEST_SCALE``."""
@@ -108,18 +112,20 @@ class StoredFormat(ABC):
         """Number of blocks in a row of ``width`` numbers; the last may be shorter."""
         return 1 if self.block is None else -(-width // self.block)
 
+    def stored_width(self, width: int) -> int:
+        """Width of a row, padded to whole blocks."""
+        return width if self.block is None else self.blocks(width) * self.block
+
 
 class Format(StoredFormat):
     """A stored format that values can be encoded in. ``Brought``, which only keeps another tool's numbers, is none.
 
     Attributes:
         needs_largest: whether ``encode`` must know the largest magnitude of the whole matrix.
-        fitted: whether GPTQ may choose the codes by calibration text.
         portable: whether every target can store it, so that a recipe may name it.
     """
 
     needs_largest: ClassVar[bool] = False
-    fitted: ClassVar[bool] = False
     portable: ClassVar[bool] = True
 
     @abstractmethod
@@ -138,3 +144,15 @@ class Format(StoredFormat):
             importance: float32 [width], the weight of each input's squared error; equal weights if None.
             largest: the largest magnitude of the whole matrix, where ``needs_largest``.
         """
+
+
+class FittedFormat(Format):
+    """A format whose codes GPTQ may choose by calibration text."""
+
+    def step(self, parts: Encoded) -> "Tensor":
+        """The value of code 1 in each block, float32 [rows, blocks]."""
+        return parts[SCALES].float()
+
+    @abstractmethod
+    def nearest(self, steps: "Tensor") -> "Tensor":
+        """The codes that are nearest to numbers of steps, as float32. May change its argument."""

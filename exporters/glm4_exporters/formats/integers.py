@@ -1,9 +1,17 @@
 """Signed integers with scales: int8 and int4, one scale per block of a row or per row."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from glm4_exporters.formats.base import CODES, SCALES, Encoded, Format, InputRounding, Part, StoredFormat
+from glm4_exporters.formats.base import (
+    CODES,
+    SCALES,
+    Encoded,
+    FittedFormat,
+    InputRounding,
+    Part,
+    StoredFormat,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -35,13 +43,9 @@ class IntegerCodes(StoredFormat):
         """The unsigned code of 0."""
         return 1 << self.bits - 1
 
-    def stored_width(self, width: int) -> int:
-        """Width of a row, padded to whole blocks."""
-        return width if self.block is None else self.blocks(width) * self.block
-
 
 @dataclass(frozen=True)
-class Integers(IntegerCodes, Format):
+class Integers(IntegerCodes, FittedFormat):
     """Signed integers that are rounded from values.
 
     Attributes:
@@ -54,7 +58,6 @@ class Integers(IntegerCodes, Format):
     ranges: tuple[float, ...]
     inputs: InputRounding | None = None
     signed_scales: bool = False
-    fitted: ClassVar[bool] = True
 
     def parts(self, rows: int, width: int, scale_type: str) -> dict[str, Part]:
         scales = (rows,) if self.block is None else (rows, self.blocks(width))
@@ -78,3 +81,6 @@ class Integers(IntegerCodes, Format):
         from glm4_exporters.formats import rounding
 
         return rounding.dequantize(parts[CODES], parts[SCALES], self, width)
+
+    def nearest(self, steps: "Tensor") -> "Tensor":
+        return steps.round_().clamp_(self.smallest, self.largest)

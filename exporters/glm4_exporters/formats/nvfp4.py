@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from glm4_exporters.formats.base import CODES, SCALES, Encoded, Format, InputRounding, Part
+from glm4_exporters.formats.base import CODES, SCALES, Encoded, FittedFormat, InputRounding, Part
 from glm4_exporters.formats.float8 import FLOAT8, FLOAT8_MAX
 
 if TYPE_CHECKING:
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 TOTAL = "total"
 BLOCK = 16
 LARGEST = 12  # twice the largest 4-bit float
+INPUTS = InputRounding("float4e2m1", FLOAT8_MAX * LARGEST / 2, block=BLOCK)
 TRIED = (6.0, 4.0)  # 4-bit floats that a block's largest magnitude may become
 SMALLEST_SCALE = 2.0**-9  # of float8_e4m3fn
 SMALLEST_TOTAL = 2.0**-14  # float16's smallest normal number
 
 
 @dataclass(frozen=True)
-class Nvfp4(Format):
+class Nvfp4(FittedFormat):
     """Twice the 4-bit floats as int8 [rows, width], float8 scales [rows, width / 16], and half the matrix's scale []."""
 
     bits: int = 4
@@ -79,9 +80,15 @@ class Nvfp4(Format):
         }
 
     def decode(self, parts: Encoded, width: int) -> "Tensor":
-        scales = parts[SCALES].float() * parts[TOTAL].float()
-        blocks = parts[CODES].float().view(len(scales), -1, BLOCK)
-        return (blocks * scales[..., None]).flatten(1)[:, :width]
+        steps = self.step(parts)
+        blocks = parts[CODES].float().view(len(steps), -1, BLOCK)
+        return (blocks * steps[..., None]).flatten(1)[:, :width]
+
+    def step(self, parts: Encoded) -> "Tensor":
+        return parts[SCALES].float() * parts[TOTAL].float()
+
+    def nearest(self, steps: "Tensor") -> "Tensor":
+        return doubled(steps)
 
 
 def total_scale(largest: float) -> float:

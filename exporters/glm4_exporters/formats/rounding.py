@@ -60,7 +60,7 @@ def _in_blocks(rows: Tensor, form: Integers) -> Tensor:
 
 def rounded(w: Tensor, scale: Tensor, form: Integers) -> Tensor:
     """Round ``w / scale`` to codes, as float32."""
-    return (w * (1 / scale)).round_().clamp_(form.smallest, form.largest)
+    return form.nearest(w * (1 / scale))
 
 
 def _widest(w: Tensor, form: Integers) -> Tensor:

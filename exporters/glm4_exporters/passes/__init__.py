@@ -12,6 +12,7 @@ from glm4_exporters.form import Form
 from glm4_exporters.formats import StoredFormat
 from glm4_exporters.passes.add_adapters import AddAdapters
 from glm4_exporters.passes.fix_capacity import FixCapacity
+from glm4_exporters.passes.fp4_inputs import Fp4Inputs
 from glm4_exporters.passes.fp4_weights import Fp4Weights
 from glm4_exporters.passes.group_query_attention import GroupQueryAttention
 from glm4_exporters.passes.input_major import InputMajor
@@ -97,7 +98,7 @@ def _cache_passes(form: Form, scales: Sequence[CacheScales], plugin: PluginAtten
 
 def engine_passes(capacity: int) -> list[Pass]:
     """The passes for the graph that TensorRT parses; its weights are written already."""
-    return [FixCapacity(capacity), SplitProducts(), Fp4Weights(), Mxfp8Weights()]
+    return [FixCapacity(capacity), SplitProducts(), Fp4Inputs(), Fp4Weights(), Mxfp8Weights()]
 
 
 def run(model: ir.Model, passes: Sequence[Pass]) -> ir.Model:

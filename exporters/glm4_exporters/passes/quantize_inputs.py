@@ -17,6 +17,7 @@ import onnx_ir as ir
 from glm4_exporters.element_types import ir_type
 from glm4_exporters.formats.base import InputRounding
 from glm4_exporters.passes.builder import Builder, scope_of
+from glm4_exporters.passes.fp4_inputs import add_rounding
 from glm4_exporters.passes.stored import Source, source_of
 from glm4_runtime.errors import ExportError
 
@@ -61,6 +62,12 @@ class QuantizeInputs(ir.passes.InPlacePass):
         rounding, name = source.matrix.format.inputs, source.matrix.name
         assert rounding is not None
         b = Builder(graph, f"{scope_of(node)}/input")
+        if rounding.block is not None:
+            x = node.inputs[0]
+            assert x is not None
+            value = add_rounding(b, x, self._scales[name], name, dtype)
+            graph.insert_before(node, b.nodes)
+            return value
         step = b.named(f"{name}.input_scale", np.asarray(self._scales[name], dtype.numpy()))
         zero = self._zero(rounding)
         parameters = step, b.named(f"constant.{zero.dtype}_zero", zero)

@@ -15,8 +15,8 @@ import copy
 import mmap
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,9 @@ from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.element_types import TORCH_TYPES
 from glm4_exporters.form import Form
-from glm4_exporters.formats import CODES, SCALES, Encoded, Format, Integers
+from glm4_exporters.formats import CODES, SCALES, Encoded, Format
+from glm4_exporters.formats.base import FittedFormat
 from glm4_exporters.formats.base import scale_type as scale_type_of
-from glm4_exporters.formats.rounding import quantize
-from glm4_exporters.formats.rounding import rounded as round_codes
 from glm4_exporters.quantize.calibrate import BlockedAttention
 from glm4_exporters.quantize.smooth import Smoothing
 from glm4_exporters.reference import Glm4DecoderLayer, Glm4RMSNorm
@@ -49,15 +48,26 @@ FEEDBACK_DAMPING, MOVE_DAMPING = 0.01, 0.05
 
 @dataclass(frozen=True)
 class Rounded:
-    """The parts of a matrix of integers: codes int8 [rows, blocks * block] and scales float32 [rows, blocks]."""
+    """The parts of a matrix: codes int8 [rows, blocks * block], scales [rows, blocks], and whole-matrix parts.
+
+    Attributes:
+        scales: float32, which NumPy has. ``rows`` gives them in ``scale_type``.
+    """
 
     codes: Tensor
     scales: Tensor
+    scale_type: torch.dtype
     files: tuple[np.memmap[Any, Any], ...] = ()  # the files that hold them
+    whole: dict[str, Tensor] = field(default_factory=dict)
 
     def rows(self, first: int, count: int) -> Encoded:
         part = slice(first, first + count)
-        return {CODES: self.codes[part], SCALES: self.scales[part]}
+        return {CODES: self.codes[part], SCALES: self.scales[part].to(self.scale_type), **self.whole}
+
+    def set_rows(self, start: int, encoded: Encoded) -> None:
+        part = slice(start, start + len(encoded[CODES]))
+        self.codes[part], self.scales[part] = encoded[CODES], encoded[SCALES].float()
+        self.whole.update({name: x for name, x in encoded.items() if name not in (CODES, SCALES)})
 
     def written(self) -> None:
         """Release the memory; it is read from the files again when needed."""
@@ -86,8 +96,12 @@ def round_matrices(
     """
     config, scale_type = checkpoint.config, TORCH_TYPES[scale_type_of(form.activations)]
     shapes = expected_tensors(config, checkpoint.task)
-    fitted = {name: each for name, each in form.formats.items() if isinstance(each, Integers) and each.fitted}
-    results = {n: _room(shapes[n], f) for n, f in fitted.items() if n != EMBEDDING and shapes.get(n)}
+    fitted = {name: each for name, each in form.formats.items() if isinstance(each, FittedFormat)}
+    results = {
+        n: _room(shapes[n], f, scale_type_of(form.activations))
+        for n, f in fitted.items()
+        if n != EMBEDDING and shapes.get(n)
+    }
     _require_space(results.values())
     sequences = those_that_fit(sequences, config)
     attends = {length: BlockedAttention(config, length) for length in {len(ids) for ids in sequences}}
@@ -120,19 +134,20 @@ def round_matrices(
 def _round_head(
     checkpoint: Checkpoint,
     states: tuple[list[Tensor], list[Tensor]],
-    form: Integers,
+    form: FittedFormat,
     smoothing: Smoothing,
     scale_type: torch.dtype,
     result: Rounded,
 ) -> None:
     """Round the head, in blocks of rows."""
+    assert not form.needs_largest, "the head is read in parts"
     norm = torch.from_numpy(smoothing.rows.get("model.norm.weight", np.ones(1, np.float32)))
     exact, rounded = ([x * norm for x in streamed.final_norm(checkpoint, side)] for side in states)
     moments = _Moments(exact, rounded)
     buffer = torch.empty(streamed.LAYER_READ_BYTES, dtype=torch.uint8)
     for first, block in checkpoint.row_blocks(checkpoint.name_of(HEAD), buffer):
         rows = slice(first, first + len(block))
-        part = Rounded(result.codes[rows], result.scales[rows])
+        part = Rounded(result.codes[rows], result.scales[rows], result.scale_type)
         for _ in moments.rounded(smoothing.apply(HEAD, block, first).float(), form, scale_type, part):
             pass  # nothing reads the logits
     result.written()
@@ -165,52 +180,66 @@ class _Moments:
             across.addmm_(wanted[:, window].T, seen[:, window])
 
     def rounded(
-        self, weight: Tensor, form: Integers, scale_type: torch.dtype, result: Rounded
+        self, weight: Tensor, form: FittedFormat, scale_type: torch.dtype, result: Rounded
     ) -> Iterator[tuple[int, Tensor]]:
         """Round float32 ``weight`` into ``result``. Yields the index of a first row, and the rounded values from
         there on."""
+        largest = float(weight.abs().max()) if form.needs_largest else None
         for start in range(0, len(weight), ROUNDED_AT_ONCE):
             rows = weight[start : start + ROUNDED_AT_ONCE].clone()
             for window, move in zip(self._windows, self._moves, strict=True):
                 rows[:, window] += rows[:, window] @ move
-            encoded = self._encoded(rows, form, scale_type)
-            part = slice(start, start + len(rows))
-            result.codes[part], result.scales[part] = encoded[CODES], encoded[SCALES].float()
+            encoded = self._encoded(rows, form, scale_type, largest)
+            result.set_rows(start, encoded)
             yield start, form.decode(encoded, weight.shape[1])
 
-    def _encoded(self, rows: Tensor, form: Integers, scale_type: torch.dtype) -> Encoded:
+    def _encoded(
+        self, rows: Tensor, form: FittedFormat, scale_type: torch.dtype, largest: float | None
+    ) -> Encoded:
         if form.bits == 8 or form.block is None:
-            return form.encode(rows, scale_type)  # the loss is too small for feedback
+            return form.encode(rows, scale_type, largest=largest)  # the loss is too small for feedback
+
+        def encode(block: Tensor, importance: Tensor) -> Encoded:
+            return form.encode(block, scale_type, importance=importance, largest=largest)
+
         parts = [
-            _round_window(rows[:, window], own.diagonal(), factor, form, scale_type)
+            _round_window(rows[:, window], own.diagonal(), factor, form, encode)
             for window, own, factor in zip(self._windows, self._own, self._factors, strict=True)
         ]
-        codes, scales = zip(*parts, strict=True)
-        return {CODES: torch.cat(codes, 1), SCALES: torch.cat(scales, 1)}
+        return _beside(parts)
 
 
 def _round_window(
-    weight: Tensor, importance: Tensor, factor: Tensor, form: Integers, scale_type: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Round column by column, and spread each column's error over the later ones. Scales are found per block."""
+    weight: Tensor,
+    importance: Tensor,
+    factor: Tensor,
+    form: FittedFormat,
+    encode: Callable[[Tensor, Tensor], Encoded],
+) -> Encoded:
+    """Round column by column, and spread each column's error over the later ones. ``encode`` finds a block's scales."""
     assert form.block is not None
     left, width = weight.clone(), weight.shape[1]
-    numbers, scales = [], []
+    parts = []
     for start in range(0, width, form.block):
         end = min(start + form.block, width)
         block, inner = left[:, start:end], factor[start:end, start:end]
-        _, scale = quantize(block, form, scale_type, importance[start:end])
+        encoded = encode(block, importance[start:end])
+        step = form.step(encoded)  # [rows, 1]
         errors = torch.empty_like(block)
         codes = torch.zeros(len(block), form.block, dtype=torch.int8)
         for i in range(end - start):
-            code = round_codes(block[:, i : i + 1], scale.float(), form)
-            errors[:, i : i + 1] = (block[:, i : i + 1] - code * scale.float()) / inner[i, i]
+            code = form.nearest(block[:, i : i + 1] * (1 / step))
+            errors[:, i : i + 1] = (block[:, i : i + 1] - code * step) / inner[i, i]
             block[:, i + 1 :] -= errors[:, i : i + 1] * inner[i, i + 1 :]
             codes[:, i : i + 1] = code.to(torch.int8)
         left[:, end:] -= errors @ factor[start:end, end:]
-        numbers.append(codes)
-        scales.append(scale)
-    return torch.cat(numbers, 1), torch.cat(scales, 1)
+        parts.append({**encoded, CODES: codes})
+    return _beside(parts)
+
+
+def _beside(parts: Sequence[Encoded]) -> Encoded:
+    """The parts of columns side by side."""
+    return {**parts[0], **{name: torch.cat([part[name] for part in parts], 1) for name in (CODES, SCALES)}}
 
 
 def _feedback(own: Tensor, tokens: int) -> Tensor:
@@ -264,7 +293,7 @@ def _require_space(results: Iterable[Rounded]) -> None:
         )
 
 
-def _room(shape: Sequence[int], form: Integers) -> Rounded:
+def _room(shape: Sequence[int], form: FittedFormat, scale_type: str) -> Rounded:
     """Tensors in temporary files, which are deleted with them."""
     rows, width = shape
     with tempfile.TemporaryFile() as codes, tempfile.TemporaryFile() as scales:
@@ -272,4 +301,5 @@ def _room(shape: Sequence[int], form: Integers) -> Rounded:
             np.memmap(codes, np.int8, "w+", shape=(rows, form.stored_width(width))),
             np.memmap(scales, np.float32, "w+", shape=(rows, form.blocks(width))),
         )
-        return Rounded(torch.from_numpy(files[0]), torch.from_numpy(files[1]), files)
+        stored = TORCH_TYPES[form.parts(rows, width, scale_type)[SCALES].dtype]
+        return Rounded(torch.from_numpy(files[0]), torch.from_numpy(files[1]), stored, files)

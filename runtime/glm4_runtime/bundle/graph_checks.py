@@ -24,6 +24,7 @@ _COMMON = (
     "Sub Transpose Unsqueeze"
 )
 _NATIVE = "And Attention Expand Less LessOrEqual Min Range Reshape RotaryEmbedding Shape TensorScatter"
+_FP4_INPUTS = "Abs Clip Div ReduceMax"  # round the inputs of NVFP4's products
 _PRODUCTS = "FusedMatMul GatherBlockQuantized MatMulNBits SkipSimplifiedLayerNormalization"
 
 
@@ -33,7 +34,7 @@ def _named(domain: str, names: str) -> frozenset[tuple[str, str]]:
 
 # dialect -> its operators; tests/deploy/test_graph_operators.py exports every combination
 OPERATORS = {
-    "native": _named(STANDARD, f"{_COMMON} {_NATIVE}"),
+    "native": _named(STANDARD, f"{_COMMON} {_NATIVE} {_FP4_INPUTS}"),
     "ort": _named(STANDARD, f"{_COMMON} {_NATIVE} ReduceMax")
     | _named(MICROSOFT, f"{_PRODUCTS} GroupQueryAttention"),
     "cpu": _named(STANDARD, _COMMON)

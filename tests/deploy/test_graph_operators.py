@@ -7,6 +7,7 @@ import pytest
 from checkpoints import tiny_config, write_checkpoint
 
 from glm4_deploy.pipeline import ExportOptions, export
+from glm4_exporters.architecture import EMBEDDING, expected_tensors
 from glm4_exporters.cache_types import KV_CACHES, choose_cache
 from glm4_exporters.config import TASKS, Glm4Config
 from glm4_exporters.form import choose_form
@@ -16,7 +17,7 @@ from glm4_exporters.quantize.kv_cache import CacheScales
 from glm4_exporters.quantize.recipe import Recipe
 from glm4_exporters.targets import ACTIVATIONS, ONNX_RUNTIME, PRECISIONS, RECIPE_FORMATS, TARGETS
 from glm4_runtime import Session
-from glm4_runtime.bundle import read_manifest
+from glm4_runtime.bundle import AdapterSlots, read_manifest
 from glm4_runtime.bundle.element_types import QUANTIZED_CACHES
 from glm4_runtime.bundle.graph_checks import OPERATORS
 from glm4_runtime.errors import ExportError
@@ -44,14 +45,25 @@ def chosen_form(config, task, target, precision, activations, cache, recipe):
     return form.with_cache(choose_cache(config, task, form.target, form.activations, cache))
 
 
-def graph_of(config, task, form):
+def graph_of(config, task, form, slots=None):
     """The graph that an export writes, without weights; what calibration finds is made up."""
     from glm4_exporters.trace import trace
 
     ones = np.ones((config.num_key_value_heads, config.head_dim), np.float32)
     scales = [CacheScales(ones, ones)] * config.num_hidden_layers if form.kv_cache in QUANTIZED_CACHES else []
-    steps = model_passes(form, norm_bits={}, cache_scales=scales, input_scales=dict.fromkeys(form.rounded_inputs, 1.0))  # fmt: skip
+    steps = model_passes(form, norm_bits={}, cache_scales=scales, input_scales=dict.fromkeys(form.rounded_inputs, 1.0), slots=slots)  # fmt: skip
     return apply(trace(config, task, form.activations), steps).graph
+
+
+def graphs_of(config, task, form):
+    """The graph, and the graph that takes adapters, if the target has one."""
+    yield graph_of(config, task, form)
+    if form.target.name in OPENED and task == "causal-lm":
+        shapes = {name: shape for name, shape in expected_tensors(config, task).items() if len(shape) == 2}
+        matrices = {
+            name.removesuffix(".weight"): shape for name, shape in shapes.items() if name != EMBEDDING
+        }
+        yield graph_of(config, task, form, AdapterSlots(2, 4, matrices, None))
 
 
 def every_form(config, task, activations):
@@ -76,9 +88,9 @@ def test_the_table_has_the_operators_that_exports_make_and_no_others():
         for task in TASKS[: 1 + whole]:  # the other tasks have fewer operators
             activations = ["float32"] + ["float16"] * (whole and task == "causal-lm")
             for form in every_form(config, task, activations):
-                made = graph_of(config, task, form)
-                found[form.target.dialect] |= {(node.domain, node.op_type) for node in made}
-                graphs += 1
+                for made in graphs_of(config, task, form):
+                    found[form.target.dialect] |= {(node.domain, node.op_type) for node in made}
+                    graphs += 1
     assert graphs > 100
     assert found == OPERATORS
 

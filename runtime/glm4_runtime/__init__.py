@@ -1,5 +1,6 @@
 """The runtime: opens a bundle and generates with it. Needs neither torch nor onnx."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ from glm4_runtime.errors import (
 if TYPE_CHECKING:
     from glm4_runtime.sampling import SamplingParams
     from glm4_runtime.session import Session
+
+# Since 1.32, ONNX Runtime sends events to Microsoft, unless its library finds this variable when it is loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Imported at first use: they bring numpy and tokenizers, which --help and a refusal do without.
 _LAZY = {"SamplingParams": "glm4_runtime.sampling", "Session": "glm4_runtime.session"}

@@ -7,7 +7,6 @@ huggingface_hub downloads: its cache, its resumed downloads, its access token an
 import glob
 import io
 import json
-import os
 import re
 import struct
 import tempfile
@@ -207,7 +206,6 @@ def _bars(progress: Progress) -> type:
 
 
 def _library() -> Any:
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         import huggingface_hub
     except ModuleNotFoundError as error:

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from glm4_runtime.sampling import SamplingParams
     from glm4_runtime.session import Session
 
-# Since 1.32, ONNX Runtime sends events to Microsoft, unless its library finds this variable when it is loaded.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# ONNX Runtime (since 1.32) and huggingface_hub send events, unless they find these variables when they are loaded.
+for _variable in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ.setdefault(_variable, "1")
 
 # Imported at first use: they bring numpy and tokenizers, which --help and a refusal do without.
 _LAZY = {"SamplingParams": "glm4_runtime.sampling", "Session": "glm4_runtime.session"}

@@ -1,8 +1,10 @@
-# One environment for everything; made once, made anew when the dependencies change.
+# One environment, made once, and made anew when the dependencies change. The demo's part of it is smaller and faster
+# to install.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 OUT ?= out
+DEMO_EXTRAS := cpu,export,serve
 EXTRAS := cpu,export,hub,plugins,serve,ray,otel,bench,eval,tensorrt-rtx,test,dev
 BENCH := $(OUT)/bench
 LAYERS ?= 4
@@ -11,26 +13,37 @@ PROCESSES ?= 2
 9B := $(BENCH)/9b$(LAYERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test-fast test test-more clients slow-list foreign-names bench gpu-check lint format wheel sdist clean
+.PHONY: help demo install test-fast test test-more clients slow-list foreign-names bench gpu-check lint format wheel sdist clean
 
 help:  ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
-# .installed remembers what the environment was made for.
-$(VENV)/.installed: Makefile pyproject.toml setup.py constraints.txt $(wildcard plugins/glm4_plugins/cpu/*)
+NEEDS := Makefile pyproject.toml setup.py constraints.txt $(wildcard plugins/glm4_plugins/cpu/*)
+define install
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "glm4-deploy needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing PyTorch and the other packages into $(VENV); pip shows the progress of each download."
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[$(1)]'
+endef
+
+# These files remember what the environment was made for.
+$(VENV)/.demo: $(NEEDS)
+	$(call install,$(DEMO_EXTRAS))
+	touch $@
+
+$(VENV)/.installed: $(NEEDS)
+	$(call install,$(EXTRAS))
 	@# asks for an older protobuf than Ray takes; the tests read its message definitions only
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt tritonclient
 	touch $@
 
-demo: $(VENV)/.installed  ## export the demo checkpoint, check it against PyTorch, continue a text
+demo: $(firstword $(wildcard $(VENV)/.installed) $(VENV)/.demo)  ## export the demo checkpoint, check it against PyTorch, continue a text
 	mkdir -p $(OUT)
 	$(BIN)/glm4-deploy export demo/glm4-tiny $(OUT)/demo --precision fp32 --force
 	$(BIN)/glm4-deploy generate $(OUT)/demo "And it came to pass" --max-tokens 64 --temperature 0.7 --top-k 20 --seed 2 --stream
 	$(BIN)/glm4-deploy generate $(OUT)/demo "Who are you?" --chat --stream
+
+install: $(VENV)/.installed  ## install all that the tests need, 4 GB
 
 # Tests of one file stay in one process, as they share what they export. Tests that measure time run after the others.
 SIDE_BY_SIDE := -n $(PROCESSES) --dist loadfile

@@ -40,7 +40,7 @@ def test_extras_that_the_texts_name_exist():
     texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*"), *ROOT.glob("*/**/*.py")]
     named = {}
     for path in texts:
-        if path.is_file() and ".venv" not in path.parts and "tests" not in path.parts:
+        if path.is_file() and path.relative_to(ROOT).parts[0] not in (".venv", "out", "tests"):
             text = path.read_text("utf-8")
             found = re.findall(r"(?:glm4-deploy|'\.)\[([a-z,\-]+)\]", text)
             found += re.findall(

@@ -28,9 +28,7 @@ from glm4_runtime.server import ServerOptions
 from glm4_runtime.server.run import serving
 from glm4_runtime.session import Session
 
-pytestmark = pytest.mark.skipif(
-    find_spec("ray") is None, reason="Ray is not installed; run make .venv/.installed"
-)
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed; run make install")
 
 QUESTIONS = questions(prompts=2)
 

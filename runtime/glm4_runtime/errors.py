@@ -85,6 +85,10 @@ class SlotError(RequestError):
     """A slot that does not exist, is not in use, or is too small for the request."""
 
 
+class BusyError(RequestError):
+    """What cannot be freed now, because requests use it."""
+
+
 class NotANumberError(RequestError):
     """The model gave NaN logits."""
 

@@ -53,19 +53,19 @@ class ByHand:
     def __init__(self):
         self.at_once, self.waiting = True, []
 
-    def submit(self, work, token):
+    def submit(self, work, *arguments):
         future = Future()
-        self.waiting.append((future, work, token))
+        self.waiting.append((future, work, arguments))
         if self.at_once:
             self.finish(-1)
         return future
 
     def finish(self, index):
-        future, work, token = self.waiting.pop(index)
+        future, work, arguments = self.waiting.pop(index)
         if not future.set_running_or_notify_cancel():
             return
         try:
-            future.set_result(work(token))
+            future.set_result(work(*arguments))
         except BaseException as error:
             future.set_exception(error)
 

@@ -27,6 +27,7 @@ class Request:
             it had not stopped; ``params.seed`` must be that of the earlier run. There is no :class:`Started` then.
         deadline: the ``time.monotonic()`` at which the request fails with :class:`DeadlineError`, also in the queue.
         id: joins the log lines of this request. Requests of one HTTP request share its id.
+        adapter: name of a loaded LoRA adapter. None: the base model.
         trace: headers such as ``traceparent``, which join traces of other processes to this request. The scheduler does
             not read them.
     """
@@ -41,6 +42,7 @@ class Request:
     generated: tuple[int, ...] = ()
     deadline: float | None = None
     id: str = ""
+    adapter: str | None = None
     trace: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -129,6 +129,10 @@ class Batch:
             self._figures.steps += 1
             self._figures.step_seconds += time.perf_counter() - began
 
+    def forget(self, adapter: str) -> None:
+        """Free the cached slots of an adapter."""
+        self._slots.forget(adapter)
+
     def fail_all(self, error: Glm4Error, outcome: str) -> None:
         """End every job and free every slot, also after a step that failed halfway."""
         for job in list(self._live):
@@ -246,10 +250,10 @@ class Batch:
             Whether the job has a slot.
         """
         if job.lease is None and not self._slots.should_wait(
-            job.reusable_ids, [other.prompt_ids for other in before]
+            job.reusable_ids, [other.prompt_ids for other in before if other.adapter == job.adapter], job.adapter
         ):
             with self._blaming(job):
-                job.begin(self._slots.lease(job.buffer, len(job.reusable_ids)))
+                job.begin(self._slots.lease(job.buffer, len(job.reusable_ids), job.adapter))
         return job.lease is not None
 
     def _feed(self, job: Job, count: int) -> None:

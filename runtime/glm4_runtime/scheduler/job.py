@@ -156,6 +156,10 @@ class Job:
         self.parked_at: float | None = None
 
     @property
+    def adapter(self) -> str | None:
+        return self.request.adapter
+
+    @property
     def ids(self) -> Ids:
         """Tokens of the prompt and of the output so far; a view of ``buffer``."""
         return self.buffer[: self._count]

@@ -6,8 +6,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
 
-from glm4_runtime.errors import Glm4Error, QueueFullError, RequestError, StoppedError
+from glm4_runtime.errors import BusyError, Glm4Error, QueueFullError, RequestError, StoppedError
 from glm4_runtime.generate import Continuation, Vocabulary
 from glm4_runtime.scheduler.api import MOST_TOP_LOGPROBS, Event, Failed, Request, SchedulerStats
 from glm4_runtime.scheduler.batch import Batch, BatchRules
@@ -19,6 +21,21 @@ from glm4_runtime.scheduler.view import SchedulerView, view_of
 from glm4_runtime.session import Session
 
 logger = logging.getLogger(__name__)
+
+
+class _Errand:
+    """Work between two steps, and its end."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work, self.done = work, Future[None]()
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)
 
 
 class Scheduler:
@@ -60,6 +77,8 @@ class Scheduler:
         self._asleep = False
         self._step_began: float | None = None
         rules = BatchRules(step_tokens, prefix_cache, speculation, most_parked=max_queue)
+        self._errands: deque[_Errand] = deque()
+        self._adapters = set(session.adapters)  # that new requests may name
         self._batch = Batch(session, self._figures, self._wake, rules)
 
     def start(self) -> None:
@@ -101,6 +120,8 @@ class Scheduler:
         with self._lock:
             if self._closed_at is not None:
                 raise StoppedError("the scheduler is stopping and takes no more requests")
+            if request.adapter is not None and request.adapter not in self._adapters:
+                raise RequestError(f"no adapter {request.adapter!r} is loaded")
             if len(self._queue) >= self._max_queue:
                 wait = retry_after(self._session.max_batch_size, self._figures.seconds_per_request)
                 raise QueueFullError(
@@ -109,6 +130,51 @@ class Scheduler:
             self._queue.append(job)
         self._wake()
         return job.ticket
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Load a LoRA adapter between two steps. Callable from any thread; blocks until it is loaded.
+
+        Raises:
+            BundleError: the bundle takes no adapters. CheckpointError: the adapter is damaged or does not fit.
+            RequestError: the name is taken, or all slots are. StoppedError: the scheduler is stopping.
+        """
+        self._between_steps(lambda: self._session.load_adapter(name, folder))
+        with self._lock:
+            self._adapters.add(name)
+
+    def unload_adapter(self, name: str) -> None:
+        """Free a LoRA adapter between two steps. Callable from any thread; blocks until it is freed.
+
+        Raises:
+            RequestError: no such adapter. BusyError: requests with this adapter wait or run.
+            StoppedError: the scheduler is stopping.
+        """
+        self._between_steps(lambda: self._unload(name))
+
+    def _unload(self, name: str) -> None:
+        with self._lock:
+            count = sum(job.adapter == name for job in (*self._queue, *self._batch))
+            if count:
+                raise BusyError(f"{count} requests have the adapter {name!r}; unload it when they have ended")
+            self._adapters.discard(name)
+        self._batch.forget(name)
+        self._session.unload_adapter(name)
+
+    def _between_steps(self, work: Callable[[], None]) -> None:
+        """Run ``work`` on the scheduler's thread, and wait for it."""
+        errand = _Errand(work)
+        with self._lock:
+            if self._closed_at is not None:
+                raise StoppedError("the scheduler is stopping")
+            self._errands.append(errand)
+        self._wake()
+        if self._thread is None:
+            self._run_errands()
+        errand.done.result()
+
+    def _run_errands(self) -> None:
+        while self._errands:
+            self._errands.popleft().run()
 
     def stop(self, drain: float | None = None) -> None:
         """Refuse new requests and let running ones finish, for at most ``drain`` seconds if given. Then fail the
@@ -175,6 +241,7 @@ class Scheduler:
         deadline."""
         self._step_began = time.monotonic()
         try:
+            self._run_errands()
             self._leave_queue()
             self._admit()
             self._batch.step()
@@ -226,3 +293,5 @@ class Scheduler:
         for job in queued:
             self._figures.requests["stopped"] += 1
             job.ticket.tell(Failed(error))
+        while self._errands:
+            self._errands.popleft().done.set_exception(error)

@@ -22,12 +22,14 @@ class Lease:
         ids: the sequence's tokens, int64 [capacity]; the sequence appends to the array.
         fed: number of these tokens in the slot.
         cached: number of these tokens that were in the slot when the lease began.
+        adapter: the LoRA adapter whose keys and values the slot holds. None: the base model's.
     """
 
     slot: int
     ids: Ids
     fed: int = 0
     cached: int = 0
+    adapter: str | None = None
 
     @property
     def held(self) -> Ids:
@@ -37,10 +39,11 @@ class Lease:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """The tokens that a slot holds after its sequence ended. A higher ``used`` means a later use."""
+    """The tokens that a slot holds after its sequence ended, for one adapter. A higher ``used`` means a later use."""
 
     held: Ids
     used: int
+    adapter: str | None = None
 
 
 class Slots:
@@ -60,29 +63,30 @@ class Slots:
         """The owner of each slot; None: nobody."""
         return tuple(self._owners)
 
-    def lease(self, ids: Ids, reusable: int) -> Lease:
+    def lease(self, ids: Ids, reusable: int, adapter: str | None = None) -> Lease:
         """Give the sequence ``ids`` a slot, and reuse the longest prefix of its first ``reusable`` tokens that a slot
-        holds.
+        holds for the same adapter.
 
         The caller guarantees fewer leases than slots. If no slot is free, a kept one is evicted.
         """
-        kept, free = self._kept(), [slot for slot, owner in enumerate(self._owners) if owner is None]
-        placed = place(ids[:reusable], kept, self._live(), free)
+        kept, free = self._kept(adapter), [slot for slot, owner in enumerate(self._owners) if owner is None]
+        placed = place(ids[:reusable], kept, self._live(adapter), free)
         if placed.source in kept:
-            self._owners[placed.source] = Kept(kept[placed.source], next(self._uses))
-        lease = Lease(placed.slot, ids, placed.length, placed.length)
+            self._owners[placed.source] = Kept(kept[placed.source], next(self._uses), adapter)
+        lease = Lease(placed.slot, ids, placed.length, placed.length, adapter)
         self._owners[placed.slot] = lease  # from here on the slot has this owner, even if the session fails
         try:
-            self._fill(placed)
+            self._fill(placed, adapter)
         except BaseException:  # a panic in an extension is no Exception
             logger.exception("the beginning of a prompt could not be reused, so all of it is computed")
             lease.fed = lease.cached = 0
-            self._empty(placed.slot)
+            self._start_empty(placed.slot, adapter)
         return lease
 
-    def should_wait(self, prompt: Ids, coming: Iterable[Ids]) -> bool:
-        """Whether the prompts ``coming`` will soon offer a much longer prefix of ``prompt`` than the slots hold now."""
-        there = (*self._kept().values(), *self._live().values())
+    def should_wait(self, prompt: Ids, coming: Iterable[Ids], adapter: str | None = None) -> bool:
+        """Whether the prompts ``coming`` of the same adapter will soon offer a much longer prefix of ``prompt`` than
+        the slots hold now."""
+        there = (*self._kept(adapter).values(), *self._live(adapter).values())
         return self._shares and should_wait(prompt, there, coming)
 
     def feed(self, lease: Lease, count: int, logits: Literal["last", "all"] = "last") -> Logits:
@@ -134,9 +138,16 @@ class Slots:
             self._empty(lease.slot)
         elif self._shares and lease.fed >= WORTH_SHARING:
             self._session.truncate(lease.slot, lease.fed)
-            self._owners[lease.slot] = Kept(lease.held.copy(), next(self._uses))
+            self._owners[lease.slot] = Kept(lease.held.copy(), next(self._uses), lease.adapter)
         else:
             self._session.release(lease.slot)
+
+    def forget(self, adapter: str) -> None:
+        """Free the slots that hold tokens of an adapter for other prompts."""
+        for slot, owner in enumerate(self._owners):
+            if isinstance(owner, Kept) and owner.adapter == adapter:
+                self._owners[slot] = None
+                self._session.release(slot)
 
     def close(self) -> None:
         """End all leases and free all slots."""
@@ -151,24 +162,37 @@ class Slots:
         if self._owners[lease.slot] is not lease:
             raise SlotError(f"slot {lease.slot} belongs to another sequence by now")
 
-    def _kept(self) -> dict[int, Ids]:
-        """The contents of kept slots, least recently used first."""
+    def _kept(self, adapter: str | None) -> dict[int, Ids]:
+        """The contents of kept slots, least recently used first. A slot of another adapter has nothing to share."""
         kept = [(slot, owner) for slot, owner in enumerate(self._owners) if isinstance(owner, Kept)]
-        return {slot: owner.held for slot, owner in sorted(kept, key=lambda entry: entry[1].used)}
+        return {
+            slot: owner.held if owner.adapter == adapter else owner.held[:0]
+            for slot, owner in sorted(kept, key=lambda entry: entry[1].used)
+        }
 
-    def _live(self) -> dict[int, Ids]:
-        """The contents of leased slots, if they may be copied."""
-        owners = self._owners if self._shares else ()
-        return {slot: owner.held for slot, owner in enumerate(owners) if isinstance(owner, Lease)}
+    def _live(self, adapter: str | None) -> dict[int, Ids]:
+        """The contents of leased slots of an adapter, if they may be copied."""
+        leases = [owner for owner in self._owners if isinstance(owner, Lease)] if self._shares else []
+        return {lease.slot: lease.held for lease in leases if lease.adapter == adapter}
 
-    def _fill(self, placed: Placement) -> None:
+    def _fill(self, placed: Placement, adapter: str | None) -> None:
         """Put the prefix into a slot."""
         if placed.source == placed.slot:
             self._session.truncate(placed.slot, placed.length)
             return
         self._session.release(placed.slot)  # drops the kept contents; does nothing for a free slot
+        self._session.use_adapter(placed.slot, adapter)
         if placed.source is not None:
             self._session.copy_prefix(placed.source, placed.slot, placed.length)
+
+    def _start_empty(self, slot: int, adapter: str | None) -> None:
+        """Zero the memory of a slot for a sequence with this adapter. If this fails, the slot has no owner."""
+        self._empty(slot)
+        try:
+            self._session.use_adapter(slot, adapter)
+        except BaseException:
+            self._owners[slot] = None
+            raise
 
     def _empty(self, slot: int) -> None:
         """Zero the memory of a slot and free it. Does nothing for an empty slot."""

@@ -21,7 +21,7 @@ def next_logits(history):
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
     logits = ((mixed >> np.uint64(40)).astype(np.float32) / np.float32(2**22)).astype(np.float32)
     if seed % np.uint64(3) and len(history) > 2:
-        logits[history[-3]] += 5
+        logits[history[-3] % VOCAB] += 5
     return logits
 
 

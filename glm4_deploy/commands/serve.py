@@ -1,18 +1,20 @@
 """glm4-deploy serve BUNDLE"""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from glm4_deploy import folders, interrupts
+from glm4_deploy import folders, hub, interrupts
 from glm4_deploy.commands.text import TEXT_ARGUMENT
 from glm4_runtime.errors import BundleError
 from glm4_runtime.install import install_command
 
 if TYPE_CHECKING:
     from glm4_runtime.cluster.scaling import ReplicaCount
+    from glm4_runtime.server import ServerOptions
 
 _Option = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -32,6 +34,12 @@ def _replica_count(text: str) -> "ReplicaCount":
         raise click.UsageError(
             f"--replicas is {text}; give a number such as 4, or the least and the most, such as 1:8"
         ) from error
+
+
+def _with_adapters(options: "ServerOptions") -> "ServerOptions":
+    """The options with the folder of each adapter. An adapter named by its hub repository is downloaded."""
+    folders = {name: hub.local_folder(given) for name, given in options.adapter_folders.items()}
+    return replace(options, adapters=tuple(f"{name}={folder}" for name, folder in folders.items()))
 
 
 @click.command("serve")
@@ -68,6 +76,20 @@ def _replica_count(text: str) -> "ReplicaCount":
     type=TEXT_ARGUMENT,
     metavar="ALIAS=NAME",
     help="Further name of the model in the API, such as claude-x=NAME. Repeat the option for several.",
+)
+@click.option(
+    "--lora",
+    "adapters",
+    multiple=True,
+    type=TEXT_ARGUMENT,
+    metavar="NAME=DIR",
+    help="LoRA adapter as a further model: a folder as PEFT saves it, or a name on the hub. For bundles exported with "
+    "--lora-slots. Repeat the option for several.",
+)
+@click.option(
+    "--allow-lora-loading",
+    is_flag=True,
+    help="Let /v1/load_lora_adapter read adapters from any folder of this machine, and /v1/unload_lora_adapter free them.",
 )
 @click.option(
     "--max-queue",
@@ -204,6 +226,7 @@ def command(
         chosen = ServerOptions(api_keys=read_api_keys(api_key_file), **options)
         if bundle.exists():  # a taken port is told first
             folders.require_bundle(bundle)
+        chosen = _with_adapters(chosen)
         session = {
             "provider": provider,
             "threads": threads,

@@ -53,6 +53,21 @@ class Backend(Protocol):
             StoppedError: the backend is stopping.
         """
 
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Load a LoRA adapter, while requests run. Blocks until it is loaded.
+
+        Raises:
+            BundleError: the bundle or the backend takes no adapters. CheckpointError: the adapter does not fit.
+            RequestError: the name is taken, or all slots are.
+        """
+
+    def unload_adapter(self, name: str) -> None:
+        """Free a LoRA adapter. Blocks until it is freed.
+
+        Raises:
+            RequestError: no such adapter. BusyError: requests with this adapter wait or run.
+        """
+
     def stop(self, drain: float | None = None) -> None:
         """Refuse new requests and let running ones finish, for at most ``drain`` seconds if given. Then fail the
         rest, and return."""

@@ -8,12 +8,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from glm4_runtime.cluster.lane import Lane, Replica
 from glm4_runtime.cluster.migration import Migration
 from glm4_runtime.cluster.order import Action, Identity, ReplicaReport, order_of, total
 from glm4_runtime.cluster.router import Router
-from glm4_runtime.errors import BundleError, DeadlineError, QueueFullError, ReplicaError, StoppedError
+from glm4_runtime.errors import (
+    BundleError,
+    DeadlineError,
+    QueueFullError,
+    ReplicaError,
+    RequestError,
+    StoppedError,
+)
 from glm4_runtime.scheduler import Event, Request, SchedulerStats
 
 logger = logging.getLogger(__name__)
@@ -22,6 +30,7 @@ logger = logging.getLogger(__name__)
 PATIENCE = 120.0
 # Seconds between two looks at the clock, for deadlines and for the end of a drain.
 _TICK = 0.05
+_FIXED_ADAPTERS = "replicas load and unload no adapters while they run; give all adapters at the start by serve --lora NAME=DIR"
 
 
 class Fleet:
@@ -67,6 +76,14 @@ class Fleet:
                 waiting = sum(len(lane.waiting) for lane in self._lanes.values())
                 raise QueueFullError(f"{waiting} requests are waiting already; try again in 1 s", 1.0)
         return migration
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:  # noqa: ARG002  the backend's arguments
+        """Replicas load their adapters at the start only. Raises :class:`RequestError`."""
+        raise RequestError(_FIXED_ADAPTERS)
+
+    def unload_adapter(self, name: str) -> None:  # noqa: ARG002
+        """Raises :class:`RequestError`."""
+        raise RequestError(_FIXED_ADAPTERS)
 
     def stop(self, drain: float | None = None) -> None:
         with self._lock:
@@ -252,13 +269,13 @@ class Fleet:
         """Put a request into a replica's queue. Without replicas it waits for one. False: all queues are full."""
         staying = {name: lane for name, lane in self._lanes.items() if not lane.retiring} or self._lanes
         standings = {name: lane.standing for name, lane in staying.items()}
-        name = self._router.choose(migration.ids, standings, most_waiting)
+        name = self._router.choose(migration.ids, standings, most_waiting, migration.request.adapter)
         if name is None:
             if most_waiting is None:
                 self._homeless.append(migration)
             return most_waiting is None
         lane = self._lanes[name]
-        self._router.note(name, migration.ids, lane.replica.slots)
+        self._router.note(name, migration.ids, lane.replica.slots, migration.request.adapter)
         migration.since = lane.reports
         lane.waiting.append(migration)
         self._pump(lane)
@@ -290,7 +307,8 @@ class Fleet:
         with self._lock:
             migration = lane.running.pop(number, None)
             if migration is not None and lane.replica.name in self._lanes:
-                self._router.note(lane.replica.name, migration.ids, lane.replica.slots)
+                slots, adapter = lane.replica.slots, migration.request.adapter
+                self._router.note(lane.replica.name, migration.ids, slots, adapter)
 
     def _act(self, migration: Migration, action: Action) -> None:
         """Pass an action on to the replica. Must not be called with a lock of a migration held by another thread."""

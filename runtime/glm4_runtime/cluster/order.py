@@ -51,6 +51,7 @@ class Identity:
         kernels: digest of the library of CPU kernels, or the version of the runtime that has the kernels.
         target: the bundle's target, and the provider that runs it.
         limits: most tokens of a sequence, and number of slots.
+        adapters: SHA-256 of each LoRA adapter by name.
     """
 
     bundle: str
@@ -58,6 +59,7 @@ class Identity:
     kernels: str
     target: str
     limits: tuple[int, int]
+    adapters: tuple[tuple[str, str], ...] = ()
 
     def differences(self, other: "Identity") -> list[str]:
         """Names of the attributes that differ."""

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import glm4_runtime
+from glm4_runtime.adapters import AdapterFolder
 from glm4_runtime.bundle import Manifest
 from glm4_runtime.cluster.order import Action, Identity, Order, ReplicaReport
 from glm4_runtime.cluster.ray_module import require_ray
@@ -36,6 +38,7 @@ class ReplicaOptions:
         max_queue: most requests that wait within the replica.
         session: options of ``Session.open``.
         traces: where the replica sends its spans. None: it makes none.
+        adapters: name and folder of each LoRA adapter; the folders must exist under these paths on each node.
     """
 
     bundle: str
@@ -43,6 +46,7 @@ class ReplicaOptions:
     max_queue: int
     session: dict[str, Any] = field(default_factory=dict)
     traces: TraceOptions | None = None
+    adapters: tuple[tuple[str, str], ...] = ()
 
 
 class ReplicaActor:
@@ -52,12 +56,15 @@ class ReplicaActor:
         _log_orders()
         traces = started(options.traces)
         self._session = Session.open(options.bundle, **options.session)
+        for name, folder in options.adapters:
+            self._session.load_adapter(name, folder)
+        self._adapters = options.adapters
         scheduler = Scheduler(self._session, max_queue=options.max_queue)
         self._work = ReplicaWork(self._session, scheduler, options.ends, traces)
 
     def describe(self) -> tuple[Identity, int, int]:
         """Identity, number of slots, and process id."""
-        return identity(self._session), self._session.max_batch_size, os.getpid()
+        return identity(self._session, self._adapters), self._session.max_batch_size, os.getpid()
 
     def submit(self, number: int, order: Order) -> None:
         self._work.submit(number, order)
@@ -146,20 +153,29 @@ def _cause(error: Exception, name: str) -> Glm4Error:
     return ReplicaError(f"replica {name} could not start: {type(error).__name__}")
 
 
-def identity(session: Session) -> Identity:
-    """What must be equal on all replicas."""
+def identity(session: Session, adapters: Sequence[tuple[str, str]] = ()) -> Identity:
+    """What must be equal on all replicas. ``adapters``: name and folder of each."""
     return Identity(
         bundle=_bundle(session.manifest),
         code=_code(),
         kernels=_kernels(),
         target=f"{session.manifest.target} on {session.provider}",
         limits=(session.max_seq_len, session.max_batch_size),
+        adapters=tuple((name, _adapter(folder)) for name, folder in adapters),
     )
 
 
 def _bundle(manifest: Manifest) -> str:
     lines = [f"{name} {entry.sha256}" for name, entry in sorted(manifest.files.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _adapter(folder: str) -> str:
+    adapter = AdapterFolder(folder)
+    try:
+        return adapter.sha256()
+    finally:
+        adapter.close()
 
 
 def _code() -> str:

@@ -41,15 +41,20 @@ class Router:
     """
 
     def __init__(self) -> None:
-        self._held: dict[str, OrderedDict[bytes, Ids]] = {}
+        self._held: dict[str, OrderedDict[tuple[str | None, bytes], Ids]] = {}
 
     def choose(
-        self, prompt_ids: Sequence[int], standings: Mapping[str, Standing], most_waiting: int | None
+        self,
+        prompt_ids: Sequence[int],
+        standings: Mapping[str, Standing],
+        most_waiting: int | None,
+        adapter: str | None = None,
     ) -> str | None:
         """The name of a replica.
 
         Args:
             most_waiting: replicas with so many waiting requests are not chosen. None: no limit.
+            adapter: the request's LoRA adapter. A prefix counts only for the same adapter.
 
         Returns:
             None if no replica may be chosen.
@@ -63,21 +68,24 @@ class Router:
             return None
         idlest = min(free, key=lambda name: free[name].requests / free[name].slots)
         prompt = np.asarray(prompt_ids, np.int64)
-        lengths = {name: self.prefix(name, prompt) for name in free}
+        lengths = {name: self.prefix(name, prompt, adapter) for name in free}
         best = max(free, key=lambda name: (lengths[name], -free[name].requests))
         surplus = free[best].requests - free[idlest].requests
         return best if lengths[best] >= WORTH_SHARING and surplus <= free[best].patience else idlest
 
-    def prefix(self, name: str, prompt: Ids) -> int:
-        """Length of the longest prefix of ``prompt`` that a replica has read; the last token does not count."""
-        return max((shared(prompt[:-1], ids) for ids in self._held.get(name, {}).values()), default=0)
+    def prefix(self, name: str, prompt: Ids, adapter: str | None = None) -> int:
+        """Length of the longest prefix of ``prompt`` that a replica has read with this adapter; the last token does not
+        count."""
+        held = self._held.get(name, OrderedDict())
+        return max((shared(prompt[:-1], ids) for key, ids in held.items() if key[0] == adapter), default=0)
 
-    def note(self, name: str, ids: Sequence[int], slots: int) -> None:
+    def note(self, name: str, ids: Sequence[int], slots: int, adapter: str | None = None) -> None:
         """Remember that a replica reads these tokens. The sequence that was noted first is forgotten for it."""
         held = self._held.setdefault(name, OrderedDict())
         array = np.asarray(ids, np.int64)
-        held[array.tobytes()] = array
-        held.move_to_end(array.tobytes())
+        key = adapter, array.tobytes()
+        held[key] = array
+        held.move_to_end(key)
         while len(held) > slots:
             held.popitem(last=False)
 

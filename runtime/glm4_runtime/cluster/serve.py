@@ -79,6 +79,7 @@ def _maker(served: ServedModel, cluster: ClusterOptions, gpus: int) -> Callable[
         served.options.max_queue,
         session_options(served.session.manifest, cluster),
         _traces(served.options),
+        tuple((name, str(Path(folder).resolve())) for name, folder in served.options.adapter_folders.items()),
     )
     # an actor that hangs in a step without releasing Python's lock leaves its reports unanswered
     patience = cluster.step_timeout + 10

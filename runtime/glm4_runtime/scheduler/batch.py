@@ -250,7 +250,9 @@ class Batch:
             Whether the job has a slot.
         """
         if job.lease is None and not self._slots.should_wait(
-            job.reusable_ids, [other.prompt_ids for other in before if other.adapter == job.adapter], job.adapter
+            job.reusable_ids,
+            [other.prompt_ids for other in before if other.adapter == job.adapter],
+            job.adapter,
         ):
             with self._blaming(job):
                 job.begin(self._slots.lease(job.buffer, len(job.reusable_ids), job.adapter))

@@ -47,8 +47,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "What was asked cannot be served.",
         401: "No valid API key.",
+        403: "The server does not allow this.",
         404: "No such model or route.",
         408: "The body took too long to arrive.",
+        409: "Requests use it; try again when they have ended.",
         413: "The body is too long.",
         421: "The server was called by a name that is not its own.",
         429: "The queue is full; Retry-After says when to come back.",
@@ -123,11 +125,9 @@ def _add_api(app: FastAPI, served: ServedModel) -> None:
     async def classify(body: schema.ClassifyRequest) -> Response:
         return await pooled.classify(served, body)
 
-    @app.get(
-        "/v1/models", tags=["openai", "anthropic"], summary="The one model that is here, and its aliases."
-    )
+    @app.get("/v1/models", tags=["openai", "anthropic"], summary="The model, its LoRA adapters, and aliases.")
     async def models(request: Request) -> Response:
-        found = [_model(served, name) for name in served.names]
+        found = [_model(served, name) for name in served.names.all]
         speaks_anthropic = is_asked(request.scope)
         return Json(listed_models(found) if speaks_anthropic else {"object": "list", "data": found})
 
@@ -136,6 +136,18 @@ def _add_api(app: FastAPI, served: ServedModel) -> None:
         served.require_model(name)
         found = _model(served, name)
         return Json(described_model(found) if is_asked(request.scope) else found)
+
+    @app.post("/v1/load_lora_adapter", tags=["more"], summary="Load a LoRA adapter as a further model.")
+    async def load_lora_adapter(body: schema.LoadAdapterRequest) -> Response:
+        log.record()["model"] = body.lora_name
+        await served.prepare(lambda: served.load_adapter(body.lora_name, body.lora_path), slow=True)
+        return Json(_model(served, body.lora_name))
+
+    @app.post("/v1/unload_lora_adapter", tags=["more"], summary="Free a LoRA adapter.")
+    async def unload_lora_adapter(body: schema.UnloadAdapterRequest) -> Response:
+        log.record()["model"] = body.lora_name
+        await served.prepare(lambda: served.unload_adapter(body.lora_name), slow=True)
+        return Json({"id": body.lora_name, "object": "model", "deleted": True})
 
     @app.post("/tokenize", tags=["more"], summary="The tokens of a text or a conversation.")
     async def tokenize(body: schema.TokenizeRequest) -> Response:
@@ -181,6 +193,7 @@ def _add_operations(app: FastAPI, served: ServedModel) -> None:
 
 
 def _model(served: ServedModel, name: str) -> dict[str, Any]:
+    adapter = served.names.adapter_of(name)
     return {
         "id": name,
         "object": "model",
@@ -188,6 +201,7 @@ def _model(served: ServedModel, name: str) -> dict[str, Any]:
         "owned_by": "glm4-deploy",
         "max_model_len": served.session.max_seq_len,
         "task": served.session.manifest.task,
+        **({} if adapter is None else {"parent": served.name}),
     }
 
 

@@ -118,6 +118,7 @@ def _planned(
             top_logprobs=body.top_logprobs or 0,
             mask=mask if mask is None or choice == 0 else mask.copy(),
             deadline=deadline,
+            adapter=served.names.adapter_of(body.model),
         )
         for choice in range(count)
     ]

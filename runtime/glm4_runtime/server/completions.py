@@ -120,6 +120,7 @@ def _planned(served: ServedModel, body: schema.CompletionRequest, deadline: floa
                     generates=generates,
                     mask=None if mask is None else mask.copy(),
                     deadline=deadline,
+                    adapter=served.names.adapter_of(body.model),
                 )
             )
             plan.choices.append(ChoiceText(text if body.echo else "", prompt, ids))

@@ -19,9 +19,11 @@ from glm4_runtime.errors import (
 _KINDS = {
     400: ("invalid_request_error", None),
     401: ("authentication_error", "invalid_api_key"),
+    403: ("permission_error", "forbidden"),
     404: ("not_found_error", "not_found"),
     405: ("invalid_request_error", "method_not_allowed"),
     408: ("timeout_error", "body_timeout"),
+    409: ("conflict_error", "in_use"),
     413: ("invalid_request_error", "request_too_large"),
     421: ("invalid_request_error", "unknown_host"),
     429: ("rate_limit_error", "queue_full"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from glm4_runtime.errors import RequestError
+from glm4_runtime.errors import RequestError, some
 from glm4_runtime.trace_options import TraceOptions, require_traces
 
 KEYS_VARIABLE = "GLM4_API_KEYS"
@@ -37,6 +37,8 @@ class ServerOptions:
         allow_anonymous: whether to accept other machines without a key.
         served_name: the model's name in the API; by default the bundle's folder name.
         aliases: further names of models, each as ``ALIAS=NAME``.
+        adapters: LoRA adapters that are loaded at the start, each as ``NAME=DIR``. Each is a model of the API.
+        allow_lora_loading: whether the API may load and unload adapters, from any folder of this machine.
         max_body_bytes: the longest request body.
         max_prompt_tokens: maximum tokens of a prompt; by default the session's limit.
         max_choices: maximum number of replies of one request, over all its prompts.
@@ -64,6 +66,8 @@ class ServerOptions:
     allow_anonymous: bool = False
     served_name: str | None = None
     aliases: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+    allow_lora_loading: bool = False
     max_body_bytes: int = 4 * 2**20
     max_prompt_tokens: int | None = None
     max_choices: int = 16
@@ -125,23 +129,50 @@ class ServerOptions:
         return None if self.traces is None else TraceOptions(self.traces, self.trace_prompts)
 
     def names(self, bundle: Path) -> dict[str, str]:
-        """The model's name of each name in the API: of itself, and of its aliases.
+        """The model of each name in the API: the base model first, its adapters, and aliases.
 
         Raises:
-            RequestError: an alias has another form, names another model, or comes twice.
+            RequestError: an adapter or an alias has another form, an alias names no model, or a name comes twice.
         """
-        name = self.served_name or bundle.resolve().name
-        names = {name: name}
+        base = self.served_name or bundle.resolve().name
+        models = [base, *self.adapter_folders]
+        if base in models[1:]:
+            raise RequestError(
+                f"--lora gives the name {base!r}, which the model has; give the adapter another name"
+            )
+        names = {name: name for name in models}
         for given in self.aliases:
             alias, _, model = given.partition("=")
-            if not alias or model != name:
-                raise RequestError(
-                    f"alias {given[:100]!r} must be ALIAS=NAME, and the model's name is {name!r}"
+            if not alias or model not in models:
+                known = (
+                    f"the models are {some(map(repr, models))}"
+                    if models[1:]
+                    else f"the model's name is {base!r}"
                 )
+                raise RequestError(f"alias {given[:100]!r} must be ALIAS=NAME, and {known}")
             if alias in names:
                 raise RequestError(f"alias {given[:100]!r} gives a name that the server has already")
             names[alias] = model
         return names
+
+    @property
+    def adapter_folders(self) -> dict[str, str]:
+        """The folder of each adapter by its name.
+
+        Raises:
+            RequestError: another form than ``NAME=DIR``, or a name that comes twice.
+        """
+        found: dict[str, str] = {}
+        for given in self.adapters:
+            name, _, folder = given.partition("=")
+            if not (name and folder):
+                raise RequestError(f"--lora {given[:100]!r} must be NAME=DIR, such as poet=adapters/poet")
+            if name in found:
+                raise RequestError(
+                    f"--lora gives the name {name[:100]!r} twice; give each adapter its own name"
+                )
+            found[name] = folder
+        return found
 
     @property
     def host_names(self) -> frozenset[str] | None:

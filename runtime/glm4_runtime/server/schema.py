@@ -216,6 +216,19 @@ class ClassifyRequest(Body):
     )
 
 
+class LoadAdapterRequest(Body):
+    """vLLM's body."""
+
+    lora_name: NonEmptyText = Field(max_length=200, description="The name of the new model.")
+    lora_path: NonEmptyText = Field(
+        max_length=4096, description="The adapter's folder on the server's machine."
+    )
+
+
+class UnloadAdapterRequest(Body):
+    lora_name: NonEmptyText = Field(max_length=200)
+
+
 class TokenizeRequest(Body):
     """Either a prompt, or messages to render by the chat template."""
 

@@ -16,7 +16,8 @@ from glm4_runtime.defaults import read_sampling_defaults
 from glm4_runtime.errors import BundleError, DeadlineError, RequestError
 from glm4_runtime.prompts import Prompt
 from glm4_runtime.scheduler import Request, Scheduler, SchedulerStats
-from glm4_runtime.server import log
+from glm4_runtime.server import adapters, log
+from glm4_runtime.server.adapters import ModelNames
 from glm4_runtime.server.conversation import Conversation
 from glm4_runtime.server.errors import ApiError
 from glm4_runtime.server.lanes import Lanes
@@ -38,7 +39,7 @@ class ServedModel:
     """
     Attributes:
         name: the model's name in the API.
-        names: all names of the model: its own, and its aliases.
+        names: the names of the model, of its adapters, and aliases.
         tokenizer: the bundle's tokenizer.
         conversation: renders the chat template. None: the bundle has no template, or does not generate.
         turn_ends: ids of tokens that end the model's turn in the chat template, without the model's EOS tokens.
@@ -70,8 +71,8 @@ class ServedModel:
             )
         self.session, self.options = session, options
         self.tokenizer: Tokenizer = session.tokenizer
-        self.names = tuple(options.names(session.folder))
-        self.name = self.names[0]
+        self.names = ModelNames(options, session.folder)
+        self.name = self.names.base
         self.created = int(time.time())
         self.draining = self._hurried = False
         self.turn_token = _turn_token(self.tokenizer)
@@ -155,13 +156,25 @@ class ServedModel:
     # Asking -------------------------------------------------------------------------------------
 
     def require_model(self, name: str | None) -> None:
-        """Raises :class:`ApiError` (404) if ``name`` is another model. None means this model."""
-        if name is not None and name not in self.names:
+        """Raises :class:`ApiError` (404) if there is no such model. None means the base model."""
+        self.names.adapter_of(name)
+
+    def load_adapter(self, name: str, folder: str) -> None:
+        """Load an adapter as a further model. Blocks. Raises :class:`ApiError`."""
+        self._require_lora_loading()
+        adapters.load(self._scheduler, self.names, name, folder)
+
+    def unload_adapter(self, name: str) -> None:
+        """Free an adapter that no request uses. Blocks. Raises :class:`ApiError`."""
+        self._require_lora_loading()
+        adapters.unload(self._scheduler, self.names, name)
+
+    def _require_lora_loading(self) -> None:
+        if not self.options.allow_lora_loading:
             raise ApiError(
-                404,
-                f"there is no model {name[:100]!r} here; this server has {', '.join(map(repr, self.names))[:300]}",
-                param="model",
-                code="model_not_found",
+                403,
+                "this server loads no adapters by its API; start it with --allow-lora-loading, or with --lora NAME=DIR",
+                code="lora_loading_off",
             )
 
     def require_running(self) -> None:
@@ -295,6 +308,8 @@ class ServedModel:
 
 def _local(session: OpenBundle, options: ServerOptions) -> Backend:
     assert isinstance(session, Session)
+    for name, folder in options.adapter_folders.items():
+        session.load_adapter(name, folder)
     return Scheduler(session, max_queue=options.max_queue)
 
 

@@ -70,3 +70,14 @@ def test_conversations_compute_fewer_prompt_tokens_than_with_round_robin():
     ours = computed(lambda router, ids, _, standings: router.choose(ids, standings, 8))
     robin = computed(lambda _router, _ids, count, _standings: "abcd"[count % 4])
     assert ours < 0.75 * robin, (ours, robin)
+
+
+def test_a_prefix_counts_for_its_adapter_only():
+    router, prompt = Router(), list(range(40))
+    standings = {"one": Standing(4), "two": Standing(4)}
+    router.note("two", prompt, 4, "poet")
+    assert router.choose([*prompt, 1], standings, None, "poet") == "two"
+    assert router.choose([*prompt, 1], standings, None) == "one"
+    assert router.choose([*prompt, 1], standings, None, "clerk") == "one"
+    assert router.prefix("two", np.array(prompt), "poet") == 39
+    assert router.prefix("two", np.array(prompt)) == 0

@@ -59,6 +59,7 @@ def test_serve_passes_its_options_on(run, monkeypatch, tmp_path):
     ]
     arguments += ["--allow-host", "a.example", "--allow-host", "b.example", "--path-prefix", "/llm"]
     arguments += ["--allow-origin", "https://a.example", "--alias", "claude-x=glm", "--alias", "gpt-y=glm"]
+    arguments += ["--lora", f"poet={tmp_path}", "--lora", f"clerk={tmp_path}", "--allow-lora-loading"]
     arguments += ["--threads", 1, "--max-batch-size", 2, "--verify"]
     assert run("serve", tmp_path, *arguments)[0] == 0
     assert seen["options"] == ServerOptions(
@@ -67,6 +68,8 @@ def test_serve_passes_its_options_on(run, monkeypatch, tmp_path):
         api_keys=("one", "two"),
         served_name="glm",
         aliases=("claude-x=glm", "gpt-y=glm"),
+        adapters=(f"poet={tmp_path}", f"clerk={tmp_path}"),
+        allow_lora_loading=True,
         max_body_bytes=77,
         max_prompt_tokens=9,
         max_choices=2,
@@ -97,6 +100,7 @@ def test_serve_passes_its_options_on(run, monkeypatch, tmp_path):
         (["--allow-origin", "*"], "is no origin"),
         (["--path-prefix", "llm/"], "path_prefix"),
         (["--allow-host", "http://a.example"], "no host name"),
+        (["--lora", "poet"], "--lora 'poet' must be NAME=DIR"),
         (["--alias", "claude-x"], "must be ALIAS=NAME, and the model's name is 'nothing'"),
         (["--alias", "claude-x=glm-9b"], "must be ALIAS=NAME, and the model's name is 'nothing'"),
         (["--alias", "=nothing"], "must be ALIAS=NAME"),

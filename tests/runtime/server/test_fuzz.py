@@ -31,6 +31,7 @@ def test_every_operation_is_documented(document):
         ("post", "/detokenize"), ("get", "/health"), ("get", "/health/live"), ("get", "/health/ready"),
         ("post", "/v1/responses"), ("get", "/v1/responses/{response_id}"), ("delete", "/v1/responses/{response_id}"),
         ("post", "/v1/responses/{response_id}/cancel"), ("get", "/metrics"), ("post", "/v1/messages"), ("post", "/v1/messages/count_tokens"),
+        ("post", "/v1/load_lora_adapter"), ("post", "/v1/unload_lora_adapter"),
     }  # fmt: skip
     for item in document[0]["paths"].values():
         for operation in item.values():
@@ -48,6 +49,8 @@ OPERATIONS = [
     "/v1/messages",
     "/v1/messages/count_tokens",
     "/v1/responses",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
 ]
 
 

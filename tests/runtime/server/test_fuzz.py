@@ -18,7 +18,7 @@ from glm4_runtime.session import Session
 def document(demo_bundle):
     """The server's description of itself, and the server."""
     # short answers whatever is asked: what counts is what is done with the question
-    options = ServerOptions(port=0, request_timeout=0.1, max_prompt_tokens=200)
+    options = ServerOptions(port=0, request_timeout=0.1, max_prompt_tokens=200, allow_lora_loading=True)
     with serving(Session.open(demo_bundle), options) as server:
         yield httpx.get(f"{server.url}/openapi.json").json(), server.url
 
@@ -185,6 +185,8 @@ BODIES = {
     "/v1/classify": {"model": "glm4-tiny", "input": ["x"]},
     "/tokenize": {"messages": [{"role": "user", "content": "x"}], "add_generation_prompt": True},
     "/detokenize": {"tokens": [1, 2], "skip_special_tokens": False},
+    "/v1/load_lora_adapter": {"lora_name": "x", "lora_path": "nowhere"},
+    "/v1/unload_lora_adapter": {"lora_name": "x"},
 }
 
 
@@ -214,6 +216,6 @@ def test_half_a_surrogate_pair_anywhere_is_no_defect(document, path, capfd):
             if answer.status_code != 200:
                 assert len(answer.json()["error"]["message"]) <= 500
             tried += 1
-    assert tried >= 5
+    assert tried > len(BODIES[path])
     log.flush()
     assert "defect" not in capfd.readouterr().err

@@ -182,6 +182,34 @@ def test_other_numbers_on_native(tmp_path, folder):
     assert parts["codes"][1] == rows.numbers.view(torch.uint8).numpy().tobytes()
 
 
+def in_float32(tensors):
+    """Scales of float32, as most tools write them for float8."""
+    tensors.update({name: x.float() for name, x in tensors.items() if name.endswith("weight_scale")})
+
+
+# What the layers of a built engine read: each matrix of the layers in its own type.
+@pytest.mark.parametrize(
+    ("folder", "edit", "activations", "weights"),
+    [
+        ("compressed-tensors-nvfp4a16", None, "fp16", {"FP4E2M1": 14, "FP8": 14}),
+        ("compressed-tensors-nvfp4a16", None, "bf16", {"FP4E2M1": 14, "FP8": 14}),
+        ("compressed-tensors-fp8", None, "bf16", {"FP8": 14}),
+        ("compressed-tensors-fp8", in_float32, "fp16", {"FP8": 14}),
+        ("compressed-tensors-fp8-dynamic", in_float32, "fp16", {"FP8": 14}),
+        ("compressed-tensors-fp8-block", in_float32, "fp16", {"FP8": 14}),
+        ("compressed-tensors-w8a16", in_float32, "fp16", {"Int8": 14}),
+    ],
+)
+def test_scales_of_every_type_reach_an_engine(tmp_path, folder, edit, activations, weights):
+    pytest.importorskip("tensorrt_rtx")
+    source = DATA / folder if edit is None else edited(DATA / folder, tmp_path / "c", edit)
+    options = ExportOptions(target="tensorrt-rtx", activations=activations, max_seq_len=64, max_batch_size=2)
+    result = export(source, tmp_path / "b", options)
+    assert result.parity.relative_error < (2e-2 if "w8a16" in folder else 2e-3)
+    assert result.source["stored"] == "kept bit for bit"
+    assert list(result.engine.built.weights.values()) == [weights] * 2
+
+
 @needs_cpu_operators
 @pytest.mark.parametrize("folder", OF_INTEGERS)
 def test_products_have_their_meaning_on_target_cpu(tmp_path, folder):
@@ -257,11 +285,10 @@ def run_with_outputs(model, folder, names):
 @pytest.mark.parametrize(
     ("folder", "target", "said"),
     [
-        ("compressed-tensors-fp8", "ort", "take --target native, or say --precision int8"),
         (
-            "compressed-tensors-nvfp4a16",
-            "tensorrt-rtx",
-            "take --target ort or cpu or native, or say --precision int8",
+            "compressed-tensors-fp8",
+            "ort",
+            "take --target native or tensorrt-rtx or tensorrt, or say --precision int8",
         ),
         (
             "gptq-4-act-order",

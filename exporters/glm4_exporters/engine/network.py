@@ -8,8 +8,9 @@ from typing import Any
 from glm4_plugins.operator import OP_TYPE, PLUGIN_FP8, PLUGIN_INT8
 from glm4_runtime.errors import ExportError
 
-# Operators that compute in float32 on purpose: inside norms, and the last cast of the logits.
-FLOAT32_OPERATORS = frozenset({"RMSNormalization", "Cast"})
+# Operators that compute in float32 on purpose: inside norms, the last cast of the logits, and weights with a tool's
+# scales of float32, which a Cast narrows.
+FLOAT32_OPERATORS = frozenset({"RMSNormalization", "Cast", "DequantizeLinear"})
 
 # The layer that the parser makes from an operator. The parser drops some inputs and nodes silently, so we count.
 LAYERS_OF_OPERATORS = {
@@ -179,12 +180,7 @@ def fold_weight_transposes(network: Network) -> int:
             maker.__class__ = trt.IShuffleLayer  # the bindings return layers of the base class
             transposed |= tuple(maker.first_transpose)[:2] == (1, 0)
             weight = maker.get_input(0)
-        if (
-            not transposed
-            or maker is None
-            or network.type_of(maker) != "DEQUANTIZE"
-            or len(weight.shape) != 2
-        ):
+        if not transposed or len(weight.shape) != 2 or not _is_dequantized(network, maker):
             continue
         layer.__class__ = trt.IMatrixMultiplyLayer
         broadcast = network.definition.add_shuffle(weight)
@@ -193,6 +189,13 @@ def fold_weight_transposes(network: Network) -> int:
         layer.op1 = trt.MatrixOperation.TRANSPOSE
         changed += 1
     return changed
+
+
+def _is_dequantized(network: Network, maker: Any) -> bool:
+    """Whether a layer dequantizes a weight, or casts a dequantized one."""
+    if maker is not None and network.type_of(maker) == "CAST":
+        maker = network.maker.get(maker.get_input(0).name)
+    return maker is not None and network.type_of(maker) == "DEQUANTIZE"
 
 
 # Operators that every profile of the built engine must contain, alone or fused.

@@ -3,6 +3,9 @@
     int8 [out, in]    -> DequantizeLinear(block 16, float8 scales * s)
     float4 [out, in]  -> DequantizeLinear(block 16, float8 scales * 2s)
 
+If s is float32 and the weight 16-bit, the graph casts the weight. TensorRT-RTX 1.7 has no product of that form, so the
+parser gets scales that are rounded to 16 bits in place of the cast.
+
 ONNX Runtime 1.32 has no CPU kernel for 4-bit floats, and TensorRT-RTX 1.7 multiplies by them. The new data exist when
 they are written (:mod:`glm4_exporters.engine.graph_file`).
 """
@@ -35,6 +38,7 @@ class Fp4Weights(ir.passes.InPlacePass):
             assert total.dtype is not None
             node.replace_input_with(0, derived(model.graph, codes, "float4", ir.DataType.FLOAT4E2M1, _packed))
             inner.replace_input_with(1, derived(model.graph, total, "double", total.dtype, _double))
+            _drop_cast(model.graph, node, inner)
         drop_unused(model.graph)
         return ir.passes.PassResult(model, bool(found))
 
@@ -53,6 +57,17 @@ def _is_nvfp4(node: ir.Node) -> bool:
         and inner.inputs[0] is not None
         and inner.inputs[0].dtype == ir.DataType.FLOAT8E4M3FN
     )
+
+
+def _drop_cast(graph: ir.Graph, outer: ir.Node, inner: ir.Node) -> None:
+    """Round the scales to the type that the weight is cast to, and remove the Cast."""
+    readers = [reader for reader, _ in outer.outputs[0].uses()]
+    if [reader.op_type for reader in readers] != ["Cast"]:
+        return
+    inner.attributes["output_dtype"] = ir.AttrInt64("output_dtype", readers[0].attributes["to"].as_int())
+    ir.convenience.replace_all_uses_with(readers[0].outputs[0], outer.outputs[0])
+    outer.outputs[0].type = readers[0].outputs[0].type
+    graph.remove(readers[0], safe=True)
 
 
 def _packed(codes: Array) -> Array:

@@ -49,12 +49,12 @@ def _split(graph: ir.Graph, split: ir.Node, product: ir.Node, transpose: ir.Node
 
 
 def _taken(b: Builder, value: ir.Value, rows: slice, part: int) -> ir.Value:
-    """Rows of a weight, or of the nodes that dequantize it; its scales may be dequantized too."""
-    dequantize = value.producer()
-    if dequantize is None:
+    """Rows of a weight, or of the nodes that dequantize and cast it; its scales may be dequantized too."""
+    maker = value.producer()
+    if maker is None:
         return _rows(b.graph, value, rows.start, rows.stop - rows.start, part)
-    taken = b.op("DequantizeLinear", *(x and _taken(b, x, rows, part) for x in dequantize.inputs))
-    taken.producer().attributes.update(dequantize.attributes)  # type: ignore[union-attr]
+    taken = b.op(maker.op_type, *(x and _taken(b, x, rows, part) for x in maker.inputs))
+    taken.producer().attributes.update(maker.attributes)  # type: ignore[union-attr]
     return taken
 
 

@@ -86,7 +86,7 @@ def add_dequantize(b: Builder, weight: ir.Value, form: StoredFormat, parts: dict
     assert weight.dtype is not None
     source = source_of(parts[CODES])
     assert source is not None
-    plain, dtype = source.matrix.parts, weight.dtype
+    plain, dtype = source.matrix.parts, _product_type(parts, weight.dtype)
 
     def values(name: str) -> ir.Value:
         """A part times its scales. The scales may have scales too."""
@@ -98,8 +98,16 @@ def add_dequantize(b: Builder, weight: ir.Value, form: StoredFormat, parts: dict
         return b.op("DequantizeLinear", value, scales, *zeros, **_axis(form, plain[scaled_by]))
 
     wide = values(CODES)
+    if dtype != weight.dtype:
+        wide = b.op("Cast", wide, to=int(weight.dtype))
     wide.dtype, wide.shape = weight.dtype, weight.shape
     return wide
+
+
+def _product_type(parts: dict[str, ir.Value], weight: ir.DataType) -> ir.DataType:
+    """The type in which numbers are multiplied by scales: the weight's, or float32 for scales of float32."""
+    types = {value.dtype for value in parts.values()}
+    return ir.DataType.FLOAT if ir.DataType.FLOAT in types else weight
 
 
 def _axis(form: StoredFormat, scales: Part) -> dict[str, Any]:

@@ -63,12 +63,14 @@ class Rows:
         scales: [rows, groups], finite.
         zeros: int8 [rows, groups], shifted like the numbers. None: all zero points are 0.
         groups: int64 [width], the group of each input. None: groups are contiguous.
+        levels: for 4-bit floats, the two factors of ``scales``: float8 [rows, groups], and float32 [].
     """
 
     numbers: "Tensor"
     scales: "Tensor"
     zeros: "Tensor | None" = None
     groups: "Tensor | None" = None
+    levels: "tuple[Tensor, Tensor] | None" = None
 
     def values(self) -> "Tensor":
         """The dequantized values, float32 [rows, width]."""

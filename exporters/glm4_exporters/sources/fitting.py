@@ -7,6 +7,8 @@ from glm4_exporters.architecture import EMBEDDING, HEAD
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.form import Form
 from glm4_exporters.formats.brought import Brought
+from glm4_exporters.formats.brought_float4 import BroughtFloat4
+from glm4_exporters.formats.float8 import FLOAT8
 from glm4_exporters.formats.narrow import Narrow
 from glm4_exporters.sources.base import QuantizedMatrix, Storage
 from glm4_exporters.sources.view import View
@@ -78,9 +80,11 @@ def _stored_type(source: Checkpoint, name: str) -> str | None:
 
 
 def _activations(target: Target, scales: set[str], asked: str | None) -> str:
-    """The type of activations: float32, or for TensorRT the type of the scales, because its products have one type."""
-    chosen = PLAIN if target.engine is None else next(iter(scales), "float16")
-    if len(scales) > 1 and target.engine is not None:
+    """The type of activations: float32, or for TensorRT the 16-bit type of the scales, because its products have one
+    type. With float32 scales the user may choose."""
+    narrow, free = scales & set(NARROW), "bfloat16" if asked == "bf16" else "float16"
+    chosen = PLAIN if target.engine is None else next(iter(narrow), free)
+    if len(narrow) > 1 and target.engine is not None:
         raise ExportError(
             f"target {target.name} needs scales of one type, and this checkpoint has {' and '.join(sorted(scales))}; "
             f"take --target cpu, ort or native, or say --precision {AGAIN} to quantize the values again"
@@ -96,6 +100,8 @@ def _activations(target: Target, scales: set[str], asked: str | None) -> str:
 
 def _precision(formats: dict[str, Brought]) -> str:
     """The precision whose accuracy limits apply to the bundle: the one with the fewest bits."""
+    if any(isinstance(form, BroughtFloat4) for form in formats.values()):
+        return "nvfp4"
     if any(form.codes for form in formats.values()):
         return "fp8"
     return f"int{min((form.bits for form in formats.values()), default=8)}"
@@ -104,7 +110,8 @@ def _precision(formats: dict[str, Brought]) -> str:
 def _word(form: Brought) -> str:
     zeros = " with zero points" if form.zeros else ", zero points subtracted" if form.folded else ""
     scales = ", a scale per row" if form.block is None else f" in blocks of {form.block}"
-    return f"{'fp8' if form.codes else f'int{form.bits}'}{scales}{zeros}"
+    numbers = "nvfp4" if isinstance(form, BroughtFloat4) else "fp8" if form.codes else f"int{form.bits}"
+    return f"{numbers}{scales}{zeros}"
 
 
 def _refusal(source: Checkpoint, name: str, view: View, target: Target) -> str:
@@ -135,7 +142,8 @@ def brought_format(view: View, target: Target) -> Brought | None:
         return None
     storage = storages.pop()
     if target.engine is not None:
-        return _for_engine(storage, view.header.shape[1])
+        whole = len({matrix.module for matrix in stored if isinstance(matrix, QuantizedMatrix)}) == 1
+        return _for_engine(storage, view.header.shape[1], whole)
     if target.products.name == "standard":
         return _standard(storage, view.header.shape[1])
     return _in_blocks(storage, BLOCKS[target.products.name])
@@ -150,16 +158,25 @@ def _standard(storage: Storage, width: int) -> Brought | None:
     """A format for DequantizeLinear, which takes integers of any group size, and float8."""
     if storage.kind == "float4":
         return Brought(8, storage.group, scales=NVFP4_SCALES)
-    codes = "float8e4m3fn" if storage.kind == "float8" else ""
+    codes = FLOAT8 if storage.kind == "float8" else ""
     group = storage.group or width  # a block, because ONNX Runtime quantizes inputs if scales are per row
     if width % group or (storage.bits == 4 and width % 2):
         return None  # ONNX Runtime takes whole blocks only, and a byte holds two 4-bit codes
     return Brought(storage.bits, group, scales=storage.scales, zeros=storage.zeros, codes=codes)
 
 
-def _for_engine(storage: Storage, width: int) -> Brought | None:
-    """A format for TensorRT: no zero points, scales in 16 bits, and whole blocks. 4-bit q - z fits 8 bits."""
-    if storage.kind != "int" or storage.scales not in NARROW or (storage.zeros and storage.bits == 8):
+def _for_engine(storage: Storage, width: int, whole: bool) -> Brought | None:
+    """A format for TensorRT: no zero points, and whole blocks. 4-bit q - z fits 8 bits.
+
+    Args:
+        whole: whether one stored matrix holds all rows, so that they have one scale of their blocks' scales.
+    """
+    if storage.kind == "float4":
+        return BroughtFloat4() if whole else Brought(8, storage.group, scales=NVFP4_SCALES)
+    if storage.kind == "float8":
+        fits = width % (storage.group or width) == 0
+        return Brought(8, storage.group, scales=storage.scales, codes=FLOAT8) if fits else None
+    if storage.zeros and storage.bits == 8:
         return None
     bits = 8 if storage.zeros else storage.bits
     if storage.group is None and bits == 8:

@@ -48,19 +48,21 @@ class Nvfp4Matrix(QuantizedMatrix):
         import torch
 
         packed, header = read(self.tensors[self.packed]), self.tensors["weight_scale"]
-        scales = require_finite(header, read(header)).float()
+        blocks = require_finite(header, read(header))
         total = require_finite(self.tensors[self.total], read(self.tensors[self.total])).float().reshape(())
         if self.divides and float(total) == 0:
             raise CheckpointError(
                 f"{header.file}: {self.module}.{self.total} is 0; the checkpoint is damaged"
             )
-        scales = (scales / total if self.divides else scales * total) / 2
+        scales = (blocks.float() / total if self.divides else blocks.float() * total) / 2
+        half = (1 / total if self.divides else total) / 2
         table = torch.tensor([*DOUBLED, *(-number for number in DOUBLED)], dtype=torch.int8)
 
         def rows(first: int, count: int) -> Rows:
             pairs = packed[first : first + count]
             places = torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)
-            return Rows(table[places.int()], scales[first : first + count])
+            part = slice(first, first + count)
+            return Rows(table[places.int()], scales[part], levels=(blocks[part], half))
 
         return rows
 

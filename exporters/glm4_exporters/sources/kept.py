@@ -9,6 +9,8 @@ from torch import Tensor
 
 from glm4_exporters.formats.base import CODES, SCALES, Encoded
 from glm4_exporters.formats.brought import ZEROS, Brought
+from glm4_exporters.formats.brought_float4 import BroughtFloat4
+from glm4_exporters.formats.nvfp4 import TOTAL
 from glm4_exporters.sources.base import QuantizedMatrix, Read, Rows
 from glm4_exporters.sources.reading import finite_rows
 from glm4_exporters.sources.view import View
@@ -88,6 +90,9 @@ class KeptMatrix:
         short = form.stored_width(width) - width
         own = rows.without_zeros() if form.folded else rows.numbers
         numbers = torch.nn.functional.pad(own, (0, short)) if short else own
+        if isinstance(form, BroughtFloat4):
+            assert rows.levels is not None
+            return {CODES: numbers, SCALES: rows.levels[0], TOTAL: rows.levels[1]}
         parts = {CODES: numbers, SCALES: self._by_block(rows.scales, rows)}
         if form.zeros:
             assert rows.zeros is not None

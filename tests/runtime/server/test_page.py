@@ -86,12 +86,12 @@ def test_a_call_is_folded_and_asks_for_its_result(opened, scripted):
     call = page.locator("details.call")
     assert not call.locator("div").is_visible()
     call.locator("summary").click()
-    assert call.inner_text() == 'Calls get_time\n{"city": "Oslo"}'
-    assert page.get_attribute("#say", "placeholder") == "Result of get_time"
+    assert call.inner_text() == 'Calls get_time {"city": "Oslo"}\n{"city": "Oslo"}'
+    assert page.get_attribute("#say", "placeholder") == 'Result of get_time {"city": "Oslo"}'
     say(page, "12:00")
     answered(page, 2)
     assert answer(page, 1) == "Noon."
-    assert page.locator("details.result summary").inner_text() == "Result of get_time"
+    assert page.locator("details.result summary").inner_text() == 'Result of get_time {"city": "Oslo"}'
     assert len(scheduler.requests[1].prompt_ids) > len(scheduler.requests[0].prompt_ids)
 
 
@@ -239,3 +239,22 @@ def test_a_classifier_has_no_chat_box(opened, server_of, bundle_of):
         shares = [float(text.split()[0]) for text in page.locator(".label span:last-child").all_inner_texts()]
         assert sum(shares) == pytest.approx(100, abs=0.2)
         assert shares == sorted(shares, reverse=True)
+
+
+def test_each_of_several_calls_gets_its_own_result(opened, scripted, demo_bundle):
+    scheduler, server, _ = scripted(
+        ['get_time\n{"city": "Oslo"}\n', 'get_time\n{"city": "Rome"}'], ["\nNoon."]
+    )
+    page = opened(server)
+    page.click("#more summary")
+    page.fill("#tools", json.dumps(TOOLS))
+    say(page, "What time is it?")
+    answered(page)
+    for city, result in (("Oslo", "12:00"), ("Rome", "12:01")):
+        assert page.get_attribute("#say", "placeholder") == f'Result of get_time {{"city": "{city}"}}'
+        assert len(scheduler.requests) == 1
+        say(page, result)
+    answered(page, 2)
+    assert page.locator("details.result div").all_text_contents() == ["12:00", "12:01"]
+    prompt = contents(scheduler, 1, demo_bundle)
+    assert prompt.index("12:00") < prompt.index("12:01")

@@ -99,7 +99,7 @@ def test_every_part_has_a_role_and_a_name(opened, scripted, thinking_bundle):
         '- main "Conversation":',
         '- article "You":',
         '- article "Answer":',
-        '- article "Result of get_time":',
+        r"""- 'article "Result of get_time {\"city\": \"Oslo\"}"':""",
         '- textbox "Message"',
         '- button "Send"',
     ):

@@ -85,7 +85,7 @@ class Answer {
     const seconds = (performance.now() - this.first) / 1000;
     const rate = this.timings?.tokens_per_second ?? (count > 1 && seconds > 0 ? (count - 1) / seconds : null);
     const first = this.timings?.first_token_seconds != null ? this.timings.first_token_seconds * 1000 : this.first - this.began;
-    return (rate ? rate.toFixed(1) + " tokens/s · " : "") + count + " tokens · first after " + Math.round(first) + " ms · prompt "
+    return (rate ? rate.toFixed(1) + " tokens/s · " : "") + count + (count === 1 ? " token" : " tokens") + " · first after " + Math.round(first) + " ms · prompt "
       + prompt + (cached ? " (" + cached + " cached)" : "");
   }
 }

@@ -83,7 +83,7 @@ function askForInput() {
   const open = chats() ? openCalls() : [];
   at("send").dataset.word = word;
   if (!running) at("send").textContent = word;
-  at("say").placeholder = open.length ? "Result of " + open[0].function.name : hint;
+  at("say").placeholder = open.length ? "Result of " + titleOfCall(open[0]) : hint;
   if (model?.task === "encoder") problem(new Error("This model makes vectors of texts: ask /v1/embeddings. It does not chat."));
 }
 

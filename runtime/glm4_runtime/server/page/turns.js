@@ -17,7 +17,7 @@ const TURNS = {
     return box;
   },
   tool(message, index) {
-    const name = "Result of " + nameOfCall(message, index);
+    const name = "Result of " + titleOfCall(callOf(message, index));
     return make("article", {kind: "turn", "aria-label": name}, folded("call result", name, message.content));
   },
   assistant(message, index) {
@@ -25,9 +25,10 @@ const TURNS = {
     if (message.thought) box.append(folded("thought", "Thought", message.thought));
     const text = make("div", {kind: "text"});
     new Markdown(text).show(message.content);
-    box.append(text, ...(message.tool_calls || []).map(call => folded("call", "Calls " + call.function.name, call.function.arguments)));
+    box.append(text, ...(message.tool_calls || []).map(call => folded("call", "Calls " + titleOfCall(call), call.function.arguments)));
     for (const name of ["note", "figures"]) if (message[name]) box.append(make("p", {kind: "figures", text: message[name]}));
-    box.append(make("div", {kind: "acts"}, copyButton(() => message.content), button("Regenerate", () => again(index))));
+    const copies = message.content ? [copyButton(() => message.content)] : [];
+    box.append(make("div", {kind: "acts"}, ...copies, button("Regenerate", () => again(index))));
     return box;
   },
 };
@@ -39,9 +40,15 @@ function openCalls() {
   return last < 0 ? [] : (chat.messages[last].tool_calls || []).slice(answered);
 }
 
-function nameOfCall(message, index) {
+function callOf(message, index) {
   const calls = chat.messages.slice(0, index).flatMap(one => one.tool_calls || []);
-  return calls.findLast(call => call.id === message.tool_call_id)?.function.name || "a call";
+  return calls.findLast(call => call.id === message.tool_call_id);
+}
+
+function titleOfCall(call) {
+  if (!call) return "a call";
+  const given = call.function.arguments.replace(/\s+/g, " ");
+  return call.function.name + " " + (given.length > 60 ? given.slice(0, 60) + "…" : given);
 }
 
 function edit(box, message, index) {

@@ -17,3 +17,12 @@ def answered(page, count=1):
 
 def answer(page, index=0):
     return page.locator(".assistant > .text").nth(index).inner_text()
+
+
+def talk_twice(page):
+    """Two conversations, "first talk" and "second talk", with an answer each."""
+    say(page, "first talk")
+    answered(page)
+    page.click("#new")
+    say(page, "second talk")
+    answered(page)

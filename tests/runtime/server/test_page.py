@@ -6,7 +6,7 @@ import re
 
 import httpx
 import pytest
-from chat_page import answer, answered, say
+from chat_page import answer, answered, say, talk_twice
 
 from glm4_runtime.server.page import whole_page
 
@@ -170,11 +170,7 @@ def test_a_message_can_be_edited_and_an_answer_regenerated(opened, scripted, dem
 def test_conversations_stay_in_the_browser(opened, scripted):
     _, server, _ = scripted(["\none"], ["\ntwo"])
     page = opened(server)
-    say(page, "first talk")
-    answered(page)
-    page.click("#new")
-    say(page, "second talk")
-    answered(page)
+    talk_twice(page)
     page.reload()
     assert page.locator("#list .open").all_inner_texts() == ["second talk", "first talk"]
     assert answer(page) == "two"
@@ -236,6 +232,7 @@ def test_a_classifier_has_no_chat_box(opened, server_of, bundle_of):
         assert not page.locator("#side").is_visible()
         say(page, "some text")
         page.locator(".label").first.wait_for()
+        assert "Nothing is said" not in page.locator("#talk").inner_text()
         shares = [float(text.split()[0]) for text in page.locator(".label span:last-child").all_inner_texts()]
         assert sum(shares) == pytest.approx(100, abs=0.2)
         assert shares == sorted(shares, reverse=True)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from chat_page import answer, answered, say
+from chat_page import answer, answered, say, talk_twice
 
 SOUND = {
     "id": "a1",
@@ -72,11 +72,7 @@ def test_a_page_without_a_store_remembers_by_itself(opened, scripted, what):
         page.evaluate(f"() => {{ Storage.prototype.setItem = {refuse}; }}")
     else:
         page.evaluate(f"() => {{ Object.defineProperty(window, 'localStorage', {{get: {refuse}}}); }}")
-    say(page, "first talk")
-    answered(page)
-    page.click("#new")
-    say(page, "second talk")
-    answered(page)
+    talk_twice(page)
     assert titles(page) == ["second talk", "first talk"]
     assert "keeps no conversations" in page.locator("#kept").inner_text()
     page.get_by_role("button", name="first talk", exact=True).click()
@@ -130,11 +126,7 @@ def test_conversations_have_names(opened, scripted):
 def test_a_deleted_conversation_can_come_back(opened, scripted):
     _, server, _ = scripted(["\none"], ["\ntwo"])
     page = opened(server)
-    say(page, "first talk")
-    answered(page)
-    page.click("#new")
-    say(page, "second talk")
-    answered(page)
+    talk_twice(page)
     page.get_by_role("button", name="Delete “second talk”").click()
     assert titles(page) == ["first talk"]
     assert page.locator(".turn").count() == 0

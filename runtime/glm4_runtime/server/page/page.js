@@ -51,12 +51,13 @@ async function classify(text) {
   try {
     const [found] = (await read(await post("v1/classify", {model: model.id, input: text}, running.signal))).data;
     const answer = make("div", {kind: "text"}, ...(found.tokens ? [tokenTable(found.tokens)] : shares(found.scores)));
+    at("talk").querySelector(".soft")?.remove();
     at("talk").append(make("article", {kind: "turn user", "aria-label": "You"}, make("div", {kind: "text", text})));
     at("talk").append(make("article", {kind: "turn assistant", "aria-label": "Answer"}, answer));
     at("spoken").textContent = answer.innerText;
     at("say").value = "";
     at("scroll").scrollTop = at("scroll").scrollHeight;
-  } catch (error) { busy(null); problem(error); return; }
+  } catch (error) { problem(error); }
   busy(null);
 }
 

@@ -7,9 +7,8 @@ writes it) and the answer.
 import contextlib
 import json
 import threading
-import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -102,28 +101,23 @@ class GrammarMask:
         matcher: llguidance.LLMatcher,
         vocab_size: int,
         share: "_TimeShare",
-        observe: Callable[[float], None] | None = None,
         budget: ThinkingBudget | None = None,
     ) -> None:
         self.grammar = grammar
         self._matcher = matcher
         self._budget = budget
         self._share = share
-        self._observe = observe
         # added to the logits, which is faster than setting the forbidden ones
         self._bias = np.zeros(vocab_size, np.float32)
         self._compute()
 
     def advance(self, token: int) -> None:
         """Take the chosen token and compute the next mask."""
-        start = time.perf_counter()
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
             self._compute()
         if self._budget is not None:
             self._budget.advance(token)
-        if self._observe is not None:
-            self._observe(time.perf_counter() - start)
 
     def skip(self, tokens: Sequence[int]) -> None:
         """Take tokens that an earlier run chose, and compute the mask after the last one."""
@@ -164,7 +158,7 @@ class GrammarMask:
         """A copy of the state for another sequence. Raises :class:`QueueFullError` if there is too little memory."""
         share, budget = self._share.another(), self._budget and self._budget.copy()
         matcher = self._matcher.deep_copy()
-        return GrammarMask(self.grammar, matcher, len(self._bias), share, self._observe, budget)
+        return GrammarMask(self.grammar, matcher, len(self._bias), share, budget)
 
     def _compute(self) -> None:
         if not self._matcher.is_stopped():
@@ -216,7 +210,6 @@ class GrammarCompiler:
         tokenizer: Tokenizer,
         vocab_size: int,
         eos_token_ids: Sequence[int],
-        observe: Callable[[float], None] | None = None,
     ) -> None:
         self._trials = GrammarTrials(vocab_size, tokenizer.control_tokens, eos_token_ids)
         self._trials.warm()
@@ -225,7 +218,6 @@ class GrammarCompiler:
         )
         self._vocab_size = vocab_size
         self._closing = tokenizer.encode(f"\n{CLOSE}", add_special_tokens=False)
-        self._observe = observe
         self._memory = _Memory(_MOST_HELD)
         self._slow = threading.Lock()
 
@@ -255,7 +247,7 @@ class GrammarCompiler:
         budget = None
         if thinking and reply.thinking_budget is not None:
             budget = ThinkingBudget(reply.thinking_budget, self._closing, self.token_bytes)
-        return GrammarMask(Grammar(reply, thinking), matcher, self._vocab_size, share, self._observe, budget)
+        return GrammarMask(Grammar(reply, thinking), matcher, self._vocab_size, share, budget)
 
 
 def _grammars(reply: ReplyFormat, thinking: bool) -> list[dict[str, Any]]:

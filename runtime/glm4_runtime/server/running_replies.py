@@ -125,3 +125,5 @@ class RunningReplies:
             self._metrics.first_token_seconds if times.first is None else self._metrics.inter_token_seconds
         )
         histogram.observe(times.take(event, time.perf_counter()))
+        if event.mask_seconds:
+            self._metrics.mask_seconds.observe(event.mask_seconds)

@@ -92,12 +92,7 @@ class ServedModel:
         self.turn_ends = tuple(token for token in named if token not in eos)
         self.ends = (*eos, *self.turn_ends)
         self.grammars = (
-            GrammarCompiler(
-                self.tokenizer,
-                session.manifest.model.vocab_size,
-                self.ends,
-                self.metrics.mask_seconds.observe,
-            )
+            GrammarCompiler(self.tokenizer, session.manifest.model.vocab_size, self.ends)
             if generates
             else None
         )

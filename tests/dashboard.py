@@ -16,14 +16,14 @@ def panels():
 
 
 def queries():
-    """Panel's title and query, with values for Grafana's variables."""
+    """Panel's title, query and legend of its series, with values for Grafana's variables."""
     found = []
     for panel in panels():
         for target in panel["targets"]:
             text = target["expr"]
             for name, value in VARIABLES.items():
                 text = text.replace(name, value)
-            found.append((panel["title"], text))
+            found.append((panel["title"], text, target["legendFormat"]))
     return found
 
 
@@ -32,8 +32,13 @@ def metrics_of(query):
     return {_SUFFIX.sub("", name) for name in re.findall(r"\bglm4_\w+", query)}
 
 
+def named(legend, labels):
+    """The name of a series, as Grafana makes it."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: labels[found[1]], legend)
+
+
 def draw(answers, path):
-    """Draw each panel from the series that Prometheus gave: title -> list of (labels, times, values)."""
+    """Draw each panel from the series that Prometheus gave: title -> list of (name, times, values)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(16, 12), layout="constrained")

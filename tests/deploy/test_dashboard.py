@@ -1,7 +1,7 @@
 """The dashboard: its metrics exist, and a real Prometheus answers its queries about a server under load."""
 
 import contextlib
-import json
+import os
 import shutil
 import subprocess
 import threading
@@ -10,7 +10,7 @@ import time
 import httpx
 import pytest
 import yaml
-from dashboard import ROOT, draw, metrics_of, panels, queries
+from dashboard import ROOT, draw, metrics_of, named, panels, queries
 from local_replicas import LocalReplica, joined
 
 from glm4_runtime.cluster.fleet import Fleet
@@ -39,7 +39,7 @@ def test_each_metric_of_the_dashboard_is_one_of_the_servers(replicated):
     while "glm4_replica_" not in (text := httpx.get(f"{replicated.url}/metrics").text):
         assert time.monotonic() < deadline  # a replica's figures come with its first report
     known = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
-    used = set().union(*(metrics_of(query) for _, query in queries()))
+    used = set().union(*(metrics_of(query) for _, query, _ in queries()))
     assert len(used) > 15
     assert used <= known
 
@@ -132,16 +132,15 @@ def test_prometheus_answers_each_query_about_a_server_under_load(replicated, tmp
         until_ready(url)
         load(replicated.url, 30)
         answers = {}
-        for title, query in queries():
+        for title, query, legend in queries():
             series = asked(url, query, start=began, end=time.time())
             assert series, f"{title}: {query}"
             values = [value for _, _, values in series for value in values]
             assert any(value == value for value in values), f"{title}: only NaN"
             answers.setdefault(title, []).extend(
-                (json.dumps(labels) if labels else query[:50], at, values) for labels, at, values in series
+                (named(legend, labels), at, values) for labels, at, values in series
             )
-    draw(answers, tmp_path / "dashboard.png")
-    print(f"the panels are drawn in {tmp_path / 'dashboard.png'}")
+    draw(answers, os.environ.get("DASHBOARD_PICTURE", tmp_path / "dashboard.png"))
     highest = {title: max(max(values) for _, _, values in series) for title, series in answers.items()}
     assert highest["Tokens per second"] > 1
     assert highest["Slots and queue"] == 8

@@ -1,4 +1,4 @@
-"""Checkpoints and adapters by their names on a model hub, such as ``THUDM/GLM-4-9B-0414``.
+"""Checkpoints, adapters and bundles by their names on a model hub, such as ``THUDM/GLM-4-9B-0414``.
 
 huggingface_hub downloads: its cache, its resumed downloads, its access token and its environment variables
 (``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``) work as usual.
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from glm4_runtime.bundle import MANIFEST, read_manifest
 from glm4_runtime.bundle.file_names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -27,7 +28,7 @@ from glm4_runtime.bundle.file_names import (
     SIDE_FILES,
 )
 from glm4_runtime.bundle.json_file import read_object
-from glm4_runtime.errors import CheckpointError, Glm4Error, shown
+from glm4_runtime.errors import BundleError, CheckpointError, Glm4Error, shown
 from glm4_runtime.install import install_command
 from glm4_runtime.progress import Progress, silent
 
@@ -70,6 +71,25 @@ def download(name: str, revision: str | None = None, progress: Progress = silent
     _fetch(name, commit, wanted, progress)
     if not any((folder / file).is_file() for file in wanted):
         raise CheckpointError(_without_weights(name, commit))
+    return folder
+
+
+def local_bundle(path: str | Path, revision: str | None = None, progress: Progress = silent) -> Path:
+    """``path`` if it is a folder, or the downloaded bundle if ``path`` is a name on the hub.
+
+    Raises:
+        CheckpointError: the name is not on the hub, or the hub cannot be reached.
+        BundleError: the repository holds no bundle, or one that lacks a file of its manifest.
+    """
+    if not is_hub_name(path):
+        return local_folder(path, revision)
+    name = Path(path).as_posix()
+    folder = _fetch(name, revision, [MANIFEST], silent)
+    if not (folder / MANIFEST).is_file():
+        raise BundleError(
+            f"{name} on the hub holds no {MANIFEST}, so it is no bundle; make one with: glm4-deploy export {name} BUNDLE"
+        )
+    _fetch(name, folder.name, read_manifest(folder).files, progress)
     return folder
 
 

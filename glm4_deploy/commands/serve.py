@@ -9,6 +9,7 @@ import click
 
 from glm4_deploy import folders, hub, interrupts
 from glm4_deploy.commands.text import TEXT_ARGUMENT
+from glm4_deploy.show import shown_progress
 from glm4_runtime.errors import BundleError
 from glm4_runtime.install import install_command
 
@@ -44,6 +45,7 @@ def _with_adapters(options: "ServerOptions") -> "ServerOptions":
 
 @click.command("serve")
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit, if BUNDLE is a name on the hub.")
 @click.option(
     "--host",
     default="127.0.0.1",
@@ -201,6 +203,7 @@ def _with_adapters(options: "ServerOptions") -> "ServerOptions":
 @click.option("--verify", is_flag=True, help="Check the SHA-256 of large files completely.")
 def command(
     bundle: Path,
+    revision: str | None,
     api_key_file: Path | None,
     provider: str | None,
     threads: int | None,
@@ -212,7 +215,10 @@ def command(
     step_timeout: float | None,
     **options: Any,
 ) -> None:
-    """Serve BUNDLE with OpenAI's and Anthropic's APIs, and with a chat page at /, until SIGTERM or Ctrl-C."""
+    """Serve BUNDLE with OpenAI's and Anthropic's APIs, and with a chat page at /, until SIGTERM or Ctrl-C.
+
+    BUNDLE is a folder, or a name on the hub of a repository that holds a bundle.
+    """
     for name, value in (("--ray-address", ray_address), ("--step-timeout", step_timeout)):
         if value is not None and replicas is None:
             raise click.UsageError(f"{name} goes with --replicas")
@@ -223,7 +229,11 @@ def command(
             from glm4_runtime.server.run import open_and_serve
         except ModuleNotFoundError as error:
             raise BundleError(f"serving needs {error.name}; run {install_command('serve', 'cpu')}") from error
+        if hub.is_hub_name(bundle):  # the folder of a download is named after its commit
+            options["served_name"] = options["served_name"] or bundle.name
         chosen = ServerOptions(api_keys=read_api_keys(api_key_file), **options)
+        with shown_progress() as progress:
+            bundle = hub.local_bundle(bundle, revision, progress)
         if bundle.exists():  # a taken port is told first
             folders.require_bundle(bundle)
         chosen = _with_adapters(chosen)

@@ -7,7 +7,9 @@ import pytest
 from fake_hub import COMMIT, serving_hub
 
 from glm4_deploy import hub as module
-from glm4_runtime.errors import CheckpointError
+from glm4_runtime.bundle import read_manifest
+from glm4_runtime.errors import BundleError, CheckpointError
+from glm4_runtime.session import Session
 
 NAME = "owner/tiny-glm"
 
@@ -216,3 +218,48 @@ def test_the_library_is_named_where_it_is_missing(monkeypatch):
 def test_the_commit_is_the_folder(published):
     assert module.download(NAME, COMMIT) == module.download(NAME, "main")
     assert module.download(NAME).name == COMMIT
+
+
+@pytest.fixture
+def published_bundle(hub, tiny_bundles):
+    """The hub with a bundle, and beside it what must not be downloaded."""
+    folder = tiny_bundles["ort"]
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+    hub.repositories[NAME] = files | {"README.md": b"text", "other.bin": b"x"}
+    return hub
+
+
+def test_a_bundle_of_the_hub_is_opened_like_a_folder(published_bundle):
+    folder = module.local_bundle(NAME)
+    with Session.open(folder, verify=True) as session:
+        assert session.manifest.task == "causal-lm"
+    wanted = {name.rpartition("/")[2] for name in read_manifest(folder).files}
+    assert set(published_bundle.downloaded()) == {"manifest.json", *wanted}
+    published_bundle.requests.clear()
+    assert module.local_bundle(NAME) == folder
+    assert published_bundle.downloaded() == []
+
+
+def test_a_checkpoint_of_the_hub_is_no_bundle(published):
+    with pytest.raises(BundleError, match=f"holds no manifest.json.*glm4-deploy export {NAME}"):
+        module.local_bundle(NAME)
+
+
+def test_a_folder_stays_a_folder_and_takes_no_revision(tiny_bundles):
+    assert module.local_bundle(tiny_bundles["ort"]) == tiny_bundles["ort"]
+    with pytest.raises(CheckpointError, match="--revision is for a name on the hub"):
+        module.local_bundle(tiny_bundles["ort"], "main")
+
+
+def test_serve_names_the_model_after_its_repository(published_bundle, monkeypatch, run):
+    served = []
+    monkeypatch.setattr(
+        "glm4_runtime.server.run.open_and_serve",
+        lambda bundle, options, **_: served.append((bundle, options.served_name)),
+    )
+    assert run("serve", NAME)[0] == 0
+    ((folder, name),) = served
+    assert folder.name == COMMIT
+    assert name == "tiny-glm"

@@ -12,7 +12,18 @@ from glm4_deploy.cli import COMMANDS, cli
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 # Documents name a file by its whole path, or by the end of the path where the text says the folder.
-FOLDERS = ("", "benchmarks", "demo", "docs", "exporters", "glm4_deploy", "plugins", "runtime", "tests")
+FOLDERS = (
+    "",
+    "benchmarks",
+    "demo",
+    "deploy",
+    "docs",
+    "exporters",
+    "glm4_deploy",
+    "plugins",
+    "runtime",
+    "tests",
+)
 FILE = re.compile(
     r"[\w.-]+\.(?:py|md|cpp|h|sh)|(?:\.\./|[a-z][\w.-]*/)[\w./-]*\w\.(?:py|md|toml|json|jsonl|svg|txt)"
 )

@@ -114,17 +114,6 @@ def test_copies_go_their_own_way(compiler, tokenizer):
     assert allowed(first) != allowed(second)
 
 
-def test_the_time_of_each_token_is_reported(tokenizer):
-    seen = []
-    mask = GrammarCompiler(tokenizer, VOCAB, EOS, seen.append).compile(
-        ReplyFormat(JSON, turn=False), thinking=False
-    )
-    for token in tokenizer.encode('{"a"', add_special_tokens=False):
-        mask.advance(token)
-    assert len(seen) == len(tokenizer.encode('{"a"', add_special_tokens=False))
-    assert all(0 < seconds < 1 for seconds in seen)
-
-
 def test_an_end_token_ends_it(compiler):
     mask = compiler.compile(ReplyFormat(None, FUNCTIONS), thinking=False)
     mask.advance(198)

@@ -1,6 +1,7 @@
 """The Messages and Responses APIs in front of replicas: the same answers as in front of one session."""
 
 import anthropic
+import httpx
 import openai
 import pytest
 from local_replicas import LocalReplica, joined
@@ -61,3 +62,13 @@ def test_a_budget_of_thinking_on_replicas(fleet_of, thinking_bundle):
     answer = claude.messages.create(model=MODEL, messages=WHO, max_tokens=60, thinking=thinking, **COLD)
     assert answer.usage.output_tokens_details.thinking_tokens == 8 + 6  # with the closing tag
     assert [block.type for block in answer.content] == ["thinking", "text"]
+
+
+def test_masks_of_replicas_are_counted(fleet_of, demo_bundle):
+    server = fleet_of(demo_bundle)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=60)
+    form = {"response_format": {"type": "json_object"}}
+    answer = client.chat.completions.create(model=MODEL, messages=WHO, max_tokens=6, **form)
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    (count,) = [float(line.split()[1]) for line in lines if line.startswith("glm4_mask_seconds_count")]
+    assert 0 < count <= answer.usage.completion_tokens

@@ -39,14 +39,15 @@ class Fleet:
     ``deliver`` and ``lost`` of one replica must be called by one thread.
     """
 
-    def __init__(self, max_queue: int, before: "Fleet | None" = None) -> None:
+    def __init__(self, max_queue: int, before: "Fleet | None" = None, router: Router | None = None) -> None:
         """
         Args:
             max_queue: most requests that wait for one replica.
             before: the fleet that this one replaces. Its statistics count here.
+            router: chooses the replica of a request. Default: by the prefix.
         """
         self._max_queue, self._before = max_queue, before
-        self._router = Router()
+        self._router = router or Router()
         self._lock = threading.RLock()
         self._lanes: dict[str, Lane] = {}
         self._homeless: deque[Migration] = deque()

@@ -56,9 +56,10 @@ class GraphPieces:
     :attr:`arithmetic` says so.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, graph: str = GRAPH) -> None:
+        """``graph``: the file of the graph."""
         self._folder = folder
-        self._model = onnx.load(folder / GRAPH, load_external_data=False)
+        self._model = onnx.load(folder / graph, load_external_data=False)
         self._widen = _computes_in_bfloat16(self._model.graph)
         self.arithmetic = "float32" if self._widen else "as exported"
         if self._widen:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from glm4_deploy.adapters import apply_adapter
 from glm4_deploy.greedy import Step, fits_whole, reference_start
 from glm4_deploy.validate.comparison import Comparison, Greedy
 from glm4_deploy.validate.side_by_side import Bundle
@@ -58,6 +59,7 @@ def add_greedy(
 def _bundle_texts(bundle: Bundle, prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     with Session.open(bundle.folder, max_batch_size=1) as session:
+        apply_adapter(session, bundle.adapter)
         return [[token.id for token in session.generate(prompt, params)] for prompt in prompts]
 
 

@@ -4,7 +4,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -163,8 +163,7 @@ def _opened(bundles: Sequence[Bundle], reference: str | Path, options: ValidateO
     with ExitStack() as files:
         task = bundles[0].manifest.task
         checkpoint = files.enter_context(Checkpoint.load(reference, task, options.adapters))
-        for one in bundles:
-            _require_same_model(one, bundles[0], checkpoint)
+        bundles = [_matched(one, bundles[0], checkpoint) for one in bundles]
         original = None
         if options.against is not None and is_checkpoint(options.against):
             original = files.enter_context(open_original(options.against, checkpoint, options.adapters))
@@ -183,7 +182,12 @@ def _open(folder: Path) -> Bundle:
     return Bundle(folder, manifest)
 
 
-def _require_same_model(one: Bundle, first: Bundle, checkpoint: Checkpoint) -> None:
+def _matched(one: Bundle, first: Bundle, checkpoint: Checkpoint) -> Bundle:
+    """The bundle, with the adapter of the reference that it applies at run time.
+
+    Raises:
+        RequestError: the bundle is for another model, task or adapters than the reference.
+    """
     manifest, config = one.manifest, checkpoint.config
     if manifest.task != first.manifest.task:
         raise RequestError(f"{one.folder} is for {manifest.task}, {first.folder} for {first.manifest.task}")
@@ -206,11 +210,15 @@ def _require_same_model(one: Bundle, first: Bundle, checkpoint: Checkpoint) -> N
         [(each.sha256, each.scale) for each in manifest.adapters],
         [(each.sha256(), each.scale) for each in checkpoint.adapters],
     )
+    last = checkpoint.adapters[-1] if checkpoint.adapters else None
+    if manifest.adapter_slots is not None and last is not None and mine == theirs[:-1] and last.scale == 1:
+        return replace(one, adapter=str(last.folder))
     if mine != theirs:
         merged = ", ".join(f"{each.name}={each.scale:g}" for each in manifest.adapters)
         raise RequestError(
             f"{one.folder} was made with {merged or 'no adapter'}; give the reference the same ones by --lora"
         )
+    return one
 
 
 def _choose_text(models: Models, options: ValidateOptions) -> Text:
@@ -239,7 +247,8 @@ def _comparisons(models: Models) -> list[Comparison]:
 def _side(name: str, one: Bundle, arithmetic: str) -> Side:
     manifest = one.manifest
     cache = f", KV cache {manifest.kv_cache}" if manifest.kv_cache not in (None, manifest.activations) else ""
-    what = f"{manifest.target}, {manifest.precision}, activations {manifest.activations}{cache}"
+    adapter = f", adapter {one.adapter} at run time" if one.adapter is not None else ""
+    what = f"{manifest.target}, {manifest.precision}, activations {manifest.activations}{cache}{adapter}"
     return Side(name, str(one.folder), what, arithmetic)
 
 

@@ -22,8 +22,11 @@ COMPARE_STAGE = "compare"
 
 @dataclass(frozen=True)
 class Bundle:
+    """``adapter``: the folder of a LoRA adapter that the bundle applies at run time."""
+
     folder: Path
     manifest: Manifest
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,9 @@ def walk(
 ) -> Walked:
     """Run all models over the text. With ``layers``, also compare every sub-block of the first bundle."""
     checkpoint, original, sequences = models.checkpoint, models.original, text.sequences
-    graphs = [BundleGraph(one.folder, one.manifest, checkpoint, sequences) for one in models.bundles]
+    graphs = [
+        BundleGraph(one.folder, one.manifest, checkpoint, sequences, one.adapter) for one in models.bundles
+    ]
     reference = Reference(checkpoint, sequences, tapped=layers)
     chunks = list(_chunks(checkpoint, text))
     unquantized = None if original is None else Reference(original, sequences, tapped=False)

@@ -26,8 +26,12 @@ from glm4_deploy.validate.readings import Block, Readings
 from glm4_deploy.validate.taps import EMBEDDING_TAP, HEAD_TAP, NORM_TAP, GraphTap, GraphTaps, run_tapped
 from glm4_exporters import streamed
 from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.passes.add_adapters import PREFIX
 from glm4_exporters.pieces import GraphPieces, Piece, Values
-from glm4_runtime.bundle import Manifest
+from glm4_runtime.bundle import GRAPH, Manifest
+from glm4_runtime.bundle.adapter_inputs import ROWS
+from glm4_runtime.bundle.file_names import ADAPTER_GRAPH
+from glm4_runtime.session.adapters import make_table
 
 Sequences = Sequence[Sequence[int]]
 Tapped = dict[str, tuple[npt.NDArray[np.float32], ...]]
@@ -95,20 +99,32 @@ class BundleGraph:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, checkpoint: Checkpoint, sequences: Sequences
+        self,
+        folder: Path,
+        manifest: Manifest,
+        checkpoint: Checkpoint,
+        sequences: Sequences,
+        adapter: str | None = None,
     ) -> None:
-        self._manifest, self._pieces = manifest, GraphPieces(folder)
+        """``adapter``: the folder of a LoRA adapter that the graph takes at run time."""
+        graph, adapters = (
+            (GRAPH, {}) if adapter is None else (ADAPTER_GRAPH, _adapter_inputs(manifest, adapter))
+        )
+        self._manifest, self._pieces = manifest, GraphPieces(folder, graph)
         self.arithmetic = self._pieces.arithmetic
         self._taps = GraphTaps(self._pieces.graph, checkpoint.config)
         self._types = {tensor.name: tensor.data_type for tensor in self._pieces.graph.initializer}
         self._types |= {value.name: value.type.tensor_type.elem_type for value in self._pieces.graph.input}
-        self._inputs = [graph_inputs(manifest, ids) for ids in sequences]
+        self._inputs = [{**graph_inputs(manifest, ids), **adapters} for ids in sequences]
         self._own: list[Values] = [{} for _ in sequences]
         readers = Readers(self._pieces, self._taps, checkpoint)
         self.readings = Readings(checkpoint.config, len(sequences), readers.undone)
         self._steps = self._plan()
         state, name = self._taps.norm.values[0], manifest.outputs[0].name
-        self._head = self._pieces.slice(HEAD_TAP, [name], {state})
+        product = _product_of_head(self._pieces.graph) or name
+        self._head = self._pieces.slice(HEAD_TAP, [product], {state})
+        # the head runs in blocks of rows, and an adapter's matrices are not cut with it
+        self._after_head = self._pieces.slice("adapter of the head", [name], {state, product})
         self.head_arithmetic = "float32"
         self._readers = Counter(name for step in self._steps for name in step.piece.reads)
 
@@ -133,8 +149,12 @@ class BundleGraph:
             inputs, array = self._inputs[part.sequence], states[part.sequence][state][:, part.span]
             asked = {"logits_indices": np.arange(array.shape[1])[None]} if "logits_indices" in inputs else {}
             values.append({**inputs, **asked, state: array})
-        self.head_arithmetic = self._arithmetic(self._head, {state: states[0][state]})
+        nodes = (*self._head.nodes, *self._after_head.nodes)
+        self.head_arithmetic = self._arithmetic(Piece(HEAD_TAP, nodes), {state: states[0][state]})
         found = values if name == state else self._pieces.run_piece(self._head, values)
+        if name != state and self._after_head.nodes:
+            joined = [{**one, **given} for one, given in zip(found, values, strict=True)]
+            found = self._pieces.run_piece(self._after_head, joined)
         return [np.asarray(one[name], np.float32).reshape(-1, one[name].shape[-1]) for one in found]
 
     def _plan(self) -> list[_Step]:
@@ -184,6 +204,21 @@ class BundleGraph:
     def _arithmetic(self, piece: Piece, values: Values) -> str:
         given = {name: onnx.helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in values.items()}
         return arithmetic_of(piece.nodes, self._types | given)
+
+
+def _adapter_inputs(manifest: Manifest, folder: str) -> Values:
+    """The inputs of the graph with adapters, for one sequence with the adapter in ``folder``."""
+    assert manifest.adapter_slots is not None
+    table = make_table(manifest, manifest.adapter_slots)
+    table.load(folder, Path(folder))
+    return {ROWS: table.numbers([folder]), **table.arrays}
+
+
+def _product_of_head(graph: onnx.GraphProto) -> str | None:
+    """The result of the head's product, to which an adapter's change is added. None: the head takes no adapter."""
+    added = {f"lm_head/{PREFIX}LoraProduct": 1, f"lm_head/{PREFIX}Add": 0}
+    found = next((node for node in graph.node if node.name in added), None)
+    return None if found is None else str(found.input[added[found.name]])
 
 
 def _flat(layers: Sequence[Sequence[GraphTap]]) -> Iterator[tuple[int, GraphTap]]:

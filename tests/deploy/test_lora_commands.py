@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from adapters import rewrite, write_adapter
+from checkpoints import tiny_config, write_checkpoint
 from cpu_operators import needs_cpu_operators
 
 from glm4_deploy.pipeline import ExportOptions, cache_key
@@ -84,3 +86,34 @@ def test_what_cannot_be_applied_is_one_line(run, demo_cpu, demo_slots, tmp_path,
     assert code == 1
     assert "has no adapter_config.json; give the folder of a LoRA adapter" in err
     assert "\n" not in err.removeprefix("load\n").rstrip("\n")
+
+
+def validated(run, bundle, checkpoint, *options):
+    code, out, err = run("validate", bundle, "--reference", checkpoint, *options, "--json")
+    assert out, err
+    return code, json.loads(out)
+
+
+@pytest.mark.parametrize(("target", "precision"), [("cpu", "int8"), ("ort", "fp16"), ("native", "fp32")])
+def test_validate_compares_with_the_merged_checkpoint(tmp_path, run, target, precision):
+    """As near to the merged reference as a bundle into which the adapter was merged; and far without the adapter."""
+    base = write_checkpoint(tmp_path / "base", tiny_config(intermediate_size=128))
+    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=every)
+    rewrite(adapter, lambda found: {key: one for key, one in found.items() if "base_layer" not in key})
+    options = ("--target", target, "--precision", precision, "--no-parity")
+    assert run("export", base, tmp_path / "slots", *options, "--lora-slots", 1)[0] == 0
+    assert run("export", base, tmp_path / "merged", *options, "--lora", adapter)[0] == 0
+    text = tmp_path / "text.ids"
+    text.write_text("\n".join(" ".join(map(str, range(start, start + 40))) for start in (5, 60, 111)))
+    asked = ("--lora", adapter, "--text", text, "--no-gate", "--layers", "--against", tmp_path / "merged")
+    code, report = validated(run, tmp_path / "slots", base, *asked)
+    assert code == 0
+    assert "at run time" in report["bundle"]["what"]
+    ours, merged = (one["metrics"]["relative_error"] for one in report["comparisons"][:2])
+    assert ours < max(2 * merged, 2e-3)
+    assert report["layers"]["culprit"] is None
+    assert report["comparisons"][0]["greedy"] is not None
+    code, _, err = run("validate", tmp_path / "slots", "--reference", base, "--lora", f"{adapter}=0.5")
+    assert code == 1
+    assert "was made with no adapter" in err

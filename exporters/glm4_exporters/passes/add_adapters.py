@@ -22,6 +22,8 @@ from glm4_runtime.bundle.adapter_inputs import (
     stacked_names,
 )
 
+PREFIX = "lora."  # in the names of the new nodes
+
 
 class AddAdapters(ir.passes.InPlacePass):
     """Extend the products by the matrices in ``slots``. Runs on the canonical graph.
@@ -59,7 +61,7 @@ class AddAdapters(ir.passes.InPlacePass):
         assert x is not None
         columns = self._slots.matrices[matrix][0]
         gate = gate_after(last, columns) if self._dialect == PACKED_DIALECT else []
-        new = Builder(graph, f"{scope_of(product)}.lora")
+        new = Builder(graph, scope_of(gate[-1] if gate else product), PREFIX)
         if self._dialect == PACKED_DIALECT:
             total = self._packed(new, x, y, matrix, bool(gate))
         else:

@@ -10,8 +10,9 @@ import onnx_ir as ir
 class Builder:
     """Collects new nodes of one module, until the pass inserts them into the graph."""
 
-    def __init__(self, graph: ir.Graph, scope: str) -> None:
-        self.graph, self.scope = graph, scope
+    def __init__(self, graph: ir.Graph, scope: str, prefix: str = "") -> None:
+        """``prefix``: before the operator in each name, where the module has nodes of the same operators."""
+        self.graph, self.scope, self._prefix = graph, scope, prefix
         self.nodes: list[ir.Node] = []
         self._used: dict[str, int] = {}
 
@@ -25,7 +26,9 @@ class Builder:
     ) -> ir.Value:
         """Add a node and return its first output; the others are at ``self.nodes[-1].outputs``."""
         self._used[op_type] = self._used.get(op_type, 0) + 1
-        name = f"{self.scope}/{op_type}" + (f"_{self._used[op_type]}" if self._used[op_type] > 1 else "")
+        name = f"{self.scope}/{self._prefix}{op_type}" + (
+            f"_{self._used[op_type]}" if self._used[op_type] > 1 else ""
+        )
         node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
         for i, value in enumerate(node.outputs):
             value.name = f"{name}:{i}"

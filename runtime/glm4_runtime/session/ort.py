@@ -260,6 +260,10 @@ class OrtSession(GrowingSession):
     def adapters(self) -> Sequence[str]:
         return () if self._table is None else self._table.names
 
+    @property
+    def adapter_bytes(self) -> int:
+        return 0 if self._table is None else self._table.nbytes
+
     def load_adapter(self, name: str, folder: str | Path) -> None:
         slots = self.manifest.adapter_slots
         if slots is None:

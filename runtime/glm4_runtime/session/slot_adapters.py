@@ -29,6 +29,11 @@ class SlotAdapters(abc.ABC):
         """The names of the loaded LoRA adapters."""
         return ()
 
+    @property
+    def adapter_bytes(self) -> int:
+        """The memory of all loaded adapters."""
+        return 0
+
     def load_adapter(self, name: str, folder: str | Path) -> None:  # noqa: ARG002  a bundle without slots
         """Load a LoRA adapter from its folder.
 

@@ -4,8 +4,8 @@
     glm4-deploy export CHECKPOINT BUNDLE --target cpu --lora-slots 8 --no-parity
     python benchmarks/lora_cost.py BUNDLE --out benchmarks/results/lora-cost
 
-Each round runs all cases in turn, on one session with eight adapters of random matrices for all products. A case is a
-number of sequences and their adapters. A ratio is a round's time of a case over the same round's time of the base; the
+Each round runs the cases of a group in turn, on one session with eight adapters of random matrices for all products.
+A case is the adapters of its sequences. A ratio is a round's time of a case over the same round's time of the base; the
 result is the median of the rounds' ratios. "base again" is the base a second time: its ratio shows the noise.
 """
 
@@ -15,7 +15,6 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +29,7 @@ from glm4_runtime.bundle.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from glm4_runtime.session import Session
 
 ADAPTERS = 8
-CONTEXT, PROMPT = 64, 256
+CONTEXT, PROMPT = 4, 64
 
 
 def write_adapter(bundle: Path, folder: Path, rank: int, seed: int) -> Path:
@@ -50,80 +49,64 @@ def write_adapter(bundle: Path, folder: Path, rank: int, seed: int) -> Path:
     return folder
 
 
-class Cases:
-    """The timed cases, by name. Each runs once per call and returns seconds."""
+EVERY = [f"adapter {i}" for i in range(ADAPTERS)]
+# By group: the adapters of the sequences of each case. A group runs at once; its first case is the base.
+GROUPS: dict[str, dict[str, list[str | None]]] = {
+    "decode 1": {"base": [None], "base again": [None], "one adapter": EVERY[:1]},
+    "decode 8": {
+        "base": [None] * 8,
+        "base again": [None] * 8,
+        "one adapter": EVERY[:1] * 8,
+        "eight adapters": [*EVERY],
+    },
+    "decode 8, mixed": {
+        "base": [None] * 8,
+        "base again": [None] * 8,
+        "four adapters, four without": [*EVERY[:4], None, None, None, None],
+    },
+    "prompt of 64": {"base": [None], "base again": [None], "one adapter": EVERY[:1]},
+}
 
-    def __init__(self, session: Session, steps: int) -> None:
-        self._session, self._steps = session, steps
-        self._ids = np.random.default_rng(0).integers(0, session.manifest.model.vocab_size, PROMPT).tolist()
 
-    def all(self) -> dict[str, tuple[str, Callable[[], float]]]:
-        """By name: the case that it is compared with, and the function that runs it."""
-        every = [f"adapter {i}" for i in range(ADAPTERS)]
-        found: dict[str, tuple[str, Callable[[], float]]] = {}
-        for count in (1, 8):
-            mixes = {
-                "base": [None],
-                "base again": [None],
-                "one adapter": every[:1],
-                **(
-                    {"eight adapters": every, "four adapters, four without": [*every[:4], None]}
-                    if count > 1
-                    else {}
-                ),
-            }
-            for name, mix in mixes.items():
-                adapters = [mix[min(i, len(mix) - 1) if None in mix else i % len(mix)] for i in range(count)]
-                found[f"batch {count}, {name}"] = f"batch {count}, base", self._decoding(adapters)
-        for name, adapter in (("base", None), ("base again", None), ("one adapter", every[0])):
-            found[f"prompt, {name}"] = "prompt, base", self._prompt(adapter)
-        return found
-
-    def _decoding(self, adapters: list[str | None]) -> Callable[[], float]:
-        def run() -> float:
-            session = self._session
-            for slot, adapter in enumerate(adapters):
-                session.use_adapter(slot, adapter)
-                session.prefill(slot, self._ids[:CONTEXT])
-            tokens = dict.fromkeys(range(len(adapters)), 7)
+def run(session: Session, group: str, adapters: list[str | None], steps: int) -> float:
+    """Seconds of a prompt, or of a decode step of several sequences."""
+    ids = np.random.default_rng(0).integers(0, session.manifest.model.vocab_size, PROMPT).tolist()
+    decodes = group.startswith("decode")
+    first: dict[str | None, int] = {}
+    start = time.perf_counter()
+    for slot, adapter in enumerate(adapters):
+        if adapter in first:
+            session.copy_prefix(first[adapter], slot, CONTEXT)
+        else:
+            session.use_adapter(slot, adapter)
+            session.prefill(slot, ids[:CONTEXT] if decodes else ids)
+        first.setdefault(adapter, slot)
+    if decodes:
+        tokens = dict.fromkeys(range(len(adapters)), 7)
+        session.decode_block(tokens)
+        start = time.perf_counter()
+        for _ in range(steps):
             session.decode_block(tokens)
-            start = time.perf_counter()
-            for _ in range(self._steps):
-                session.decode_block(tokens)
-            seconds = time.perf_counter() - start
-            for slot in range(len(adapters)):
-                session.release(slot)
-            return seconds / self._steps
-
-        return run
-
-    def _prompt(self, adapter: str | None) -> Callable[[], float]:
-        def run() -> float:
-            self._session.use_adapter(0, adapter)
-            start = time.perf_counter()
-            self._session.prefill(0, self._ids)
-            seconds = time.perf_counter() - start
-            self._session.release(0)
-            return seconds
-
-        return run
+    seconds = time.perf_counter() - start
+    for slot in range(len(adapters)):
+        session.release(slot)
+    return seconds / (steps if decodes else 1)
 
 
-def measure(session: Session, rounds: int, steps: int) -> dict[str, Any]:
-    """Median seconds of each case, and its ratio to the base with the quartiles of the rounds' ratios."""
-    cases = Cases(session, steps).all()
-    times: dict[str, list[float]] = {name: [] for name in cases}
+def measure(session: Session, group: str, rounds: int, steps: int) -> dict[str, Any]:
+    """Median milliseconds of each case, and its ratio to the base with the quartiles of the rounds' ratios."""
+    times: dict[str, list[float]] = {name: [] for name in GROUPS[group]}
     for number in range(rounds + 1):
-        for name, (_, run) in cases.items():
-            seconds = run()
+        for name, adapters in GROUPS[group].items():
+            seconds = run(session, group, adapters, steps)
             if number:  # the first round touches memory
                 times[name].append(seconds)
     result = {}
-    for name, (base, _) in cases.items():
-        ratios = sorted(own / other for own, other in zip(times[name], times[base], strict=True))
+    for name, own in times.items():
+        ratios = [one / other for one, other in zip(own, times["base"], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
         result[name] = {
-            "milliseconds": round(1e3 * statistics.median(times[name]), 3),
+            "milliseconds": round(1e3 * statistics.median(own), 3),
             "ratio": round(statistics.median(ratios), 4),
             "quartiles": [round(low, 4), round(high, 4)],
         }
@@ -132,14 +115,25 @@ def measure(session: Session, rounds: int, steps: int) -> dict[str, Any]:
 
 @click.command(help=__doc__.partition("\n")[0])
 @click.argument("bundle", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--group", "groups", type=click.Choice(list(GROUPS)), multiple=True, help="Default: all groups."
+)
 @click.option("--rank", default=16, show_default=True)
 @click.option("--rounds", default=15, show_default=True)
-@click.option("--steps", default=8, show_default=True, help="Decode steps of a case in each round.")
+@click.option("--steps", default=4, show_default=True, help="Decode steps of a case in each round.")
 @click.option("--threads", type=int, help="Threads within one operator; all cores where absent.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Add the result to OUT.json, under the bundle's form."
 )
-def main(bundle: Path, rank: int, rounds: int, steps: int, threads: int | None, out: Path | None) -> None:
+def main(
+    bundle: Path,
+    groups: tuple[str, ...],
+    rank: int,
+    rounds: int,
+    steps: int,
+    threads: int | None,
+    out: Path | None,
+) -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         Session.open(bundle, threads=threads, max_batch_size=8) as session,
@@ -158,13 +152,14 @@ def main(bundle: Path, rank: int, rounds: int, steps: int, threads: int | None, 
             "rounds": rounds,
             "seconds_to_write_and_load_eight": round(loading, 2),
             "adapter_bytes": session.adapter_bytes,
-            "cases": measure(session, rounds, steps),
+            "groups": {group: measure(session, group, rounds, steps) for group in groups or GROUPS},
         }
     key = f"{manifest.target} {manifest.precision}"
     click.echo(json.dumps({key: found}, indent=2))
     if out is not None:
         path = out.with_suffix(".json")
         before = json.loads(path.read_text()) if path.exists() else {}
+        found["groups"] = {**before.get(key, {}).get("groups", {}), **found["groups"]}
         path.write_text(json.dumps({**before, key: found}, indent=2) + "\n")
 
 

@@ -26,6 +26,7 @@ inline Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c);
 using LoraLanes = Lanes;
 constexpr int kLanesOfLora = kLanes;
 inline Lanes exact(Lanes a, Lanes b, Lanes c) { return fused(a, b, c); }
+inline Lanes splat(float a) { return _mm256_set1_ps(a); }
 inline Lanes halves(const uint16_t* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }

@@ -27,6 +27,7 @@ inline Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c);
 using LoraLanes = Lanes;
 constexpr int kLanesOfLora = kLanes;
 inline Lanes exact(Lanes a, Lanes b, Lanes c) { return fused(a, b, c); }
+inline Lanes splat(float a) { return _mm512_set1_ps(a); }
 inline Lanes halves(const uint16_t* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }

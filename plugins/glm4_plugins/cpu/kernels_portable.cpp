@@ -17,6 +17,7 @@ inline Lanes exact(Lanes a, Lanes b, Lanes c) {
   return Lanes{std::fma(a[0], b[0], c[0]), std::fma(a[1], b[1], c[1]), std::fma(a[2], b[2], c[2]),
                std::fma(a[3], b[3], c[3])};
 }
+inline Lanes splat(float a) { return Lanes{a, a, a, a}; }
 inline Lanes halves(const uint16_t* from) {
   return Lanes{float_of_half(from[0]), float_of_half(from[1]), float_of_half(from[2]), float_of_half(from[3])};
 }

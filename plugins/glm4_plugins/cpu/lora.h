@@ -18,8 +18,8 @@ constexpr int kLoraChunk = 1024;  // inputs that one thread sums
 
 inline int64_t lora_stride(int64_t rank) { return (rank + kLoraLanes - 1) / kLoraLanes * kLoraLanes; }
 
-// Stores x A for `rows` <= kLoraRows rows of x [rows][x_stride] and `inputs` rows of A, as narrow [rows][stride].
-using LoraNarrow = void (*)(const float* x, int64_t x_stride, int rows, const uint16_t* a, int64_t inputs, int64_t rank,
+// Stores x A for `rows` <= kLoraRows rows of x and `inputs` rows of A, as narrow [rows][stride]. x: where each row is.
+using LoraNarrow = void (*)(const float* const* x, int rows, const uint16_t* a, int64_t inputs, int64_t rank,
                             float* narrow, int64_t stride);
 // Adds narrow B to sums [rows][64], for one panel of B.
 using LoraWiden = void (*)(const float* narrow, int64_t stride, int rows, const uint16_t* b, int64_t rank, float* sums);

@@ -22,7 +22,8 @@ namespace glm4 {
 namespace {
 
 constexpr int kParts = 2, kEntry = 5;
-constexpr int64_t kMostTasks = 64;  // as in product_operator.cpp
+constexpr int64_t kMostTasks = 64;        // as in product_operator.cpp
+constexpr int64_t kWorthThreads = 60000;  // multiplications for each row of a tile
 
 struct Part {
   const uint16_t *a, *b;
@@ -34,11 +35,11 @@ struct AdapterParts {
   Part parts[kParts];
 };
 
-// Consecutive rows of x with one adapter, at most kLoraRows. `adapter` is null without an adapter.
+// At most kLoraRows rows of x with one adapter. `adapter` is null without an adapter.
 struct Tile {
-  int64_t row;
-  int rows;
   const AdapterParts* adapter;
+  int rows;
+  int64_t row[kLoraRows];
 };
 
 struct LoraScratch {
@@ -69,12 +70,20 @@ struct Lora {
   ort::Status* run(const Threads& threads) {
     if (stride > 0) {
       scratch->sums.resize(size_t(chunks() * tiles() * kParts) * part_floats());
-      GLM4_RETURN(threads.run([](void* p, size_t i) { static_cast<Lora*>(p)->narrow(int64_t(i)); },
-                              size_t(chunks() * tiles()), this));
+      GLM4_RETURN(run_tasks(threads, [](void* p, size_t i) { static_cast<Lora*>(p)->narrow(int64_t(i)); },
+                            chunks() * tiles(), inputs));
       for (int64_t tile = 0; tile < tiles(); ++tile) add_chunks(tile);
     }
     const int64_t tasks = (out_panels() + panels_together() - 1) / panels_together();
-    return threads.run([](void* p, size_t i) { static_cast<Lora*>(p)->widen(int64_t(i)); }, size_t(tasks), this);
+    return run_tasks(threads, [](void* p, size_t i) { static_cast<Lora*>(p)->widen(int64_t(i)); }, tasks, outputs);
+  }
+
+  // `width`: the number of inputs or outputs of each row. Little work is done by the calling thread, because it takes
+  // less time than to start the others.
+  ort::Status* run_tasks(const Threads& threads, void (*work)(void*, size_t), int64_t tasks, int64_t width) {
+    if (tiles() * (stride + 1) * width >= kWorthThreads) return threads.run(work, size_t(tasks), this);
+    for (int64_t i = 0; i < tasks; ++i) work(this, size_t(i));
+    return nullptr;
   }
 
   void narrow(int64_t task) const {
@@ -82,11 +91,13 @@ struct Lora {
     const Tile& tile = scratch->tiles[size_t(task % tiles())];
     if (tile.adapter == nullptr) return;
     const int64_t count = std::min<int64_t>(kLoraChunk, inputs - first);
+    const float* rows[kLoraRows];
+    for (int m = 0; m < tile.rows; ++m) rows[m] = x + tile.row[m] * inputs + first;
     for (int p = 0; p < kParts; ++p) {
       const Part& part = tile.adapter->parts[p];
       if (part.rank > 0)
-        kernels->lora.narrow(x + tile.row * inputs + first, inputs, tile.rows, part.a + first * part.rank, count,
-                             part.rank, sums(chunk, task % tiles(), p), stride);
+        kernels->lora.narrow(rows, tile.rows, part.a + first * part.rank, count, part.rank,
+                             sums(chunk, task % tiles(), p), stride);
     }
   }
 
@@ -102,8 +113,8 @@ struct Lora {
   void widen(int64_t task) const {
     alignas(64) float sum[kLoraRows * kPanel], up[kLoraRows * kPanel];
     const int64_t first = task * panels_together(), last = std::min(first + panels_together(), out_panels());
-    for (int64_t panel = first; panel < last; ++panel)
-      for (int64_t at = 0; at < tiles(); ++at) {
+    for (int64_t at = 0; at < tiles(); ++at)  // outside, so that each adapter is read in the order of its elements
+      for (int64_t panel = first; panel < last; ++panel) {
         const Tile& tile = scratch->tiles[size_t(at)];
         add(at, panel, sum);
         if (gated) {
@@ -112,7 +123,7 @@ struct Lora {
         }
         const size_t columns = size_t(std::min<int64_t>(kPanel, out_columns() - panel * kPanel));
         for (int m = 0; m < tile.rows; ++m)
-          std::memcpy(out + (tile.row + m) * out_columns() + panel * kPanel, sum + m * kPanel, columns * sizeof(float));
+          std::memcpy(out + tile.row[m] * out_columns() + panel * kPanel, sum + m * kPanel, columns * sizeof(float));
       }
   }
 
@@ -121,7 +132,7 @@ struct Lora {
     const Tile& tile = scratch->tiles[size_t(at)];
     const size_t columns = size_t(std::min<int64_t>(kPanel, outputs - panel * kPanel));
     for (int m = 0; m < tile.rows; ++m) {
-      std::memcpy(sum + m * kPanel, y + (tile.row + m) * outputs + panel * kPanel, columns * sizeof(float));
+      std::memcpy(sum + m * kPanel, y + tile.row[m] * outputs + panel * kPanel, columns * sizeof(float));
       std::fill(sum + m * kPanel + columns, sum + (m + 1) * kPanel, 0.0f);
     }
     for (int p = 0; tile.adapter != nullptr && p < kParts; ++p) {
@@ -150,16 +161,25 @@ bool read_parts(const int64_t* entries, const uint16_t* elements, int64_t count,
   return true;
 }
 
-// Splits the rows of all sequences into tiles. Returns the largest stride of the narrow sums.
+// Groups the rows of all sequences by adapter, in tiles. Returns the largest stride of the narrow sums.
 int64_t make_tiles(const int64_t* rows, int64_t sequences, int64_t length, LoraScratch* scratch) {
   int64_t stride = 0;
   scratch->tiles.clear();
-  for (int64_t s = 0; s < sequences; ++s) {
-    const AdapterParts* adapter = rows[s] < 0 ? nullptr : &scratch->adapters[size_t(rows[s])];
+  for (int64_t first = 0; first < sequences; ++first) {
+    if (std::find(rows, rows + first, rows[first]) != rows + first) continue;  // its adapter was grouped already
+    const AdapterParts* adapter = rows[first] < 0 ? nullptr : &scratch->adapters[size_t(rows[first])];
     for (int p = 0; adapter != nullptr && p < kParts; ++p)
       stride = std::max(stride, lora_stride(adapter->parts[p].rank));
-    for (int64_t i = 0; i < length; i += kLoraRows)
-      scratch->tiles.push_back({s * length + i, int(std::min<int64_t>(kLoraRows, length - i)), adapter});
+    int filled = kLoraRows;
+    for (int64_t s = first; s < sequences; ++s)
+      for (int64_t i = 0; rows[s] == rows[first] && i < length; ++i) {
+        if (filled == kLoraRows) {
+          scratch->tiles.push_back({adapter, 0, {}});
+          filled = 0;
+        }
+        scratch->tiles.back().row[filled] = s * length + i;
+        scratch->tiles.back().rows = ++filled;
+      }
   }
   return stride;
 }

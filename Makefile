@@ -57,7 +57,10 @@ test: $(VENV)/.installed  ## run the test suite, about 12 minutes
 slow-list: $(VENV)/.installed  ## measure the tests, and write tests/slow.txt: those that test-fast leaves out
 	$(BIN)/python -m pytest -m "not more" --write-slow
 
+# The chart's checks bring Helm and Kubernetes' schemas, 350 MB.
+CHARTS := helm-python-sdk kubernetes-validate
 test-more: $(VENV)/.installed clients  ## run the tests that take minutes each: soak, kills, fuzzing, client libraries
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(CHARTS)
 	$(BIN)/python -m pytest -m more
 
 # Their libraries need other versions of openai, anthropic and more than the tests do.

@@ -149,7 +149,7 @@ class RequestTrace:
             found["error.type"] = "stream"
         if route in _OPERATIONS:
             found |= {"gen_ai.operation.name": _OPERATIONS[route], "gen_ai.provider.name": DISTRIBUTION}
-        if "model" in fields:
+        if fields.get("model"):
             found["gen_ai.response.model"] = model
         if reasons := fields.get("finish_reasons"):
             unfinished = "error" if "error" in fields else "cancelled"
@@ -201,7 +201,7 @@ class RequestTrace:
 
 def _name(method: str, route: str, fields: Mapping[str, Any]) -> str:
     """The conventions' name: operation and model, or method and route."""
-    if route in _OPERATIONS and "model" in fields:
+    if route in _OPERATIONS and fields.get("model"):
         return f"{_OPERATIONS[route]} {fields['model']}"
     return f"{method} {route}"
 
@@ -224,7 +224,7 @@ def _texts(fields: Mapping[str, Any]) -> dict[str, str]:
         for answer, reason in zip(fields.get("answers", ()), reasons, strict=False)
     ]
     found = {"gen_ai.input.messages": given, "gen_ai.output.messages": answers}
-    return {name: json.dumps(messages, ensure_ascii=False) for name, messages in found.items() if messages}
+    return {name: json.dumps(messages) for name, messages in found.items() if messages}
 
 
 def _text(content: Any, kind: str = "text") -> dict[str, Any]:

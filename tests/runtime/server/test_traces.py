@@ -157,6 +157,16 @@ def test_each_route_names_its_operation(traced, path, body, name):
     assert spans.one(name).attributes["http.route"] == path
 
 
+def test_embeddings_have_their_own_operation(kept, bundle_of):
+    spans = kept()
+    with serving(Session.open(bundle_of("encoder")), ServerOptions(port=0)) as server:
+        answer = post(server.url, "/v1/embeddings", {"model": "encoder", "input": ["one", "two"]})
+        assert answer.status_code == 200
+        span = spans.one("embeddings encoder")
+    assert span.attributes["gen_ai.operation.name"] == "embeddings"
+    assert span.attributes["gen_ai.usage.input_tokens"] == answer.json()["usage"]["prompt_tokens"]
+
+
 def test_several_replies_have_parts_of_their_own(traced):
     spans, url = traced
     post(url, "/v1/completions", {"model": MODEL, "prompt": ["I", "You"], "max_tokens": 3})

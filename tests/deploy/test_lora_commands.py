@@ -1,6 +1,8 @@
 """``--lora`` of the commands that run a bundle."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from adapters import rewrite, write_adapter
@@ -117,3 +119,23 @@ def test_validate_compares_with_the_merged_checkpoint(tmp_path, run, target, pre
     code, _, err = run("validate", tmp_path / "slots", "--reference", base, "--lora", f"{adapter}=0.5")
     assert code == 1
     assert "was made with no adapter" in err
+
+
+def test_chat(demo_slots, demo_adapters):
+    """One message from a pipe, with the base model and with the adapter."""
+
+    def answer(*options):
+        command = [sys.executable, "-m", "glm4_deploy", "chat", demo_slots, "--temperature", "0", *options]
+        done = subprocess.run(
+            [*map(str, command), "--max-tokens", "12"],
+            input="Tell me of the sea.\n",
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        return done.stdout
+
+    plain, adapted = answer(), answer("--lora", demo_adapters["poet"])
+    assert plain.strip()
+    assert adapted != plain

@@ -28,6 +28,7 @@ class Request:
         deadline: the ``time.monotonic()`` at which the request fails with :class:`DeadlineError`, also in the queue.
         id: joins the log lines of this request. Requests of one HTTP request share its id.
         adapter: name of a loaded LoRA adapter. None: the base model.
+        group: requests share prefixes with requests of the same group only. Empty: a group, too.
         trace: headers such as ``traceparent``, which join traces of other processes to this request. The scheduler does
             not read them.
     """
@@ -43,6 +44,7 @@ class Request:
     deadline: float | None = None
     id: str = ""
     adapter: str | None = None
+    group: str = ""
     trace: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -104,6 +106,7 @@ class SchedulerStats:
     Attributes:
         queued, active, slots: requests that wait for their first slot, requests with a slot, and slots.
         prompt_tokens: tokens of all prompts read, including those from the prefix cache (``cached_tokens``).
+        stored_tokens: tokens read from the prefix cache on disk; also part of ``cached_tokens``.
         drafted_tokens: tokens guessed by prompt lookup; ``accepted_tokens`` of them were right.
         requests: number of ended requests by outcome: stop, length, cancelled, timeout, failed, stopped.
         steps: steps that ran the model; ``step_seconds`` is their total time, ``model_seconds`` the part in the
@@ -127,3 +130,4 @@ class SchedulerStats:
     parked: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
+    stored_tokens: int = 0

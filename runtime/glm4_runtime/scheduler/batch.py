@@ -6,18 +6,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from glm4_runtime.errors import Glm4Error
 from glm4_runtime.generate import Logits
+from glm4_runtime.prefix_store import TOKENS, PrefixStore
 from glm4_runtime.scheduler.api import Event, Failed, Generated, Started
 from glm4_runtime.scheduler.drafts import WIDTHS, Speculation, look_up
 from glm4_runtime.scheduler.failures import model_error, overdue, unread
 from glm4_runtime.scheduler.figures import Figures
 from glm4_runtime.scheduler.job import Job, Pending
-from glm4_runtime.scheduler.policy import prefill_budget, shares
+from glm4_runtime.scheduler.policy import BatchRules, prefill_budget, shares
 from glm4_runtime.scheduler.prefix_cache import Ids
 from glm4_runtime.scheduler.slots import Kept, Lease, Slots
+from glm4_runtime.scheduler.stored import StoredPrefixes, close
 from glm4_runtime.scoring import rows_per_run
 from glm4_runtime.session import Session
 
@@ -27,23 +29,6 @@ logger = logging.getLogger(__name__)
 _MASK_THREADS = 4
 # After these outcomes the slot's contents may be corrupt.
 _SPOILING = ("failed", "stopped")
-
-
-@dataclass(frozen=True)
-class BatchRules:
-    """How a batch shares its session.
-
-    Attributes:
-        step_tokens: maximum tokens of one step, prompts and decoding together.
-        prefix_cache: whether slots keep their contents for prompts with the same prefix.
-        speculation: whether drafts from its own text may speed up a single request.
-        most_parked: maximum number of parked jobs.
-    """
-
-    step_tokens: int
-    prefix_cache: bool
-    speculation: bool
-    most_parked: int
 
 
 class Batch:
@@ -61,9 +46,11 @@ class Batch:
         figures: Figures,
         wake: Callable[[], None],
         rules: BatchRules,
+        store: PrefixStore | None = None,
     ) -> None:
         self._session, self._figures, self._wake, self._rules = session, figures, wake, rules
         self._slots = Slots(session, rules.prefix_cache)
+        self._stored = None if store is None else StoredPrefixes(store, self._slots, figures, wake)
         self._speculation = Speculation()
         self._masks: Executor | None = None
         self._live: list[Job] = []
@@ -124,6 +111,8 @@ class Batch:
         decoding = [job for job in self._live if job.decodes]
         self._decode_or_verify(decoding)
         self._prefill(len(decoding))
+        if self._stored is not None:  # what slots held before their prompts came
+            self._stored.save([job for job in self._live if not job.rest], 1)
         self._settle_masks()
         if self._figures.model_seconds > model_seconds:
             self._figures.steps += 1
@@ -238,10 +227,20 @@ class Batch:
         waiting = [job for job in self._live if job.rest and not job.parked]
         begun = [job for place, job in enumerate(waiting) if self._begun(job, waiting[:place])]
         budget = prefill_budget(self._rules.step_tokens, decoding)
-        for job, count in zip(begun, shares([one.rest for one in begun], budget), strict=True):
+        computed = [job for job in begun if not self._restores(job, budget)]
+        for job, count in zip(computed, shares([one.rest for one in computed], budget), strict=True):
             if count:
                 with self._blaming(job):
                     self._feed(job, count)
+
+    def _restores(self, job: Job, budget: int) -> bool:
+        """Put pieces from the disk into the slot, at most ``budget`` tokens. Returns whether more pieces come."""
+        if self._stored is None or job.stored is None or job.stored.reading is None:
+            return False
+        with self._blaming(job):
+            assert job.lease is not None
+            self._stored.restore(job.lease, job.stored, max(1, budget // TOKENS))
+        return job.lease is None or job.stored.reading is not None
 
     def _begun(self, job: Job, before: Sequence[Job]) -> bool:
         """Lease a slot with the longest cached prefix, unless an earlier job will soon offer a longer one.
@@ -251,11 +250,13 @@ class Batch:
         """
         if job.lease is None and not self._slots.should_wait(
             job.reusable_ids,
-            [other.prompt_ids for other in before if other.adapter == job.adapter],
-            job.adapter,
+            [other.prompt_ids for other in before if other.sharing == job.sharing],
+            *job.sharing,
         ):
             with self._blaming(job):
-                job.begin(self._slots.lease(job.buffer, len(job.reusable_ids), job.adapter))
+                job.begin(self._slots.lease(job.buffer, len(job.reusable_ids), *job.sharing))
+                if self._stored is not None and job.lease is not None:
+                    job.stored = self._stored.begin(job.lease, job.goal, len(job.reusable_ids))
         return job.lease is not None
 
     def _feed(self, job: Job, count: int) -> None:
@@ -263,6 +264,8 @@ class Batch:
         cached = job.lease.cached
         with self._in_model():
             row = self._run_prompt(job, job.lease, count)
+        if self._stored is not None and math.isfinite(row.sum()):  # otherwise keys or values may be NaN
+            self._stored.save([job], -(-count // TOKENS))
         if job.rest:
             return
         if job.started:
@@ -401,6 +404,8 @@ class Batch:
 
     def _release(self, job: Job, *, keep: bool) -> None:
         lease, job.lease = job.lease, None
+        close([job.stored])
+        job.stored = None
         if lease is not None:
             try:
                 self._slots.end(lease, keep=keep)

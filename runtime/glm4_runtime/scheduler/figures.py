@@ -16,6 +16,7 @@ class Figures:
     accepted_tokens: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
+    stored_tokens: int = 0
     steps: int = 0
     step_seconds: float = 0.0
     model_seconds: float = 0.0
@@ -40,6 +41,7 @@ class Figures:
             accepted_tokens=self.accepted_tokens,
             preemptions=self.preemptions,
             recomputed_tokens=self.recomputed_tokens,
+            stored_tokens=self.stored_tokens,
             requests=dict(self.requests),
             steps=self.steps,
             step_seconds=self.step_seconds,

@@ -14,6 +14,7 @@ from glm4_runtime.sampling import TokenMask
 from glm4_runtime.scheduler.api import Event, Generated, Request
 from glm4_runtime.scheduler.prefix_cache import Ids
 from glm4_runtime.scheduler.slots import Lease
+from glm4_runtime.scheduler.stored import StoredPrefix
 from glm4_runtime.scoring import PromptScores
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ class Job:
         scores: log-probabilities of the prompt, filled during prefill. None: the request does not ask for them.
         buffer: tokens of prompt and output, int64 [prompt + limit].
         lease: the slot, from the start of prefill until the job ends or is parked.
+        stored: the prompt's part of the prefix cache on disk. None: there is none, or the prompt is too short.
         pending: the last token, while the mask after it is being computed.
     """
 
@@ -151,6 +153,7 @@ class Job:
             else PromptScores(request.prompt_ids, request.prompt_logprobs)
         )
         self.lease: Lease | None = None
+        self.stored: StoredPrefix | None = None
         self.pending: Pending | None = None
         self.admitted_at = time.monotonic()
         self.parked_at: float | None = None
@@ -158,6 +161,11 @@ class Job:
     @property
     def adapter(self) -> str | None:
         return self.request.adapter
+
+    @property
+    def sharing(self) -> tuple[str | None, str]:
+        """Adapter and group: jobs share prefixes if both are equal."""
+        return self.request.adapter, self.request.group
 
     @property
     def ids(self) -> Ids:
@@ -212,8 +220,10 @@ class Job:
 
     @property
     def waits(self) -> bool:
-        """Whether the job can do nothing until its mask is ready, its client reads, or it leaves the parked ones."""
-        return not (self.settles or (not self.parked and (self.rest or self.decodes)))
+        """Whether the job can do nothing until its mask is ready, its client reads, a piece of its prompt is read from
+        the disk, or it leaves the parked ones."""
+        reads = self.rest and not (self.stored is not None and self.stored.waits)
+        return not (self.settles or (not self.parked and (reads or self.decodes)))
 
     @property
     def parked(self) -> bool:

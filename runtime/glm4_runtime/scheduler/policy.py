@@ -2,6 +2,24 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BatchRules:
+    """How a batch shares its session.
+
+    Attributes:
+        step_tokens: maximum tokens of one step, prompts and decoding together.
+        prefix_cache: whether slots keep their contents for prompts with the same prefix.
+        speculation: whether drafts from its own text may speed up a single request.
+        most_parked: maximum number of parked jobs.
+    """
+
+    step_tokens: int
+    prefix_cache: bool
+    speculation: bool
+    most_parked: int
 
 
 def prefill_budget(step_tokens: int, decoding: int) -> int:

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from glm4_runtime.errors import BusyError, Glm4Error, QueueFullError, RequestError, StoppedError
 from glm4_runtime.generate import Continuation, Vocabulary
+from glm4_runtime.prefix_store import PrefixStore
 from glm4_runtime.scheduler.api import MOST_TOP_LOGPROBS, Event, Failed, Request, SchedulerStats
-from glm4_runtime.scheduler.batch import Batch, BatchRules
+from glm4_runtime.scheduler.batch import Batch
 from glm4_runtime.scheduler.failures import model_error, overdue
 from glm4_runtime.scheduler.figures import Figures
 from glm4_runtime.scheduler.job import Job, Ticket
-from glm4_runtime.scheduler.policy import retry_after
+from glm4_runtime.scheduler.policy import BatchRules, retry_after
 from glm4_runtime.scheduler.view import SchedulerView, view_of
 from glm4_runtime.session import Session
 
@@ -49,6 +50,7 @@ class Scheduler:
         max_queue: int = 64,
         prefix_cache: bool = True,
         speculation: bool = True,
+        store: PrefixStore | None = None,
     ) -> None:
         """
         Args:
@@ -57,6 +59,7 @@ class Scheduler:
             max_queue: maximum number of requests that wait for a slot.
             prefix_cache: whether slots keep their contents for prompts with the same prefix.
             speculation: whether drafts from its own text may speed up a single request.
+            store: the prefix cache on disk; :meth:`stop` closes the store.
         """
         if session.manifest.task != "causal-lm":
             raise RequestError(
@@ -79,7 +82,8 @@ class Scheduler:
         rules = BatchRules(step_tokens, prefix_cache, speculation, most_parked=max_queue)
         self._errands: deque[_Errand] = deque()
         self._adapters = set(session.adapters)  # that new requests may name
-        self._batch = Batch(session, self._figures, self._wake, rules)
+        self._batch = Batch(session, self._figures, self._wake, rules, store)
+        self._store = store
 
     def start(self) -> None:
         """Start the thread. Requests may be submitted before."""
@@ -186,6 +190,8 @@ class Scheduler:
             self._end_everything(StoppedError("the scheduler never started"))
         else:
             self._thread.join()
+        if self._store is not None:
+            self._store.close()
 
     def stats(self) -> SchedulerStats:
         """The current statistics; callable from any thread."""

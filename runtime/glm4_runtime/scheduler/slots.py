@@ -4,7 +4,9 @@ import itertools
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy.typing as npt
 
 from glm4_runtime.errors import SlotError
 from glm4_runtime.generate import Logits
@@ -23,6 +25,7 @@ class Lease:
         fed: number of these tokens in the slot.
         cached: number of these tokens that were in the slot when the lease began.
         adapter: the LoRA adapter whose keys and values the slot holds. None: the base model's.
+        group: as in the sequence's request.
     """
 
     slot: int
@@ -30,6 +33,7 @@ class Lease:
     fed: int = 0
     cached: int = 0
     adapter: str | None = None
+    group: str = ""
 
     @property
     def held(self) -> Ids:
@@ -39,11 +43,13 @@ class Lease:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """The tokens that a slot holds after its sequence ended, for one adapter. A higher ``used`` means a later use."""
+    """The tokens that a slot holds after its sequence ended, for one adapter and one group of requests. A higher
+    ``used`` means a later use."""
 
     held: Ids
     used: int
     adapter: str | None = None
+    group: str = ""
 
 
 class Slots:
@@ -63,17 +69,20 @@ class Slots:
         """The owner of each slot; None: nobody."""
         return tuple(self._owners)
 
-    def lease(self, ids: Ids, reusable: int, adapter: str | None = None) -> Lease:
+    def lease(self, ids: Ids, reusable: int, adapter: str | None = None, group: str = "") -> Lease:
         """Give the sequence ``ids`` a slot, and reuse the longest prefix of its first ``reusable`` tokens that a slot
-        holds for the same adapter.
+        holds for the same adapter and the same group of requests.
 
         The caller guarantees fewer leases than slots. If no slot is free, a kept one is evicted.
         """
-        kept, free = self._kept(adapter), [slot for slot, owner in enumerate(self._owners) if owner is None]
-        placed = place(ids[:reusable], kept, self._live(adapter), free)
+        kept, free = (
+            self._kept(adapter, group),
+            [slot for slot, owner in enumerate(self._owners) if owner is None],
+        )
+        placed = place(ids[:reusable], kept, self._live(adapter, group), free)
         if placed.source in kept:
-            self._owners[placed.source] = Kept(kept[placed.source], next(self._uses), adapter)
-        lease = Lease(placed.slot, ids, placed.length, placed.length, adapter)
+            self._owners[placed.source] = Kept(kept[placed.source], next(self._uses), adapter, group)
+        lease = Lease(placed.slot, ids, placed.length, placed.length, adapter, group)
         self._owners[placed.slot] = lease  # from here on the slot has this owner, even if the session fails
         try:
             self._fill(placed, adapter)
@@ -83,10 +92,12 @@ class Slots:
             self._start_empty(placed.slot, adapter)
         return lease
 
-    def should_wait(self, prompt: Ids, coming: Iterable[Ids], adapter: str | None = None) -> bool:
-        """Whether the prompts ``coming`` of the same adapter will soon offer a much longer prefix of ``prompt`` than
-        the slots hold now."""
-        there = (*self._kept(adapter).values(), *self._live(adapter).values())
+    def should_wait(
+        self, prompt: Ids, coming: Iterable[Ids], adapter: str | None = None, group: str = ""
+    ) -> bool:
+        """Whether the prompts ``coming`` of the same adapter and group will soon offer a much longer prefix of
+        ``prompt`` than the slots hold now."""
+        there = (*self._kept(adapter, group).values(), *self._live(adapter, group).values())
         return self._shares and should_wait(prompt, there, coming)
 
     def feed(self, lease: Lease, count: int, logits: Literal["last", "all"] = "last") -> Logits:
@@ -97,6 +108,18 @@ class Slots:
         rows = self._session.prefill(lease.slot, lease.ids[lease.fed : stop], logits)
         lease.fed = stop
         return rows
+
+    def restore(self, lease: Lease, block: npt.NDArray[Any]) -> None:
+        """Append keys and values [2 * layers, Hkv, tokens, D] of a sequence's next tokens, which another lease ran."""
+        self._require(lease)
+        self._session.append_positions(lease.slot, block)
+        lease.fed += block.shape[2]
+        lease.cached += block.shape[2]
+
+    def read(self, lease: Lease, start: int, stop: int) -> npt.NDArray[Any]:
+        """Copy keys and values [2 * layers, Hkv, tokens, D] of some tokens of a sequence."""
+        self._require(lease)
+        return self._session.read_positions(lease.slot, start, stop)
 
     def decode(self, leases: Sequence[Lease]) -> tuple[list[Lease], Logits]:
         """Run the next token of each sequence in one step. A failed step changes no slot.
@@ -138,7 +161,7 @@ class Slots:
             self._empty(lease.slot)
         elif self._shares and lease.fed >= WORTH_SHARING:
             self._session.truncate(lease.slot, lease.fed)
-            self._owners[lease.slot] = Kept(lease.held.copy(), next(self._uses), lease.adapter)
+            self._owners[lease.slot] = Kept(lease.held.copy(), next(self._uses), lease.adapter, lease.group)
         else:
             self._session.release(lease.slot)
 
@@ -162,18 +185,21 @@ class Slots:
         if self._owners[lease.slot] is not lease:
             raise SlotError(f"slot {lease.slot} belongs to another sequence by now")
 
-    def _kept(self, adapter: str | None) -> dict[int, Ids]:
-        """The contents of kept slots, least recently used first. A slot of another adapter has nothing to share."""
+    def _kept(self, adapter: str | None, group: str) -> dict[int, Ids]:
+        """The contents of kept slots, least recently used first. A slot of another adapter or group has nothing to
+        share."""
         kept = [(slot, owner) for slot, owner in enumerate(self._owners) if isinstance(owner, Kept)]
         return {
-            slot: owner.held if owner.adapter == adapter else owner.held[:0]
+            slot: owner.held if (owner.adapter, owner.group) == (adapter, group) else owner.held[:0]
             for slot, owner in sorted(kept, key=lambda entry: entry[1].used)
         }
 
-    def _live(self, adapter: str | None) -> dict[int, Ids]:
-        """The contents of leased slots of an adapter, if they may be copied."""
+    def _live(self, adapter: str | None, group: str) -> dict[int, Ids]:
+        """The contents of leased slots of an adapter and a group, if they may be copied."""
         leases = [owner for owner in self._owners if isinstance(owner, Lease)] if self._shares else []
-        return {lease.slot: lease.held for lease in leases if lease.adapter == adapter}
+        return {
+            lease.slot: lease.held for lease in leases if (lease.adapter, lease.group) == (adapter, group)
+        }
 
     def _fill(self, placed: Placement, adapter: str | None) -> None:
         """Put the prefix into a slot."""

@@ -1,7 +1,8 @@
 """The LoRA adapters that a session has loaded, and the arrays that its graph reads."""
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class AdapterTable(abc.ABC):
 
     Attributes:
         arrays: the graph's inputs, except ``adapter_rows``. Both methods that change them may replace arrays.
+        digests: SHA-256 of the matrices of each loaded adapter.
     """
 
     none: int  # in ``adapter_rows``, for a sequence without an adapter
@@ -36,6 +38,7 @@ class AdapterTable(abc.ABC):
     def __init__(self, manifest: Manifest, slots: AdapterSlots) -> None:
         self._manifest, self._slots = manifest, slots
         self.arrays: Arrays = {}
+        self.digests: dict[str, str] = {}
 
     @property
     @abc.abstractmethod
@@ -71,12 +74,14 @@ class AdapterTable(abc.ABC):
                 f"all {self._slots.count} adapter slots of this bundle are in use ({some(self.names)}); unload one first, "
                 "or export with a higher --lora-slots"
             )
+        digest = hashlib.sha256()
         try:
-            self._add(name, read_parts(folder, self._manifest, self._slots))
+            self._add(name, _hashed(read_parts(folder, self._manifest, self._slots), digest))
         except MemoryError as error:
             raise CheckpointError(
                 f"there is no memory for the adapter {folder}; unload another one"
             ) from error
+        self.digests[name] = digest.hexdigest()
 
     def numbers(self, names: Iterable[str | None]) -> npt.NDArray[np.int64]:
         """``adapter_rows`` for sequences with these adapters."""
@@ -175,6 +180,15 @@ class StackedAdapters(AdapterTable):
             used = max(1, *(int(np.flatnonzero(one.any(axis=1)).max(initial=-1)) + 1 for one in left))
             self.arrays |= {keys[0]: right[:, :, :used].copy(), keys[1]: left[:, :used].copy()}
         self._held.remove(name)
+
+
+def _hashed(parts: Iterable[AdapterPart], digest: "hashlib._Hash") -> Iterator[AdapterPart]:
+    """The parts, of which each is added to ``digest``."""
+    for part in parts:
+        for array in (part.right, part.left):
+            digest.update(repr((part.matrix, part.first, array.shape)).encode())
+            digest.update(array.tobytes())
+        yield part
 
 
 def make_table(manifest: Manifest, slots: AdapterSlots) -> AdapterTable:

@@ -21,7 +21,7 @@ from glm4_runtime.kv_cache import Move, SlotTable
 from glm4_runtime.sampling import SamplingParams, TokenMask
 from glm4_runtime.scoring import LogLikelihood, log_likelihoods, rolling_log_likelihood
 from glm4_runtime.session.checks import require_task, require_tokens
-from glm4_runtime.session.slot_adapters import SlotAdapters
+from glm4_runtime.session.positions import SlotPositions
 from glm4_runtime.session.slot_steps import SlotSteps
 from glm4_runtime.side_files import check_bundle
 from glm4_runtime.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ from glm4_runtime.tokenizer import Tokenizer
 DEFAULT_CHUNK = 512
 
 
-class Session(SlotAdapters, abc.ABC):
+class Session(SlotPositions, abc.ABC):
     """One opened bundle. Not thread-safe: one thread drives a session.
 
     Attributes:

@@ -81,6 +81,15 @@ class HostMemory(CacheMemory):
         for array in self.arrays:
             array[row] = 0
 
+    def read(self, row: int, start: int, stop: int) -> npt.NDArray[Any]:
+        """A copy of positions ``start`` ... ``stop`` - 1 of a row: [2 * layers, Hkv, positions, D]."""
+        return np.stack([array[row, :, start:stop] for array in self.arrays])
+
+    def write(self, row: int, start: int, block: npt.NDArray[Any]) -> None:
+        """Store what :meth:`read` gave, from position ``start`` on."""
+        for array, part in zip(self.arrays, block, strict=True):
+            array[row, :, start : start + block.shape[2]] = part
+
     def views(self, first_row: int, count: int) -> list[tuple[str, str, Any, tuple[int, ...], int]]:
         rows = [array[first_row : first_row + count] for array in self.arrays]
         return [

@@ -1,6 +1,7 @@
 """The session for ONNX Runtime. The cache has one buffer for keys and one for values per layer, each bound as past
 and as present."""
 
+import hashlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -191,6 +192,7 @@ class OrtSession(GrowingSession):
                     options.register_custom_ops_library(path)
         except Exception as error:  # onnxruntime's exceptions have no common base class
             raise BundleError(f"ONNX Runtime {ort.__version__} cannot load {library}: {error}") from error
+        self._operators = library
         self._graphs = Graphs(ort, self.folder, options, provider)
         self._session = self._graphs.open(GRAPH)
         if self._session.get_providers()[0] != self.provider:
@@ -291,6 +293,11 @@ class OrtSession(GrowingSession):
             self._session = self._graphs.open(GRAPH)
             raise
 
+    def adapter_digest(self, name: str) -> str:
+        self._require_adapter(name)
+        assert self._table is not None
+        return self._table.digests[name]
+
     def _unload_adapter(self, name: str) -> None:
         assert self._table is not None
         self._table.unload(name)
@@ -328,6 +335,29 @@ class OrtSession(GrowingSession):
         except Exception as error:
             raise _failed(error) from error
         return result
+
+    # Positions on the host --------------------------------------------------------------------
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        operators = self._operators and hashlib.sha256(self._operators.read_bytes()).hexdigest()
+        return {
+            "provider": self.provider,
+            "onnxruntime": self._graphs.ort.__version__,
+            "operators": operators or "",
+        }
+
+    @property
+    def copies_positions(self) -> bool:
+        return self.manifest.kv_cache is not None and isinstance(self._cache, HostMemory)
+
+    def _read_row(self, row: int, start: int, stop: int) -> "npt.NDArray[Any]":
+        assert isinstance(self._cache, HostMemory)
+        return self._cache.read(row, start, stop)
+
+    def _write_row(self, row: int, start: int, block: "npt.NDArray[Any]") -> None:
+        assert isinstance(self._cache, HostMemory)
+        self._cache.write(row, start, block)
 
     def _move_row(self, move: Move) -> None:
         self._cache.move(move)

@@ -45,6 +45,11 @@ class SlotAdapters(abc.ABC):
             f"{self.folder} takes no adapters at run time; export it with --lora-slots 8, or merge the adapter with --lora"
         )
 
+    def adapter_digest(self, name: str) -> str:
+        """SHA-256 of the matrices of a loaded adapter. Raises :class:`RequestError` if there is no such adapter."""
+        self._require_adapter(name)
+        raise NotImplementedError
+
     def unload_adapter(self, name: str) -> None:
         """Free a loaded adapter.
 

@@ -1,0 +1,50 @@
+"""Everything that keys and values depend on, beside the tokens. Sequences with other facts share no file."""
+
+import functools
+import hashlib
+import json
+import platform
+from typing import Any
+
+from glm4_runtime.session.base import Session
+
+_ROUNDS = 100_000  # of PBKDF2, so that a cache folder does not reveal a short API key
+
+
+def facts_of(session: Session, adapter: str | None, group: str) -> str:
+    """The facts as JSON, always with the same text for the same facts.
+
+    Args:
+        adapter: the LoRA adapter's name; its contents count, and not its name.
+        group: who may share prefixes, as :func:`group_of` gives it. Empty: everybody.
+    """
+    manifest = session.manifest
+    facts = {
+        "bundle": bundle_digest(session),
+        "adapter": "" if adapter is None else session.adapter_digest(adapter),
+        "group": group,
+        "cache": manifest.kv_cache,
+        "rope": _rope(manifest.config),
+        "target": manifest.target,
+        "kernels": dict(session.kernels),
+        "machine": platform.machine(),
+    }
+    return json.dumps(facts, sort_keys=True, separators=(",", ":"))
+
+
+def bundle_digest(session: Session) -> str:
+    """SHA-256 over the names and hashes of the bundle's files: graph, weights and tokenizer."""
+    files = sorted((name, entry.sha256) for name, entry in session.manifest.files.items())
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def group_of(key_digest: bytes) -> str:
+    """The name of the group of requests with this API key. Empty without a key."""
+    if not key_digest:
+        return ""
+    return hashlib.pbkdf2_hmac("sha256", key_digest, b"glm4-deploy prefix cache", _ROUNDS).hex()
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if "rope" in name or "rotary" in name}

@@ -23,9 +23,11 @@ HELP_EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "serve": (
         ("on this machine", "serve BUNDLE --port 8000"),
         ("for others, with API keys", "serve BUNDLE --host 0.0.0.0 --api-key-file keys.txt"),
+        ("with a prefix cache that outlives the process", "serve BUNDLE --cache DIR --cache-bytes 20G"),
         ("by four replicas", "serve BUNDLE --replicas 4"),
     ),
     "chat": (("in the terminal", "chat BUNDLE"),),
+    "cache": (("what is stored", "cache DIR"), ("free the disk", "cache DIR --clear")),
     "triton": (("a repository with one model", "triton BUNDLE models --name glm4"),),
     "bench": (("prompts of 512 tokens, one sequence", "bench BUNDLE --prefill 512 --batch 1"),),
     "bench-serve": (("8 clients at once", "bench-serve http://127.0.0.1:8000 --clients 8"),),

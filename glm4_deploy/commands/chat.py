@@ -10,6 +10,7 @@ import click
 from glm4_deploy import folders, interrupts, show, streams
 from glm4_deploy.adapters import apply_adapter, run_time_lora_option
 from glm4_deploy.commands.text import TEXT_ARGUMENT
+from glm4_deploy.prefix_cache import cache_options, opened
 from glm4_deploy.typed import is_command, message_reader
 from glm4_runtime.errors import RequestError
 
@@ -43,6 +44,7 @@ _THOUGHT, _PLAIN = "\x1b[2m", "\x1b[0m"
 @click.option("--seed", type=int, help="Seed of the sampling. Default: a random one.")
 @click.option("--hide-thoughts", is_flag=True, help="Hide the thinking.")
 @run_time_lora_option
+@cache_options
 @click.option(
     "--provider",
     metavar="NAME",
@@ -60,6 +62,8 @@ def command(
     system: str | None,
     hide_thoughts: bool,
     lora: str | None,
+    cache: Path | None,
+    cache_bytes: int,
     provider: str | None,
     threads: int | None,
     max_seq_len: int | None,
@@ -83,10 +87,11 @@ def command(
     ) as session:
         apply_adapter(session, lora)
         show.print_warnings(session.warnings)
-        dialogue = Dialogue(session, params, system)
-        if sys.stdin.isatty():
-            click.echo(_HELP, err=True)
-        _talk(dialogue, hide_thoughts)
+        with opened(session, cache, cache_bytes) as store:
+            dialogue = Dialogue(session, params, system, store)
+            if sys.stdin.isatty():
+                click.echo(_HELP, err=True)
+            _talk(dialogue, hide_thoughts)
 
 
 def _talk(dialogue: "Dialogue", hide_thoughts: bool) -> None:

@@ -11,6 +11,7 @@ import click
 from glm4_deploy import folders, show, streams
 from glm4_deploy.adapters import apply_adapter, run_time_lora_option
 from glm4_deploy.commands.text import TEXT_ARGUMENT
+from glm4_deploy.prefix_cache import cache_options, opened
 from glm4_runtime.errors import BundleError, RequestError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 )
 @click.option("--ignore-eos", is_flag=True, help="Continue after end-of-sequence tokens.")
 @run_time_lora_option
+@cache_options
 @click.option(
     "--provider",
     metavar="NAME",
@@ -76,6 +78,8 @@ def command(
     system: str | None,
     stream: bool,
     lora: str | None,
+    cache: Path | None,
+    cache_bytes: int,
     provider: str | None,
     threads: int | None,
     max_seq_len: int | None,
@@ -107,15 +111,16 @@ def command(
         ids, ends = _prompt(bundle, session, text, chat, system)
         if not params.ignore_eos:
             params = replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
-        start = time.monotonic()
-        first = start
-        tokens: list[Token] = []
-        for token in session.generate(ids, params):
-            first = first if tokens else time.monotonic()
-            tokens.append(token)
-            if stream:
-                print(token.text, end="", flush=True)
-        end = time.monotonic()
+        with opened(session, cache, cache_bytes) as store:
+            start = time.monotonic()
+            first = start
+            tokens: list[Token] = []
+            for token in session.generate(ids, params, store=store):
+                first = first if tokens else time.monotonic()
+                tokens.append(token)
+                if stream:
+                    print(token.text, end="", flush=True)
+            end = time.monotonic()
     if as_json:
         show.print_json(_report(session, ids, tokens, _Times(opening, start, first, end)))
     else:

@@ -9,6 +9,7 @@ import click
 
 from glm4_deploy import folders, hub, interrupts
 from glm4_deploy.commands.text import TEXT_ARGUMENT
+from glm4_deploy.prefix_cache import cache_options
 from glm4_deploy.show import shown_progress
 from glm4_runtime.errors import BundleError
 from glm4_runtime.install import install_command
@@ -92,6 +93,12 @@ def _with_adapters(options: "ServerOptions") -> "ServerOptions":
     "--allow-lora-loading",
     is_flag=True,
     help="Let /v1/load_lora_adapter read adapters from any folder of this machine, and /v1/unload_lora_adapter free them.",
+)
+@cache_options
+@click.option(
+    "--cache-shared",
+    is_flag=True,
+    help="Share prefixes among requests of all API keys, in memory and in --cache. Default: within one key.",
 )
 @click.option(
     "--max-queue",

@@ -8,6 +8,8 @@ from glm4_runtime.arrays import Logits
 from glm4_runtime.chat_prompts import ChatPrompts
 from glm4_runtime.errors import BundleError, RequestError
 from glm4_runtime.generate import FinishReason, Vocabulary, generate
+from glm4_runtime.prefix_store.single import prefill
+from glm4_runtime.prefix_store.store import PrefixStore
 from glm4_runtime.reasoning import ThoughtSplitter, begins_inside
 from glm4_runtime.sampling import SamplingParams
 from glm4_runtime.session import Session
@@ -31,7 +33,17 @@ class Dialogue:
         prompt_tokens, cached_tokens: tokens of the last turn's prompt, and how many of them came from the cache.
     """
 
-    def __init__(self, session: Session, params: SamplingParams, system: str | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        params: SamplingParams,
+        system: str | None = None,
+        store: PrefixStore | None = None,
+    ) -> None:
+        """
+        Args:
+            store: the prefix cache on disk, from which turns may start.
+        """
         if session.tokenizer is None:
             raise BundleError(f"{session.folder} has no tokenizer.json; add it and export again")
         self._session, self._system = session, system
@@ -40,7 +52,7 @@ class Dialogue:
         if not params.ignore_eos:
             params = replace(params, stop_token_ids=(*params.stop_token_ids, *self._prompts.ends))
         self._params = params
-        self._steps = _KeptSlot(session)
+        self._steps = _KeptSlot(session, store)
         self.messages: list[dict[str, Any]] = []
         self.prompt_tokens = self.cached_tokens = 0
         self.forget()
@@ -74,11 +86,12 @@ class Dialogue:
     def _turn(self) -> Iterator[TurnPiece]:
         prompt, ids = self._prompts.prompt(self.messages)
         self._steps.keep(ids)
-        self.prompt_tokens, self.cached_tokens = len(ids), len(self._steps.held)
+        self.prompt_tokens = len(ids)
         tokens = generate(self._steps, self._vocabulary, self._params, ids, self._session.max_seq_len)
         splitter = ThoughtSplitter(begins_inside(prompt.text))
         try:
             for token in tokens:
+                self.cached_tokens = self._steps.cached
                 thought, answer = splitter.push(token.text)
                 if token.finish_reason is not None:
                     last = splitter.flush()
@@ -92,10 +105,11 @@ class Dialogue:
 class _KeptSlot:
     """One slot, as :class:`Steps`. It keeps the prefix that the next prompt shares."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, session: Session, store: PrefixStore | None) -> None:
+        self._session, self._store = session, store
         self._slot = session.free_slots()[0]
         self.held: list[int] = []
+        self.cached = 0  # tokens of the last prompt that were not computed
 
     def keep(self, prompt: Sequence[int]) -> None:
         """Truncate the slot to the common prefix with ``prompt``. Its last token always runs again, for its logits."""
@@ -108,7 +122,7 @@ class _KeptSlot:
             del self.held[common:]
 
     def prefill(self, ids: Sequence[int]) -> Logits:
-        logits: Logits = self._session.prefill(self._slot, ids[len(self.held) :])[0]
+        logits, self.cached = prefill(self._session, self._store, self._slot, ids)
         self.held = list(ids)
         return logits
 

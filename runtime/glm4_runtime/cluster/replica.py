@@ -19,6 +19,8 @@ from glm4_runtime.cluster.order import Action, Identity, Order, ReplicaReport
 from glm4_runtime.cluster.ray_module import require_ray
 from glm4_runtime.cluster.work import ReplicaWork
 from glm4_runtime.errors import Glm4Error, ReplicaError
+from glm4_runtime.prefix_store.limits import DEFAULT_BYTES
+from glm4_runtime.prefix_store.store import PrefixStore
 from glm4_runtime.scheduler import Scheduler
 from glm4_runtime.session import Session
 from glm4_runtime.trace_options import TraceOptions, started
@@ -39,6 +41,8 @@ class ReplicaOptions:
         session: options of ``Session.open``.
         traces: where the replica sends its spans. None: it makes none.
         adapters: name and folder of each LoRA adapter; the folders must exist under these paths on each node.
+        cache: folder of the prefix cache on disk; replicas on one machine share the folder. None: there is none.
+        cache_bytes: maximum size of the folder.
     """
 
     bundle: str
@@ -47,6 +51,8 @@ class ReplicaOptions:
     session: dict[str, Any] = field(default_factory=dict)
     traces: TraceOptions | None = None
     adapters: tuple[tuple[str, str], ...] = ()
+    cache: Path | None = None
+    cache_bytes: int = DEFAULT_BYTES
 
 
 class ReplicaActor:
@@ -59,7 +65,10 @@ class ReplicaActor:
         for name, folder in options.adapters:
             self._session.load_adapter(name, folder)
         self._adapters = options.adapters
-        scheduler = Scheduler(self._session, max_queue=options.max_queue)
+        store = None
+        if options.cache is not None:
+            store = PrefixStore(options.cache, options.cache_bytes, self._session)
+        scheduler = Scheduler(self._session, max_queue=options.max_queue, store=store)
         self._work = ReplicaWork(self._session, scheduler, options.ends, traces)
 
     def describe(self) -> tuple[Identity, int, int]:

@@ -80,6 +80,8 @@ def _maker(served: ServedModel, cluster: ClusterOptions, gpus: int) -> Callable[
         session_options(served.session.manifest, cluster),
         _traces(served.options),
         tuple((name, str(Path(folder).resolve())) for name, folder in served.options.adapter_folders.items()),
+        served.options.cache and served.options.cache.resolve(),
+        served.options.cache_bytes,
     )
     # an actor that hangs in a step without releasing Python's lock leaves its reports unanswered
     patience = cluster.step_timeout + 10

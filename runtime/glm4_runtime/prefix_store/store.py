@@ -22,9 +22,6 @@ from glm4_runtime.session.base import Session
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BYTES = 20 * 10**9
-# Shorter prompts are not stored: to compute them takes a few steps, and most prompts are short and never come back.
-LEAST_TOKENS = 256
 _MOST_QUEUED = 256 << 20  # bytes that wait to be written; further pieces are dropped
 _PAUSE = 60.0  # seconds without writing after the disk refused
 _SLACK = 64  # a shrink frees 1/64 more than it must, so that not each write needs one

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from glm4_runtime.errors import Glm4Error
 from glm4_runtime.generate import Logits
-from glm4_runtime.prefix_store import TOKENS, PrefixStore
+from glm4_runtime.prefix_store.piece import TOKENS
+from glm4_runtime.prefix_store.store import PrefixStore
 from glm4_runtime.scheduler.api import Event, Failed, Generated, Started
 from glm4_runtime.scheduler.drafts import WIDTHS, Speculation, look_up
 from glm4_runtime.scheduler.failures import model_error, overdue, unread

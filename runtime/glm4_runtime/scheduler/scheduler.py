@@ -11,7 +11,7 @@ from pathlib import Path
 
 from glm4_runtime.errors import BusyError, Glm4Error, QueueFullError, RequestError, StoppedError
 from glm4_runtime.generate import Continuation, Vocabulary
-from glm4_runtime.prefix_store import PrefixStore
+from glm4_runtime.prefix_store.store import PrefixStore
 from glm4_runtime.scheduler.api import MOST_TOP_LOGPROBS, Event, Failed, Request, SchedulerStats
 from glm4_runtime.scheduler.batch import Batch
 from glm4_runtime.scheduler.failures import model_error, overdue

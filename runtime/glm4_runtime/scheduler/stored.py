@@ -4,9 +4,10 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from glm4_runtime.prefix_store import TOKENS, PrefixStore
 from glm4_runtime.prefix_store.chain import Chain, Reading
-from glm4_runtime.prefix_store.store import LEAST_TOKENS
+from glm4_runtime.prefix_store.limits import LEAST_TOKENS
+from glm4_runtime.prefix_store.piece import TOKENS
+from glm4_runtime.prefix_store.store import PrefixStore
 from glm4_runtime.scheduler.figures import Figures
 from glm4_runtime.scheduler.prefix_cache import WORTH_SHARING
 from glm4_runtime.scheduler.slots import Lease, Slots

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from glm4_runtime.server import lanes, log
+from glm4_runtime.server import lanes, log, sharing
 from glm4_runtime.server.bodies import Bodies
 from glm4_runtime.server.error_forms import error_response
 from glm4_runtime.server.errors import ApiError
@@ -118,6 +118,7 @@ class Guarded:
             self._require_host(headers)
             if scope["path"] not in _OPEN:
                 scope[_KEY] = self._require_key(headers)
+                sharing.note_key(scope[_KEY])
             async with self._bodies.reading(_declared_length(headers), receive) as body:
                 lanes.note_body(len(body))
                 await self._app(scope, _replayed(body, receive), send)

@@ -28,6 +28,7 @@ _SCHEDULER = (
     ("slots", "glm4_slots", GaugeMetricFamily, "Slots of the session."),
     ("prompt_tokens", "glm4_prompt_tokens", CounterMetricFamily, "Prompt tokens taken."),
     ("cached_tokens", "glm4_cached_prompt_tokens", CounterMetricFamily, "Of these, reused from the cache."),
+    ("stored_tokens", "glm4_disk_cached_prompt_tokens", CounterMetricFamily, "Of these, read from the disk."),
     ("generated_tokens", "glm4_generated_tokens", CounterMetricFamily, "Tokens generated."),
     ("drafted_tokens", "glm4_drafted_tokens", CounterMetricFamily, "Tokens guessed by prompt lookup."),
     ("accepted_tokens", "glm4_accepted_tokens", CounterMetricFamily, "Of these, accepted by the model."),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from glm4_runtime.errors import RequestError, some
+from glm4_runtime.prefix_store.limits import DEFAULT_BYTES
 from glm4_runtime.trace_options import TraceOptions, require_traces
 
 KEYS_VARIABLE = "GLM4_API_KEYS"
@@ -17,7 +18,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 LOG_LEVELS = ("debug", "info", "warning")
 
-_COUNTS = ("max_body_bytes", "max_choices", "max_queue")
+_COUNTS = ("max_body_bytes", "max_choices", "max_queue", "cache_bytes")
 _TIMES = (
     "request_timeout",
     "header_timeout",
@@ -43,6 +44,9 @@ class ServerOptions:
         max_prompt_tokens: maximum tokens of a prompt; by default the session's limit.
         max_choices: maximum number of replies of one request, over all its prompts.
         max_queue: maximum number of requests that wait for a slot.
+        cache: the folder of the prefix cache on disk. None: there is none.
+        cache_bytes: its maximum size.
+        cache_shared: whether requests of all API keys share prefixes, in memory and on disk.
         max_stored: maximum number of responses of ``/v1/responses`` that are kept in memory; 0 keeps none.
         request_timeout: maximum seconds of a request.
         header_timeout: maximum seconds for the header of a request.
@@ -72,6 +76,9 @@ class ServerOptions:
     max_prompt_tokens: int | None = None
     max_choices: int = 16
     max_queue: int = 64
+    cache: Path | None = None
+    cache_bytes: int = DEFAULT_BYTES
+    cache_shared: bool = False
     max_stored: int = 1000
     request_timeout: float = 600.0
     header_timeout: float = 10.0

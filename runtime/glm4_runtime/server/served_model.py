@@ -14,9 +14,10 @@ from glm4_runtime.backend import Backend, OpenBundle
 from glm4_runtime.chat_template import ChatTemplate, require_control_tokens
 from glm4_runtime.defaults import read_sampling_defaults
 from glm4_runtime.errors import BundleError, DeadlineError, RequestError
+from glm4_runtime.prefix_store.store import PrefixStore
 from glm4_runtime.prompts import Prompt
 from glm4_runtime.scheduler import Request, Scheduler, SchedulerStats
-from glm4_runtime.server import adapters, log
+from glm4_runtime.server import adapters, log, sharing
 from glm4_runtime.server.adapters import ModelNames
 from glm4_runtime.server.conversation import Conversation
 from glm4_runtime.server.errors import ApiError
@@ -272,7 +273,10 @@ class ServedModel:
         """
         self.require_running()
         assert self._scheduler is not None
-        requests = [replace(one, id=log.record().get("id", ""), trace=dict(trace)) for one in requests]
+        group = "" if self.options.cache_shared else sharing.group()
+        requests = [
+            replace(one, id=log.record().get("id", ""), group=group, trace=dict(trace)) for one in requests
+        ]
         return RunningReplies(self._scheduler, requests, self.metrics, UnreadOfOne(self._unread, blocked))
 
     async def pooled(self, work: Callable[[], T], deadline: float) -> T:
@@ -305,7 +309,8 @@ def _local(session: OpenBundle, options: ServerOptions) -> Backend:
     assert isinstance(session, Session)
     for name, folder in options.adapter_folders.items():
         session.load_adapter(name, folder)
-    return Scheduler(session, max_queue=options.max_queue)
+    store = None if options.cache is None else PrefixStore(options.cache, options.cache_bytes, session)
+    return Scheduler(session, max_queue=options.max_queue, store=store)
 
 
 def _conversation(folder: Path, tokenizer: Tokenizer) -> Conversation | None:

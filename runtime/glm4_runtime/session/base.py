@@ -7,7 +7,7 @@ import abc
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from glm4_runtime.session.positions import SlotPositions
 from glm4_runtime.session.slot_steps import SlotSteps
 from glm4_runtime.side_files import check_bundle
 from glm4_runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from glm4_runtime.prefix_store.store import PrefixStore
 
 DEFAULT_CHUNK = 512
 
@@ -269,15 +272,22 @@ class Session(SlotPositions, abc.ABC):
         return rolling_log_likelihood(self, token_ids, context)
 
     def generate(
-        self, token_ids: Sequence[int], params: SamplingParams | None = None, mask: TokenMask | None = None
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        mask: TokenMask | None = None,
+        store: "PrefixStore | None" = None,
     ) -> Iterator[Token]:
         """Continue a prompt; yields each token with its id and the text it completes.
+
+        Args:
+            store: the prefix cache on disk, from which the prompt may start.
 
         Takes a free slot until the iterator is exhausted or closed.
         """
         require_task(self.manifest, "causal-lm", "generate")
         require_tokens(token_ids, self.manifest.model.vocab_size)
-        steps = SlotSteps(self)
+        steps = SlotSteps(self, store)
         vocabulary = Vocabulary.of(self.manifest.model, self.tokenizer)
         tokens = generate(
             steps, vocabulary, params or SamplingParams(), list(token_ids), self.max_seq_len, mask

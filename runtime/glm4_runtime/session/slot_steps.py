@@ -6,20 +6,22 @@ from typing import TYPE_CHECKING
 from glm4_runtime.arrays import Logits
 
 if TYPE_CHECKING:
+    from glm4_runtime.prefix_store.store import PrefixStore
     from glm4_runtime.session.base import Session
 
 
 class SlotSteps:
     """One slot of a session as :class:`Steps`; taken at the first step."""
 
-    def __init__(self, session: "Session") -> None:
-        self._session = session
+    def __init__(self, session: "Session", store: "PrefixStore | None" = None) -> None:
+        self._session, self._store = session, store
         self._slot: int | None = None
 
     def prefill(self, ids: Sequence[int]) -> Logits:
+        from glm4_runtime.prefix_store.single import prefill  # imports sessions
+
         self._slot = self._session.next_slot()
-        logits: Logits = self._session.prefill(self._slot, ids)[0]
-        return logits
+        return prefill(self._session, self._store, self._slot, ids)[0]
 
     def decode(self, token: int) -> Logits:
         assert self._slot is not None

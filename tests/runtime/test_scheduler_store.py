@@ -1,0 +1,233 @@
+"""Prompts that start from the prefix cache on disk have the same tokens as computed ones."""
+
+import numpy as np
+import pytest
+from checkpoints import tiny_config, write_checkpoint
+
+from glm4_deploy.pipeline import ExportOptions, export
+from glm4_runtime import Session
+from glm4_runtime.errors import BundleError
+from glm4_runtime.prefix_store.piece import TOKENS
+from glm4_runtime.prefix_store.store import PrefixStore
+from glm4_runtime.sampling import SamplingParams
+from glm4_runtime.scheduler import Failed, Generated, Request, Scheduler, Started
+
+GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+SAMPLED = SamplingParams(max_tokens=8, temperature=1.0, seed=11, ignore_eos=True)
+
+
+def ids(count, seed=0):
+    return tuple(np.random.default_rng(seed).integers(4, 300, count).tolist())
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """A random model with room for 2048 positions, by the type of its KV cache."""
+    folder = tmp_path_factory.mktemp("stored")
+    checkpoint = write_checkpoint(folder / "checkpoint", tiny_config(max_position_embeddings=2048))
+    for kind in ("auto", "int8"):
+        options = ExportOptions(target="cpu", kv_cache=kind, max_batch_size=4, parity=False)
+        export(checkpoint, folder / kind, options)
+    return {"float32": folder / "auto", "int8": folder / "int8"}
+
+
+@pytest.fixture(params=["float32", "int8"])
+def bundle(request, bundles):
+    return bundles[request.param]
+
+
+class Run:
+    """One process' life: a session, a scheduler, and a store in ``folder``."""
+
+    def __init__(self, bundle, folder=None, chunk=512, **options):
+        self.session = Session.open(bundle)
+        self.session.prefill_chunk = chunk
+        self.fed = 0
+        prefill = self.session.prefill
+
+        def counted(slot, tokens, logits="last"):
+            self.fed += len(tokens)
+            return prefill(slot, tokens, logits)
+
+        self.session.prefill = counted
+        self.store = None if folder is None else PrefixStore(folder, 10**9, self.session)
+        self.scheduler = Scheduler(self.session, store=self.store, speculation=False, **options)
+        self.scheduler.start()
+
+    def ask(self, *requests):
+        """The token ids of each request; all run together."""
+        events = [[] for _ in requests]
+        tickets = [
+            self.scheduler.submit(one, into.append) for one, into in zip(requests, events, strict=True)
+        ]
+        wait_for(lambda: all(into and into[-1].last for into in events))
+        del tickets
+        assert not [event for into in events for event in into if isinstance(event, Failed)]
+        self.cached = [event.cached_tokens for into in events for event in into if isinstance(event, Started)]
+        return [[event.token.id for event in into if isinstance(event, Generated)] for into in events]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.scheduler.stop()
+        self.session.close()
+
+
+def wait_for(condition, seconds=60.0):
+    import time
+
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_second_process_starts_warm_with_the_same_tokens(bundle, tmp_path, params):
+    request = Request(ids(300), params)
+    with Run(bundle) as run:
+        cold = run.ask(request)
+        assert run.fed == 300
+    with Run(bundle, tmp_path / "cache") as run:
+        assert run.ask(request) == cold
+    with Run(bundle, tmp_path / "cache") as run:
+        assert run.ask(request) == cold
+        assert (run.fed, run.cached) == (300 - 256, [256])
+        stats = run.scheduler.stats()
+        assert (stats.cached_tokens, stats.stored_tokens) == (256, 256)
+
+
+@pytest.mark.parametrize("length", [256, 257, 319, 320, 321, 384])
+def test_prompts_shorter_and_longer_than_the_files(bundle, tmp_path, length):
+    """Only whole pieces are stored, and the last token of a prompt is always computed."""
+    with Run(bundle, tmp_path / "cache", chunk=100, step_tokens=70) as run:
+        run.ask(Request(ids(320), GREEDY))
+    request = Request(ids(384)[:length], SAMPLED)
+    with Run(bundle) as run:
+        cold = run.ask(request)
+    with Run(bundle, tmp_path / "cache", chunk=37) as run:
+        assert run.ask(request) == cold
+        assert run.fed == length - min(length - 1, 320, length // TOKENS * TOKENS)
+
+
+def test_rows_from_the_disk_have_the_bits_of_computed_ones(bundle, tmp_path):
+    request = Request(ids(320), GREEDY)
+    with Run(bundle, tmp_path / "cache", step_tokens=50) as run:
+        run.ask(request)
+    with Run(bundle, tmp_path / "cache") as run:
+        run.ask(request)
+        assert run.cached == [319]
+        warm = run.session.read_positions(0, 0, 320)
+    with Run(bundle, chunk=111) as run:
+        run.ask(request)
+        np.testing.assert_array_equal(run.session.read_positions(0, 0, 320), warm)
+
+
+def test_a_shared_system_prompt_is_read_for_other_questions(bundle, tmp_path):
+    system = ids(200)
+    with Run(bundle, tmp_path / "cache") as run:
+        run.ask(Request(system + ids(100, 1), GREEDY))
+    request = Request(system + ids(100, 2), GREEDY)
+    with Run(bundle) as run:
+        cold = run.ask(request)
+    with Run(bundle, tmp_path / "cache") as run:
+        assert run.ask(request) == cold
+        assert run.cached == [192]
+
+
+def test_the_next_turn_of_a_chat_is_stored_whole(bundle, tmp_path):
+    """Its beginning is in the slot already, and its middle was generated."""
+    first = ids(290)
+    with Run(bundle, tmp_path / "cache") as run:
+        (answer,) = run.ask(Request(first, SamplingParams(max_tokens=80, temperature=0, ignore_eos=True)))
+        second = first + tuple(answer) + ids(30, 1)
+        run.ask(Request(second, GREEDY))
+        assert run.cached == [369]
+    with Run(bundle, tmp_path / "cache") as run:
+        run.ask(Request(second, GREEDY))
+        assert run.cached == [384]
+
+
+def test_requests_of_other_groups_start_cold(bundle, tmp_path):
+    with Run(bundle, tmp_path / "cache") as run:
+        run.ask(Request(ids(300), GREEDY, group="a"))
+        run.ask(Request(ids(300), GREEDY, group="b"))
+        assert run.cached == [0]
+        run.ask(Request(ids(300), GREEDY, group="a"))
+        assert run.cached == [299]
+    with Run(bundle, tmp_path / "cache") as run:
+        run.ask(Request(ids(300), GREEDY, group="c"))
+        assert run.cached == [0]
+        run.ask(Request(ids(300), GREEDY, group="b"))
+        assert run.cached == [256]
+
+
+def test_a_piece_that_is_torn_is_computed_and_stored_again(bundle, tmp_path):
+    request = Request(ids(300), GREEDY)
+    with Run(bundle, tmp_path / "cache") as run:
+        cold = run.ask(request)
+        chain = run.store.chain(np.array(ids(300)), None, "")
+    chain.path(2).write_bytes(chain.path(2).read_bytes()[:-1])
+    for cached in (128, 256):
+        with Run(bundle, tmp_path / "cache") as run:
+            assert run.ask(request) == cold
+            assert run.cached == [cached]
+
+
+def test_many_requests_at_once_have_the_tokens_of_a_cold_run(bundles, tmp_path):
+    bundle, system = bundles["float32"], ids(150)
+    requests = [Request(system + ids(60 + 37 * n, n), SAMPLED) for n in range(12)]
+    with Run(bundle) as run:
+        cold = [run.ask(one)[0] for one in requests]
+    for _ in range(2):
+        with Run(bundle, tmp_path / "cache", step_tokens=90) as run:
+            assert run.ask(*requests) == cold
+    assert run.scheduler.stats().stored_tokens > 0
+
+
+def test_a_disk_that_cannot_be_written_fails_no_request(bundles, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("glm4_runtime.prefix_store.store.write_atomically", refuse)
+    with Run(bundles["float32"]) as run:
+        cold = run.ask(Request(ids(300), GREEDY))
+    with Run(bundles["float32"], tmp_path / "cache") as run:
+        assert run.ask(Request(ids(300), GREEDY)) == cold
+
+
+def test_a_cancelled_request_stops_reading(bundles, tmp_path):
+    with Run(bundles["float32"], tmp_path / "cache") as run:
+        run.ask(Request(ids(1000), GREEDY))
+    with Run(bundles["float32"], tmp_path / "cache") as run:
+        run.scheduler.submit(Request(ids(1000), GREEDY), lambda _: None).cancel()
+        run.ask(Request(ids(300, 5), GREEDY))
+        assert run.cached == [0]
+
+
+def test_scored_prompts_are_computed(bundles, tmp_path):
+    with Run(bundles["float32"], tmp_path / "cache") as run:
+        run.ask(Request(ids(300), GREEDY))
+    with Run(bundles["float32"], tmp_path / "cache") as run:
+        run.ask(Request(ids(300), GREEDY, prompt_logprobs=0))
+        assert run.fed == 300
+
+
+def test_a_session_without_host_memory_is_refused(tmp_path, bundles):
+    with Session.open(bundles["float32"]) as session:
+        type_of = type("Elsewhere", (type(session),), {"copies_positions": False})
+        session.__class__ = type_of
+        with pytest.raises(BundleError, match="--cache needs a KV cache in host memory"):
+            PrefixStore(tmp_path / "cache", 10**9, session)
+
+
+def test_one_sequence_alone_uses_the_same_files(bundle, tmp_path):
+    prompt = list(ids(300))
+    with Session.open(bundle) as session:
+        cold = [token.id for token in session.generate(prompt, SAMPLED)]
+    with Run(bundle, tmp_path / "cache") as run:
+        run.ask(Request(tuple(prompt), SAMPLED))
+    with Run(bundle, tmp_path / "cache") as run:
+        assert [token.id for token in run.session.generate(prompt, SAMPLED, store=run.store)] == cold
+        assert run.fed == 44

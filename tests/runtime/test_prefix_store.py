@@ -116,7 +116,7 @@ def test_other_adapters_and_groups_share_nothing(opened):
 
 
 DAMAGES = {
-    "empty": lambda data: b"",
+    "empty": lambda _: b"",
     "torn in the header": lambda data: data[:100],
     "torn in the data": lambda data: data[:-1],
     "too long": lambda data: data + b"\0",
@@ -231,7 +231,11 @@ def test_a_value_that_is_not_finite_is_not_stored(opened):
 def test_foreign_files_stay(opened, tmp_path):
     one = opened()
     fill(one, one.chain(ids_of(64), None, ""))
-    mine = [tmp_path / "cache" / "notes.txt", tmp_path / "cache" / ("a" * 32), one.chain(ids_of(64), None, "").folder / "x"]
+    mine = [
+        tmp_path / "cache" / "notes.txt",
+        tmp_path / "cache" / ("a" * 32),
+        one.chain(ids_of(64), None, "").folder / "x",
+    ]
     for path in mine:
         path.write_text("mine")
     assert CacheFolder(tmp_path / "cache").clear() > 0

@@ -80,6 +80,10 @@ class ServedModel:
         self.defaults = read_sampling_defaults(session.folder)
         self.metrics = metrics or Metrics(self.stats, self.stats_by_replica)
         generates = session.manifest.task == "causal-lm"
+        if options.cache is not None and not generates:
+            raise RequestError(
+                "this bundle does not generate text, and has no prefixes to store; leave --cache out"
+            )
         self._scheduler = (scheduler or _local(session, options)) if generates else None
         self._worker = None if generates else ThreadPoolExecutor(1, "glm4-session")
         self._waiting = 0

@@ -5,6 +5,7 @@ from glm4_deploy.validate.plots import BLUE, GREEN, ORANGE, RED, SOFT, svg_figur
 
 ENGINE_COLOURS = (SOFT, BLUE, ORANGE, GREEN, RED)
 STEP = 0.16  # between the engines of one task, in rows
+BESIDE = 0.03  # between the engines of one bucket, in buckets
 
 
 def score_plot(found: Evaluation) -> str:
@@ -43,21 +44,22 @@ def position_plot(found: Evaluation) -> str:
     """Perplexity per bucket of positions, one line per engine. Empty without such a task."""
     if not found.buckets:
         return ""
-    places = range(len(found.buckets))
+    count = len(found.engines)
     with svg_figure(9.6, 3.4) as (figure, axes, out):
         for number, engine in enumerate(found.engines):
+            aside = BESIDE * (number - (count - 1) / 2)  # equal engines would hide each other
             axes.plot(
-                places,
+                [place + aside for place in range(len(found.buckets))],
                 [found.perplexity(bucket, engine.label) for bucket in found.buckets],
-                "o-",
+                "o-" if number < len(ENGINE_COLOURS) else "s--",
                 color=ENGINE_COLOURS[number % len(ENGINE_COLOURS)],
-                linewidth=1.8,
+                linewidth=1.4,
                 markersize=5,
                 label=engine.label,
             )
-        axes.set_xticks(places, [bucket.rpartition("_")[2] for bucket in found.buckets])
+        axes.set_xticks(range(len(found.buckets)), [bucket.rpartition("_")[2] for bucket in found.buckets])
         axes.set_xlabel("position in the text, tokens")
         axes.set_ylabel("perplexity")
-        axes.legend(loc="lower center", ncols=5, bbox_to_anchor=(0.5, 1.0), fontsize=9.5)
+        axes.legend(loc="lower center", ncols=min(count, 8), bbox_to_anchor=(0.5, 1.0), fontsize=9.5)
         figure.tight_layout()
     return out.getvalue()

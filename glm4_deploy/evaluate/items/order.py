@@ -20,15 +20,18 @@ SIZE = 5
 
 
 def item(chance: random.Random, _length: int) -> Item:
-    return of_size(chance, SIZE)
+    return chance.choice(of_size(chance, SIZE))
 
 
-def of_size(chance: random.Random, size: int) -> Item:
+def of_size(chance: random.Random, size: int) -> tuple[Item, Item]:
+    """Who is first, and who is last, of ``size`` people."""
     people = chance.sample(PERSONS, size)
     comparative, first, last = chance.choice(SCALES)
     told = [f"{a} is {comparative} than {b}." for a, b in itertools.pairwise(people)]
     chance.shuffle(told)
-    superlative, answer = chance.choice(((first, people[0]), (last, people[-1])))
     choices = tuple(sorted(people))
-    prompt = f"{' '.join(told)} Who is the {superlative}: {', '.join(choices[:-1])} or {choices[-1]}?"
-    return Item(prompt, answer, choices)
+    listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+    return (
+        Item(f"{' '.join(told)} Who is the {first}: {listed}?", people[0], choices),
+        Item(f"{' '.join(told)} Who is the {last}: {listed}?", people[-1], choices),
+    )

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 
 from glm4_deploy.evaluate.items.calls import CITIES
 from glm4_deploy.evaluate.items.item import Item
@@ -19,16 +20,18 @@ PEOPLE = 3
 
 
 def item(chance: random.Random, _length: int) -> Item:
-    return of_people(chance, PEOPLE)
+    return next(of_people(chance, PEOPLE))
 
 
-def of_people(chance: random.Random, people: int) -> Item:
+def of_people(chance: random.Random, people: int) -> Iterator[Item]:
+    """Questions about one text, without end."""
     records = [_record(name, chance) for name in chance.sample(PERSONS, people)]
     text = " ".join(chance.choice(SENTENCES).format(**record) for record in records)
-    wanted = chance.choice(records)
-    fields = chance.sample(list(wanted), chance.randint(2, len(wanted)))
-    prompt = f"{text} Write {', '.join(fields)} of {wanted['name']} as a JSON object."
-    return Item(prompt, json.dumps({field: wanted[field] for field in fields}))
+    while True:
+        wanted = chance.choice(records)
+        fields = chance.sample(list(wanted), chance.randint(2, len(wanted)))
+        prompt = f"{text} Write {', '.join(fields)} of {wanted['name']} as a JSON object."
+        yield Item(prompt, json.dumps({field: wanted[field] for field in fields}))
 
 
 def _record(name: str, chance: random.Random) -> dict[str, str | int]:

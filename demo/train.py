@@ -182,8 +182,10 @@ class FusedAttention:
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         group = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        return attended.transpose(1, 2).flatten(-2)
+        return self.attend(q, k, v).transpose(1, 2).flatten(-2)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
 
 
 def loss_of(model: Glm4ForCausalLM, rows: Tensor) -> Tensor:

@@ -56,6 +56,14 @@ FEWEST_WORDS = 14  # of two lines
     help="Words in each text of the task glm4_needle; for several numbers, one row of the report each.",
 )
 @click.option(
+    "--people",
+    type=click.IntRange(min=1, max=22),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="People in each text of the task glm4_records at most.",
+)
+@click.option(
     "--text",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -100,6 +108,7 @@ def command(
     tasks: str,
     items: int,
     words: tuple[int, ...],
+    people: int,
     text: Path | None,
     positions: int | None,
     shots: int | None,
@@ -127,7 +136,7 @@ def command(
         folder = None if reference is None else hub.local_folder(reference, revision, progress)
     found = find_engines(engines, folder, chat)
     selection = Selection(
-        _names(tasks), items, words, shots, seed, chat, None if text is None else str(text), positions
+        _names(tasks), items, words, people, shots, seed, chat, None if text is None else str(text), positions
     )
     _require_used(selection)
     expected, texts = foreseen(selection), long_texts(found, selection)

@@ -9,6 +9,7 @@ from typing import Any
 
 from lm_eval.tasks import TaskManager
 
+from glm4_deploy.evaluate.items import USUAL_SIZE
 from glm4_runtime.errors import Glm4Error, RequestError, one_line
 
 SHIPPED = "glm4"
@@ -26,6 +27,7 @@ class Selection:
         names: tasks, groups, ``*.yaml`` files, or folders of these.
         items: items per task at most.
         words: words in a text of the task glm4_needle. Several numbers make a task of each.
+        people: people in a text of the task glm4_records at most.
         shots: solved examples in each prompt; None: what the task says.
         seed: of the generated items and of the choice of examples.
         chat: whether the chat template writes the prompts.
@@ -35,7 +37,8 @@ class Selection:
 
     names: tuple[str, ...] = (SHIPPED,)
     items: int = 200
-    words: tuple[int, ...] = (200,)
+    words: tuple[int, ...] = (USUAL_SIZE["needle"],)
+    people: int = USUAL_SIZE["records"]
     shots: int | None = None
     seed: int = 0
     chat: bool = False
@@ -88,7 +91,7 @@ def load_tasks(selection: Selection) -> dict[str, Any]:
 
 
 def _metadata(selection: Selection, words: int) -> dict[str, int]:
-    return {"items": selection.items, "words": words, "seed": selection.seed}
+    return {"items": selection.items, "words": words, "people": selection.people, "seed": selection.seed}
 
 
 def _by_words(tasks: dict[str, Any], selection: Selection) -> dict[str, Any]:

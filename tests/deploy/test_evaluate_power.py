@@ -5,24 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
-from noise import noisy_copy, with_noise
-from safetensors.torch import load_file
 from text_task import TEXT, write_text_task
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 
+from benchmarks.noise import LAYER, noise_sizes, noisy_copy
 from glm4_deploy.cli import cli
 from glm4_deploy.evaluate.statistics import paired_difference
 from glm4_deploy.pipeline import ExportOptions, export
-from glm4_exporters.config import Glm4Config
-from glm4_exporters.task_models import Glm4ForCausalLM
 from glm4_runtime.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parents[2] / "demo" / "glm4-tiny"
 KL = (0.02, 0.05, 0.1)
-LAYER = 1
 ITEMS = 800
 
 pytestmark = pytest.mark.more
@@ -33,7 +28,9 @@ def results(tmp_path_factory):
     """results.json of the checkpoint in fp32 for two targets, and with a fault of each size."""
     folder = tmp_path_factory.mktemp("power")
     bundles = {"fp32": DEMO, "native": DEMO}
-    for kl, size in noise_sizes().items():
+    tokenizer, text = Tokenizer.from_folder(DEMO), TEXT.read_text("utf-8")
+    texts = [tokenizer.encode(text[at : at + 500]) for at in range(0, len(text), len(text) // 16)]
+    for kl, size in noise_sizes(DEMO, texts, KL).items():
         bundles[f"kl-{kl}"] = noisy_copy(DEMO, folder / f"checkpoint-{kl}", LAYER, size)
     for label, checkpoint in bundles.items():
         target = "native" if label == "native" else "ort"
@@ -55,45 +52,6 @@ def results(tmp_path_factory):
     assert found.exit_code == 0, found.output
     print(found.output)
     return json.loads((output / "results.json").read_text("utf-8"))
-
-
-def noise_sizes():
-    """The size of the noise for each mean KL divergence, on held-out text."""
-    tokenizer, text = Tokenizer.from_folder(DEMO), TEXT.read_text("utf-8")
-    rows = [
-        torch.tensor([tokenizer.encode(text[at : at + 500])]) for at in range(0, len(text), len(text) // 16)
-    ]
-    weights = load_file(DEMO / "model.safetensors")
-    expected = [log_probabilities(loaded(weights), row) for row in rows]
-
-    def mean_kl(size):
-        model = loaded(with_noise(weights, LAYER, size))
-        each = (
-            (p.exp() * (p - log_probabilities(model, row))).sum(-1)
-            for p, row in zip(expected, rows, strict=True)
-        )
-        return float(torch.cat(list(each), 1).mean())
-
-    return {kl: bisected(mean_kl, kl) for kl in KL}
-
-
-def bisected(function, wanted, low=0.0, high=4.0):
-    for _ in range(9):
-        middle = (low + high) / 2
-        low, high = (middle, high) if function(middle) < wanted else (low, middle)
-    return (low + high) / 2
-
-
-def loaded(weights):
-    config = json.loads((DEMO / "config.json").read_text("utf-8"))
-    model = Glm4ForCausalLM(Glm4Config.from_dict(config))
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    return model.eval()
-
-
-@torch.no_grad()
-def log_probabilities(model, row):
-    return torch.log_softmax(model(row).logits, -1)
 
 
 @pytest.mark.parametrize("kl", KL)

@@ -21,27 +21,29 @@ ITEM_KINDS: dict[str, Callable[[random.Random, int], Item]] = {
     "calls": calls.item,
     "records": records.item,
 }
+USUAL_SIZE = {"needle": 200, "records": records.PEOPLE}  # other kinds have none
 
 
 def is_held_out(item: Item) -> bool:
     return sha256(item.prompt.encode()).digest()[0] < HELD_OUT
 
 
-def items(kind: str, seed: int, length: int, held_out: bool = True) -> Iterator[Item]:
+def items(kind: str, seed: int, size: int | None = None, held_out: bool = True) -> Iterator[Item]:
     """Different items without end.
 
     Args:
         kind: a name of ITEM_KINDS.
-        length: the size of an item's text in words, for kinds with long texts. Other kinds ignore it.
+        size: words in a needle's text, or people in a record's text at most. None: the usual size. Other kinds ignore it.
         held_out: the items to ask, or those for examples.
 
     Raises:
         ValueError: the kind has no further items.
     """
     chance, seen = random.Random(f"{kind} {seed}"), set[str]()
+    size = USUAL_SIZE.get(kind, 0) if size is None else size
     while True:
         for _ in range(TRIES):
-            item = ITEM_KINDS[kind](chance, length)
+            item = ITEM_KINDS[kind](chance, size)
             if is_held_out(item) == held_out and item.prompt not in seen:
                 break
         else:

@@ -19,8 +19,9 @@ SENTENCES = (
 PEOPLE = 3
 
 
-def item(chance: random.Random, _length: int) -> Item:
-    return next(of_people(chance, PEOPLE))
+def item(chance: random.Random, most: int) -> Item:
+    """A text of 1 to ``most`` people."""
+    return next(of_people(chance, chance.randint(1, most)))
 
 
 def of_people(chance: random.Random, people: int) -> Iterator[Item]:

@@ -12,15 +12,16 @@ from glm4_deploy.evaluate import answers
 from glm4_deploy.evaluate.items import ITEM_KINDS, items
 from glm4_deploy.evaluate.task_list import Selection
 
+SIZES = {"needle": "words", "records": "people"}  # which of a Selection's numbers is the size of an item
 EXAMPLES = 64  # items to take solved examples from
 
 
 def _splits(kind: str, **metadata: Any) -> dict[str, Dataset]:
-    """The items of one kind. ``metadata`` may have seed, words and items of a Selection; other keys are not read."""
+    """The items of one kind. ``metadata`` may have seed, words, people and items of a Selection; other keys are not read."""
     usual = Selection()
-    given = {"seed": usual.seed, "words": usual.words[0], "items": usual.items} | metadata
-    seed, words, count = (int(given[name]) for name in ("seed", "words", "items"))
-    asked, examples = (items(kind, seed, words, held_out) for held_out in (True, False))
+    given = {"seed": usual.seed, "items": usual.items} | metadata
+    seed, count, size = int(given["seed"]), int(given["items"]), given.get(SIZES.get(kind))
+    asked, examples = (items(kind, seed, size, held_out) for held_out in (True, False))
     return {
         "test": Dataset.from_list([vars(item) for item in islice(asked, count)]),
         "train": Dataset.from_list([vars(item) for item in islice(examples, EXAMPLES)]),

@@ -10,6 +10,7 @@ other kinds begin with easier items: shorter texts, smaller numbers, fewer peopl
 """
 
 import argparse
+import json
 import platform
 import random
 import time
@@ -65,6 +66,7 @@ NEEDLE_WORDS = (40, 220)  # the longest text at the start and from GROWN on
 # Several questions about one text are one row. Keys: kinds; values: what a question begins with, and the most questions.
 QUESTIONS = {"order": (" Who is ", 2), "needle": ("\nWhat is ", 4), "records": (" Write ", 3)}
 ITEMS_ASKED, SIZE_ASKED = 200, {"needle": 200, "records": 2}  # of each kind in the card: words, and people
+ITEMS_KEPT = 16  # of each kind in heldout.jsonl
 SAMPLE_SIZE = {"needle": 40, "records": 3}  # of the items that the tokenizer is trained on
 STEPS = 6  # of arithmetic alone, in one row
 LARGEST = (12, 30, 99, sums.LARGEST)  # numbers of easier sums
@@ -340,6 +342,13 @@ def sample_texts(seed: int) -> Iterator[str]:
             yield f"{item.prompt}\nAnswer: {item.answer}"
 
 
+def write_held_out(folder: Path) -> None:
+    """``heldout.jsonl``: items with their answers, which export and validate read by default."""
+    asked = (item for kind in ITEM_KINDS for item in islice(items(kind, 1, SIZE_ASKED.get(kind)), ITEMS_KEPT))
+    lines = (json.dumps({"text": f"{item.prompt}\nAnswer: {item.answer}"}) for item in asked)
+    (folder / "heldout.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def write_card(
     model: Glm4ForCausalLM, tokenizer: tokenizers.Tokenizer, arguments: argparse.Namespace
 ) -> None:
@@ -396,6 +405,7 @@ def main() -> None:
     model.load_state_dict({name: t.bfloat16().float() for name, t in model.state_dict().items()})
     model.eval()
     write_weights(model, arguments.output, TASKS_CONFIG)
+    write_held_out(arguments.output)
     write_card(model, tokenizer, arguments)
 
 

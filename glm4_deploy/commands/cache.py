@@ -3,12 +3,15 @@
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from glm4_deploy import show
 from glm4_runtime.errors import one_line
-from glm4_runtime.prefix_store.folder import CacheFolder, Entry
+
+if TYPE_CHECKING:
+    from glm4_runtime.prefix_store.folder import Entry
 
 
 @click.command("cache")
@@ -17,6 +20,8 @@ from glm4_runtime.prefix_store.folder import CacheFolder, Entry
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 def command(folder: Path, clear: bool, as_json: bool) -> None:
     """List the prefix cache in DIR, the folder of --cache: size, tokens, bundle and age."""
+    from glm4_runtime.prefix_store.folder import CacheFolder
+
     cache = CacheFolder(folder)
     cache.require()
     if clear:
@@ -36,7 +41,7 @@ def command(folder: Path, clear: bool, as_json: bool) -> None:
     click.echo(f"{_amount(total, tokens)}  in all")
 
 
-def _line(entry: Entry) -> str:
+def _line(entry: "Entry") -> str:
     name = one_line(entry.bundle, 80) + (f" with {one_line(entry.adapter, 80)}" if entry.adapter else "")
     age = show.duration(max(0.0, time.time() - entry.used))
     return f"{_amount(entry.bytes, entry.tokens)}  {name}, used {age} ago"

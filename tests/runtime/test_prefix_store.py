@@ -218,6 +218,11 @@ def test_a_disk_that_refuses_costs_one_line_of_the_log(opened, monkeypatch, capl
     assert not list(chain.folder.glob(".*"))
 
 
+def test_a_size_for_no_prompt_is_refused(opened):
+    with pytest.raises(RequestError, match="give at least 131072"):
+        opened(10**5)
+
+
 def test_a_value_that_is_not_finite_is_not_stored(opened):
     one = opened()
     chain = one.chain(ids_of(64), None, "")
@@ -261,8 +266,9 @@ sys.path.insert(0, {tests!r})
 from test_prefix_store import PrefixStore, block_of, fake_session, ids_of
 from pathlib import Path
 store = PrefixStore(Path(sys.argv[1]), 300_000, fake_session())
-print("ready", flush=True)
 for turn in range(int(sys.argv[2])):
+    if turn == 1:
+        print("ready", flush=True)
     chain = store.chain(ids_of(64 * 8, turn % 5), None, "")
     for index in range(8):
         block = store.read_piece(chain, index) if index < store.present(chain) else None
@@ -306,7 +312,7 @@ def kill_in_a_loop(folder, times):
 
 
 def test_kills_while_writing_leave_no_wrong_file(tmp_path):
-    kill_in_a_loop(tmp_path / "cache", 5)
+    kill_in_a_loop(tmp_path / "cache", 3)
 
 
 @pytest.mark.more

@@ -1,8 +1,14 @@
 """Prompts that start from the prefix cache on disk have the same tokens as computed ones."""
 
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 from checkpoints import tiny_config, write_checkpoint
+from stored_run import GREEDY, Run, ids
 
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_runtime import Session
@@ -10,14 +16,9 @@ from glm4_runtime.errors import BundleError
 from glm4_runtime.prefix_store.piece import TOKENS
 from glm4_runtime.prefix_store.store import PrefixStore
 from glm4_runtime.sampling import SamplingParams
-from glm4_runtime.scheduler import Failed, Generated, Request, Scheduler, Started
+from glm4_runtime.scheduler import Request
 
-GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 SAMPLED = SamplingParams(max_tokens=8, temperature=1.0, seed=11, ignore_eos=True)
-
-
-def ids(count, seed=0):
-    return tuple(np.random.default_rng(seed).integers(4, 300, count).tolist())
 
 
 @pytest.fixture(scope="module")
@@ -34,53 +35,6 @@ def bundles(tmp_path_factory):
 @pytest.fixture(params=["float32", "int8"])
 def bundle(request, bundles):
     return bundles[request.param]
-
-
-class Run:
-    """One process' life: a session, a scheduler, and a store in ``folder``."""
-
-    def __init__(self, bundle, folder=None, chunk=512, **options):
-        self.session = Session.open(bundle)
-        self.session.prefill_chunk = chunk
-        self.fed = 0
-        prefill = self.session.prefill
-
-        def counted(slot, tokens, logits="last"):
-            self.fed += len(tokens)
-            return prefill(slot, tokens, logits)
-
-        self.session.prefill = counted
-        self.store = None if folder is None else PrefixStore(folder, 10**9, self.session)
-        self.scheduler = Scheduler(self.session, store=self.store, speculation=False, **options)
-        self.scheduler.start()
-
-    def ask(self, *requests):
-        """The token ids of each request; all run together."""
-        events = [[] for _ in requests]
-        tickets = [
-            self.scheduler.submit(one, into.append) for one, into in zip(requests, events, strict=True)
-        ]
-        wait_for(lambda: all(into and into[-1].last for into in events))
-        del tickets
-        assert not [event for into in events for event in into if isinstance(event, Failed)]
-        self.cached = [event.cached_tokens for into in events for event in into if isinstance(event, Started)]
-        return [[event.token.id for event in into if isinstance(event, Generated)] for into in events]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.scheduler.stop()
-        self.session.close()
-
-
-def wait_for(condition, seconds=60.0):
-    import time
-
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -204,6 +158,64 @@ def test_a_cancelled_request_stops_reading(bundles, tmp_path):
         run.scheduler.submit(Request(ids(1000), GREEDY), lambda _: None).cancel()
         run.ask(Request(ids(300, 5), GREEDY))
         assert run.cached == [0]
+
+
+def test_an_error_of_the_lookup_fails_no_request(bundles, tmp_path, monkeypatch):
+    with Run(bundles["float32"], tmp_path / "cache") as run:
+        monkeypatch.setattr(run.store, "present", lambda _: 1 / 0)
+        run.ask(Request(ids(300), GREEDY))
+        assert run.fed == 300
+
+
+def test_an_adapter_of_the_same_name_with_other_matrices_shares_nothing(demo_slots, demo_adapters, tmp_path):
+    def ask(folder, name="it"):
+        with Run(demo_slots, tmp_path / "cache") as run:
+            run.scheduler.load_adapter(name, folder)
+            run.ask(Request(ids(300), GREEDY, adapter=name))
+            return run.cached[0]
+
+    assert ask(demo_adapters["poet"]) == 0
+    assert ask(demo_adapters["clerk"]) == 0
+    assert ask(demo_adapters["poet"], "another name") == 256
+
+
+KILLED = """
+import sys
+sys.path[:0] = {path!r}
+from stored_run import GREEDY, Run, ids
+from glm4_runtime.scheduler import Request
+with Run({bundle!r}, {folder!r}) as run:
+    for turn in range(10**6):
+        if turn == 1:
+            run.store.flush()
+            print("ready", flush=True)
+        run.ask(*(Request(ids(400, turn % 9 + seed), GREEDY) for seed in range(3)))
+"""
+
+
+def kill_in_a_loop(bundle, folder, times):
+    code = KILLED.format(path=[str(Path(__file__).parents[1])], bundle=str(bundle), folder=str(folder))
+    for turn in range(times):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(0.02 * (turn % 5))
+        process.kill()
+        process.communicate(timeout=60)
+    requests = [Request(ids(400, seed), GREEDY) for seed in range(11)]
+    with Run(bundle) as run:
+        cold = [run.ask(one) for one in requests]
+    with Run(bundle, folder) as run:
+        assert [run.ask(one) for one in requests] == cold
+        assert run.scheduler.stats().stored_tokens > 0
+
+
+def test_no_kill_leaves_a_wrong_answer(bundles, tmp_path):
+    kill_in_a_loop(bundles["float32"], tmp_path / "cache", 3)
+
+
+@pytest.mark.more
+def test_none_of_two_hundred_kills_leaves_a_wrong_answer(bundles, tmp_path):
+    kill_in_a_loop(bundles["float32"], tmp_path / "cache", 200)
 
 
 def test_scored_prompts_are_computed(bundles, tmp_path):

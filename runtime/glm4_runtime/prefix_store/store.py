@@ -1,6 +1,5 @@
 """Reads and writes pieces on threads of its own, and keeps the folder within its size."""
 
-import errno
 import hashlib
 import logging
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from glm4_runtime.arrays import Ids
+from glm4_runtime.errors import RequestError
 from glm4_runtime.prefix_store.chain import Chain, Reading
 from glm4_runtime.prefix_store.facts import facts_of
 from glm4_runtime.prefix_store.folder import CacheFolder, remove, write_atomically
@@ -26,6 +26,7 @@ _MOST_QUEUED = 256 << 20  # bytes that wait to be written; further pieces are dr
 _PAUSE = 60.0  # seconds without writing after the disk refused
 _SLACK = 64  # a shrink frees 1/64 more than it must, so that not each write needs one
 _READERS = 2
+_LEAST_PIECES = 8  # that the folder must have room for
 
 
 class PrefixStore:
@@ -37,7 +38,8 @@ class PrefixStore:
     def __init__(self, folder: Path, most_bytes: int, session: Session) -> None:
         """
         Raises:
-            BundleError: the session's cache is not in host memory. RequestError: the folder cannot be used.
+            BundleError: the session's cache is not in host memory. RequestError: the folder cannot be used, or
+                ``most_bytes`` is less than a short prompt needs.
         """
         session.require_host_cache()
         self._folder, self._most, self._session = CacheFolder(folder), most_bytes, session
@@ -46,6 +48,11 @@ class PrefixStore:
         self._layout = Layout(
             str(session.manifest.kv_cache), (2 * model.num_layers, model.num_kv_heads, TOKENS, model.head_dim)
         )
+        if most_bytes < _LEAST_PIECES * self._layout.nbytes:
+            raise RequestError(
+                f"--cache-bytes is {most_bytes}, but {TOKENS} tokens of this model take {self._layout.nbytes} bytes; "
+                f"give at least {_LEAST_PIECES * self._layout.nbytes}"
+            )
         self._facts: dict[tuple[str, str], str] = {}  # by adapter's digest and group
         self._about: dict[str, dict[str, str]] = {}  # by facts
         self._readers = ThreadPoolExecutor(_READERS, "prefix-reader")
@@ -71,7 +78,7 @@ class PrefixStore:
 
     def present(self, chain: Chain) -> int:
         """The number of first pieces of a chain that are on the disk. They count as used now."""
-        count = next((i for i in range(len(chain.names)) if not chain.path(i).exists()), len(chain.names))
+        count = next((i for i in range(len(chain.names)) if not _exists(chain.path(i))), len(chain.names))
         if count:
             self._work.put(lambda: _touch(chain, range(count)))
         return count
@@ -107,7 +114,7 @@ class PrefixStore:
         with self._lock:
             if path in self._queued or time.monotonic() < self._silent_until:
                 return False
-        return not path.exists()
+        return not _exists(path)
 
     def save(self, chain: Chain, index: int, block: Block) -> None:
         """Write a piece, on the writer's thread."""
@@ -160,8 +167,6 @@ class PrefixStore:
     def _make_room(self, size: int) -> None:
         """Remove old pieces so that ``size`` more bytes fit. Other processes' writes are counted now and then."""
         slack = self._most // _SLACK
-        if size > self._most:
-            raise OSError(errno.EFBIG, f"a file needs {size} bytes, but --cache-bytes is {self._most}")
         if self._total is None or self._uncounted >= slack or self._total + size > self._most:
             self._total = self._folder.shrink(max(0, self._most - size - slack))
             self._uncounted = 0
@@ -170,6 +175,13 @@ class PrefixStore:
 
     def _group(self, facts: str) -> Path:
         return self._folder.path / hashlib.sha256(facts.encode()).hexdigest()[:32]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # the folder cannot be read any more
+        return False
 
 
 def _touch(chain: Chain, indices: Iterable[int]) -> None:

@@ -228,19 +228,21 @@ class Batch:
         waiting = [job for job in self._live if job.rest and not job.parked]
         begun = [job for place, job in enumerate(waiting) if self._begun(job, waiting[:place])]
         budget = prefill_budget(self._rules.step_tokens, decoding)
-        computed = [job for job in begun if not self._restores(job, budget)]
+        reading = sum(job.stored is not None and job.stored.reading is not None for job in begun)
+        pieces = max(1, budget // TOKENS // max(1, reading))
+        computed = [job for job in begun if not self._restores(job, pieces)]
         for job, count in zip(computed, shares([one.rest for one in computed], budget), strict=True):
             if count:
                 with self._blaming(job):
                     self._feed(job, count)
 
-    def _restores(self, job: Job, budget: int) -> bool:
-        """Put pieces from the disk into the slot, at most ``budget`` tokens. Returns whether more pieces come."""
+    def _restores(self, job: Job, pieces: int) -> bool:
+        """Put at most this many pieces from the disk into the slot. Returns whether more pieces come."""
         if self._stored is None or job.stored is None or job.stored.reading is None:
             return False
         with self._blaming(job):
             assert job.lease is not None
-            self._stored.restore(job.lease, job.stored, max(1, budget // TOKENS))
+            self._stored.restore(job.lease, job.stored, pieces)
         return job.lease is None or job.stored.reading is not None
 
     def _begun(self, job: Job, before: Sequence[Job]) -> bool:

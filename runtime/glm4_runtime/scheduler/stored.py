@@ -45,7 +45,8 @@ class StoredPrefixes:
         self._store, self._slots, self._figures, self._wake = store, slots, figures, wake
 
     def begin(self, lease: Lease, prompt: int, reusable: int) -> StoredPrefix | None:
-        """Look for the beginning of a sequence on the disk, and begin to read what the slot does not hold.
+        """Look for the beginning of a sequence on the disk, and begin to read what the slot does not hold. An error
+        costs only the cache.
 
         Args:
             prompt: number of tokens that prefill puts into the slot.
@@ -53,6 +54,13 @@ class StoredPrefixes:
         """
         if prompt < TOKENS:
             return None
+        try:
+            return self._begin(lease, prompt, reusable)
+        except Exception:
+            logger.exception("a prompt could not be looked up in the prefix cache; the request goes on")
+            return None
+
+    def _begin(self, lease: Lease, prompt: int, reusable: int) -> StoredPrefix:
         chain = self._store.chain(lease.ids[:prompt], lease.adapter, lease.group)
         present = self._store.present(chain)
         stored = StoredPrefix(chain, present, len(chain.names) if prompt >= LEAST_TOKENS else 0)

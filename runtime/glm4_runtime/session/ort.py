@@ -1,6 +1,7 @@
 """The session for ONNX Runtime. The cache has one buffer for keys and one for values per layer, each bound as past
 and as present."""
 
+import functools
 import hashlib
 import os
 import warnings
@@ -338,7 +339,7 @@ class OrtSession(GrowingSession):
 
     # Positions on the host --------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def kernels(self) -> dict[str, str]:
         operators = self._operators and hashlib.sha256(self._operators.read_bytes()).hexdigest()
         return {

@@ -23,8 +23,8 @@ ORDER = {
     "ort": "ScaleEps GroupQueryAttention NativeAttention TransposedMatMul SkipNorm QuantizeCache QuantizeWeights",
     "cpu": "ScaleEps TransposedMatMul SkipNorm QuantizeCache PackedProducts QuantizeWeights",
     "native": "ScaleEps NativeAttention QuantizeCache QuantizeWeights",
-    "tensorrt-rtx": "ScaleEps NativeAttention QuantizeCache QuantizeWeights InputMajor",
-    "tensorrt": "ScaleEps NativeAttention QuantizeCache QuantizeWeights",
+    "tensorrt-rtx": "ScaleEps NativeAttention RoundCache QuantizeWeights InputMajor",
+    "tensorrt": "ScaleEps NativeAttention RoundCache QuantizeWeights",
 }
 
 
@@ -34,7 +34,7 @@ def names(passes):
 
 @pytest.mark.parametrize("target", ORDER)
 def test_the_order_of_passes(target):
-    form = choose_form(Glm4Config.from_dict(tiny_config()), "causal-lm", target, "int8")
+    form = choose_form(Glm4Config.from_dict(tiny_config()), "causal-lm", target, "int8").with_cache("int8")
     found = dict(norm_bits={"model.norm": 1}, cache_scales=[object()], input_scales={})
     assert names(model_passes(form, **found)) == ORDER[target]
     assert names(model_passes(form, **found | dict(input_scales={"x": 1.0}))).split()[-2:] in (
@@ -42,8 +42,8 @@ def test_the_order_of_passes(target):
         ["QuantizeInputs", "InputMajor"],
     )
     nothing = model_passes(form, norm_bits={}, cache_scales=(), input_scales={})
-    assert not {"ScaleEps", "QuantizeCache", "QuantizeInputs"} & set(names(nothing).split())
-    assert names(engine_passes(64)) == "FixCapacity SplitProducts Fp4Weights Mxfp8Weights"
+    assert not {"ScaleEps", "QuantizeCache", "RoundCache", "QuantizeInputs"} & set(names(nothing).split())
+    assert names(engine_passes(64)) == "FixCapacity SplitProducts Fp4Inputs Fp4Weights Mxfp8Weights"
 
 
 def test_a_plugin_takes_the_place_of_the_targets_attention():

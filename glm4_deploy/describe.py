@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glm4_deploy.plan import Plan
+from glm4_deploy.plan import CPU_PROVIDER, Plan
 from glm4_deploy.tools import tool_versions
 from glm4_exporters.cache_types import cache_providers
 from glm4_exporters.graph_io import model_info, model_io
-from glm4_runtime.bundle import WEIGHTS, Manifest, file_entry
+from glm4_runtime.bundle import Manifest, file_entry
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,7 +22,8 @@ def describe(
     """The manifest of the bundle in ``folder``."""
     form, task = plan.form, plan.task
     io = model_io(plan.config, task, plan.graph_cache or form.activations)
-    files = {path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name != WEIGHTS}
+    providers = cache_providers(plan.graph_cache, form.target, form.activations)
+    files = {path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name not in written.files}
     return Manifest(
         task=task,
         target=form.target.name,
@@ -35,14 +36,15 @@ def describe(
         opsets=dict(model.opset_imports),
         inputs=io.inputs,
         outputs=io.outputs,
-        providers=cache_providers(plan.graph_cache, form.target, form.activations),
+        providers=(CPU_PROVIDER,) if plan.stages else providers,
         tensor_precisions=dict(form.groups),
         scaled_bits=dict(prepared.norm_bits),
         tools=tool_versions(),
         config=plan.config.to_dict(),
         source_sha256=written.source_sha256,
-        files={**files, WEIGHTS: written.file},
+        files={**files, **written.files},
         adapters=plan.adapters,
         adapter_slots=plan.slots,
+        stages=plan.stages,
         pooling="last-token, L2" if task == "encoder" else None,
     )

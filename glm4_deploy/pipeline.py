@@ -16,11 +16,13 @@ from glm4_deploy.room import require_room
 from glm4_deploy.side_files import compare_side_files
 from glm4_deploy.tools import require_installed
 from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.graph_io import model_info
 from glm4_exporters.peak_memory import peak_memory
 from glm4_runtime.bundle import GRAPH, WEIGHTS, AdapterSlots, Manifest, write_manifest
 from glm4_runtime.bundle.ascii_path import ascii_path
 from glm4_runtime.bundle.file_names import ADAPTER_GRAPH, TOKENIZER
 from glm4_runtime.bundle.graph_checks import check_graph
+from glm4_runtime.bundle.graph_io import stage_io
 from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
 
@@ -68,7 +70,7 @@ def export(
             model = _trace(plan, prepared)
         with destination.staged() as folder:
             with clock("weights"):
-                written = _write_model(source, model, prepared, folder, progress)
+                written = _write_model(plan, source, model, prepared, folder, progress)
             _write_adapter_graph(plan, prepared, model, folder)
             _copy_side_files(source, plan, folder)
             manifest = describe(plan, prepared, model, folder, written)
@@ -210,20 +212,35 @@ def _trace(
         input_scales=prepared.input_scales,
         plugin=plugin,
         slots=slots,
+        stages=plan.stages,
     )
     return run(trace(plan.config, plan.task, plan.form.activations), passes)
 
 
 def _write_model(
-    source: Checkpoint, model: "ir.Model", prepared: "Prepared", folder: Path, progress: Progress
+    plan: Plan, source: Checkpoint, model: "ir.Model", prepared: "Prepared", folder: Path, progress: Progress
 ) -> "WrittenWeights":
-    from glm4_exporters.weights import attach, layout, write_weights
+    """Write the graph and its weights, or those of each stage."""
+    from glm4_exporters.weights import attach, layout, write_files
 
-    tensors = layout(model)
-    written = write_weights(source, tensors, folder / WEIGHTS, prepared.edits, progress)
-    attach(model, tensors, WEIGHTS)
-    _save(model, folder / GRAPH)
+    parts = _stage_graphs(plan, model) if plan.stages else {(GRAPH, WEIGHTS): model}
+    layouts = {weights: layout(part) for (_, weights), part in parts.items()}
+    paths = {folder / weights: tensors for weights, tensors in layouts.items()}
+    written = write_files(source, paths, prepared.edits, progress)
+    for (graph, weights), part in parts.items():
+        attach(part, layouts[weights], weights)
+        _save(part, folder / graph)
     return written
+
+
+def _stage_graphs(plan: Plan, model: "ir.Model") -> "dict[tuple[str, str], ir.Model]":
+    """The graph of each stage, by the names of its files."""
+    from glm4_exporters.stages import cut
+
+    info, types = model_info(plan.config, plan.task), (str(plan.graph_cache), plan.form.activations)
+    return {
+        (stage.graph, stage.weights): cut(model, stage_io(info, *types, stage)) for stage in plan.stages
+    }
 
 
 def _save(model: "ir.Model", path: Path) -> None:

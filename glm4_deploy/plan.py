@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from glm4_exporters.architecture import EMBEDDING, expected_tensors
-from glm4_exporters.cache_types import choose_cache
+from glm4_exporters.cache_types import cache_providers, choose_cache
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.config import Glm4Config
 from glm4_exporters.engine.checks import require_engine, require_plugin
@@ -22,13 +22,15 @@ from glm4_exporters.form import Form, choose_form
 from glm4_exporters.quantize.recipe import read_recipe
 from glm4_exporters.sources.fitting import keep_form
 from glm4_exporters.sources.inputs import brought_scales
-from glm4_exporters.targets import RECIPE_FORMATS
+from glm4_exporters.stages import stage_list
+from glm4_exporters.targets import RECIPE_FORMATS, TARGETS
 from glm4_runtime.adapters.base_model import released_name
-from glm4_runtime.bundle import AdapterInfo, AdapterSlots, Limits
+from glm4_runtime.bundle import AdapterInfo, AdapterSlots, Limits, StageInfo
 from glm4_runtime.bundle.manifest_checks import MOST_ADAPTERS, MOST_RANK
 from glm4_runtime.errors import ExportError
 
 DEFAULT_RANK = 64
+CPU_PROVIDER = "CPUExecutionProvider"
 DEFAULT_TARGET, DEFAULT_PRECISION, DEFAULT_BATCH = "ort", "int8", 8
 
 
@@ -50,6 +52,7 @@ class ExportOptions:
     kv_cache: str = "auto"  # the activations' type, int8 or fp8
     lora_slots: int = 0  # number of LoRA adapters that a session can load at run time
     lora_rank: int = DEFAULT_RANK  # maximum rank of such an adapter
+    stages: tuple[int, ...] = ()  # the count of stages, or the count of layers of each
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -111,6 +114,7 @@ class Plan:
         engine: None if ONNX Runtime runs the bundle.
         adapters: the adapters to merge into the weights.
         slots: the adapters that a session can load at run time; None: no adapters.
+        stages: the parts of the model, each with its own graph and weights; empty: one graph.
     """
 
     config: Glm4Config
@@ -121,6 +125,7 @@ class Plan:
     engine: EngineBuild | None
     adapters: tuple[AdapterInfo, ...] = ()
     slots: AdapterSlots | None = None
+    stages: tuple[StageInfo, ...] = ()
 
     @property
     def graph_cache(self) -> str | None:
@@ -145,9 +150,15 @@ def make_plan(source: Checkpoint, options: ExportOptions) -> Plan:
     Raises:
         ExportError: the options do not fit each other, the model or this machine. The message says which would.
     """
+    stages = _stages(source, options)
     kept = options.precision is None and source.source is not None and not source.adapters
     form = _with_cache(source, options, _kept_form(source, options) if kept else _form(source, options))
-    options = replace(options, precision=form.precision)
+    options = replace(options, precision=form.precision, stages=tuple(stage.layers for stage in stages))
+    if stages and CPU_PROVIDER not in cache_providers(form.kv_cache, form.target, form.activations):
+        raise ExportError(
+            "a bundle with --stages runs on ONNX Runtime's CPU provider alone, which has no bfloat16 kernels; take "
+            "fp32 or fp16 for --precision and --activations"
+        )
     if options.calibration is not None and not form.uses_text:
         stored = "kept numbers" if form.kept else form.precision
         raise ExportError(
@@ -159,7 +170,27 @@ def make_plan(source: Checkpoint, options: ExportOptions) -> Plan:
     engine = _engine(source, options, form, limits)
     adapters = tuple(AdapterInfo(each.name, each.sha256(), each.scale) for each in source.adapters)
     slots = _adapter_slots(source, options, form)
-    return Plan(source.config, source.task, options, form, limits, engine, adapters, slots)
+    return Plan(source.config, source.task, options, form, limits, engine, adapters, slots, stages)
+
+
+def _stages(source: Checkpoint, options: ExportOptions) -> tuple[StageInfo, ...]:
+    """The stages of the bundle.
+
+    Raises:
+        ExportError: the target, the task or another option does not allow them, or their layers do not fit the model.
+    """
+    if not options.stages:
+        return ()
+    reason = None
+    if TARGETS[options.target].engine is not None:
+        reason = f"target {options.target} has none yet; take --target cpu, ort or native"
+    elif source.task != "causal-lm":
+        reason = f"the task is {source.task}; take --task causal-lm"
+    elif options.lora_slots:
+        reason = "stages take no adapters at run time; leave --lora-slots out, or merge an adapter with --lora"
+    if reason is not None:
+        raise ExportError(f"a bundle with --stages cannot be made: {reason}")
+    return stage_list(source.config, source.task, options.stages)
 
 
 def _form(source: Checkpoint, options: ExportOptions) -> Form:

@@ -91,7 +91,13 @@ class Edits:
 
 @dataclass(frozen=True)
 class WrittenWeights:
-    file: FileEntry
+    """
+    Attributes:
+        files: every written file by name.
+        source_sha256: digest of the tensors that were read; see :class:`~glm4_runtime.bundle.Manifest`.
+    """
+
+    files: Mapping[str, FileEntry]
     source_sha256: str
 
 
@@ -161,24 +167,42 @@ def write_weights(
         ExportError: a weight does not fit the type it is cast to.
         OSError: the disk is full.
     """
+    return write_files(checkpoint, {path: tensors}, edits, progress)
+
+
+def write_files(
+    checkpoint: Checkpoint,
+    layouts: Mapping[Path, list[StoredTensor]],
+    edits: Edits = Edits(),
+    progress: Progress = silent,
+) -> WrittenWeights:
+    """As :func:`write_weights`, into several files. A tensor of two files is read twice."""
     _keep_freed()
-    total = stored_bytes(tensors)
-    with _one_torch_thread(), AlignedFile(path) as file, _Writer(checkpoint, edits, file) as writer:
-        for tensor in tensors:
-            if tensor.offset < file.position:
-                continue  # a second initializer of data that is written already
-            writer.write(tensor)
-            file.pad()
-            progress("write weights", tensor.offset + tensor.nbytes, total)
+    sizes = {path: stored_bytes(tensors) for path, tensors in layouts.items()}
+    total, done, files = sum(sizes.values()), 0, {}
+    with _one_torch_thread(), _Writer(checkpoint, edits) as writer:
+        for path, tensors in layouts.items():
+            with AlignedFile(path) as file:
+                writer.begin(file)
+                for tensor in tensors:
+                    if tensor.offset < file.position:
+                        continue  # a second initializer of data that is written already
+                    writer.write(tensor)
+                    file.pad()
+                    progress("write weights", done + tensor.offset + tensor.nbytes, total)
+            files[path.name] = FileEntry(file.sha256(), sizes[path], sample_of(path))
+            done += sizes[path]
     progress("write weights", total, total)
-    return WrittenWeights(FileEntry(file.sha256(), total, sample_of(path)), writer.source_sha256())
+    return WrittenWeights(files, writer.source_sha256())
 
 
 class _Writer:
     """Appends one tensor of a layout after the other."""
 
-    def __init__(self, checkpoint: Checkpoint, edits: Edits, file: AlignedFile) -> None:
-        self._checkpoint, self._edits, self._file = checkpoint, edits, file
+    _file: AlignedFile
+
+    def __init__(self, checkpoint: Checkpoint, edits: Edits) -> None:
+        self._checkpoint, self._edits = checkpoint, edits
         self._buffers = [
             torch.frombuffer(mmap.mmap(-1, READ_BUFFER_BYTES), dtype=torch.uint8) for _ in range(READ_BUFFERS)
         ]
@@ -193,6 +217,11 @@ class _Writer:
     def __exit__(self, *_: object) -> None:
         for threads in (self._hasher, self._encoders):
             threads.shutdown(wait=True, cancel_futures=True)
+
+    def begin(self, file: AlignedFile) -> None:
+        """Write to another file from here on."""
+        self._file = file
+        self._waiting.clear()
 
     def write(self, tensor: StoredTensor) -> None:
         if tensor.source is not None:

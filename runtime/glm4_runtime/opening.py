@@ -25,5 +25,5 @@ def check_opening(folder: Path, manifest: Manifest, *, hashes: bool = False) -> 
         ) from error
     verify_files(folder, manifest, hashes=hashes)
     check_bundle(folder, manifest)
-    if GRAPH in manifest.files:  # an engine's bundle need not have one
+    if GRAPH in manifest.files or manifest.stages:  # an engine's bundle need not have one
         check_graph(folder, manifest)

@@ -18,6 +18,7 @@ from glm4_exporters.passes.group_query_attention import GroupQueryAttention
 from glm4_exporters.passes.input_major import InputMajor
 from glm4_exporters.passes.mxfp8_weights import Mxfp8Weights
 from glm4_exporters.passes.native_attention import NativeAttention
+from glm4_exporters.passes.open_stages import OpenStages
 from glm4_exporters.passes.packed_products import PackedProducts
 from glm4_exporters.passes.plugin_attention import PluginAttention
 from glm4_exporters.passes.quantize_cache import QuantizeCache
@@ -30,7 +31,7 @@ from glm4_exporters.passes.split_products import SplitProducts
 from glm4_exporters.passes.transposed_matmul import TransposedMatMul
 from glm4_exporters.quantize.kv_cache import CacheScales
 from glm4_exporters.targets import Target
-from glm4_runtime.bundle import AdapterSlots
+from glm4_runtime.bundle import AdapterSlots, StageInfo
 
 Pass = ir.passes.InPlacePass
 
@@ -68,6 +69,7 @@ def model_passes(
     input_scales: Mapping[str, float],
     plugin: PluginAttention | None = None,
     slots: AdapterSlots | None = None,
+    stages: Sequence[StageInfo] = (),
 ) -> list[Pass]:
     """All passes before weights are written, in order. An empty argument leaves its pass out.
 
@@ -75,6 +77,7 @@ def model_passes(
         norm_bits, cache_scales, input_scales: results of the calibration.
         plugin: attention for an engine, in place of the target's own.
         slots: LoRA adapters that the graph takes at run time.
+        stages: the parts into which the graph will be cut.
     """
     products = form.target.products
     return [
@@ -85,6 +88,7 @@ def model_passes(
         *(make(form.formats) for make in STORED[products.name] if form.formats),
         *([QuantizeInputs(input_scales, unsigned=products.unsigned_inputs)] if input_scales else []),
         *([InputMajor()] if form.target.input_major else []),
+        *([OpenStages([stage.first_layer for stage in stages])] if stages else []),
     ]
 
 

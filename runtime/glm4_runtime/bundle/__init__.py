@@ -3,6 +3,7 @@
     manifest.json   a description of the bundle, and the SHA-256 of every other file except report.json
     report.json     measurements of the export; never read by a session, never compared
     model.onnx, model.onnx.data, tokenizer.json, chat_template.jinja, ...
+    stage-1.onnx, stage-1.onnx.data, stage-2.onnx, ...   with --stages: instead of the two ONNX files
     model.engine                  for TensorRT: instead of the two ONNX files, or in addition to them
 
 The reader owns the format: exporters build a :class:`Manifest` and call :func:`write_manifest`.
@@ -24,6 +25,7 @@ from glm4_runtime.bundle.manifest import (
     Limits,
     Manifest,
     ModelInfo,
+    StageInfo,
     TensorSpec,
     read_manifest,
     write_manifest,
@@ -38,6 +40,7 @@ __all__ = [
     "REPORT",
     "SCHEMA_VERSION",
     "SIDE_FILES",
+    "StageInfo",
     "WEIGHTS",
     "AdapterInfo",
     "AdapterSlots",

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from glm4_runtime.bundle.adapter_inputs import adapter_specs
 from glm4_runtime.bundle.file_names import ADAPTER_GRAPH, GRAPH
-from glm4_runtime.bundle.manifest import EXPORT_AGAIN, Manifest
+from glm4_runtime.bundle.graph_io import stage_io
+from glm4_runtime.bundle.manifest import EXPORT_AGAIN, Manifest, StageInfo
 from glm4_runtime.bundle.manifest_checks import difference
 from glm4_runtime.bundle.onnx_file import OnnxGraph, Tensor, read_graph
 from glm4_runtime.errors import BundleError, shown, some
@@ -61,11 +62,28 @@ def check_graph(folder: Path, manifest: Manifest) -> None:
     Raises:
         BundleError: naming the first thing that differs.
     """
+    for stage in manifest.stages:
+        _check_file(folder / stage.graph, stage_manifest(manifest, stage))
+    if manifest.stages:
+        return
     _check_file(folder / GRAPH, manifest)
     slots = manifest.adapter_slots
     if slots is not None:
         inputs = (*manifest.inputs, *adapter_specs(slots, manifest.dialect))
         _check_file(folder / ADAPTER_GRAPH, replace(manifest, inputs=inputs))
+
+
+def stage_manifest(manifest: Manifest, stage: StageInfo) -> Manifest:
+    """A manifest for one stage alone: with its layers, inputs, outputs and files."""
+    io = stage_io(manifest.model, str(manifest.kv_cache), manifest.activations, stage)
+    return replace(
+        manifest,
+        model=replace(manifest.model, num_layers=stage.layers),
+        inputs=io.inputs,
+        outputs=io.outputs,
+        files={name: manifest.files[name] for name in (stage.graph, stage.weights)},
+        stages=(),
+    )
 
 
 def _check_file(path: Path, manifest: Manifest) -> None:

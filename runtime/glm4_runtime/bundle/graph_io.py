@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from glm4_runtime.bundle.manifest import ModelInfo, TensorSpec
+from glm4_runtime.bundle.manifest import ModelInfo, StageInfo, TensorSpec
 
 CAPACITY = "capacity"
 
@@ -53,3 +53,37 @@ def graph_io(task: str, model: ModelInfo, kv_dtype: str, capacity: int | str = C
         "encoder": TensorSpec("last_hidden_state", "float32", ("batch", "sequence", model.hidden_size)),
     }[task]
     return GraphIO(inputs=(input_ids, query_lengths), outputs=(output,))
+
+
+def hidden_name(layer: int) -> str:
+    """The hidden states that leave a layer: its second residual sum. The exporter's trace gives this name."""
+    return f"model.layers.{layer}/Add_2:0"
+
+
+def stage_io(model: ModelInfo, kv_dtype: str, activations: str, stage: StageInfo) -> GraphIO:
+    """Inputs and outputs of one stage of a causal LM.
+
+    The first input is ``input_ids`` in the first stage, and the hidden states of the layer before in the others. The
+    first output is ``logits`` in the last stage, and the hidden states of the last layer in the others. Only the last
+    stage has ``logits_indices``.
+
+    Args:
+        activations: element type of hidden states [batch, sequence, hidden].
+    """
+    whole = graph_io("causal-lm", model, kv_dtype)
+    first, end = stage.first_layer, stage.first_layer + stage.layers
+    pasts = {name for i in range(first, end) for name in past_names(i)}
+    presents = {name for i in range(first, end) for name in present_names(i)}
+    shape = ("batch", "sequence", model.hidden_size)
+    entry, *lengths, indices = whole.inputs[:4]
+    result = whole.outputs[0]
+    if first > 0:
+        entry = TensorSpec(hidden_name(first - 1), activations, shape)
+    if end < model.num_layers:
+        result = TensorSpec(hidden_name(end - 1), activations, shape)
+    else:
+        lengths.append(indices)
+    return GraphIO(
+        inputs=(entry, *lengths, *(spec for spec in whole.inputs if spec.name in pasts)),
+        outputs=(result, *(spec for spec in whole.outputs if spec.name in presents)),
+    )

@@ -96,6 +96,21 @@ class AdapterSlots:
     base: str | None = None
 
 
+@dataclass(frozen=True)
+class StageInfo:
+    """One stage of a model in several graphs: consecutive layers, in files of its own.
+
+    Attributes:
+        first_layer, layers: number of its first layer, and count of its layers.
+        graph, weights: the names of its files.
+    """
+
+    first_layer: int
+    layers: int
+    graph: str
+    weights: str
+
+
 # Input and output of an engine with our plugin, bound to one address; zero before and after each run.
 COUNTERS, PRESENT_COUNTERS = "counters", "present_counters"
 
@@ -162,6 +177,8 @@ class Manifest:
             name, of name, element type, shape and the SHA-256 of its bytes; with adapters of the merged values.
         adapters: in the order in which they were merged.
         adapter_slots: None: the bundle takes no adapters at run time.
+        stages: the parts of the model in their order; empty if one graph has all layers. ``inputs`` and ``outputs`` are
+            those of the whole model; :func:`~glm4_runtime.bundle.graph_io.stage_io` gives those of a stage.
     """
 
     task: str
@@ -187,6 +204,7 @@ class Manifest:
     scaled_bits: Mapping[str, int] = field(default_factory=dict)
     adapters: tuple[AdapterInfo, ...] = ()
     adapter_slots: AdapterSlots | None = None
+    stages: tuple[StageInfo, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     @property

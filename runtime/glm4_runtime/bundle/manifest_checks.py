@@ -77,6 +77,8 @@ def check_manifest(manifest: Manifest) -> None:
     _check_model(manifest)
     _check_files(manifest)
     _check_adapter_slots(manifest, manifest.adapter_slots)
+    if manifest.stages:
+        _check_stages(manifest)
     if manifest.dialect in ENGINE_DIALECTS:
         _check_engine(manifest, manifest.engine)
     _check_io(manifest)
@@ -154,7 +156,7 @@ def _check_model(manifest: Manifest) -> None:
 
 
 def _check_files(manifest: Manifest) -> None:
-    if manifest.dialect in ONNX_DIALECTS:
+    if manifest.dialect in ONNX_DIALECTS and not manifest.stages:
         _require(GRAPH in manifest.files, f"files does not list {GRAPH}")
     for name, entry in manifest.files.items():
         plain = name == Path(name).name and name not in {MANIFEST, REPORT, "..", ".", ""}
@@ -189,6 +191,28 @@ def _check_adapter_slots(manifest: Manifest, slots: AdapterSlots | None) -> None
         )
         for size in shape:
             _require_number(f"adapter_slots.matrices.{name}", size, 1, LARGEST_NUMBER)
+
+
+def _check_stages(manifest: Manifest) -> None:
+    """Stages must follow each other, have all layers together, and have files of their own."""
+    _require(
+        manifest.dialect in ONNX_DIALECTS and manifest.task == "causal-lm" and manifest.adapter_slots is None,
+        f"there are stages, but task {manifest.task} in the dialect {shown(manifest.dialect)}, or a bundle that takes "
+        "adapters, has none",
+    )
+    layers, names = 0, []
+    for number, stage in enumerate(manifest.stages, 1):
+        _require_number(f"stages.{number}.layers", stage.layers, 1, manifest.model.num_layers)
+        _require_number(f"stages.{number}.first_layer", stage.first_layer, layers, layers)
+        layers += stage.layers
+        names += [stage.graph, stage.weights]
+    _require(
+        layers == manifest.model.num_layers,
+        f"stages have {layers} layers together, but the model has {manifest.model.num_layers}",
+    )
+    missing = sorted(set(names) - manifest.files.keys())
+    _require(not missing, f"files does not list {some(missing)}")
+    _require(len(set(names)) == len(names), "two stages have a file in common")
 
 
 # Engines ------------------------------------------------------------------------------------------

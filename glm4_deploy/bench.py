@@ -12,7 +12,7 @@ import numpy as np
 from glm4_deploy.adapters import apply_adapter
 from glm4_exporters.peak_memory import peak_memory
 from glm4_runtime import Session
-from glm4_runtime.bundle import WEIGHTS, Manifest, read_manifest
+from glm4_runtime.bundle import Manifest, read_manifest
 from glm4_runtime.errors import RequestError
 from glm4_runtime.progress import Progress, silent
 
@@ -154,7 +154,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def _weight_bytes(manifest: Manifest) -> int:
     engine = manifest.engine
-    names = {profile.file for profile in engine.profiles} if engine else {WEIGHTS}
+    names = {profile.file for profile in engine.profiles} if engine else set(manifest.weight_files)
     return sum(manifest.files[name].bytes for name in names)
 
 

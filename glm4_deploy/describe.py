@@ -23,7 +23,9 @@ def describe(
     form, task = plan.form, plan.task
     io = model_io(plan.config, task, plan.graph_cache or form.activations)
     providers = cache_providers(plan.graph_cache, form.target, form.activations)
-    files = {path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name not in written.files}
+    files = {
+        path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name not in written.files
+    }
     return Manifest(
         task=task,
         target=form.target.name,

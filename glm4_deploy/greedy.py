@@ -1,7 +1,6 @@
 """Greedy generation with both whole models, if they fit into memory."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -10,7 +9,7 @@ from glm4_exporters.architecture import parameter_count
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.eager_attention import KVCache
 from glm4_exporters.task_models import load_model
-from glm4_runtime.bundle import WEIGHTS
+from glm4_runtime.bundle import Manifest
 
 Step = Callable[[Sequence[int]], Logits]  # runs tokens; returns the logits of the last one
 
@@ -33,9 +32,10 @@ def reference_start(checkpoint: Checkpoint) -> Callable[[], Step]:
     return start
 
 
-def fits_whole(bundle: Path, checkpoint: Checkpoint, available: int) -> bool:
+def fits_whole(manifest: Manifest, checkpoint: Checkpoint, available: int) -> bool:
     """Whether both whole models fit into 60 % of ``available``: the reference in float32, the bundle mapped and
     packed in float32."""
     parameters = parameter_count(checkpoint.config)
-    needed = 4 * parameters + (bundle / WEIGHTS).stat().st_size + 4 * parameters
+    stored = sum(manifest.files[name].bytes for name in manifest.weight_files)
+    needed = 4 * parameters + stored + 4 * parameters
     return needed < 0.6 * available

@@ -300,7 +300,7 @@ def _greedy(
     """
     room = manifest.limits.max_seq_len - GREEDY_TOKENS
     prompt = list(prompt[: min(16, room)])
-    if manifest.task != "causal-lm" or room < 1 or not fits_whole(bundle, checkpoint, available_memory()):
+    if manifest.task != "causal-lm" or room < 1 or not fits_whole(manifest, checkpoint, available_memory()):
         return None
     try:
         session = Session.open(bundle, max_batch_size=1)

@@ -238,9 +238,7 @@ def _stage_graphs(plan: Plan, model: "ir.Model") -> "dict[tuple[str, str], ir.Mo
     from glm4_exporters.stages import cut
 
     info, types = model_info(plan.config, plan.task), (str(plan.graph_cache), plan.form.activations)
-    return {
-        (stage.graph, stage.weights): cut(model, stage_io(info, *types, stage)) for stage in plan.stages
-    }
+    return {(stage.graph, stage.weights): cut(model, stage_io(info, *types, stage)) for stage in plan.stages}
 
 
 def _save(model: "ir.Model", path: Path) -> None:

@@ -187,7 +187,9 @@ def _stages(source: Checkpoint, options: ExportOptions) -> tuple[StageInfo, ...]
     elif source.task != "causal-lm":
         reason = f"the task is {source.task}; take --task causal-lm"
     elif options.lora_slots:
-        reason = "stages take no adapters at run time; leave --lora-slots out, or merge an adapter with --lora"
+        reason = (
+            "stages take no adapters at run time; leave --lora-slots out, or merge an adapter with --lora"
+        )
     if reason is not None:
         raise ExportError(f"a bundle with --stages cannot be made: {reason}")
     return stage_list(source.config, source.task, options.stages)

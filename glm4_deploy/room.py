@@ -1,10 +1,11 @@
 """Checks the free room on all disks that an export writes to, before its first step."""
 
 import shutil
+from math import prod
 from pathlib import Path
 
 from glm4_deploy.plan import Plan
-from glm4_exporters.architecture import expected_tensors
+from glm4_exporters.architecture import EMBEDDING, expected_tensors
 from glm4_exporters.engine.profiles import engine_profiles
 from glm4_runtime.bundle.safetensors_file import PAGE
 from glm4_runtime.errors import ExportError
@@ -54,10 +55,16 @@ def _written(plan: Plan, place: Path) -> list[tuple[Path, int]]:
 
 
 def weight_file(plan: Plan) -> int:
-    """Upper bound for the bundle's data file: weights, tables of cosines and sines, and padding to pages."""
+    """Upper bound for the bundle's data files: weights, tables of cosines and sines in each, and padding to pages."""
     shapes, config = expected_tensors(plan.config, plan.task), plan.config
-    tables = 2 * 4 * config.positions * config.rotary_dim // 2
-    return plan.form.weight_bytes(shapes) + tables + PAGE * PARTS * (len(shapes) + 2)
+    tables = 2 * 4 * config.positions * config.rotary_dim // 2 * max(1, len(plan.stages))
+    tied = 4 * prod(shapes[EMBEDDING]) if plan.stages and config.tie_word_embeddings else 0
+    return (
+        plan.form.weight_bytes(shapes)
+        + tied
+        + tables
+        + PAGE * PARTS * (len(shapes) + 2 * max(1, len(plan.stages)))
+    )
 
 
 def _timing_cache(path: Path) -> int:

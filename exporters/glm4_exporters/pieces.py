@@ -19,6 +19,7 @@ import onnx
 import onnxruntime as ort
 
 from glm4_exporters.architecture import EMBEDDING
+from glm4_exporters.joined import load_graph
 from glm4_plugins.block_product import OPERATOR, PANEL, library
 from glm4_plugins.operator import DOMAIN
 from glm4_runtime.bundle import GRAPH
@@ -59,7 +60,7 @@ class GraphPieces:
     def __init__(self, folder: Path, graph: str = GRAPH) -> None:
         """``graph``: the file of the graph."""
         self._folder = folder
-        self._model = onnx.load(folder / graph, load_external_data=False)
+        self._model = load_graph(folder, graph)
         self._widen = _computes_in_bfloat16(self._model.graph)
         self.arithmetic = "float32" if self._widen else "as exported"
         if self._widen:

@@ -21,6 +21,18 @@ if TYPE_CHECKING:
     from glm4_deploy.parity import Parity
 
 
+def _stage_counts(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """The numbers of --stages; empty without the option."""
+    if value is None:
+        return ()
+    parts = value.split(",")
+    if not all(part.isascii() and part.isdecimal() and len(part) <= 5 for part in parts):
+        raise click.BadParameter(
+            f"{value[:100]!r} is neither a count of stages, as 2, nor a list of layer counts, as 20,20."
+        )
+    return tuple(map(int, parts))
+
+
 @click.command("export")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
@@ -88,6 +100,13 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     metavar="R",
     help=f"Maximum rank of such an adapter. Default: {DEFAULT_RANK}.",
+)
+@click.option(
+    "--stages",
+    callback=_stage_counts,
+    metavar="N|A,B,...",
+    help="Cut the model into N stages, each with its own graph, weights and KV cache, or into stages of A, B, ... layers. "
+    "Example: --stages 2. For cpu, ort and native.",
 )
 @click.option(
     "--task",
@@ -164,6 +183,7 @@ def command(
     lora: tuple[str, ...],
     lora_slots: int,
     lora_rank: int | None,
+    stages: tuple[int, ...],
     task: str | None,
     max_seq_len: int | None,
     max_batch_size: int,
@@ -199,6 +219,7 @@ def command(
         engine=engine,
         lora_slots=lora_slots,
         lora_rank=lora_rank or DEFAULT_RANK,
+        stages=stages,
     )
     if lora_rank is not None and not lora_slots:
         raise click.UsageError("--lora-rank needs --lora-slots.")
@@ -237,6 +258,16 @@ def _adapter_slots(manifest: Manifest) -> list[tuple[str, str]]:
     return [] if slots is None else [("adapters", f"{slots.count} at run time, of rank up to {slots.rank}")]
 
 
+def _stage_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    return [
+        (
+            "stages" if number == 1 else "",
+            f"{number}: {stage.layers} layers, {show.readable_size(manifest.files[stage.weights].bytes)}",
+        )
+        for number, stage in enumerate(manifest.stages, 1)
+    ]
+
+
 def _as_json(result: pipeline.ExportResult) -> dict[str, object]:
     return {
         "bundle": str(result.bundle),
@@ -258,6 +289,7 @@ def _rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
         ("target", f"{manifest.target}, {manifest.precision}"),
         *[("adapter", f"{each.name} times {each.scale:g}, merged") for each in manifest.adapters],
         *_adapter_slots(manifest),
+        *_stage_rows(manifest),
         ("runs on", _runs_on(manifest)),
         ("size", show.readable_size(sum(entry.bytes for entry in manifest.files.values()))),
         ("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())),

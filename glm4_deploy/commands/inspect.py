@@ -139,6 +139,7 @@ def _bundle_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             for i, each in enumerate(manifest.get("adapters", []))
         ],
         *_adapter_slots(manifest.get("adapter_slots")),
+        *_stages(manifest),
         ("parity", _parity(report.get("parity", "not recorded"))),
     ]
     return rows
@@ -186,6 +187,17 @@ def _adapter_slots(slots: dict[str, Any] | None) -> list[tuple[str, str]]:
     if slots is None:
         return []
     return [("adapters", f"{slots['count']} at run time, of rank up to {slots['rank']}")]
+
+
+def _stages(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """Each stage: its layers, and the size and hash of its weights."""
+    rows: list[tuple[str, str]] = []
+    for number, stage in enumerate(manifest.get("stages", []), 1):
+        first, weights = stage["first_layer"], manifest["files"][stage["weights"]]
+        layers = f"layers {first} ... {first + stage['layers'] - 1}"
+        size = f"{show.readable_size(weights['bytes'])} with SHA-256 {weights['sha256'][:12]}..."
+        rows.append(("" if rows else "stages", f"{number}: {layers}, {stage['weights']} of {size}"))
+    return rows
 
 
 def _merged(adapter: dict[str, Any]) -> str:

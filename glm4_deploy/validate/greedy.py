@@ -30,7 +30,7 @@ def add_greedy(
     prompts = [list(ids[: min(PROMPT_TOKENS, room - tokens)]) for ids in text.sequences[:PROMPTS]]
     if tokens < 1:
         return ["Greedy texts were not compared: a slot of this bundle has no room for a token."]
-    if not all(fits_whole(one.folder, checkpoint, available) for one in bundles):
+    if not all(fits_whole(one.manifest, checkpoint, available) for one in bundles):
         return ["Greedy texts were not compared: both models whole do not fit into memory."]
     texts: dict[str, list[list[int]]] = {}
     notes = []

@@ -24,7 +24,7 @@ from glm4_deploy.validate.side_by_side import Bundle, Models, Walked, walk
 from glm4_deploy.validate.text import Text, choose_text, hex_of_bytes
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.peak_memory import peak_memory
-from glm4_runtime.bundle import GRAPH, REPORT, WEIGHTS, read_manifest
+from glm4_runtime.bundle import REPORT, read_manifest
 from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import BundleError, RequestError
 from glm4_runtime.opening import check_opening
@@ -173,7 +173,9 @@ def _opened(bundles: Sequence[Bundle], reference: str | Path, options: ValidateO
 def _open(folder: Path) -> Bundle:
     manifest = read_manifest(folder)
     check_opening(folder, manifest)
-    missing = [name for name in (GRAPH, WEIGHTS) if not (folder / name).is_file()]
+    missing = [
+        name for name in (*manifest.graph_files, *manifest.weight_files) if not (folder / name).is_file()
+    ]
     if missing:
         raise BundleError(
             f"{folder} holds an engine without the ONNX graph that it was built from, and validate runs the graph; "

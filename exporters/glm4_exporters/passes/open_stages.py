@@ -38,4 +38,6 @@ def _separate(graph: ir.Graph, node: ir.Node, total: ir.Value) -> None:
     epsilon = node.attributes["epsilon"].as_float()
     normed = b.op(node.op_type, hidden, zeros, weight, domain=node.domain, epsilon=epsilon)
     new = [*before.nodes, *b.nodes]
-    ir.convenience.replace_nodes_and_values(graph, node, [node], new, [node.outputs[0], total], [normed, hidden])
+    ir.convenience.replace_nodes_and_values(
+        graph, node, [node], new, [node.outputs[0], total], [normed, hidden]
+    )

@@ -11,7 +11,10 @@ REPORT = "report.json"
 GRAPH = "model.onnx"
 ADAPTER_GRAPH = "model.lora.onnx"  # takes LoRA adapters at run time; has the weights of GRAPH
 WEIGHTS = "model.onnx.data"
-STAGE_GRAPH, STAGE_WEIGHTS = "stage-{}.onnx", "stage-{}.onnx.data"  # numbered from 1; in place of GRAPH and WEIGHTS
+STAGE_GRAPH, STAGE_WEIGHTS = (
+    "stage-{}.onnx",
+    "stage-{}.onnx.data",
+)  # numbered from 1; in place of GRAPH and WEIGHTS
 ENGINE = "model.engine"
 
 # Side files: files beside the weights that a bundle copies from the checkpoint.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from glm4_runtime.bundle.file_names import MANIFEST
+from glm4_runtime.bundle.file_names import GRAPH, MANIFEST, WEIGHTS
 from glm4_runtime.bundle.json_file import read_object
 from glm4_runtime.errors import BundleError, one_line, shown, some
 
@@ -206,6 +206,16 @@ class Manifest:
     adapter_slots: AdapterSlots | None = None
     stages: tuple[StageInfo, ...] = ()
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        """The names of the files that hold weights of ONNX graphs."""
+        return tuple(stage.weights for stage in self.stages) or (WEIGHTS,)
+
+    @property
+    def graph_files(self) -> tuple[str, ...]:
+        """The names of the ONNX graphs that together are the model."""
+        return tuple(stage.graph for stage in self.stages) or (GRAPH,)
 
     @property
     def may_use_gpu(self) -> bool:

@@ -27,6 +27,7 @@ SESSIONS = {
     "tensorrt-rtx": ("glm4_runtime.session.tensorrt", "TensorRtSession"),
     "tensorrt": ("glm4_runtime.session.tensorrt", "TensorRtSession"),
 }
+STAGED = ("glm4_runtime.session.ort_stage", "open_stages")  # of a bundle of stages
 
 
 def open_session(
@@ -50,7 +51,7 @@ def open_session(
     check_opening(folder, manifest, hashes=verify)
     if TOKENIZER in manifest.files:
         start_trial(folder)
-    module, name = SESSIONS[RUNTIMES[manifest.dialect]]
+    module, name = STAGED if manifest.stages else SESSIONS[RUNTIMES[manifest.dialect]]
     make = cast("Callable[..., Session]", getattr(import_module(module), name))
     return make(folder, manifest, *limits, provider=provider, threads=threads)
 

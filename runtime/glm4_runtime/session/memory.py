@@ -11,14 +11,18 @@ from glm4_runtime.kv_cache import Move
 
 
 class CacheLayout:
-    """Names and sizes of every block, with the past and the present that it is bound to."""
+    """Names and sizes of every block, with the past and the present that it is bound to.
 
-    def __init__(self, manifest: Manifest, rows: int) -> None:
+    Args:
+        layers: the layers that have blocks. None: all.
+    """
+
+    def __init__(self, manifest: Manifest, rows: int, layers: range | None = None) -> None:
         self.rows, model = rows, manifest.model
         self.heads, self.head_dim = model.num_kv_heads, model.head_dim
         self.names = [
             (f"past_key_values.{i}.{side}", f"present_key_values.{i}.{side}")
-            for i in range(model.num_layers)
+            for i in layers or range(model.num_layers)
             for side in ("key", "value")
         ]
 
@@ -50,8 +54,8 @@ class CacheMemory(CacheLayout, abc.ABC):
 class HostMemory(CacheMemory):
     """NumPy arrays."""
 
-    def __init__(self, manifest: Manifest, rows: int) -> None:
-        super().__init__(manifest, rows)
+    def __init__(self, manifest: Manifest, rows: int, layers: range | None = None) -> None:
+        super().__init__(manifest, rows, layers)
         self.dtype = np.dtype(str(manifest.kv_cache))
         self.arrays = [self._new(0) for _ in self.names]
 

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 PLUGINS_PACKAGE, OPERATOR_LIBRARY = "glm4_plugins", "cpu_operators"
 OPERATOR_DOMAIN = "glm4"  # of those operators, in graphs
 # The providers that this session supports, fastest first.
-PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+CPU_PROVIDER = "CPUExecutionProvider"
+PROVIDERS = ("CUDAExecutionProvider", CPU_PROVIDER)
 # Why a manifest does not list a provider.
 MISSING_KERNELS = {
     ("CPUExecutionProvider", "bfloat16"): "it has no bfloat16 kernels",
@@ -88,6 +89,8 @@ def choose_provider(
     """
 
     def reason(name: str) -> str | None:
+        if manifest.stages and name != CPU_PROVIDER:
+            return "stages run on the CPU only"
         if name not in manifest.providers:
             known = (MISSING_KERNELS.get((name, str(t))) for t in (manifest.activations, manifest.kv_cache))
             lacks = next(filter(None, known), "it lacks kernels that the graph needs")
@@ -126,9 +129,33 @@ def _gpu_of(ort: Any) -> "OrtCuda":
     return OrtCuda(ort)
 
 
-def _failed(error: Exception) -> ModelError:
+def failed_step(error: Exception) -> ModelError:
     """What a kernel's error becomes. onnxruntime's exceptions have no common base class."""
     return ModelError(f"a step of the model failed in ONNX Runtime: {error}")
+
+
+def operators_of(manifest: Manifest) -> Path | None:
+    """The path of our operators, if the graph needs them."""
+    return operator_library() if OPERATOR_DOMAIN in manifest.opsets else None
+
+
+def session_options(ort: Any, manifest: Manifest, threads: int | None) -> Any:
+    """Options for the graphs of a bundle, with our operators if the graphs need them.
+
+    Raises:
+        BundleError: the operators cannot be loaded.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or cores()
+    options.log_severity_level = 3  # errors only; the cases of its warnings are decided by choose_provider
+    library = operators_of(manifest)
+    try:
+        if library is not None:
+            with ascii_path(library) as path:
+                options.register_custom_ops_library(path)
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise BundleError(f"ONNX Runtime {ort.__version__} cannot load {library}: {error}") from error
+    return options
 
 
 @dataclass(frozen=True)
@@ -168,7 +195,7 @@ class OrtSession(GrowingSession):
         super().__init__(folder, manifest, max_seq_len, max_batch_size)
         ort = load_onnxruntime()
         self.provider, self.skipped = choose_provider(manifest, ort.get_available_providers(), provider)
-        self._gpu = None if self.provider == "CPUExecutionProvider" else _gpu_of(ort)
+        self._gpu = None if self.provider == CPU_PROVIDER else _gpu_of(ort)
         try:
             self._open(ort, threads)
         except BaseException:
@@ -178,22 +205,13 @@ class OrtSession(GrowingSession):
 
     def _open(self, ort: Any, threads: int | None) -> None:
         manifest, gpu = self.manifest, self._gpu
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or cores()
-        options.log_severity_level = 3  # errors only; the cases of its warnings are decided above
+        options = session_options(ort, manifest, threads)
         provider: Any = self.provider
         if gpu is not None:
             provider = (self.provider, gpu.provider_options())
             for key, value in gpu.configuration(manifest).items():
                 options.add_session_config_entry(key, value)
-        library = operator_library() if OPERATOR_DOMAIN in manifest.opsets else None
-        try:
-            if library is not None:
-                with ascii_path(library) as path:
-                    options.register_custom_ops_library(path)
-        except Exception as error:  # onnxruntime's exceptions have no common base class
-            raise BundleError(f"ONNX Runtime {ort.__version__} cannot load {library}: {error}") from error
-        self._operators = library
+        self._operators = operators_of(manifest)
         self._graphs = Graphs(ort, self.folder, options, provider)
         self._session = self._graphs.open(GRAPH)
         if self._session.get_providers()[0] != self.provider:
@@ -232,7 +250,7 @@ class OrtSession(GrowingSession):
         try:  # no context manager, which costs three calls a token
             session.run_with_iobinding(rows.binding)
         except Exception as error:
-            raise _failed(error) from error
+            raise failed_step(error) from error
         if self._gpu is not None:
             self._gpu.cuda.synchronize()
         if logits.shape[1] > 1:  # logits of a whole prompt are large
@@ -334,7 +352,7 @@ class OrtSession(GrowingSession):
         try:
             result: Logits = self._session.run(None, {"input_ids": ids, "query_lengths": lengths})[0]
         except Exception as error:
-            raise _failed(error) from error
+            raise failed_step(error) from error
         return result
 
     # Positions on the host --------------------------------------------------------------------

@@ -1,0 +1,108 @@
+"""Stages on ONNX Runtime's CPU provider, all in this process."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm4_runtime.arrays import Ids
+from glm4_runtime.bundle import Manifest, StageInfo
+from glm4_runtime.bundle.graph_io import stage_io
+from glm4_runtime.kv_cache import Move
+from glm4_runtime.session.bound_rows import BoundRows, Ends
+from glm4_runtime.session.memory import HostMemory
+from glm4_runtime.session.ort import (
+    Graphs,
+    choose_provider,
+    failed_step,
+    load_onnxruntime,
+    session_options,
+)
+from glm4_runtime.session.stage import Hidden, Stage, Step
+from glm4_runtime.session.staged import StagedSession
+
+
+def open_stages(
+    folder: Path,
+    manifest: Manifest,
+    max_seq_len: int,
+    max_batch_size: int,
+    *,
+    provider: str | None,
+    threads: int | None,
+) -> StagedSession:
+    """Open all stages of a bundle in this process; they run one after another.
+
+    Raises:
+        BundleError: a graph cannot be opened. UnavailableError: ONNX Runtime is not installed.
+    """
+    ort = load_onnxruntime()
+    chosen, skipped = choose_provider(manifest, ort.get_available_providers(), provider)
+    options = session_options(ort, manifest, threads)
+    # Otherwise the threads of a stage that has just run would spin on the cores of the next stage.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    graphs = Graphs(ort, folder, options, chosen)
+    stages = [OrtStage(graphs, manifest, stage, max_batch_size) for stage in manifest.stages]
+    session = StagedSession(folder, manifest, max_seq_len, max_batch_size, stages, chosen)
+    session.skipped = skipped
+    return session
+
+
+class OrtStage(Stage):
+    """A stage whose graph and cache are in this process.
+
+    Args:
+        rows: of its cache.
+    """
+
+    def __init__(self, graphs: Graphs, manifest: Manifest, stage: StageInfo, rows: int) -> None:
+        cache_type, layers = (
+            str(manifest.kv_cache),
+            range(stage.first_layer, stage.first_layer + stage.layers),
+        )
+        io = stage_io(manifest.model, cache_type, manifest.activations, stage)
+        result = io.outputs[0]
+        is_last = layers.stop == manifest.model.num_layers
+        self._ends = Ends(io.inputs[0].name, result.name, is_last)
+        self._width, self._type = int(result.shape[-1]), np.dtype(result.dtype)
+        self._session: Any = graphs.open(stage.graph)
+        self._cache = HostMemory(manifest, rows, layers)
+        self._bindings: dict[tuple[int, int], BoundRows] = {}
+
+    def run(self, values: Ids | Hidden, step: Step) -> Hidden:
+        rows = self._bound_rows(step.first_row, len(values))
+        result = rows.write(values, step.past, step.logits_indices)
+        try:
+            self._session.run_with_iobinding(rows.binding)
+        except Exception as error:
+            raise failed_step(error) from error
+        if values.shape[1] > 1:  # hidden states of a chunk are large
+            rows.forget()
+        return result
+
+    def _bound_rows(self, first_row: int, count: int) -> BoundRows:
+        key = first_row, count
+        if key not in self._bindings:
+            binding = self._session.io_binding()
+            self._bindings[key] = BoundRows(
+                binding, self._cache, *key, "cpu", self._new_result, ends=self._ends
+            )
+        return self._bindings[key]
+
+    def _new_result(self, positions: tuple[int, int]) -> Hidden:
+        return np.empty((*positions, self._width), self._type)
+
+    def move(self, move: Move) -> None:
+        self._cache.move(move)
+
+    def clear(self, row: int) -> None:
+        self._cache.clear(row)
+
+    def resize(self, capacity: int, used: int) -> None:
+        self._bindings.clear()
+        self._cache.resize(capacity, used)
+
+    def close(self) -> None:
+        self._bindings.clear()
+        self._cache.free()
+        self._session = None

@@ -1,0 +1,72 @@
+"""The session of a bundle of stages: slots, limits and chunks as in every session, and the stages one after another."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from glm4_runtime.arrays import Ids, Logits
+from glm4_runtime.bundle import Manifest
+from glm4_runtime.errors import RequestError
+from glm4_runtime.kv_cache import Move
+from glm4_runtime.session.growing import GrowingSession
+from glm4_runtime.session.stage import Hidden, Stage, Step, undone
+
+
+class StagedSession(GrowingSession):
+    """A causal LM whose layers are in several stages. All stages use the same rows of their caches for a slot."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        max_seq_len: int,
+        max_batch_size: int,
+        stages: Sequence[Stage],
+        provider: str,
+    ) -> None:
+        super().__init__(folder, manifest, max_seq_len, max_batch_size)
+        self.provider = provider
+        self._stages = tuple(stages)
+
+    def _run_decoder(self, first_row: int, ids: Ids, past: Sequence[int], logits_indices: Ids) -> Logits:
+        step = Step(first_row, past, logits_indices)
+        values: Ids | Hidden = ids
+        for stage in self._stages:
+            values = stage.run(values, step)
+        return cast("Logits", values)  # of the last stage
+
+    def _run_encoder(self, ids: Ids) -> Logits:  # noqa: ARG002  the manifest's checks allow stages of decoders only
+        raise RequestError("a bundle of stages generates text, and neither classifies nor encodes")
+
+    def _move_row(self, move: Move) -> None:
+        done: list[Stage] = []
+        try:
+            for stage in self._stages:
+                stage.move(move)
+                done.append(stage)
+        except BaseException:
+            if move.swapped_length:  # without it, the target is a free row, and the source has not changed
+                for stage in done:
+                    stage.move(undone(move))
+            raise
+
+    def _clear_row(self, row: int) -> None:
+        for stage in self._stages:
+            stage.clear(row)
+
+    def _resize_cache(self, capacity: int) -> None:
+        done: list[Stage] = []
+        used = self._slots.longest()
+        try:
+            for stage in self._stages:
+                stage.resize(capacity, used)
+                done.append(stage)
+        except MemoryError:
+            for stage in done:  # back to the capacity of the others
+                stage.resize(self._capacity, used)
+            raise
+
+    def close(self) -> None:
+        for stage in self._stages:
+            stage.close()
+        self._stages = ()

@@ -7,7 +7,7 @@ from glm4_deploy.plan import CPU_PROVIDER, Plan
 from glm4_deploy.tools import tool_versions
 from glm4_exporters.cache_types import cache_providers
 from glm4_exporters.graph_io import model_info, model_io
-from glm4_runtime.bundle import Manifest, file_entry
+from glm4_runtime.bundle import WEIGHTS, Manifest, file_entry
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,9 +23,9 @@ def describe(
     form, task = plan.form, plan.task
     io = model_io(plan.config, task, plan.graph_cache or form.activations)
     providers = cache_providers(plan.graph_cache, form.target, form.activations)
-    files = {
-        path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name not in written.files
-    }
+    names = [stage.weights for stage in plan.stages] or [WEIGHTS]
+    weights = dict(zip(names, written.files, strict=True))
+    files = {path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name not in weights}
     return Manifest(
         task=task,
         target=form.target.name,
@@ -44,7 +44,7 @@ def describe(
         tools=tool_versions(),
         config=plan.config.to_dict(),
         source_sha256=written.source_sha256,
-        files={**files, **written.files},
+        files=files | weights,
         adapters=plan.adapters,
         adapter_slots=plan.slots,
         stages=plan.stages,

@@ -36,6 +36,7 @@ def _made(graph: onnx.GraphProto) -> set[str]:
 
 def _rename(graph: onnx.GraphProto, taken: set[str], ending: str) -> None:
     for node in graph.node:
+        node.name += ending if taken.intersection(node.output) else ""
         for names in (node.input, node.output):
             names[:] = [name + ending if name in taken else name for name in names]
     for values in (graph.initializer, graph.value_info):

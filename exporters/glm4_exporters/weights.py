@@ -93,11 +93,11 @@ class Edits:
 class WrittenWeights:
     """
     Attributes:
-        files: every written file by name.
+        files: the written files, in the order of their layouts.
         source_sha256: digest of the tensors that were read; see :class:`~glm4_runtime.bundle.Manifest`.
     """
 
-    files: Mapping[str, FileEntry]
+    files: tuple[FileEntry, ...]
     source_sha256: str
 
 
@@ -179,7 +179,7 @@ def write_files(
     """As :func:`write_weights`, into several files. A tensor of two files is read twice."""
     _keep_freed()
     sizes = {path: stored_bytes(tensors) for path, tensors in layouts.items()}
-    total, done, files = sum(sizes.values()), 0, {}
+    total, done, files = sum(sizes.values()), 0, []
     with _one_torch_thread(), _Writer(checkpoint, edits) as writer:
         for path, tensors in layouts.items():
             with AlignedFile(path) as file:
@@ -190,10 +190,10 @@ def write_files(
                     writer.write(tensor)
                     file.pad()
                     progress("write weights", done + tensor.offset + tensor.nbytes, total)
-            files[path.name] = FileEntry(file.sha256(), sizes[path], sample_of(path))
+            files.append(FileEntry(file.sha256(), sizes[path], sample_of(path)))
             done += sizes[path]
     progress("write weights", total, total)
-    return WrittenWeights(files, writer.source_sha256())
+    return WrittenWeights(tuple(files), writer.source_sha256())
 
 
 class _Writer:

@@ -88,13 +88,13 @@ def test_tensors_lie_apart_at_multiples_of_4096_and_zeros_between(tmp_path, tiny
         assert tensor.offset % 4096 == 0
         assert 0 <= tensor.offset - before < 4096
         assert not any(data[before : tensor.offset])
-    assert said.files["data"].bytes == len(data) == weights.stored_bytes(tensors)
+    assert said.files[0].bytes == len(data) == weights.stored_bytes(tensors)
     assert len(data) % 4096 == 0
 
 
 def test_the_sha256_is_the_files(tmp_path, tiny_checkpoint):
     _, said = written(tiny_checkpoint, tmp_path / "data")
-    assert said.files["data"].sha256 == hashlib.sha256((tmp_path / "data").read_bytes()).hexdigest()
+    assert said.files[0].sha256 == hashlib.sha256((tmp_path / "data").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -117,12 +117,12 @@ def test_a_real_buffer_boundary_is_crossed(tmp_path):
     config = tiny_config(vocab_size=160_001, num_hidden_layers=1)
     folder = write_checkpoint(tmp_path / "checkpoint", config)
     tensors, said = written(folder, tmp_path / "data")
-    assert said.files["data"].bytes > 2 * aligned_file.WRITE_BLOCK
+    assert said.files[0].bytes > 2 * aligned_file.WRITE_BLOCK
     original = load_file(folder / "model.safetensors")
     for tensor in tensors:
         if tensor.name in original:
             assert same_bits(stored(tmp_path / "data", tensor), original[tensor.name])
-    assert said.files["data"].sha256 == hashlib.sha256((tmp_path / "data").read_bytes()).hexdigest()
+    assert said.files[0].sha256 == hashlib.sha256((tmp_path / "data").read_bytes()).hexdigest()
 
 
 def test_a_tied_head_is_stored_once(tmp_path):
@@ -245,7 +245,7 @@ def test_short_writes_are_continued(tmp_path, tiny_checkpoint, monkeypatch):
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, chunk, at: real(fd, chunk[:4096], at))
     _, said = written(tiny_checkpoint, tmp_path / "data")
-    assert said.files["data"].sha256 == hashlib.sha256((tmp_path / "data").read_bytes()).hexdigest()
+    assert said.files[0].sha256 == hashlib.sha256((tmp_path / "data").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("after", [0, 3])

@@ -30,8 +30,9 @@ class Rows(Stage):
             tokens = values[row] if values.ndim == 2 else values[row, :, 0]
             for array in self.memory.arrays:
                 array[step.first_row + row, :, past : past + len(tokens)] = tokens[None, :, None]
-        shape = (*step.logits_indices.shape, VOCAB) if self.is_last else (*values.shape[:2], HIDDEN)
-        return np.broadcast_to(values[..., :1] if values.ndim == 3 else values[..., None], shape).astype(np.float32)  # fmt: skip
+        if self.is_last:
+            return np.zeros((*step.logits_indices.shape, VOCAB), np.float32)
+        return np.repeat(values[..., None], HIDDEN, axis=-1).astype(np.float32)
 
     def move(self, move):
         self._fail("move")

@@ -123,8 +123,9 @@ def test_answers_and_scores_have_the_bits_of_the_unstaged_bundle(bundle_of):
             ):
                 yield [token.id for token in session.generate(prompt, params)]
             yield from session.score(prompt, chunk=9)
-            yield session.log_likelihoods(prompt[:20], [prompt[20:24], [7, 8]])
-            yield session.rolling_log_likelihood(prompt)
+            for one in session.log_likelihoods(prompt[:20], [prompt[20:24], [7, 8]]):
+                yield one.logprobs
+            yield session.rolling_log_likelihood(prompt).logprobs
 
     staged, whole = (list(all_of(bundle_of("cpu", "int8", stages))) for stages in ((2,), ()))
     assert len(staged[0]) == 24
@@ -277,6 +278,19 @@ def test_pieces_run_every_stages_own_weights(bundle_of, tied, tmp_path):
     assert not np.array_equal(GraphPieces(folder).run(inputs)[0]["logits"], before["logits"])
 
 
+def test_validate_walks_all_layers_of_a_staged_bundle(run, bundle_of, base, tmp_path):
+    """The per-layer errors are those of the unstaged bundle, up to rounding."""
+    text = tmp_path / "text.ids"
+    text.write_text(" ".join(str(5 + i % 300) for i in range(120)))
+    found = []
+    for stages in ((2, 1), ()):
+        folder = bundle_of("ort", "fp32", stages)
+        code, out, err = run("validate", folder, "--reference", base, "--text", text, "--json")
+        assert (code, err.count("Traceback")) == (0, 0)
+        found.append(json.loads(out))
+    assert found[0].keys() == found[1].keys()
+
+
 # Damage -------------------------------------------------------------------------------------------
 
 
@@ -316,6 +330,13 @@ def test_a_manifest_whose_stages_do_not_fit_is_refused(bundle_of, tmp_path, chan
     with pytest.raises(BundleError) as caught:
         Session.open(folder)
     assert words in str(caught.value)
+
+
+def test_adapters_at_run_time_are_refused(bundle_of, tmp_path):
+    with Session.open(bundle_of("ort", "fp32", (2, 1))) as session:
+        with pytest.raises(BundleError, match="stages, which take no adapters at run time"):
+            session.load_adapter("a", tmp_path)
+        assert session.adapters == ()
 
 
 def test_another_provider_is_refused(bundle_of):

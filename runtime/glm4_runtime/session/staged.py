@@ -6,7 +6,7 @@ from typing import cast
 
 from glm4_runtime.arrays import Ids, Logits
 from glm4_runtime.bundle import Manifest
-from glm4_runtime.errors import RequestError
+from glm4_runtime.errors import BundleError, RequestError
 from glm4_runtime.kv_cache import Move
 from glm4_runtime.session.growing import GrowingSession
 from glm4_runtime.session.stage import Hidden, Stage, Step, undone
@@ -27,6 +27,11 @@ class StagedSession(GrowingSession):
         super().__init__(folder, manifest, max_seq_len, max_batch_size)
         self.provider = provider
         self._stages = tuple(stages)
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:  # noqa: ARG002  no stage takes adapters
+        raise BundleError(
+            f"{self.folder} has stages, which take no adapters at run time; merge the adapter with --lora"
+        )
 
     def _run_decoder(self, first_row: int, ids: Ids, past: Sequence[int], logits_indices: Ids) -> Logits:
         step = Step(first_row, past, logits_indices)

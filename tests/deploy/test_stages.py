@@ -132,7 +132,7 @@ def test_answers_and_scores_have_the_bits_of_the_unstaged_bundle(bundle_of):
     assert_equal(staged, whole)
 
 
-@pytest.mark.parametrize(("target", "precision", "cache"), [("ort", "fp32", "auto"), ("ort", "int4", "int8"), ("native", "fp16", "auto")])  # fmt: skip
+@pytest.mark.parametrize(("target", "precision", "cache"), [("ort", "fp32", "auto"), ("ort", "int4", "int8"), ("native", "fp32", "auto")])  # fmt: skip
 def test_stages_of_other_targets_compute_the_same(bundle_of, target, precision, cache):
     """ONNX Runtime fuses across layers there, so bits may differ. Parity has proved the staged bundle."""
     ids = list(range(5, 45))
@@ -142,7 +142,7 @@ def test_stages_of_other_targets_compute_the_same(bundle_of, target, precision, 
             session.prefill_chunk = 16
             assert session.provider == "CPUExecutionProvider"
             parts.append(np.concatenate([session.prefill(1, ids, "all"), session.decode({1: 9})[1][None]]))
-    np.testing.assert_allclose(parts[1], parts[0], atol=5e-2 if precision == "fp16" else 1e-4)
+    np.testing.assert_allclose(parts[1], parts[0], atol=1e-4)
 
 
 def weights_of(folder):
@@ -186,13 +186,12 @@ def test_a_tied_bundle_computes_the_same(bundle_of, tied, target, precision):
 def test_stages_share_the_bytes(bundle_of):
     """Files are mapped, so that their sizes are the memory of a stage."""
     whole = read_manifest(bundle_of("ort", "fp32")).files["model.onnx.data"].bytes
-    manifest = read_manifest(bundle_of("ort", "fp32", (1, 1, 1)))
+    folder = bundle_of("ort", "fp32", (2, 1))
+    manifest = read_manifest(folder)
     sizes = [manifest.files[stage.weights].bytes for stage in manifest.stages]
-    assert sizes == [
-        (bundle_of("ort", "fp32", (1, 1, 1)) / s.weights).stat().st_size for s in manifest.stages
-    ]
-    shared = 2 * 8192  # tables of cosines and sines, 256 positions of 4 numbers, in pages
-    assert whole <= sum(sizes) <= whole + 2 * shared
+    assert sizes == [(folder / stage.weights).stat().st_size for stage in manifest.stages]
+    assert sum(sizes) == whole + 2 * 4096  # tables of cosines and sines: 256 positions of 4 numbers
+    assert 0.5 < sizes[0] / whole < 0.75
 
 
 @pytest.mark.parametrize(
@@ -260,19 +259,19 @@ def test_two_exports_are_the_same_bytes(bundle_of, base, tmp_path):
 
 
 def test_pieces_run_every_stages_own_weights(bundle_of, tied, tmp_path):
-    """A change in the second stage's copy of the table changes the joined graph's logits."""
+    """A change in the last stage's copy of the table changes the joined graph's logits."""
     from glm4_deploy.parity import graph_inputs
 
     folder = tmp_path / "bundle"
-    shutil.copytree(bundle_of("ort", "fp32", (2,), tied), folder)
+    shutil.copytree(bundle_of("ort", "fp32", (1, 1, 1), tied), folder)
     manifest = read_manifest(folder)
     inputs = [graph_inputs(manifest, [5, 6, 7])]
     before = GraphPieces(folder).run(inputs)[0]
     assert before.keys() == {spec.name for spec in manifest.outputs}
-    graph = onnx.load(folder / "stage-2.onnx", load_external_data=False).graph
+    graph = onnx.load(folder / "stage-3.onnx", load_external_data=False).graph
     table = next(tensor for tensor in graph.initializer if tensor.name == EMBEDDING)
     offset = int(next(entry.value for entry in table.external_data if entry.key == "offset"))
-    with (folder / "stage-2.onnx.data").open("r+b") as file:
+    with (folder / "stage-3.onnx.data").open("r+b") as file:
         file.seek(offset)
         file.write(np.full(64, 3.0, np.float32).tobytes())
     assert not np.array_equal(GraphPieces(folder).run(inputs)[0]["logits"], before["logits"])

@@ -132,6 +132,23 @@ def test_answers_and_scores_have_the_bits_of_the_unstaged_bundle(bundle_of):
     assert_equal(staged, whole)
 
 
+@needs_cpu_operators
+def test_positions_of_all_stages_are_copied_to_the_host_and_back(bundle_of):
+    """They are those of the unstaged bundle, as a prefix cache on disk needs them."""
+    blocks, logits = [], []
+    for stages in ((2,), ()):
+        with Session.open(bundle_of("cpu", "int8", stages)) as session:
+            session.prefill(0, list(range(5, 45)))
+            blocks.append(session.read_positions(0, 3, 40))
+            session.copy_prefix(0, 2, 3)
+            session.append_positions(2, blocks[-1])
+            logits += [session.decode({0: 9})[0], session.decode({2: 9})[2]]
+            assert session.kernels["operators"]
+    np.testing.assert_array_equal(*blocks)
+    for other in logits[1:]:
+        np.testing.assert_array_equal(other, logits[0])
+
+
 @pytest.mark.parametrize(("target", "precision", "cache"), [("ort", "fp32", "auto"), ("ort", "int4", "int8"), ("native", "fp32", "auto")])  # fmt: skip
 def test_stages_of_other_targets_compute_the_same(bundle_of, target, precision, cache):
     """ONNX Runtime fuses across layers there, so bits may differ. Parity has proved the staged bundle."""

@@ -19,7 +19,7 @@ class Rows(Stage):
 
     def __init__(self, manifest, layer, is_last):
         self.memory, self.is_last = HostMemory(manifest, 4, range(layer, layer + 1)), is_last
-        self.fails = None
+        self.fails, self.layers = None, 1
 
     def _fail(self, what):
         if self.fails == what:
@@ -45,6 +45,12 @@ class Rows(Stage):
         self._fail("resize")
         self.memory.resize(capacity, used)
 
+    def read(self, row, start, stop):
+        return self.memory.read(row, start, stop)
+
+    def write(self, row, start, block):
+        self.memory.write(row, start, block)
+
     def close(self):
         self.memory.free()
 
@@ -54,7 +60,7 @@ def session(tiny_bundles):
     manifest = read_manifest(tiny_bundles["ort"])
     manifest = dataclasses.replace(manifest, limits=dataclasses.replace(manifest.limits, max_seq_len=1024))
     stages = [Rows(manifest, 0, False), Rows(manifest, 1, True)]
-    with StagedSession(tiny_bundles["ort"], manifest, 1024, 4, stages, "none") as session:
+    with StagedSession(tiny_bundles["ort"], manifest, 1024, 4, stages, "none", {}) as session:
         yield session
 
 

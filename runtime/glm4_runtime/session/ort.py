@@ -139,6 +139,13 @@ def operators_of(manifest: Manifest) -> Path | None:
     return operator_library() if OPERATOR_DOMAIN in manifest.opsets else None
 
 
+def kernels_of(ort: Any, manifest: Manifest, provider: str) -> dict[str, str]:
+    """The versions of everything that computes keys and values."""
+    operators = operators_of(manifest)
+    digest = operators and hashlib.sha256(operators.read_bytes()).hexdigest()
+    return {"provider": provider, "onnxruntime": ort.__version__, "operators": digest or ""}
+
+
 def session_options(ort: Any, manifest: Manifest, threads: int | None) -> Any:
     """Options for the graphs of a bundle, with our operators if the graphs need them.
 
@@ -211,7 +218,6 @@ class OrtSession(GrowingSession):
             provider = (self.provider, gpu.provider_options())
             for key, value in gpu.configuration(manifest).items():
                 options.add_session_config_entry(key, value)
-        self._operators = operators_of(manifest)
         self._graphs = Graphs(ort, self.folder, options, provider)
         self._session = self._graphs.open(GRAPH)
         if self._session.get_providers()[0] != self.provider:
@@ -359,12 +365,7 @@ class OrtSession(GrowingSession):
 
     @functools.cached_property
     def kernels(self) -> dict[str, str]:
-        operators = self._operators and hashlib.sha256(self._operators.read_bytes()).hexdigest()
-        return {
-            "provider": self.provider,
-            "onnxruntime": self._graphs.ort.__version__,
-            "operators": operators or "",
-        }
+        return kernels_of(self._graphs.ort, self.manifest, self.provider)
 
     @property
     def copies_positions(self) -> bool:

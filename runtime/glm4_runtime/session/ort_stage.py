@@ -15,10 +15,11 @@ from glm4_runtime.session.ort import (
     Graphs,
     choose_provider,
     failed_step,
+    kernels_of,
     load_onnxruntime,
     session_options,
 )
-from glm4_runtime.session.stage import Hidden, Stage, Step
+from glm4_runtime.session.stage import Hidden, Positions, Stage, Step
 from glm4_runtime.session.staged import StagedSession
 
 
@@ -43,7 +44,8 @@ def open_stages(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     graphs = Graphs(ort, folder, options, chosen)
     stages = [OrtStage(graphs, manifest, stage, max_batch_size) for stage in manifest.stages]
-    session = StagedSession(folder, manifest, max_seq_len, max_batch_size, stages, chosen)
+    kernels = kernels_of(ort, manifest, chosen)
+    session = StagedSession(folder, manifest, max_seq_len, max_batch_size, stages, chosen, kernels)
     session.skipped = skipped
     return session
 
@@ -56,6 +58,7 @@ class OrtStage(Stage):
     """
 
     def __init__(self, graphs: Graphs, manifest: Manifest, stage: StageInfo, rows: int) -> None:
+        self.layers = stage.layers
         cache_type, layers = (
             str(manifest.kv_cache),
             range(stage.first_layer, stage.first_layer + stage.layers),
@@ -101,6 +104,12 @@ class OrtStage(Stage):
     def resize(self, capacity: int, used: int) -> None:
         self._bindings.clear()
         self._cache.resize(capacity, used)
+
+    def read(self, row: int, start: int, stop: int) -> Positions:
+        return self._cache.read(row, start, stop)
+
+    def write(self, row: int, start: int, block: Positions) -> None:
+        self._cache.write(row, start, block)
 
     def close(self) -> None:
         self._bindings.clear()

@@ -16,6 +16,8 @@ from glm4_runtime.kv_cache import Move
 
 Hidden = npt.NDArray[Any]  # [rows, width, hidden], float32 or float16
 
+Positions = npt.NDArray[Any]  # keys and values of the stage's layers, [2 * layers, Hkv, positions, D]
+
 
 @dataclass(frozen=True)
 class Step:
@@ -33,7 +35,13 @@ class Step:
 
 
 class Stage(abc.ABC):
-    """One stage. It knows rows of its cache, and neither slots nor their lengths."""
+    """One stage. It knows rows of its cache, and neither slots nor their lengths.
+
+    Attributes:
+        layers: number of its layers.
+    """
+
+    layers: int
 
     @abc.abstractmethod
     def run(self, values: Ids | Hidden, step: Step) -> Hidden:
@@ -61,6 +69,14 @@ class Stage(abc.ABC):
         nothing has changed."""
 
     @abc.abstractmethod
+    def read(self, row: int, start: int, stop: int) -> Positions:
+        """Copy positions ``start`` ... ``stop`` - 1 of a row."""
+
+    @abc.abstractmethod
+    def write(self, row: int, start: int, block: Positions) -> None:
+        """Write positions from ``start`` on, as :meth:`read` gave them."""
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Free memory and threads."""
 
@@ -70,4 +86,4 @@ def undone(move: Move) -> Move:
     return Move(move.source, move.target, move.swapped_length, move.length)
 
 
-__all__ = ["Hidden", "Stage", "Step", "undone"]
+__all__ = ["Hidden", "Positions", "Stage", "Step", "undone"]

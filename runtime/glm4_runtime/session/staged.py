@@ -1,15 +1,17 @@
 """The session of a bundle of stages: slots, limits and chunks as in every session, and the stages one after another."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
+
+import numpy as np
 
 from glm4_runtime.arrays import Ids, Logits
 from glm4_runtime.bundle import Manifest
 from glm4_runtime.errors import BundleError, RequestError
 from glm4_runtime.kv_cache import Move
 from glm4_runtime.session.growing import GrowingSession
-from glm4_runtime.session.stage import Hidden, Stage, Step, undone
+from glm4_runtime.session.stage import Hidden, Positions, Stage, Step, undone
 
 
 class StagedSession(GrowingSession):
@@ -23,9 +25,10 @@ class StagedSession(GrowingSession):
         max_batch_size: int,
         stages: Sequence[Stage],
         provider: str,
+        kernels: Mapping[str, str],
     ) -> None:
         super().__init__(folder, manifest, max_seq_len, max_batch_size)
-        self.provider = provider
+        self.provider, self._kernels = provider, kernels
         self._stages = tuple(stages)
 
     def load_adapter(self, name: str, folder: str | Path) -> None:  # noqa: ARG002  no stage takes adapters
@@ -54,6 +57,22 @@ class StagedSession(GrowingSession):
                 for stage in done:
                     stage.move(undone(move))
             raise
+
+    @property
+    def copies_positions(self) -> bool:
+        return True
+
+    @property
+    def kernels(self) -> Mapping[str, str]:
+        return self._kernels
+
+    def _read_row(self, row: int, start: int, stop: int) -> Positions:
+        return np.concatenate([stage.read(row, start, stop) for stage in self._stages])
+
+    def _write_row(self, row: int, start: int, block: Positions) -> None:
+        ends = np.cumsum([2 * stage.layers for stage in self._stages])
+        for stage, part in zip(self._stages, np.split(block, ends[:-1]), strict=True):
+            stage.write(row, start, part)
 
     def _clear_row(self, row: int) -> None:
         for stage in self._stages:

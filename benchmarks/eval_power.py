@@ -1,6 +1,6 @@
 """What ``eval`` finds: faults of a known size on demo/glm4-tasks, and how often chance alone is called a difference.
 
-    python benchmarks/eval_power.py --out benchmarks/results/eval-power.json
+    python -m benchmarks.eval_power --items 80 --out benchmarks/results/eval-power.json
 
 Engines: the checkpoint exported in float32; precisions; three faults, by their mean KL divergence on the tasks' own
 texts; and two engines that differ in bits and not in quality ("native", and "batch-1" with one slot).
@@ -86,10 +86,11 @@ def false_alarms(found: dict[str, Any], second: str, value: str, seed: int = 0) 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(out: Path) -> None:
+@click.option("--items", "count", type=int, default=200, show_default=True, help="Items of each kind.")
+def main(out: Path, count: int) -> None:
     """Measure, and write what is worth keeping."""
     with tempfile.TemporaryDirectory() as folder:
-        found = measured(Path(folder))
+        found = measured(Path(folder), count)
     alarms = {
         name: {value: false_alarms(found, name, value) for value in ("score", "nats")} for name in EQUALS
     }

@@ -156,6 +156,21 @@ def test_no_link_and_no_fifo_is_followed(opened, make):
     chain.path(0).unlink()
     make(chain.path(0))
     assert one.read_piece(chain, 0) is None
+    assert not os.path.lexists(chain.path(0))
+
+
+def test_a_good_file_stays_if_reading_fails(opened, monkeypatch):
+    one = opened()
+    chain = one.chain(ids_of(64), None, "")
+    fill(one, chain)
+
+    def refuse(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "read", refuse)
+        assert one.read_piece(chain, 0) is None
+    np.testing.assert_array_equal(one.read_piece(chain, 0), block_of(0))
 
 
 def test_only_the_owner_can_read(opened, tmp_path):

@@ -3,15 +3,18 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoints import tiny_config, write_checkpoint
-from stored_run import GREEDY, Run, ids
+from stored_run import GREEDY, Run, ids, wait_for
 
 from glm4_deploy.pipeline import ExportOptions, export
 from glm4_runtime import Session
+from glm4_runtime.cluster.order import order_of
+from glm4_runtime.cluster.replica import ReplicaActor, ReplicaOptions
 from glm4_runtime.errors import BundleError
 from glm4_runtime.prefix_store.piece import TOKENS
 from glm4_runtime.prefix_store.store import PrefixStore
@@ -182,7 +185,7 @@ def test_an_adapter_of_the_same_name_with_other_matrices_shares_nothing(demo_slo
 KILLED = """
 import sys
 sys.path[:0] = {path!r}
-from stored_run import GREEDY, Run, ids
+from stored_run import GREEDY, Run, ids, wait_for
 from glm4_runtime.scheduler import Request
 with Run({bundle!r}, {folder!r}) as run:
     for turn in range(10**6):
@@ -216,6 +219,22 @@ def test_no_kill_leaves_a_wrong_answer(bundles, tmp_path):
 @pytest.mark.more
 def test_none_of_two_hundred_kills_leaves_a_wrong_answer(bundles, tmp_path):
     kill_in_a_loop(bundles["float32"], tmp_path / "cache", 200)
+
+
+def test_each_replica_uses_the_folder(demo_cpu, tmp_path):
+    def ask():
+        options = ReplicaOptions(str(demo_cpu), (1,), 4, cache=tmp_path / "cache")
+        actor = ReplicaActor(options)
+        order = order_of(Request(ids(300), replace(GREEDY, seed=1)))
+        actor.submit(1, order)
+        wait_for(lambda: actor.report().stats.requests["length"] == 1)
+        return actor
+
+    first = ask()
+    first._work._scheduler.stop()  # as the end of its process, which writes what waits
+    second = ask()
+    assert second.report().stats.stored_tokens == 256
+    second._work._scheduler.stop()
 
 
 def test_scored_prompts_are_computed(bundles, tmp_path):

@@ -4,6 +4,7 @@ A safetensors file. Its header follows from the facts and from the number of tok
 byte for byte, and interprets nothing of a foreign file.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -72,7 +73,13 @@ def read(path: Path, facts: str, ids: Tokens, layout: Layout) -> Block | None:
     data = block.data.cast("B")
     found = bytearray(len(start) + _SUM_BYTES)
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    with os.fdopen(os.open(path, flags | getattr(os, "O_BINARY", 0)), "rb", buffering=0) as file:
+    try:
+        opened = os.open(path, flags | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a symbolic link
+            return None
+        raise
+    with os.fdopen(opened, "rb", buffering=0) as file:
         known = os.fstat(file.fileno())
         if not stat.S_ISREG(known.st_mode) or known.st_size != len(found) + len(data):
             return None

@@ -94,9 +94,9 @@ class PrefixStore:
             block = read(path, chain.facts, chain.ids_of(index), self._layout)
         except FileNotFoundError:
             return None
-        except Exception as error:  # also MemoryError
+        except Exception as error:  # such as too many open files, or too little memory; the file may be good
             logger.warning("%s of the prefix cache cannot be read: %s", path.name, error)
-            block = None
+            return None
         if block is None:
             logger.warning("%s of the prefix cache is torn or foreign, and is removed", path.name)
             remove(path)

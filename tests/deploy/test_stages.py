@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+from adapters import write_adapter
 from checkpoints import parse_config, tiny_config, write_checkpoint
 from cpu_operators import needs_cpu_operators
 
@@ -198,6 +199,22 @@ def test_a_tied_bundle_computes_the_same(bundle_of, tied, target, precision):
         with Session.open(bundle_of(target, precision, stages, tied)) as session:
             found.append(session.prefill(0, ids, "all"))
     np.testing.assert_allclose(found[1], found[0], atol=0 if target == "cpu" else 1e-4)
+
+
+@needs_cpu_operators
+def test_calibrated_and_merged_weights_are_those_of_the_unstaged_bundle(tied, tmp_path):
+    """GPTQ's numbers of a tied table are written twice, and a merged adapter changes both stages."""
+    text = tmp_path / "text.ids"
+    text.write_text(" ".join(str(5 + i % 300) for i in range(600)))
+    adapter = write_adapter(tied, tmp_path / "adapter", seed=1, target_modules=["q_proj", "down_proj"], r=4)
+    found = {}
+    for name, stages in {"whole": (), "staged": (2,)}.items():
+        options = ExportOptions("cpu", "int4", calibration=str(text), adapters=((str(adapter), 1.0),), stages=stages, parity=False)  # fmt: skip
+        manifest = export(tied, tmp_path / name, options).manifest
+        with Session.open(tmp_path / name) as session:
+            found[name] = manifest.source_sha256, session.prefill(0, list(range(5, 45)), "all")
+    assert found["staged"][0] == found["whole"][0]
+    np.testing.assert_array_equal(found["staged"][1], found["whole"][1])
 
 
 def test_stages_share_the_bytes(bundle_of):

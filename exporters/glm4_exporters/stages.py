@@ -29,6 +29,10 @@ def stage_list(config: Glm4Config, task: str, asked: Sequence[int]) -> tuple[Sta
     if not asked:
         return ()
     layers, said = config.num_hidden_layers, ",".join(map(str, asked))
+    if layers < 2:
+        raise ExportError(
+            "--stages needs a model of at least 2 layers, but this model has 1; leave --stages out"
+        )
     if len(asked) > 1:
         if min(asked) < 1 or sum(asked) != layers:
             raise ExportError(

@@ -268,6 +268,11 @@ def test_what_cannot_be_cut_is_refused_in_a_line(base, tmp_path, options, words)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_of_one_layer_is_not_cut():
+    with pytest.raises(ExportError, match="at least 2 layers"):
+        stage_list(parse_config(num_hidden_layers=1), "causal-lm", (2,))
+
+
 def test_a_count_and_its_list_are_one_export(base):
     with Checkpoint.load(base) as source:
         plans = [make_plan(source, ExportOptions(stages=stages)) for stages in ((3,), (1, 1, 1))]

@@ -109,6 +109,20 @@ def test_a_failed_growth_leaves_all_stages_as_they_were(session, length):
     assert [held(session, slot) for slot in range(3)] == [[[s + 1] * (s + 2)] * 2 for s in range(3)]
 
 
+def test_a_failed_shrinking_leaves_room_for_what_is_held(session):
+    fill(session)
+    session.prefill(3, [7] * 1000)
+    session.release(3)
+    session._stages[1].fails = "resize"
+    session.decode({0: 9})
+    assert [stage.memory.arrays[0].shape[2] for stage in session._stages] == [256, 1024]
+    session._stages[1].fails = None
+    session.prefill(3, [8] * 300)
+    assert [stage.memory.arrays[0].shape[2] for stage in session._stages] == [512, 512]
+    assert held(session, 0) == [[1, 1, 9]] * 2
+    assert held(session, 3) == [[8] * 300] * 2
+
+
 def test_discard_clears_the_row_of_every_stage(session):
     fill(session)
     row = session._slots.row(1)

@@ -59,13 +59,9 @@ class OrtStage(Stage):
 
     def __init__(self, graphs: Graphs, manifest: Manifest, stage: StageInfo, rows: int) -> None:
         self.layers = stage.layers
-        cache_type, layers = (
-            str(manifest.kv_cache),
-            range(stage.first_layer, stage.first_layer + stage.layers),
-        )
-        io = stage_io(manifest.model, cache_type, manifest.activations, stage)
-        result = io.outputs[0]
-        is_last = layers.stop == manifest.model.num_layers
+        layers = range(stage.first_layer, stage.first_layer + stage.layers)
+        io = stage_io(manifest.model, str(manifest.kv_cache), manifest.activations, stage)
+        result, is_last = io.outputs[0], layers.stop == manifest.model.num_layers
         self._ends = Ends(io.inputs[0].name, result.name, is_last)
         self._width, self._type = int(result.shape[-1]), np.dtype(result.dtype)
         self._session: Any = graphs.open(stage.graph)

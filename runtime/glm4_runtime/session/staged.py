@@ -86,7 +86,9 @@ class StagedSession(GrowingSession):
                 stage.resize(capacity, used)
                 done.append(stage)
         except MemoryError:
-            for stage in done:  # back to the capacity of the others
+            if capacity < self._capacity:
+                return  # every stage still has at least this capacity
+            for stage in done:
                 stage.resize(self._capacity, used)
             raise
 

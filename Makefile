@@ -13,7 +13,7 @@ PROCESSES ?= 2
 9B := $(BENCH)/9b$(LAYERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test-fast test test-more clients slow-list foreign-names bench gpu-check lint format wheel sdist clean
+.PHONY: help demo install test-fast test test-more charts clients slow-list foreign-names bench gpu-check lint format wheel sdist clean
 
 help:  ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -59,9 +59,11 @@ slow-list: $(VENV)/.installed  ## measure the tests, and write tests/slow.txt: t
 
 # The chart's checks bring Helm and Kubernetes' schemas, 350 MB.
 CHARTS := helm-python-sdk kubernetes-validate
-test-more: $(VENV)/.installed clients  ## run the tests that take minutes each: soak, kills, fuzzing, client libraries
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(CHARTS)
+test-more: $(VENV)/.installed charts clients  ## run the tests that take minutes each: soak, kills, fuzzing, client libraries
 	$(BIN)/python -m pytest -m more
+
+charts: $(VENV)/.installed  ## install what the tests of the Helm chart need
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(CHARTS)
 
 # Their libraries need other versions of openai, anthropic and more than the tests do.
 clients: $(OUT)/clients/.installed  ## the environment of client libraries that test-more tries against the server

@@ -162,7 +162,7 @@ def test_a_library_that_cannot_be_loaded_is_said_to_be_so(bundle, tmp_path, monk
     damaged = tmp_path / "cpu_operators.so"
     damaged.write_bytes(b"of another platform")
     monkeypatch.setattr(ort_session, "operator_library", lambda: damaged)
-    with pytest.raises(BundleError, match=r"cannot open .*cpu_operators"):
+    with pytest.raises(BundleError, match=r"cannot load .*cpu_operators"):
         Session.open(bundle)
     monkeypatch.setattr(block_product, "library", lambda: damaged)
     monkeypatch.setattr(block_product, "kernels", block_product.kernels.__wrapped__)

@@ -254,9 +254,12 @@ def test_a_folder_stays_a_folder_and_takes_no_revision(tiny_bundles):
 
 
 def test_serve_names_the_model_after_its_repository(published_bundle, monkeypatch, run):
+    from glm4_runtime.server import run as module
+
     served = []
     monkeypatch.setattr(
-        "glm4_runtime.server.run.open_and_serve",
+        module,
+        "open_and_serve",
         lambda bundle, options, **_: served.append((bundle, options.served_name)),
     )
     assert run("serve", NAME)[0] == 0

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from glm4_runtime.bundle.element_types import BFLOAT16, TYPE_NAMES, bits
+from glm4_runtime.bundle.element_types import NUMPY_LACKS, TYPE_NAMES, bits
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "int8", "uint8", "int32", "int64"])
@@ -22,4 +22,4 @@ def test_numbers_are_onnx_own():
     onnx = pytest.importorskip("onnx")
     numbers = {number: onnx.TensorProto.DataType.Name(number).lower() for number in TYPE_NAMES}
     assert numbers == TYPE_NAMES | {1: "float"}
-    assert TYPE_NAMES[BFLOAT16] == "bfloat16"
+    assert {TYPE_NAMES[number]: number for number in NUMPY_LACKS.values()} == NUMPY_LACKS

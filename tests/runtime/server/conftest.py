@@ -95,7 +95,7 @@ def bundle_of(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop would stop asyncio.run in the files that follow
 def browser():
     if chat_page.CHROMIUM is None:
         pytest.skip("no Chromium on this machine")

@@ -235,7 +235,7 @@ def _write_model(
 
 def _stage_graphs(plan: Plan, model: "ir.Model") -> "dict[tuple[str, str], ir.Model]":
     """The graph of each stage, by the names of its files."""
-    from glm4_exporters.stages import cut
+    from glm4_exporters.stage_cut import cut
 
     info, types = model_info(plan.config, plan.task), (str(plan.graph_cache), plan.form.activations)
     return {(stage.graph, stage.weights): cut(model, stage_io(info, *types, stage)) for stage in plan.stages}

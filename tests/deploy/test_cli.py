@@ -278,11 +278,11 @@ def test_export_into_what_is_in_the_way(run, worded):
 def test_a_failed_gate_is_exit_code_3(run, tmp_path, tiny_checkpoint, traced_before, monkeypatch):
     real = pipeline._write_model
 
-    def damage(source, model, prepared, folder, progress):
-        written = real(source, model, prepared, folder, progress)
+    def damage(plan, source, model, prepared, folder, progress):
+        written = real(plan, source, model, prepared, folder, progress)
         data = folder / "model.onnx.data"
         data.write_bytes(bytes([0x3F] * data.stat().st_size))  # every weight 0.747, the rotary tables too
-        return dataclasses.replace(written, file=file_entry(data))
+        return dataclasses.replace(written, files=(file_entry(data),))
 
     monkeypatch.setattr(pipeline, "_write_model", damage)
     code, out, err = run("export", tiny_checkpoint, tmp_path / "bundle", "--precision", "fp32")

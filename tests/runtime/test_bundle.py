@@ -179,7 +179,7 @@ def test_another_schema_version(folder, version):
 
 @pytest.mark.parametrize(
     "path",
-    [(f.name,) for f in dataclasses.fields(Manifest) if f.name not in ("pooling", "compute_capabilities", "engine", "scaled_bits", "adapters", "adapter_slots", "files")]
+    [(f.name,) for f in dataclasses.fields(Manifest) if f.name not in ("pooling", "compute_capabilities", "engine", "scaled_bits", "adapters", "adapter_slots", "stages", "files")]
     + [("model", "vocab_size"), ("limits", "max_seq_len"), ("inputs", 0, "dtype"), ("files", "model.onnx", "bytes")],
 )  # fmt: skip
 def test_a_missing_field_is_named(folder, path):

@@ -316,6 +316,7 @@ def test_skipped_providers_are_named():
     class Fp16:
         providers = ("CUDAExecutionProvider", "CPUExecutionProvider")
         activations, precision, target = "float16", "fp16", "ort"
+        stages = ()
 
     chosen, skipped = choose_provider(Fp16(), ["AzureExecutionProvider", "CPUExecutionProvider"], None)
     assert chosen == "CPUExecutionProvider"

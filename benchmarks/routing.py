@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -60,42 +60,44 @@ SYSTEM_WORDS, TURN_WORDS, ANSWER_TOKENS, TURNS = 120, 12, 12, 4
 SYSTEMS, CLIENTS = 8, 12
 
 
-class RoundRobin(Router):
+class Blind(Router):
+    """A rule that reads no prompt."""
+
+    def choose(
+        self,
+        prompt_ids: Sequence[int],  # noqa: ARG002  the router's arguments
+        standings: Mapping[str, Standing],
+        most_waiting: int | None,  # noqa: ARG002
+        adapter: str | None = None,  # noqa: ARG002
+    ) -> str | None:
+        return self.pick(standings) if standings else None
+
+    def pick(self, standings: Mapping[str, Standing]) -> str:
+        """One of the names."""
+        raise NotImplementedError
+
+
+class RoundRobin(Blind):
     """The replicas in turn."""
 
     def __init__(self) -> None:
         super().__init__()
         self._turn = itertools.count()
 
-    def choose(
-        self,
-        prompt_ids: Sequence[int],
-        standings: Mapping[str, Standing],
-        most_waiting: int | None,
-        adapter: str | None = None,
-    ) -> str | None:
-        del prompt_ids, adapter, most_waiting
-        names = sorted(standings)
-        return names[next(self._turn) % len(names)] if names else None
+    def pick(self, standings: Mapping[str, Standing]) -> str:
+        return sorted(standings)[next(self._turn) % len(standings)]
 
 
-class TwoChoices(Router):
+class TwoChoices(Blind):
     """The less busy one of two replicas that are drawn."""
 
     def __init__(self) -> None:
         super().__init__()
         self._chance = random.Random(0)
 
-    def choose(
-        self,
-        prompt_ids: Sequence[int],
-        standings: Mapping[str, Standing],
-        most_waiting: int | None,
-        adapter: str | None = None,
-    ) -> str | None:
-        del prompt_ids, adapter, most_waiting
+    def pick(self, standings: Mapping[str, Standing]) -> str:
         drawn = self._chance.sample(sorted(standings), min(2, len(standings)))
-        return min(drawn, key=lambda name: standings[name].requests, default=None)
+        return min(drawn, key=lambda name: standings[name].requests)
 
 
 RULES: dict[str, Callable[[], Router]] = {
@@ -150,21 +152,24 @@ def served(bundle: Path, rule: str, replicas: int, conversations: int, seed: int
     return {
         "prompt_tokens": stats.prompt_tokens,
         "computed_tokens": stats.prompt_tokens - stats.cached_tokens,
-        "first_token_ms": {p: round(1000 * seconds[len(seconds) * p // 100], 1) for p in (50, 90, 99)},
+        "first_token_ms": {p: round(1000 * seconds[len(seconds) * p // 100], 1) for p in PERCENTILES},
         "seconds": round(total, 2),
     }
+
+
+PERCENTILES = (50, 90, 99)
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Medians over the rounds."""
 
-    def median(value: Callable[[Mapping[str, Any]], float]) -> float:
-        return round(statistics.median(map(value, runs)), 3)
+    def median(values: Iterable[float]) -> float:
+        return round(statistics.median(values), 3)
 
     return {
-        "computed_share": median(lambda run: run["computed_tokens"] / run["prompt_tokens"]),
-        "first_token_ms": {p: median(lambda run, p=p: run["first_token_ms"][p]) for p in (50, 90, 99)},  # type: ignore[misc]
-        "seconds": median(lambda run: run["seconds"]),
+        "computed_share": median(run["computed_tokens"] / run["prompt_tokens"] for run in runs),
+        "first_token_ms": {p: median(run["first_token_ms"][p] for run in runs) for p in PERCENTILES},
+        "seconds": median(run["seconds"] for run in runs),
     }
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from checkpoints import tiny_config, write_checkpoint
@@ -226,6 +227,54 @@ def test_a_node_that_falls_to_float32_is_found(engine_bundle):
     network, _keep = parse(path)
     with pytest.raises(ExportError, match=r"in float32, model\.layers\.2\.mlp\.down_proj/MatMul among them"):
         float32_operators(network, operators)
+
+
+@pytest.mark.parametrize("narrowed", [True, False])
+def test_a_weight_in_float32_must_be_narrowed(engine_bundle, narrowed):
+    """A tool's scales of float32 make a weight float32. A Cast must follow, or the product is float32, too."""
+
+    def cast(node, to, name):
+        return ir.node("Cast", [node.outputs[0]], {"to": to}, name=name)
+
+    def widen(model):
+        product = next(n for n in model.graph if n.name == "model.layers.2.mlp.down_proj/MatMul")
+        transpose = product.inputs[1].producer()
+        arrays = {
+            "codes": np.ones([int(axis) for axis in transpose.inputs[0].shape], np.int8),
+            "scale": np.float32(0.01),
+        }
+        parts = [
+            ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+            for name, tensor in ((n, ir.tensor(np.asarray(array), name=n)) for n, array in arrays.items())
+        ]
+        for value in parts:
+            model.graph.register_initializer(value)
+        dequantize = ir.node("DequantizeLinear", parts, name="dequantize")
+        if narrowed:
+            new = [dequantize, cast(dequantize, ir.DataType.FLOAT16, "narrow")]
+            transpose.replace_input_with(0, new[-1].outputs[0])
+            model.graph.insert_before(transpose, new)
+            return
+        transpose.replace_input_with(0, dequantize.outputs[0])
+        model.graph.insert_before(transpose, [dequantize])
+        wide = ir.node("Cast", [product.inputs[0]], {"to": ir.DataType.FLOAT}, name="wide")
+        narrow = cast(product, ir.DataType.FLOAT16, "narrow")
+        ir.convenience.replace_all_uses_with(product.outputs[0], narrow.outputs[0])
+        narrow.replace_input_with(0, product.outputs[0])
+        product.replace_input_with(0, wide.outputs[0])
+        model.graph.insert_before(product, [wide])
+        model.graph.insert_after(product, [narrow])
+
+    path = _fixed(engine_bundle[0], widen)
+    operators = {node.name: node.op_type for node in ir.load(path).graph}
+    network, _keep = parse(path)
+    if narrowed:
+        assert float32_operators(network, operators)["DequantizeLinear"] == 1
+    else:
+        with pytest.raises(
+            ExportError, match="nodes of the network compute in float32, dequantize among them"
+        ):
+            float32_operators(network, operators)
 
 
 def test_a_node_that_no_built_layer_was_made_from_is_found():

@@ -8,9 +8,8 @@ from typing import Any
 from glm4_plugins.operator import OP_TYPE, PLUGIN_FP8, PLUGIN_INT8
 from glm4_runtime.errors import ExportError
 
-# Operators that compute in float32 on purpose: inside norms, the last cast of the logits, and weights with a tool's
-# scales of float32, which a Cast narrows.
-FLOAT32_OPERATORS = frozenset({"RMSNormalization", "Cast", "DequantizeLinear"})
+# Operators that compute in float32 on purpose: inside norms, and the last cast of the logits.
+FLOAT32_OPERATORS = frozenset({"RMSNormalization", "Cast"})
 
 # The layer that the parser makes from an operator. The parser drops some inputs and nodes silently, so we count.
 LAYERS_OF_OPERATORS = {
@@ -120,7 +119,8 @@ def check_inputs(network: Network, declared: Sequence[str]) -> None:
 
 
 def float32_operators(network: Network, operators: Mapping[str, str]) -> dict[str, int]:
-    """Nodes of the graph that compute in float32, counted by operator.
+    """Nodes of the graph that compute in float32, counted by operator. Weights with a tool's scales of float32 may, if a
+    Cast narrows them.
 
     Args:
         operators: operator by the name of its node.
@@ -136,13 +136,25 @@ def float32_operators(network: Network, operators: Mapping[str, str]) -> dict[st
         for tensor in _tensors(layer.num_outputs, layer.get_output):
             if tensor.dtype == network.trt.float32 and tensor.name in read:  # else a plugin's scratch
                 nodes |= _origins(network, layer)
-    fell = sorted(name for name in nodes if operators.get(name) not in FLOAT32_OPERATORS)
+    allowed = {name for name, operator in operators.items() if operator in FLOAT32_OPERATORS}
+    fell = sorted(nodes - allowed - _narrowed_weights(network))
     if fell:
         raise ExportError(
             f"{len(fell)} nodes of the network compute in float32, {fell[0]} among them, "
             "though the activations are of another type; no engine is built from it"
         )
     return dict(sorted(Counter(operators[name] for name in nodes).items()))
+
+
+def _narrowed_weights(network: Network) -> set[str]:
+    """The nodes that dequantize what only a Cast reads."""
+    return {
+        _node_of(layer)
+        for layer in network.layers
+        if network.type_of(layer) == "DEQUANTIZE"
+        and {network.type_of(reader) for reader in network.readers.get(layer.get_output(0).name, ())}
+        == {"CAST"}
+    }
 
 
 def _origins(network: Network, layer: Any) -> set[str]:

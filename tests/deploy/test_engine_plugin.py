@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import onnx_ir as ir
@@ -23,6 +24,7 @@ from glm4_plugins.operator import OP_TYPE, PLUGIN_FP8, PLUGIN_INT8
 from glm4_runtime import ExportError
 from glm4_runtime.bundle import file_entry, read_manifest
 
+DEMO = Path(__file__).parents[2] / "demo" / "glm4-tiny"
 LAYERS, KV_HEADS, BATCH, PROCESSORS = 2, 2, 3, 114
 SIZES = dict(head_dim=64, max_position_embeddings=32768)
 
@@ -139,6 +141,14 @@ def test_a_quantized_cache_is_the_plugins(tmp_path, gpu, layout, cache, element,
     ]
     report = json.loads((tmp_path / "bundle" / "report.json").read_text())
     assert report["calibration"]["kv_cache"]["scales"].startswith("per head and channel")
+
+
+@pytest.mark.parametrize(("cache", "least", "most"), [("int8", 4e-5, 2e-4), ("fp8", 4e-4, 2e-3)])
+def test_what_the_demo_loses_by_a_quantized_cache(tmp_path, gpu, cache, least, most):
+    """The figures of docs/tensorrt.md and thresholds.toml; without a quantized cache the mean KL is 8e-7."""
+    options = ExportOptions(target="tensorrt", precision="fp16", kv_cache=cache)
+    result = export(DEMO, tmp_path / "bundle", options)
+    assert least < result.parity.mean_kl < most
 
 
 def test_validate_runs_the_kept_graph_with_the_rounding(tmp_path, gpu):

@@ -1,6 +1,5 @@
 """Everything that keys and values depend on, beside the tokens. Sequences with other facts share no file."""
 
-import functools
 import hashlib
 import json
 import platform
@@ -16,13 +15,13 @@ def facts_of(session: Session, adapter: str | None, group: str) -> str:
 
     Args:
         adapter: the LoRA adapter's name; its contents count, and not its name.
-        group: who may share prefixes, as :func:`group_of` gives it. Empty: everybody.
+        group: who may share prefixes, such as the digest of an API key. Empty: everybody.
     """
     manifest = session.manifest
     facts = {
         "bundle": bundle_digest(session),
         "adapter": "" if adapter is None else session.adapter_digest(adapter),
-        "group": group,
+        "group": _hidden(group),
         "cache": manifest.kv_cache,
         "rope": _rope(manifest.config),
         "target": manifest.target,
@@ -38,12 +37,13 @@ def bundle_digest(session: Session) -> str:
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
-@functools.cache  # as many as the server has keys
-def group_of(key_digest: bytes) -> str:
-    """The name of the group of requests with this API key. Empty without a key."""
-    if not key_digest:
-        return ""
-    return hashlib.pbkdf2_hmac("sha256", key_digest, b"glm4-deploy prefix cache", _ROUNDS).hex()
+def _hidden(group: str) -> str:
+    """A name of the group from which a short API key cannot be guessed soon. Takes about 40 ms."""
+    return (
+        hashlib.pbkdf2_hmac("sha256", group.encode(), b"glm4-deploy prefix cache", _ROUNDS).hex()
+        if group
+        else ""
+    )
 
 
 def _rope(config: Any) -> dict[str, Any]:

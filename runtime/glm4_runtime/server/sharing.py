@@ -3,8 +3,6 @@ tokens, would tell one key's user what another's has asked."""
 
 import contextvars
 
-from glm4_runtime.prefix_store.facts import group_of
-
 _key: contextvars.ContextVar[bytes] = contextvars.ContextVar("glm4_api_key", default=b"")
 
 
@@ -15,4 +13,4 @@ def note_key(digest: bytes) -> None:
 
 def group() -> str:
     """The group of the current request, as :attr:`Request.group`."""
-    return group_of(_key.get())
+    return _key.get().hex()

@@ -27,15 +27,20 @@ def _seconds(name: str, default: float, words: str) -> _Option:
     )
 
 
-def _replica_count(text: str) -> "ReplicaCount":
+def _replica_count(text: str, shrink_after: float | None) -> "ReplicaCount":
     from glm4_runtime.cluster.scaling import ReplicaCount
 
     try:
-        return ReplicaCount.parse(text)
+        count = ReplicaCount.parse(text)
     except ValueError as error:
         raise click.UsageError(
             f"--replicas is {text}; give a number such as 4, or the least and the most, such as 1:8"
         ) from error
+    if shrink_after is None:
+        return count
+    if count.fixed:
+        raise click.UsageError(f"--shrink-after goes with a range such as --replicas 1:8, not {text}")
+    return replace(count, shrink_after=shrink_after)
 
 
 def _with_adapters(options: "ServerOptions") -> "ServerOptions":
@@ -207,6 +212,12 @@ def _with_adapters(options: "ServerOptions") -> "ServerOptions":
     metavar="SECONDS",
     help="With --replicas: maximum time of one step of the model. A slower replica is replaced. Default: 300.",
 )
+@click.option(
+    "--shrink-after",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="With --replicas 1:8: time of lower load after which replicas end. Default: 300.",
+)
 @click.option("--verify", is_flag=True, help="Check the SHA-256 of large files completely.")
 def command(
     bundle: Path,
@@ -220,16 +231,22 @@ def command(
     replicas: str | None,
     ray_address: str | None,
     step_timeout: float | None,
+    shrink_after: float | None,
     **options: Any,
 ) -> None:
     """Serve BUNDLE with OpenAI's and Anthropic's APIs, and with a chat page at /, until SIGTERM or Ctrl-C.
 
     BUNDLE is a folder, or a name on the hub of a repository that holds a bundle.
     """
-    for name, value in (("--ray-address", ray_address), ("--step-timeout", step_timeout)):
+    of_replicas = {
+        "--ray-address": ray_address,
+        "--step-timeout": step_timeout,
+        "--shrink-after": shrink_after,
+    }
+    for name, value in of_replicas.items():
         if value is not None and replicas is None:
             raise click.UsageError(f"{name} goes with --replicas")
-    count = None if replicas is None else _replica_count(replicas)
+    count = None if replicas is None else _replica_count(replicas, shrink_after)
     with interrupts.exiting():  # until requests are taken; then the server answers signals
         try:
             from glm4_runtime.server import ServerOptions, read_api_keys

@@ -266,3 +266,19 @@ def test_serve_names_the_model_after_its_repository(published_bundle, monkeypatc
     ((folder, name),) = served
     assert folder.name == COMMIT
     assert name == "tiny-glm"
+
+
+def test_serve_downloads_adapters(published_bundle, demo_adapters, monkeypatch, run):
+    published_bundle.repositories["owner/poet"] = {
+        path.name: path.read_bytes() for path in demo_adapters["poet"].iterdir()
+    }
+    served = []
+    monkeypatch.setattr(
+        "glm4_runtime.server.run.open_and_serve",
+        lambda _, options, **__: served.append(options.adapter_folders),
+    )
+    assert run("serve", NAME, "--lora", "poet=owner/poet")[0] == 0
+    ((name, folder),) = served[0].items()
+    assert name == "poet"
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (Path(folder) / file).read_bytes() == (demo_adapters["poet"] / file).read_bytes()

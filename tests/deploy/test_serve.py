@@ -13,6 +13,7 @@ import pytest
 
 from glm4_deploy.load import Load, Sample, measure_load, plot, spread, summary
 from glm4_runtime.bundle import read_manifest
+from glm4_runtime.cluster.scaling import ReplicaCount
 from glm4_runtime.errors import RequestError
 from glm4_runtime.server import ServerOptions
 from glm4_runtime.server.run import serving
@@ -138,7 +139,9 @@ def test_a_wrong_number_of_replicas_is_refused(run, demo_bundle, count):
     assert f"--replicas is {count}; give a number such as 4" in err
 
 
-@pytest.mark.parametrize(("option", "value"), [("--ray-address", "auto"), ("--step-timeout", 9)])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--ray-address", "auto"), ("--step-timeout", 9), ("--shrink-after", 5)]
+)
 def test_options_of_replicas_need_replicas(run, demo_bundle, option, value):
     code, _, err = run("serve", demo_bundle, option, value)
     assert code == 2
@@ -149,13 +152,31 @@ def test_serve_passes_the_options_of_replicas_on(run, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr("glm4_runtime.cluster.serve.serve_replicas", lambda *given: seen.append(given))
     (tmp_path / "manifest.json").touch()
-    more = ["--replicas", 3, "--ray-address", "auto", "--step-timeout", 9, "--threads", 2, "--max-queue", 5]
+    more = [
+        "--replicas",
+        "1:3",
+        "--ray-address",
+        "auto",
+        "--step-timeout",
+        9,
+        "--threads",
+        2,
+        "--max-queue",
+        5,
+    ]
+    more += ["--shrink-after", 7]
     assert run("serve", tmp_path, *more)[0] == 0
     ((bundle, options, cluster),) = seen
     assert (bundle, options.max_queue) == (tmp_path, 5)
-    assert (cluster.replicas.least, cluster.replicas.most) == (3, 3)
+    assert cluster.replicas == ReplicaCount(1, 3, shrink_after=7)
     assert (cluster.address, cluster.step_timeout) == ("auto", 9)
     assert cluster.session["threads"] == 2
+
+
+def test_a_fixed_number_of_replicas_never_shrinks(run, demo_bundle):
+    code, _, err = run("serve", demo_bundle, "--replicas", 2, "--shrink-after", 7)
+    assert code == 2
+    assert "--shrink-after goes with a range such as --replicas 1:8, not 2" in err
 
 
 def test_serve_refuses_a_bundle_without_a_tokenizer(run, tiny_bundles):

@@ -3,13 +3,13 @@
 from collections import deque
 from dataclasses import dataclass
 
-# Seconds for which the load must be lower before replicas end.
-DOWN_DELAY = 300.0
-
 
 @dataclass(frozen=True)
 class ReplicaCount:
     """The least and the most replicas; equal for a fixed number.
+
+    Attributes:
+        shrink_after: seconds for which the load must be lower before replicas end.
 
     Raises:
         ValueError: the least is below 1 or above the most.
@@ -17,6 +17,7 @@ class ReplicaCount:
 
     least: int
     most: int
+    shrink_after: float = 300.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.least <= self.most:
@@ -39,13 +40,12 @@ class ReplicaCount:
 class Scaler:
     """Wants one free slot beyond the requests that run or wait. More at once, fewer after a delay.
 
-    The number is the largest that the load needed during the last :data:`DOWN_DELAY` seconds, so a short pause of the
-    load ends no replica.
+    The number is the largest that the load needed during the last ``shrink_after`` seconds, so a short pause of the load
+    ends no replica.
     """
 
-    def __init__(self, count: ReplicaCount, delay: float | None = None) -> None:
-        """``delay``: seconds; None: :data:`DOWN_DELAY`."""
-        self._count, self._delay = count, DOWN_DELAY if delay is None else delay
+    def __init__(self, count: ReplicaCount) -> None:
+        self._count = count
         self._needed: deque[tuple[float, int]] = deque()
 
     def wanted(self, now: float, requests: int, slots: int) -> int:
@@ -59,6 +59,6 @@ class Scaler:
         while self._needed and self._needed[-1][1] <= needed:
             self._needed.pop()
         self._needed.append((now, needed))
-        while self._needed[0][0] < now - self._delay:
+        while self._needed[0][0] < now - self._count.shrink_after:
             self._needed.popleft()
         return self._needed[0][1]

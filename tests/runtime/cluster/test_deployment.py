@@ -131,9 +131,8 @@ def test_a_damaged_bundle_changes_nothing(deploy):
 
 def test_replicas_follow_the_load(deploy, monkeypatch):
     monkeypatch.setattr("glm4_runtime.cluster.deployment._LOOK", 0.02)
-    monkeypatch.setattr("glm4_runtime.cluster.scaling.DOWN_DELAY", 0.5)
     _, start = deploy
-    deployment = start(ReplicaCount(1, 3))
+    deployment = start(ReplicaCount(1, 3, shrink_after=0.5))
     with serving_model(deployment.current.served) as server, ThreadPoolExecutor(12) as pool:
         end = threading.Event()
 

@@ -16,6 +16,7 @@ import httpx
 import openai
 import pytest
 from collector import collecting
+from cpu_operators import needs_cpu_operators
 
 from benchmarks.chaos_clients import ask, questions
 from glm4_runtime.cluster.described import DescribedBundle
@@ -24,6 +25,7 @@ from glm4_runtime.cluster.keeper import Keeper
 from glm4_runtime.cluster.ray_module import require_ray
 from glm4_runtime.cluster.replica import RayReplica, ReplicaOptions
 from glm4_runtime.cluster.start import connect
+from glm4_runtime.sampling import SamplingParams
 from glm4_runtime.server import ServerOptions
 from glm4_runtime.server.run import serving
 from glm4_runtime.session import Session
@@ -146,6 +148,54 @@ def test_the_command_scales_and_changes_the_bundle_without_a_refused_request(dem
     assert {status for _, status, _ in seen} == {200}
     texts = [{text for asked, _, text in seen if asked == number} for number in range(8)]
     assert max(map(len, texts)) == 2, "one text of each bundle, which may be the same"
+
+
+@pytest.mark.alone
+@pytest.mark.more
+@needs_cpu_operators
+def test_adapters_answer_alike_on_replicas_that_come_and_go(demo_slots, demo_adapters, tmp_path):
+    with Session.open(demo_slots, threads=1) as session:
+        for name, adapter in demo_adapters.items():
+            session.load_adapter(name, adapter)
+        wanted = {}
+        for name in (None, *demo_adapters):
+            session.adapter = name
+            tokens = session.generate(
+                session.tokenizer.encode("Story:"), SamplingParams(max_tokens=24, temperature=0)
+            )
+            wanted[name or "bundle"] = session.tokenizer.decode([token.id for token in tokens])
+    assert len(set(wanted.values())) == 4
+    # the folder's name is the model's
+    folder, log = tmp_path / "bundle", tmp_path / "log"
+    shutil.copytree(demo_slots, folder)
+    command = [sys.executable, "-m", "glm4_deploy", "serve", str(folder), "--replicas", "1:2", "--port", "0"]
+    command += [part for name, adapter in demo_adapters.items() for part in ("--lora", f"{name}={adapter}")]
+    command += ["--threads", "1", "--shrink-after", "1"]
+    with log.open("w") as lines, subprocess.Popen(command, stderr=lines) as server:
+        try:
+            url = waited(log, "listening")["url"]
+            assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == list(wanted)
+
+            def client(number):
+                name = list(wanted)[number % 4]
+                body = {"model": name, "prompt": "Story:", "max_tokens": 24, "temperature": 0}
+                answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+                return name, answer.status_code, answer.json()["choices"][0]["text"]
+
+            def replicas():
+                return len(httpx.get(f"{url}/health/replicas").json().get("replicas", ()))
+
+            with ThreadPoolExecutor(12) as pool:
+                seen = list(pool.map(client, range(200)))
+                grown = replicas()
+                until(lambda: replicas() == 1)
+                seen += list(pool.map(client, range(4)))
+        finally:
+            server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+    assert grown == 2
+    for name, status, text in seen:
+        assert (status, text) == (200, wanted[name]), name
 
 
 @pytest.mark.alone

@@ -6,7 +6,8 @@
 
 Each round runs the cases of a group in turn, on one session with eight adapters of random matrices for all products.
 A case is the adapters of its sequences. A ratio is a round's time of a case over the same round's time of the base; the
-result is the median of the rounds' ratios. "base again" is the base a second time: its ratio shows the noise.
+result is the median of the rounds' ratios. "base again" is the base a second time: its ratio shows the noise. "nothing
+loaded" runs on a second session of the same bundle that has loaded no adapter.
 """
 
 import json
@@ -49,6 +50,7 @@ def write_adapter(bundle: Path, folder: Path, rank: int, seed: int) -> Path:
     return folder
 
 
+NOTHING_LOADED = "nothing loaded"
 EVERY = [f"adapter {i}" for i in range(ADAPTERS)]
 # By group: the adapters of the sequences of each case. A group runs at once; its first case is the base.
 GROUPS: dict[str, dict[str, list[str | None]]] = {
@@ -93,12 +95,18 @@ def run(session: Session, group: str, adapters: list[str | None], steps: int) ->
     return seconds / (steps if decodes else 1)
 
 
-def measure(session: Session, group: str, rounds: int, steps: int) -> dict[str, Any]:
-    """Median milliseconds of each case, and its ratio to the base with the quartiles of the rounds' ratios."""
-    times: dict[str, list[float]] = {name: [] for name in GROUPS[group]}
+def measure(session: Session, empty: Session, group: str, rounds: int, steps: int) -> dict[str, Any]:
+    """Median milliseconds of each case, and its ratio to the base with the quartiles of the rounds' ratios.
+
+    Args:
+        empty: a session of the same bundle that has loaded no adapter.
+    """
+    cases = {name: (session, adapters) for name, adapters in GROUPS[group].items()}
+    cases[NOTHING_LOADED] = empty, GROUPS[group]["base"]
+    times: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds + 1):
-        for name, adapters in GROUPS[group].items():
-            seconds = run(session, group, adapters, steps)
+        for name, (opened, adapters) in cases.items():
+            seconds = run(opened, group, adapters, steps)
             if number:  # the first round touches memory
                 times[name].append(seconds)
     result = {}
@@ -137,6 +145,7 @@ def main(
     with (
         tempfile.TemporaryDirectory() as folder,
         Session.open(bundle, threads=threads, max_batch_size=8) as session,
+        Session.open(bundle, threads=threads, max_batch_size=8) as empty,
     ):
         start = time.perf_counter()
         for i in range(ADAPTERS):
@@ -152,7 +161,7 @@ def main(
             "rounds": rounds,
             "seconds_to_write_and_load_eight": round(loading, 2),
             "adapter_bytes": session.adapter_bytes,
-            "groups": {group: measure(session, group, rounds, steps) for group in groups or GROUPS},
+            "groups": {group: measure(session, empty, group, rounds, steps) for group in groups or GROUPS},
         }
     key = f"{manifest.target} {manifest.precision}"
     click.echo(json.dumps({key: found}, indent=2))

@@ -3,10 +3,12 @@
     python benchmarks/make_checkpoint.py --size 9b-4layers /tmp/9b-4layers
 
 For measurements, where the weights' size matters and what the model says does not. ``--sparse`` writes
-the same headers over zeros that take no room on the disk, for what never reads a weight.
+the same headers over zeros that take no room on the disk, for what never reads a weight. ``--tokenizer`` takes the
+tokenizer and the vocabulary of another checkpoint, for benchmarks that send texts.
 """
 
 import json
+import shutil
 import struct
 import sys
 import time
@@ -72,6 +74,24 @@ def config_of(size: Size, layers: int | None) -> dict[str, object]:
     }
 
 
+_OF_TOKENIZERS = ("vocab_size", "eos_token_id", "pad_token_id")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> dict[str, object]:
+    """Copy the files of a tokenizer. Returns the members of ``config.json`` that belong to its vocabulary."""
+    for name in _TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+    found = json.loads((source / "config.json").read_text("utf-8"))
+    return {name: found[name] for name in _OF_TOKENIZERS}
+
+
 def split_into_shards(shapes: dict[str, tuple[int, ...]], shard_bytes: int) -> list[list[str]]:
     """Names in order, each shard at most ``shard_bytes`` unless it holds a single tensor."""
     shards: list[list[str]] = [[]]
@@ -131,6 +151,11 @@ def write_json(path: Path, value: object) -> None:
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--size", type=click.Choice(list(SIZES)), default="9b", show_default=True)
 @click.option("--layers", type=click.IntRange(1), help="Layers, where not all of them.")
+@click.option(
+    "--tokenizer",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Checkpoint, such as demo/glm4-tiny, whose tokenizer and vocabulary are taken.",
+)
 @click.option("--sparse", is_flag=True, help="Zeros that take no room on the disk.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
@@ -140,12 +165,25 @@ def write_json(path: Path, value: object) -> None:
     show_default=True,
     help="GB per file.",
 )
-def main(folder: Path, size: str, layers: int | None, sparse: bool, seed: int, shard_size: float) -> None:
+def main(
+    folder: Path,
+    size: str,
+    layers: int | None,
+    tokenizer: Path | None,
+    sparse: bool,
+    seed: int,
+    shard_size: float,
+) -> None:
     """Write a random bf16 checkpoint into FOLDER, which must be new or empty."""
     if folder.exists() and any(folder.iterdir()):
         raise click.ClickException(f"{folder} is not empty; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(SIZES[size], layers)
+    write_json(
+        folder / "generation_config.json", {"eos_token_id": EOS, "pad_token_id": EOS[0], "do_sample": True}
+    )
+    if tokenizer is not None:
+        config |= copy_tokenizer(tokenizer, folder)
     shapes = expected_tensors(Glm4Config.from_dict(config), "causal-lm")
     shards = split_into_shards(shapes, int(shard_size * GB))
     weights = None if sparse else RandomWeights(seed)
@@ -167,9 +205,6 @@ def main(folder: Path, size: str, layers: int | None, sparse: bool, seed: int, s
         print(f"{file}: {total / GB:.1f} GB in {seconds:.0f} s", file=sys.stderr)
     write_json(
         folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-    )
-    write_json(
-        folder / "generation_config.json", {"eos_token_id": EOS, "pad_token_id": EOS[0], "do_sample": True}
     )
     write_json(folder / "config.json", config)  # last: a folder without it is no checkpoint
     print(folder)

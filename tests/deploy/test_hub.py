@@ -269,13 +269,14 @@ def test_serve_names_the_model_after_its_repository(published_bundle, monkeypatc
 
 
 def test_serve_downloads_adapters(published_bundle, demo_adapters, monkeypatch, run):
+    from glm4_runtime.server import run as module
+
     published_bundle.repositories["owner/poet"] = {
         path.name: path.read_bytes() for path in demo_adapters["poet"].iterdir()
     }
     served = []
     monkeypatch.setattr(
-        "glm4_runtime.server.run.open_and_serve",
-        lambda _, options, **__: served.append(options.adapter_folders),
+        module, "open_and_serve", lambda _, options, **__: served.append(options.adapter_folders)
     )
     assert run("serve", NAME, "--lora", "poet=owner/poet")[0] == 0
     ((name, folder),) = served[0].items()

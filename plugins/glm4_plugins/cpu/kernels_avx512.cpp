@@ -3,7 +3,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <type_traits>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -41,12 +40,19 @@ inline Lanes widen(const int8_t* from) {
 #include "attention_loops.h"
 #include "lora_loops.h"
 
+#ifndef __clang__
+#pragma GCC push_options
+// With loop invariants moved, GCC 12 copies sums of a 4-bit tile in its inner loop, and prompts are a tenth slower.
+#pragma GCC optimize("no-move-loop-invariants")
+#endif
+
 namespace glm4 {
 namespace {
 
 constexpr int kVectors = kPanel / 16;  // vectors of 16 columns
-constexpr int kUnpacked = 128;         // longest 4-bit block that is unpacked once for several tiles
 constexpr int kTile = 6;               // rows of a tile; 24 sums, 4 vectors of weights and 1 of x fit the 32 registers
+constexpr int kLine = 64;              // bytes of a cache line
+constexpr int kFetchedAhead = 8192;    // bytes of weights between a fetch and its use
 
 template <int kM>
 inline void dot(__m512i (&sums)[kM][kVectors], const __m512i* w, const int8_t* x, int stride) {
@@ -60,7 +66,7 @@ inline void dot(__m512i (&sums)[kM][kVectors], const __m512i* w, const int8_t* x
   }
 }
 
-// A block of a panel. The numbers may be unpacked. `at` is the index of the block's first scale.
+// A block of a panel. `at` is the index of the block's first scale.
 struct Block {
   const Weights& w;
   const uint8_t* numbers;
@@ -78,106 +84,96 @@ inline __m512 wide_scales(const Weights& w, size_t at) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+// The next 256 numbers: bytes, or the halves of bytes that begin at bit kShift.
+template <int kBits, int kShift>
+inline void read_numbers(const uint8_t* from, __m512i (&w)[kVectors]) {
+  GLM4_UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    w[v] = _mm512_loadu_si512(from + v * 64);
+    if (kShift > 0) w[v] = _mm512_srli_epi16(w[v], kShift);
+    if (kBits == 4) w[v] = _mm512_and_si512(w[v], _mm512_set1_epi8(0x0f));
+  }
+}
+
+// Adds the products of 256 bytes of a block: of the next four inputs, or with 4 bits of the next eight.
+template <int kBits, int kM>
+inline void dot_step(__m512i (&sums)[kM][kVectors], const uint8_t* numbers, const int8_t* x, int stride) {
+  __m512i w[kVectors];
+  read_numbers<kBits, 0>(numbers, w);
+  dot<kM>(sums, w, x, stride);
+  if (kBits == 8) return;
+  read_numbers<kBits, 4>(numbers, w);  // read again, because registers are few
+  dot<kM>(sums, w, x + 4, stride);
+}
+
+// The block's sum with its zero points subtracted. `start` is the row's.
+inline __m512i without_zeros(__m512i sum, const Weights& w, size_t at, int32_t start) {
+  const __m512i zeros = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zeros + at)));
+  const __m512i of_x = _mm512_set1_epi32(-(start >> (w.bits - 1)));  // the sum of the block's numbers of x
+  return _mm512_sub_epi32(sum, _mm512_mullo_epi32(zeros, of_x));
+}
+
+// The starts are added last. If the sums began with them, 4-bit products would be a tenth slower.
 template <int kM, int kBits, bool kPlain>
-inline void multiply_block(const Block& b, const int8_t* x, const float* x_scales, const int32_t* starts,
-                           float* sums) {
-  const uint8_t* numbers = b.numbers;
-  const int block = b.w.block;
+void multiply_tile(const Block& b, const int8_t* x, const float* x_scales, const int32_t* starts, float* sums) {
+  constexpr int kInputs = kBits == 8 ? 4 : 8;
   __m512i dots[kM][kVectors];
   GLM4_UNROLL
   for (int m = 0; m < kM; ++m)
     GLM4_UNROLL
-    for (int v = 0; v < kVectors; ++v) dots[m][v] = _mm512_set1_epi32(starts[m]);
-  __m512i w[kVectors];
-  if (kBits == 8) {
-    for (int g = 0; g < block / 4; ++g) {
-      GLM4_UNROLL
-      for (int v = 0; v < kVectors; ++v) w[v] = _mm512_loadu_si512(numbers + g * 256 + v * 64);
-      dot<kM>(dots, w, x + 4 * g, block);
-    }
-  } else {
-    const __m512i low = _mm512_set1_epi8(0x0f);
-    for (int g = 0; g < block / 8; ++g) {
-      __m512i both[kVectors];
-      GLM4_UNROLL
-      for (int v = 0; v < kVectors; ++v) both[v] = _mm512_loadu_si512(numbers + g * 256 + v * 64);
-      GLM4_UNROLL
-      for (int v = 0; v < kVectors; ++v) w[v] = _mm512_and_si512(both[v], low);
-      dot<kM>(dots, w, x + 8 * g, block);
-      GLM4_UNROLL
-      for (int v = 0; v < kVectors; ++v) w[v] = _mm512_and_si512(_mm512_srli_epi16(both[v], 4), low);
-      dot<kM>(dots, w, x + 8 * g + 4, block);
-    }
-  }
+    for (int v = 0; v < kVectors; ++v) dots[m][v] = _mm512_setzero_si512();
+  for (int g = 0; g < b.w.block / kInputs; ++g)
+    dot_step<kBits>(dots, b.numbers + g * 256, x + kInputs * g, b.w.block);
   __m512 wide[kVectors];  // loaded only here, because the loop above needs all registers
   GLM4_UNROLL
   for (int v = 0; v < kVectors; ++v) wide[v] = wide_scales<kPlain>(b.w, b.at + v * 16);
-  if (!kPlain && b.w.zeros != nullptr) {
-    GLM4_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      const auto* from = reinterpret_cast<const __m128i*>(b.w.zeros + b.at + v * 16);
-      const __m512i zeros = _mm512_cvtepi8_epi32(_mm_loadu_si128(from));
-      GLM4_UNROLL
-      for (int m = 0; m < kM; ++m) {
-        const __m512i sum = _mm512_set1_epi32(-(starts[m] >> (b.w.bits - 1)));  // of the block's numbers of x
-        dots[m][v] = _mm512_sub_epi32(dots[m][v], _mm512_mullo_epi32(zeros, sum));
-      }
-    }
-  }
   GLM4_UNROLL
   for (int m = 0; m < kM; ++m) {
+    const __m512i start = _mm512_set1_epi32(starts[m]);
     const __m512 x_scale = _mm512_set1_ps(x_scales[m]);
     GLM4_UNROLL
     for (int v = 0; v < kVectors; ++v) {
+      __m512i sum = _mm512_add_epi32(dots[m][v], start);
+      if (!kPlain && b.w.zeros != nullptr) sum = without_zeros(sum, b.w, b.at + v * 16, starts[m]);
       float* at = sums + m * kPanel + v * 16;
       const __m512 scale = _mm512_mul_ps(x_scale, wide[v]);
-      _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[m][v]), scale, _mm512_loadu_ps(at)));
+      _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, _mm512_loadu_ps(at)));
     }
   }
 }
 
-// Unpacks a block of 4-bit numbers into bytes. Used if several tiles of rows read the block.
-void unpack(const uint8_t* numbers, int block, uint8_t* bytes) {
-  const __m512i low = _mm512_set1_epi8(0x0f);
-  for (int g = 0; g < block / 8; ++g)
-    GLM4_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      const __m512i both = _mm512_loadu_si512(numbers + g * 256 + v * 64);
-      _mm512_storeu_si512(bytes + g * 512 + v * 64, _mm512_and_si512(both, low));
-      _mm512_storeu_si512(bytes + g * 512 + 256 + v * 64, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
-    }
+using MultiplyTile = void (*)(const Block&, const int8_t* x, const float* x_scales, const int32_t* starts, float* sums);
+
+// By the number of rows.
+template <int kBits, bool kPlain>
+constexpr MultiplyTile kTiles[kTile + 1] = {
+    nullptr, multiply_tile<1, kBits, kPlain>, multiply_tile<2, kBits, kPlain>, multiply_tile<3, kBits, kPlain>,
+    multiply_tile<4, kBits, kPlain>, multiply_tile<5, kBits, kPlain>, multiply_tile<6, kBits, kPlain>};
+
+inline void fetch(const void* from, int bytes) {
+  for (int i = 0; i < bytes; i += kLine) _mm_prefetch(static_cast<const char*>(from) + i, _MM_HINT_T0);
 }
 
+// Rows are divided evenly among tiles, and each tile fetches its share of what the next blocks read. Without the
+// fetches, the first tile of a block waits for memory, and memory waits for the other tiles. A single tile with 8 bits
+// reads memory without a pause; there, fetches only cost time.
 template <int kBits, bool kPlain>
 void multiply(const Weights& w, const Rounded& x, int rows, int64_t panel, float* sums) {
   const int64_t blocks = w.blocks();
+  const int bytes = int(w.block_bytes()), tiles = (rows + kTile - 1) / kTile;
+  const int share = kBits == 8 && tiles == 1 ? 0 : (bytes / kLine + tiles - 1) / tiles * kLine;
   const uint8_t* numbers = w.numbers + size_t(panel * blocks) * w.block_bytes();
   size_t at = size_t(panel * blocks) * kPanel;
-  alignas(64) uint8_t bytes[kBits == 4 ? kUnpacked * kPanel : 1];
-  for (int64_t b = 0; b < blocks; ++b, numbers += w.block_bytes(), at += kPanel) {
-    const int8_t* xs = x.numbers + b * kRows * w.block;
-    auto tile = [&](auto bits, auto count, const uint8_t* from, int m) {
-      multiply_block<count(), bits(), kPlain>({w, from, at}, xs + m * w.block, x.scales + b * kRows + m,
-                                              x.starts + b * kRows + m, sums + m * kPanel);
-    };
-    auto tiles = [&](auto bits, const uint8_t* from) {
-      int m = 0;
-      for (; rows - m >= kTile; m += kTile) tile(bits, std::integral_constant<int, kTile>(), from, m);
-      switch (rows - m) {
-        case 1: tile(bits, std::integral_constant<int, 1>(), from, m); break;
-        case 2: tile(bits, std::integral_constant<int, 2>(), from, m); break;
-        case 3: tile(bits, std::integral_constant<int, 3>(), from, m); break;
-        case 4: tile(bits, std::integral_constant<int, 4>(), from, m); break;
-        case 5: tile(bits, std::integral_constant<int, 5>(), from, m); break;
-      }
-    };
-    if (kBits == 8 || rows <= kTile || w.block > kUnpacked) {
-      tiles(std::integral_constant<int, kBits>(), numbers);
-    } else {
-      unpack(numbers, w.block, bytes);
-      tiles(std::integral_constant<int, 8>(), bytes);
+  for (int64_t b = 0; b < blocks; ++b, numbers += bytes, at += kPanel)
+    for (int t = 0, m = 0; t < tiles; ++t) {
+      const int count = rows / tiles + (t < rows % tiles);
+      const int64_t place = b * kRows + m;
+      const int8_t* xs = x.numbers + place * w.block;
+      fetch(numbers + kFetchedAhead + t * share, share);
+      if (tiles > 1) fetch(xs + kRows * w.block, count * w.block);
+      kTiles<kBits, kPlain>[count]({w, numbers, at}, xs, x.scales + place, x.starts + place, sums + m * kPanel);
+      m += count;
     }
-  }
 }
 
 void multiply_panel(const Weights& w, const Rounded& x, int rows, int64_t panel, float* sums) {
@@ -196,6 +192,7 @@ const Kernels kAvx512Kernels = {"avx512-vnni", round_row, multiply_panel, gate_u
 #ifdef __clang__
 #pragma clang attribute pop
 #else
+#pragma GCC pop_options
 #pragma GCC pop_options
 #endif
 #endif

@@ -18,14 +18,14 @@ from glm4_deploy.texts import LINES, cut_text, random_sequences, read_sequences
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.form import Form
 from glm4_exporters.formats.base import FittedFormat
-from glm4_runtime.bundle.element_types import QUANTIZED_CACHES
+from glm4_runtime.bundle.element_types import CALIBRATED_CACHES
 from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.progress import Progress, silent
 from glm4_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from glm4_exporters.quantize.awq import AwqSearch, QuantizeDequantize
-    from glm4_exporters.quantize.calibrate import Calibration
+    from glm4_exporters.quantize.calibrate import Calibration, Magnitudes
     from glm4_exporters.quantize.kv_cache import CacheScales
     from glm4_exporters.quantize.overflow import Remedy
     from glm4_exporters.quantize.smooth import ScaleSearch, Smoothing
@@ -54,10 +54,11 @@ class Prepared:
     Attributes:
         edits: changes of tensors before they are stored.
         norm_bits: k by the scope of each norm whose input is scaled by 2^-k.
-        cache_scales: scales of every layer's cache, if it is int8.
+        cache_scales: fixed scales of every layer's cache, if it has them.
         calibration: the statistics; None if not needed.
         input_scales: by matrix whose format rounds inputs: the scale of its input.
         report: for ``report.json``.
+        key_factors: by layer, float32 [Hkv, D], if rows of the cache have scales of their own.
     """
 
     edits: "Edits"
@@ -66,6 +67,7 @@ class Prepared:
     calibration: "Calibration | None" = None
     input_scales: Mapping[str, float] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
+    key_factors: "tuple[Magnitudes, ...]" = ()
 
 
 def read_text(source: Checkpoint, path: Path | None, max_seq_len: int) -> CalibrationText:
@@ -89,8 +91,8 @@ def read_text(source: Checkpoint, path: Path | None, max_seq_len: int) -> Calibr
 
 def needs_text(form: Form, given: bool) -> bool:
     """Whether the export calibrates: always with a given text, with fp16 activations (overflow), and with a
-    quantized cache."""
-    return given or form.activations == "float16" or form.kv_cache in QUANTIZED_CACHES
+    cache of fixed scales."""
+    return given or form.activations == "float16" or form.kv_cache in CALIBRATED_CACHES
 
 
 def prepare(
@@ -135,7 +137,7 @@ def prepare(
         remedy = remedies(calibration, source.config, smoothing)
         smoothing = smoothing.then(remedy.weights)
     scales: tuple[CacheScales, ...] = ()
-    if form.kv_cache in QUANTIZED_CACHES:
+    if form.kv_cache in CALIBRATED_CACHES:
         scales = cache_scales(calibration, smoothing, form.kv_cache)
         report["kv_cache"] = {"scales": "per head and channel, of K and of V apart", "margin": MARGIN}
     rounded = (

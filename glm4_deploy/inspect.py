@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from glm4_deploy.end_tokens import end_tokens
 from glm4_deploy.folders import BUNDLES, require_either
 from glm4_runtime.bundle import MANIFEST, REPORT, Manifest, read_manifest
-from glm4_runtime.bundle.element_types import bits
+from glm4_runtime.bundle.element_types import CACHE_TYPES
 from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.bundle.files import checked_at_opening
 from glm4_runtime.bundle.json_file import read_object
@@ -135,4 +135,5 @@ def _kv_bytes(manifest: Manifest) -> int | None:
     if manifest.kv_cache is None:
         return None
     model = manifest.model
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * bits(manifest.kv_cache) // 8
+    row = CACHE_TYPES[manifest.kv_cache].row_bytes(model.head_dim)
+    return 2 * model.num_layers * model.num_kv_heads * row

@@ -19,11 +19,12 @@ from glm4_deploy.own_text import IDS, own_text
 from glm4_deploy.texts import LINES, prefix_of, read_sequences
 from glm4_deploy.thresholds import PARITY, PARITY_CACHE
 from glm4_exporters.checkpoint import Checkpoint
+from glm4_exporters.element_types import ir_type
 from glm4_exporters.pieces import GraphPieces
 from glm4_exporters.streamed import reference_outputs
 from glm4_runtime import SamplingParams, Session
 from glm4_runtime.bundle import Manifest
-from glm4_runtime.bundle.element_types import QUANTIZED_CACHES
+from glm4_runtime.bundle.element_types import CACHE_TYPES, QUANTIZED_CACHES
 from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.errors import GateError, RequestError, TextError, UnavailableError
 from glm4_runtime.progress import Progress, silent
@@ -212,10 +213,13 @@ def graph_inputs(manifest: Manifest, ids: Sequence[int]) -> dict[str, npt.NDArra
         "query_lengths": np.array([count], np.int32),
     }
     if manifest.task == "causal-lm":
-        # An engine's graph has a cache of the activations' type. bfloat16 is computed in float32: see GraphPieces.
+        # An engine's graph has a cache of the activations' type. A graph in bfloat16 is computed in float32: see
+        # GraphPieces.
         cache = str(manifest.kv_cache) if manifest.engine is None else manifest.activations
-        dtype = "float32" if cache == "bfloat16" else cache
-        empty = np.zeros((1, model.num_kv_heads, count, model.head_dim), dtype)
+        stored = CACHE_TYPES["float32" if manifest.activations == "bfloat16" else cache]
+        empty = np.zeros(
+            (1, model.num_kv_heads, count, stored.row(model.head_dim)), ir_type(stored.element).numpy()
+        )
         inputs |= {"past_lengths": np.zeros(1, np.int32), "logits_indices": np.arange(count)[None]}
         inputs |= {spec.name: empty for spec in manifest.inputs if spec.name.startswith("past_key_values.")}
     return inputs

@@ -20,6 +20,7 @@ from glm4_exporters.graph_io import model_info
 from glm4_exporters.peak_memory import peak_memory
 from glm4_runtime.bundle import GRAPH, WEIGHTS, AdapterSlots, Manifest, write_manifest
 from glm4_runtime.bundle.ascii_path import ascii_path
+from glm4_runtime.bundle.element_types import CACHE_TYPES
 from glm4_runtime.bundle.file_names import ADAPTER_GRAPH, TOKENIZER
 from glm4_runtime.bundle.graph_checks import check_graph
 from glm4_runtime.bundle.graph_io import stage_io
@@ -140,10 +141,22 @@ def _prepare(plan: Plan, source: Checkpoint, clock: Clock, progress: Progress) -
 
     brought = _brought_scales(source, plan)
     if not needs_text(plan.form, plan.calibration is not None):
-        return _keeping(source, plan, prepare(source, plan.form, None, brought=brought))
-    with clock("calibrate"):
-        text = read_text(source, plan.calibration, plan.limits.max_seq_len)
-        return _keeping(source, plan, prepare(source, plan.form, text, progress, brought))
+        prepared = prepare(source, plan.form, None, brought=brought)
+    else:
+        with clock("calibrate"):
+            text = read_text(source, plan.calibration, plan.limits.max_seq_len)
+            prepared = prepare(source, plan.form, text, progress, brought)
+    return _keeping(source, plan, _with_factors(source, plan, prepared))
+
+
+def _with_factors(source: Checkpoint, plan: Plan, prepared: "Prepared") -> "Prepared":
+    """With the factors of the keys, if the rows of the cache have scales."""
+    from glm4_exporters.quantize.key_factors import key_factors
+
+    kind = CACHE_TYPES.get(str(plan.form.kv_cache))
+    if kind is None or not kind.scale_bytes:
+        return prepared
+    return dataclasses.replace(prepared, key_factors=key_factors(source))
 
 
 def _require_unscaled(plan: Plan, prepared: "Prepared") -> None:
@@ -210,6 +223,7 @@ def _trace(
         norm_bits=prepared.norm_bits,
         cache_scales=prepared.cache_scales,
         input_scales=prepared.input_scales,
+        key_factors=prepared.key_factors,
         plugin=plugin,
         slots=slots,
         stages=plan.stages,

@@ -11,7 +11,7 @@ from glm4_exporters.formats import Format, InputRounding, StoredFormat, require_
 from glm4_exporters.formats.base import FittedFormat, scale_type
 from glm4_exporters.quantize.recipe import Recipe
 from glm4_exporters.targets import ACTIVATIONS, GROUPS, Precision, Target, require_target
-from glm4_runtime.bundle.element_types import QUANTIZED_CACHES, bits
+from glm4_runtime.bundle.element_types import CALIBRATED_CACHES, bits
 from glm4_runtime.errors import ExportError
 
 
@@ -25,7 +25,7 @@ class Form:
         groups: the stored type or format of each group of tensors, for the manifest.
         formats: by canonical name of the matrix.
         table: how the embedding is looked up; None: the lookup table is not quantized. A tied head still may be.
-        kv_cache: element type of the cache; None for a task without one.
+        kv_cache: the cache's name in ``CACHE_TYPES``; None for a task without one.
         kept: whether the numbers of a quantized checkpoint are stored unchanged.
     """
 
@@ -39,7 +39,7 @@ class Form:
     kept: bool = False
 
     def with_cache(self, kv_cache: str | None) -> "Form":
-        """The same with a cache of this element type."""
+        """The same with a cache of this type."""
         return replace(self, kv_cache=kv_cache)
 
     @property
@@ -70,14 +70,14 @@ class Form:
 
     @property
     def uses_text(self) -> bool:
-        """Whether calibration text changes the bundle: by GPTQ and AWQ, by scales of inputs or of a quantized cache, or by
+        """Whether calibration text changes the bundle: by GPTQ and AWQ, by scales of inputs or of a calibrated cache, or by
         fp16's powers of two."""
         fitted = any(form.bits < 8 and isinstance(form, FittedFormat) for form in self.encodings.values())
         return (
             fitted
             or bool(self.rounded_inputs)
             or self.activations == "float16"
-            or self.kv_cache in QUANTIZED_CACHES
+            or self.kv_cache in CALIBRATED_CACHES
         )
 
     @property

@@ -21,6 +21,6 @@ def model_info(config: Glm4Config, task: str) -> ModelInfo:
     )
 
 
-def model_io(config: Glm4Config, task: str, kv_dtype: str) -> GraphIO:
-    """Inputs and outputs of the graph for ``task``; a cache has elements of ``kv_dtype``."""
-    return graph_io(task, model_info(config, task), kv_dtype)
+def model_io(config: Glm4Config, task: str, kv_cache: str) -> GraphIO:
+    """Inputs and outputs of the graph for ``task``, with a cache of this type."""
+    return graph_io(task, model_info(config, task), kv_cache)

@@ -67,7 +67,12 @@ class GraphPieces:
             _widen_casts(self._model.graph)
             _widen_constants(self._model.graph)
         self._initializers = {tensor.name: tensor for tensor in self._model.graph.initializer}
-        self._outputs = [value.name for value in self._model.graph.output]
+        # ONNX Runtime gives no bfloat16 to Python, so a bfloat16 cache is not among the results.
+        self._outputs = [
+            value.name
+            for value in self._model.graph.output
+            if self._widen or value.type.tensor_type.elem_type != onnx.TensorProto.BFLOAT16
+        ]
         self.pieces = _cut(self._model.graph)
 
     def run(self, batches: Sequence[Mapping[str, Array]], progress: Progress = silent) -> list[Values]:
@@ -149,7 +154,7 @@ class GraphPieces:
         session = self._session(piece, weights, {name: values[0][name] for name in inputs}, outputs)
         results = []
         for batch in values:
-            found = session.run(outputs, {name: batch[name] for name in inputs})
+            found = session.run(outputs, {name: _fed(batch[name]) for name in inputs})
             results.append(dict(zip(outputs, found, strict=True)))
         return results
 
@@ -170,7 +175,9 @@ class GraphPieces:
                 )
                 for name, array in inputs.items()
             ],
-            [onnx.ValueInfoProto(name=name) for name in outputs],
+            # ONNX Runtime computes a node in float32 that alone has float16 inputs, unless it gives an output of the graph.
+            # Then attention would not round to a float16 cache. So caches are outputs, also where nobody asks for them.
+            [onnx.ValueInfoProto(name=name) for name in dict.fromkeys((*outputs, *_caches_of(piece)))],
         )
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -257,6 +264,19 @@ class _PieceWeight:
     type: int
     dims: tuple[int, ...]
     data: Array
+
+
+def _caches_of(piece: Piece) -> list[str]:
+    made = (name for node in piece.nodes for name in node.output)
+    return [name for name in made if name.startswith("present_key_values.")]
+
+
+def _fed(array: Array) -> Any:
+    """An input as ONNX Runtime takes it from Python."""
+    if array.dtype != onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16):
+        return array
+    bits = array.view(np.uint16)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
 
 
 _COUNTED = {"MatMulNBits": ("N", 1), OPERATOR: ("columns", PANEL)}

@@ -38,14 +38,16 @@ _PACKED = Products("packed", lookups=True, unsigned_inputs=True, integer_activat
 
 
 @dataclass(frozen=True)
-class QuantizedCache:
-    """A quantized KV cache that a target's attention takes.
+class OtherCache:
+    """A KV cache that a target's attention takes, of another type than the activations'.
 
     Attributes:
+        stored: its name in ``CACHE_TYPES``.
         head_multiple: the head size must be a multiple of this.
         providers: ONNX Runtime's providers on which it was compared with the reference.
     """
 
+    stored: str
     head_multiple: int = 1
     providers: tuple[str, ...] = (_CPU,)
 
@@ -88,7 +90,7 @@ class Target:
         formats: replacements of a precision's formats, by name, for which this target has faster kernels.
         own: this target's overrides of PRECISIONS.
         says: additional entries of the manifest's ``tensor_precisions``.
-        caches: the quantized KV caches that attention takes, by name.
+        caches: the KV caches of other types than the activations' that attention takes, by the option's name.
         input_major: whether integer matrices are stored [in, out], as the products read them.
         own_operators: whether the graph has operators of ``glm4_plugins``, which ONNX Runtime must load.
     """
@@ -105,7 +107,7 @@ class Target:
     formats: Mapping[str, str] = field(default_factory=dict)
     own: Mapping[str, Precision] = field(default_factory=dict)
     says: Mapping[str, str] = field(default_factory=dict)
-    caches: Mapping[str, QuantizedCache] = field(default_factory=dict)
+    caches: Mapping[str, OtherCache] = field(default_factory=dict)
     input_major: bool = False
     own_operators: bool = False
 
@@ -181,7 +183,7 @@ _ROWS = (
         formats=_SIGNED,
         own=_INT4_ON_CPU,
         caches={
-            "int8": QuantizedCache(head_multiple=8)
+            "int8": OtherCache("int8", head_multiple=8)
         },  # the fallback for other head sizes has no int8 cache
     ),
     # Our own kernels for products and attention. They read the weights as the file holds them.
@@ -198,7 +200,11 @@ _ROWS = (
         formats=_SIGNED,
         own=_INT4_ON_CPU,
         says={"inputs of products": "int8, a scale per row and block"},
-        caches={"int8": QuantizedCache()},
+        caches={
+            "fp16": OtherCache("float16"),
+            "bf16": OtherCache("bfloat16"),
+            "int8": OtherCache("int8-rows"),
+        },
         own_operators=True,
     ),
     _NATIVE,
@@ -209,7 +215,10 @@ _ROWS = (
         _TENSORRT,
         name="tensorrt",
         runtime="tensorrt",
-        caches=dict.fromkeys(("int8", "fp8"), QuantizedCache(providers=())),
+        caches={
+            "int8": OtherCache("int8", providers=()),
+            "fp8": OtherCache("float8e4m3fn", providers=()),
+        },
     ),
 )
 TARGETS = {row.name: row for row in _ROWS}

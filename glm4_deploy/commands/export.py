@@ -15,7 +15,7 @@ from glm4_exporters.engine.kinds import ATTENTIONS
 from glm4_exporters.engine.options import ENGINE_LAYOUTS, EngineOptions
 from glm4_exporters.targets import ACTIVATIONS, PRECISIONS, TARGETS
 from glm4_runtime.bundle import Manifest
-from glm4_runtime.bundle.element_types import QUANTIZED_CACHES
+from glm4_runtime.bundle.element_types import CALIBRATED_CACHES, QUANTIZED_CACHES
 
 if TYPE_CHECKING:
     from glm4_deploy.parity import Parity
@@ -56,14 +56,15 @@ def _stage_counts(_context: click.Context, _parameter: click.Parameter, value: s
 @click.option(
     "--activations",
     type=click.Choice(list(ACTIVATIONS)),
-    help="Type of activations and KV cache of a quantized bundle. Default: fp32, or fp16 for TensorRT.",
+    help="Type of activations of a quantized bundle, and of its KV cache without --kv-cache. Default: fp32, or fp16 for TensorRT.",
 )
 @click.option(
     "--kv-cache",
     type=click.Choice(KV_CACHES),
     default="auto",
     show_default=True,
-    help="Type of the KV cache. auto: as the activations. int8: 8 bits with a scale per head and channel, for targets ort, cpu and tensorrt. "
+    help="Type of the KV cache. auto: as the activations. fp32, fp16, bf16: for target cpu; other targets have the activations' type. "
+    "int8: 8 bits; on target cpu with a scale in each row, on ort and tensorrt with a scale per head and channel from the calibration. "
     "fp8: 8-bit floats with such scales, for target tensorrt on GPUs from 8.9 on.",
 )
 @click.option(
@@ -298,7 +299,7 @@ def _rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
     rows += [("warning", warning) for warning in result.warnings]
     if result.source is not None:
         rows.append(("source", f"quantized by {result.source['method']}, {result.source['stored']}"))
-    if manifest.kv_cache in QUANTIZED_CACHES:
+    if manifest.kv_cache in CALIBRATED_CACHES:
         text, tokens = (result.calibration[key] for key in ("text", "tokens"))
         rows.append(
             ("KV cache", f"{QUANTIZED_CACHES[manifest.kv_cache]}, calibrated on {tokens} tokens: {text}")

@@ -18,6 +18,9 @@ Row i of sequence b has the position ``past_lengths[b] + i``. The row is rotated
 position, and attends to the keys ``0 ... past_lengths[b] + i``. Rows from ``query_lengths[b]`` on are unspecified in
 ``attn_output``. These rows write past the end of the sequence, where no row reads.
 
+On a CPU, past and present may also be float16, bfloat16 or int8, where a row is D numbers and a float32 scale.
+``cpu/attention.h`` defines these.
+
 The operator is functional. Whether a present shares the memory of its past depends on the implementation.
 :func:`partial_rope_gqa_attention` is the specification: tests compare every implementation with it.
 """

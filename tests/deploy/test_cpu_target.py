@@ -71,7 +71,7 @@ def test_a_step_of_several_has_the_bits_of_each_alone(tmp_path, checkpoint, prec
                 np.testing.assert_array_equal(together[slot], alone[slot][step])
 
 
-@pytest.mark.parametrize("cache", ["auto", "int8"])
+@pytest.mark.parametrize("cache", ["fp32", "fp16", "bf16", "int8"])
 def test_a_prompt_has_the_same_bits_however_it_is_cut(tmp_path, cache):
     """So that a reused prefix, a chunk or a verified draft changes no token. Past one chunk of attention's keys, too."""
     longer = tiny_config(**CONFIG | {"max_position_embeddings": 512})

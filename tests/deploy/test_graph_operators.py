@@ -51,7 +51,8 @@ def graph_of(config, task, form, slots=None):
 
     ones = np.ones((config.num_key_value_heads, config.head_dim), np.float32)
     scales = [CacheScales(ones, ones)] * config.num_hidden_layers if form.kv_cache in QUANTIZED_CACHES else []
-    steps = model_passes(form, norm_bits={}, cache_scales=scales, input_scales=dict.fromkeys(form.rounded_inputs, 1.0), slots=slots)  # fmt: skip
+    made_up = dict(cache_scales=scales, key_factors=[ones] * config.num_hidden_layers)
+    steps = model_passes(form, norm_bits={}, input_scales=dict.fromkeys(form.rounded_inputs, 1.0), slots=slots, **made_up)  # fmt: skip
     return apply(trace(config, task, form.activations), steps).graph
 
 

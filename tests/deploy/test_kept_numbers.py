@@ -341,14 +341,16 @@ def test_numbers_that_stand_for_no_finite_value_are_refused_without_parity_too(
 
 
 def test_calibration_text_is_for_the_int8_cache_alone(tmp_path):
-    """Kept numbers are fitted to no text, but the scales of an int8 cache are found on it."""
+    """Kept numbers are fitted to no text, but the fixed scales of an int8 cache are found on it."""
     (tmp_path / "t.ids").write_text("\n".join(" ".join(str(i + j) for i in range(24)) for j in range(4)))
-    asked = ExportOptions(target="cpu", kv_cache="int8", calibration=str(tmp_path / "t.ids"), parity=False)
+    asked = ExportOptions(target="ort", kv_cache="int8", calibration=str(tmp_path / "t.ids"), parity=False)
     assert export(DATA / "awq-4", tmp_path / "b", asked).source["stored"] == "kept bit for bit"
     assert json.loads((tmp_path / "b" / "report.json").read_text())["calibration"]["text"] == "t.ids"
-    plain = dataclasses.replace(asked, kv_cache="auto")
-    with pytest.raises(ExportError, match="--calibration changes nothing in a bundle of kept numbers"):
-        export(DATA / "awq-4", tmp_path / "c", plain)
+    # The rows of target cpu's int8 cache have scales of their own.
+    for change in ({"kv_cache": "auto"}, {"target": "cpu"}):
+        plain = dataclasses.replace(asked, **change)
+        with pytest.raises(ExportError, match="--calibration changes nothing in a bundle of kept numbers"):
+            export(DATA / "awq-4", tmp_path / "c", plain)
 
 
 def logits_of_transformers(folder, values):

@@ -21,7 +21,7 @@ from glm4_plugins.operator import DOMAIN
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "encoder")
 ORDER = {
     "ort": "ScaleEps GroupQueryAttention NativeAttention TransposedMatMul SkipNorm QuantizeCache QuantizeWeights",
-    "cpu": "ScaleEps TransposedMatMul SkipNorm QuantizeCache PackedProducts QuantizeWeights",
+    "cpu": "ScaleEps TransposedMatMul SkipNorm NarrowCache PackedProducts QuantizeWeights",
     "native": "ScaleEps NativeAttention QuantizeCache QuantizeWeights",
     "tensorrt-rtx": "ScaleEps NativeAttention RoundCache QuantizeWeights InputMajor",
     "tensorrt": "ScaleEps NativeAttention RoundCache QuantizeWeights",
@@ -34,7 +34,8 @@ def names(passes):
 
 @pytest.mark.parametrize("target", ORDER)
 def test_the_order_of_passes(target):
-    form = choose_form(Glm4Config.from_dict(tiny_config()), "causal-lm", target, "int8").with_cache("int8")
+    form = choose_form(Glm4Config.from_dict(tiny_config()), "causal-lm", target, "int8")
+    form = form.with_cache("int8-rows" if target == "cpu" else "int8")
     found = dict(norm_bits={"model.norm": 1}, cache_scales=[object()], input_scales={})
     assert names(model_passes(form, **found)) == ORDER[target]
     assert names(model_passes(form, **found | dict(input_scales={"x": 1.0}))).split()[-2:] in (
@@ -43,6 +44,8 @@ def test_the_order_of_passes(target):
     )
     nothing = model_passes(form, norm_bits={}, cache_scales=(), input_scales={})
     assert not {"ScaleEps", "QuantizeCache", "RoundCache", "QuantizeInputs"} & set(names(nothing).split())
+    plain = model_passes(form.with_cache("float32"), norm_bits={}, cache_scales=(), input_scales={})
+    assert "Cache" not in names(plain)
     assert names(engine_passes(64)) == "FixCapacity SplitProducts Fp4Inputs Fp4Weights Mxfp8Weights"
 
 

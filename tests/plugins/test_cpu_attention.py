@@ -3,6 +3,7 @@
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -19,29 +20,37 @@ KERNELS = ("avx512-vnni", "avx2", "portable")
 # Where a processor multiplies and adds in one step; the portable kernels do in two.
 FUSED = KERNELS[:2]
 CACHES = ("past_key", "past_value")
-SCALES = ("key_scale", "value_scale")
+FACTORS = "key_factors"
+# By name in a manifest: the kernels' number, and the arrays' type here.
+TYPES = {
+    "float32": (0, np.float32),
+    "float16": (1, np.float16),
+    "bfloat16": (2, ml_dtypes.bfloat16),
+    "int8-rows": (3, np.int8),
+}
+NARROW = tuple(TYPES)[1:]
 
 
 @pytest.fixture(scope="module")
 def attend():
     function = ctypes.CDLL(str(library())).glm4_attention
     pointer = ctypes.c_void_p
-    function.argtypes = [ctypes.c_char_p, pointer, ctypes.c_float, *[pointer] * 12]
+    function.argtypes = [ctypes.c_char_p, pointer, ctypes.c_int, ctypes.c_float, *[pointer] * 11]
 
-    def run(name, case, attributes, key_scales=None, value_scales=None):
+    def run(name, case, attributes, kind="float32"):
         batch, sequence, width = case["query"].shape
-        _, kv_heads, capacity, dim = case["past_key"].shape
-        rotary, group = attributes.rotary_embedding_dim, attributes.num_heads // kv_heads
-        sizes = np.array(
-            [batch, sequence, capacity, kv_heads, group, dim, rotary, len(case["cos"])], np.int64
-        )
+        _, kv_heads, capacity, _ = case["past_key"].shape
+        dim, group = width // attributes.num_heads, attributes.num_heads // kv_heads
+        sizes = [batch, sequence, capacity, kv_heads, group, dim]
+        sizes = np.array([*sizes, attributes.rotary_embedding_dim, len(case["cos"])], np.int64)
         keys, values = (case[name].copy() for name in CACHES)
         output = np.full((batch, sequence, width), np.nan, np.float32)
         arrays = [case["query"], case["key"], case["value"], keys, values, case["cos"], case["sin"]]
-        arrays += [case["past_lengths"], case["query_lengths"], key_scales, value_scales, output]
+        arrays += [case["past_lengths"], case["query_lengths"], case.get(FACTORS), output]
         assert all(a is None or a.flags.c_contiguous for a in arrays)
+        assert keys.dtype == values.dtype == TYPES[kind][1]
         places = [None if a is None else a.ctypes.data for a in arrays]
-        code = function(name and name.encode(), sizes.ctypes.data, attributes.scale, *places)
+        code = function(name and name.encode(), sizes.ctypes.data, TYPES[kind][0], attributes.scale, *places)
         if code == 1:
             pytest.skip(f"this processor does not run {name}")
         return code if code else (output, keys, values)
@@ -83,129 +92,217 @@ def test_kernels_compute_what_the_operator_means(attend, kernels, sizes):
         np.testing.assert_array_equal(values[b, :, end:], case["past_value"][b, :, end:])
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-def test_fused_kernels_agree_bit_by_bit(attend, sizes):
-    case, attributes = case_of(sizes)
-    first, second = (attend(kernels, case, attributes) for kernels in FUSED)
-    for a, b in zip(first, second, strict=True):
-        np.testing.assert_array_equal(a, b)
+SHARED = ("cos", "sin", FACTORS)  # by all sequences
 
 
-def with_int8_cache(case):
-    """The case with a random int8 cache, and the scales of its keys and values."""
-    rng = np.random.default_rng(1)
-    _, kv_heads, _, dim = case["past_key"].shape
-    scales = [rng.uniform(0.01, 0.03, (kv_heads, dim)).astype(np.float32) for _ in CACHES]
-    return case | {name: rng.integers(-128, 128, case[name].shape, np.int8) for name in CACHES}, scales
+# Caches of other types ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-def test_fused_kernels_agree_bit_by_bit_over_an_int8_cache(attend, sizes):
-    case, attributes = case_of(sizes)
-    case, scales = with_int8_cache(case)
-    first, second = (attend(kernels, case, attributes, *scales) for kernels in FUSED)
-    for a, b in zip(first, second, strict=True):
-        np.testing.assert_array_equal(a, b)
+def stored(x, kind):
+    """Keys or values [..., D] as rows of a cache, by the rules in attention.h."""
+    if kind == "float16":
+        return x.clip(-65504, 65504).astype(np.float16)
+    if kind != "int8-rows":
+        return x.astype(TYPES[kind][1])
+    largest = np.abs(x).max(-1, keepdims=True)
+    numbers = np.rint(x * (np.float32(127) / largest)).astype(np.int8)
+    scales = (largest / np.float32(127)).astype(np.float32)
+    return np.concatenate([numbers, scales.view(np.int8)], -1)
+
+
+def meant(rows, kind):
+    """The float32 numbers that rows of a cache stand for."""
+    if kind != "int8-rows":
+        return rows.astype(np.float32)
+    numbers, scales = rows[..., :-4], np.ascontiguousarray(rows[..., -4:]).view(np.float32)
+    return numbers * scales
+
+
+def narrow(case, kind):
+    """The case with its past in a cache of this type; keys of int8 are divided by random factors."""
+    past = {name: case[name] for name in CACHES}
+    if kind == "int8-rows":
+        shape = past["past_key"].shape[1], 1, past["past_key"].shape[3]
+        factors = np.random.default_rng(1).uniform(0.2, 1, shape).astype(np.float32)
+        past["past_key"] = past["past_key"] / factors
+        case = case | {FACTORS: factors[:, 0].copy()}
+    return case | {name: stored(array, kind) for name, array in past.items()}
+
+
+def widened(case, keys, values, kind):
+    """The keys and values that a cache stands for."""
+    factors = case[FACTORS][:, None] if FACTORS in case else np.float32(1)
+    return meant(keys, kind) * factors, meant(values, kind)
+
+
+def rotated(x, case, past, rotary):
+    """x [S, heads, D], rotated from position ``past`` on."""
+    new = slice(past, past + len(x))
+    c, s = case["cos"][new, None], case["sin"][new, None]
+    y = x.copy()
+    even, odd = x[..., 0:rotary:2], x[..., 1:rotary:2]
+    y[..., 0:rotary:2], y[..., 1:rotary:2] = even * c - odd * s, even * s + odd * c
+    return y
+
+
+def attended(case, attributes, keys, values, b):
+    """Attention of sequence b over all that the cache holds, its own new tokens included, in float64."""
+    past, length = int(case["past_lengths"][b]), int(case["query_lengths"][b])
+    heads, kv_heads = attributes.num_heads, attributes.kv_num_heads
+    queries = case["query"][b, :length].reshape(length, heads, keys.shape[-1])
+    queries = rotated(queries, case, past, attributes.rotary_embedding_dim).astype(np.float64)
+    group = np.arange(heads) // (heads // kv_heads)
+    k, v = (each[b, group, : past + length].astype(np.float64) for each in (keys, values))
+    scores = np.einsum("shd,hcd->hsc", queries, k) * attributes.scale
+    hidden = np.arange(past + length) > past + np.arange(length)[:, None]
+    scores = np.where(hidden, -np.inf, scores)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("hsc,hcd->shd", weights, v).reshape(length, heads * v.shape[-1])
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_an_int8_cache_saturates_what_is_not_finite(attend, kernels):
+@pytest.mark.parametrize("kind", NARROW)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_narrow_cache_stores_rounded_rows_and_attends_to_them(attend, kernels, kind, sizes):
+    case, attributes = case_of(sizes)
+    case = narrow(case, kind)
+    output, *caches = attend(kernels, case, attributes, kind)
+    keys, values = widened(case, *caches, kind)
+    for b, (past, length) in enumerate(zip(case["past_lengths"], case["query_lengths"], strict=True)):
+        new = slice(past, past + length)
+        shape = length, attributes.kv_num_heads, values.shape[-1]
+        key = rotated(case["key"][b, :length].reshape(shape), case, past, attributes.rotary_embedding_dim)
+        value = case["value"][b, :length].reshape(shape)
+        factors = case.get(FACTORS, np.float32(1))
+        for written, exact in zip(caches, (key / factors, value), strict=True):
+            wanted, found = (
+                meant(rows, kind) for rows in (stored(exact, kind), written[b, :, new].swapaxes(0, 1))
+            )
+            step = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "int8-rows": 1 / 127}[kind]
+            # a number half way between two may round to either, as sums differ in the last bit
+            off = np.abs(found - wanted)
+            assert (off > 1e-6).sum() <= 1e-3 * off.size
+            assert off.max(initial=0) <= step * np.abs(wanted).max(initial=0) * 1.01
+        wanted = attended(case, attributes, keys, values, b)
+        np.testing.assert_allclose(output[b, :length], wanted, rtol=3e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_kernels_agree_bit_by_bit(attend, kind, sizes):
+    """With an int8 cache all of them: their sums are of integers."""
+    case, attributes = case_of(sizes)
+    case = narrow(case, kind)
+    first, *others = (
+        attend(kernels, case, attributes, kind) for kernels in (KERNELS if kind == "int8-rows" else FUSED)
+    )
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_narrow_cache_of_numbers_that_are_not_finite(attend, kernels):
     case, attributes = case_of("decode of the 9B")
-    case, scales = with_int8_cache(case)
-    case["value"][0, 0, :3] = np.inf, -np.inf, np.nan
-    _, _, values = attend(kernels, case, attributes, *scales)
-    np.testing.assert_array_equal(values[0, 0, 513, :3], [127, -128, -128])
+    case["value"][0, 0, :4] = np.inf, -1e9, np.nan, 1e-7
+    halves = narrow(case, "float16")
+    _, _, values = attend(kernels, halves, attributes, "float16")
+    np.testing.assert_array_equal(values[0, 0, 513, :3], np.array([65504, -65504, np.nan], np.float16))
+    assert values[0, 0, 513, 3] == np.float16(1e-7) != 0
+    output, _, values = attend(kernels, narrow(case, "int8-rows"), attributes, "int8-rows")
+    row = values[0, 0, 513]
+    assert np.isnan(row[-4:].view(np.float32)).all()
+    assert not row[:-4].any()
+    first, second = output[0, 0].reshape(2, -1)  # the heads of the first key head see the row
+    assert np.isnan(first).all()
+    assert np.isfinite(second).all()
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_every_rounding_to_16_bits(attend, kind):
+    """Nearest, ties to even: all exponents, ties, numbers below the smallest normal one."""
+    rng = np.random.default_rng(3)
+    bits = rng.integers(0, 1 << 32, 1 << 14, np.uint32) & ~np.uint32(0xFFF)
+    x = (bits | np.where(rng.random(len(bits)) < 0.5, np.uint32(0x1000), np.uint32(0))).view(np.float32)
+    x = np.concatenate([x, rng.normal(0, 2.0**-20, 1 << 12).astype(np.float32)])
+    x = x[np.isfinite(x)][: 1 << 14]
+    case, attributes = random_case(0, 1, len(x) // 64, 1, 1, 64, 0, [0], [len(x) // 64])
+    case["value"] = x[: len(x) // 64 * 64].reshape(1, -1, 64).copy()
+    case = narrow(case, kind)
+    _, _, values = attend("portable", case, attributes, kind)
+    with np.errstate(over="ignore"):
+        wanted = stored(case["value"][0], kind)
+    np.testing.assert_array_equal(values[0, 0, : len(wanted)].view(np.uint16), wanted.view(np.uint16))
+
+
+def test_factors_keep_the_precision_of_small_channels(attend):
+    """One channel that is large in every key, as by a bias: without factors it takes the others' precision."""
+    case, attributes = random_case(0, 1, 40, 1, 2, 64, 0, [0], [40])
+    case["key"][..., 5] += 300
+    case["query"][..., 5] *= 0.01
+    errors = {}
+    for name, factor in (("without", 1.0), ("with", 300.0)):
+        factors = np.ones((1, 64), np.float32)
+        factors[0, 5] = factor
+        given = narrow(case, "int8-rows") | {FACTORS: factors}
+        exact, *_ = partial_rope_gqa_attention(**case, attributes=attributes)
+        output, *_ = attend(None, given, attributes, "int8-rows")
+        errors[name] = np.abs(output - exact).mean()
+    assert errors["without"] > 0.1
+    assert errors["with"] < 0.02
 
 
 def sequence_of(case, b, start, stop):
     """Tokens start ... stop - 1 of one sequence of a case, after those before them."""
-    part = {name: array[b : b + 1] for name, array in case.items() if name not in ("cos", "sin")}
+    part = {name: array[b : b + 1] for name, array in case.items() if name not in SHARED}
     for name in ("query", "key", "value"):
         part[name] = np.ascontiguousarray(part[name][:, start:stop])
     part["past_lengths"] = part["past_lengths"] + np.int32(start)
     part["query_lengths"] = np.array([stop - start], np.int32)
-    return part | {"cos": case["cos"], "sin": case["sin"]}
+    return part | {name: case[name] for name in SHARED if name in case}
 
 
+@pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("kernels", [None, "portable"])
 @pytest.mark.parametrize("sizes", ["prompt over chunks", "several tokens after several pasts", "odd head"])
 @pytest.mark.parametrize("step", [1, 3, 100])
-def test_a_row_has_the_same_bits_alone_in_a_batch_and_in_any_part_of_a_prompt(attend, kernels, sizes, step):
+def test_a_row_has_the_same_bits_alone_in_a_batch_and_in_any_part_of_a_prompt(
+    attend, kind, kernels, sizes, step
+):
     case, attributes = case_of(sizes)
-    output, keys, values = attend(kernels, case, attributes)
+    case = narrow(case, kind)
+    output, keys, values = attend(kernels, case, attributes, kind)
     for b, length in enumerate(case["query_lengths"]):
         caches = {name: case[name][b : b + 1] for name in CACHES}
         for start in range(0, length, step):
             stop = min(start + step, length)
-            part, *written = attend(kernels, sequence_of(case, b, start, stop) | caches, attributes)
+            part, *written = attend(kernels, sequence_of(case, b, start, stop) | caches, attributes, kind)
             np.testing.assert_array_equal(part[0], output[b, start:stop])
             caches = dict(zip(CACHES, written, strict=True))
         np.testing.assert_array_equal(caches["past_key"][0], keys[b])
         np.testing.assert_array_equal(caches["past_value"][0], values[b])
 
 
+@pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_what_lies_past_the_end_or_in_other_sequences_is_not_read(attend, kernels):
+def test_what_lies_past_the_end_or_in_other_sequences_is_not_read(attend, kernels, kind):
     case, attributes = case_of("several tokens after several pasts")
-    clean, _, _ = attend(kernels, case, attributes)
+    case = narrow(case, kind)
+    clean, _, _ = attend(kernels, case, attributes, kind)
     poisoned = {name: array.copy() for name, array in case.items()}
+    poison = np.full(4, 0xFF, np.uint8).view(TYPES[kind][1])[:1]  # NaN, also as the scale of a row
     for b, (past, length) in enumerate(zip(case["past_lengths"], case["query_lengths"], strict=True)):
         for name in CACHES:
-            poisoned[name][b, :, past:] = np.nan
+            poisoned[name][b, :, past:] = poison
         for name in ("query", "key", "value"):
             poisoned[name][b, length:] = np.nan
-    poisoned["past_key"][1] = np.nan
-    output, _, _ = attend(kernels, poisoned, attributes)
+    poisoned["past_key"][1] = poison
+    output, _, _ = attend(kernels, poisoned, attributes, kind)
     assert np.isnan(output[1, :3]).all()
     for b in (0, 2, 3):
         length = case["query_lengths"][b]
         np.testing.assert_array_equal(output[b, :length], clean[b, :length])
-
-
-@pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize(
-    "sizes", ["decode of the 9B", "several tokens after several pasts", "prompt over chunks"]
-)
-def test_an_int8_cache(attend, kernels, sizes):
-    """Against attention over what the stored numbers stand for."""
-    case, attributes = case_of(sizes)
-    _, kv_heads, _, dim = case["past_key"].shape
-    stored, scales = with_int8_cache(case)
-    meant = case | {
-        name: stored[name] * scale[None, :, None] for name, scale in zip(CACHES, scales, strict=True)
-    }
-    _, *exact = partial_rope_gqa_attention(**meant, attributes=attributes)
-    output, *written = attend(kernels, stored, attributes, *scales)
-    unrotated = attributes.__class__(attributes.num_heads, kv_heads, 0, attributes.scale)
-    for b, (past, length) in enumerate(zip(case["past_lengths"], case["query_lengths"], strict=True)):
-        end, caches = past + length, []
-        for new, wide, scale in zip(written, exact, scales, strict=True):
-            numbers = wide[b, :, past:end] / scale[:, None]
-            # the nearest number, but for what lies between two, and saturated
-            assert np.abs(new[b, :, past:end] - numbers.clip(-128, 127)).max() <= 0.5 + 1e-4
-            assert (np.abs(numbers) > 128).any()
-            caches.append((new[b : b + 1] * scale[None, :, None])[:, :, :end])
-        # what was stored is attended to, the new tokens' own included: as if all had been there before
-        turned = sequence_of(case, b, 0, length)
-        for i in range(length):
-            query = turned["query"][:, i : i + 1].reshape(-1, dim).copy()
-            half = attributes.rotary_embedding_dim // 2
-            c, s = case["cos"][past + i, :half], case["sin"][past + i, :half]
-            even, odd = query[:, 0 : 2 * half : 2].copy(), query[:, 1 : 2 * half : 2].copy()
-            query[:, 0 : 2 * half : 2], query[:, 1 : 2 * half : 2] = even * c - odd * s, even * s + odd * c
-            last = past + i
-            step = {
-                name: np.ascontiguousarray(cache[:, :, : last + 1])
-                for name, cache in zip(CACHES, caches, strict=True)
-            }
-            row = {"key": step["past_key"][:, :, last], "value": step["past_value"][:, :, last]}
-            row = {name: np.ascontiguousarray(array).reshape(1, 1, -1) for name, array in row.items()}
-            lengths = {"past_lengths": np.array([last], np.int32), "query_lengths": np.ones(1, np.int32)}
-            tables = {"cos": np.zeros((end, 0), np.float32), "sin": np.zeros((end, 0), np.float32)}
-            expected, _, _ = partial_rope_gqa_attention(
-                query=query.reshape(1, 1, -1), **row, **step, **tables, **lengths, attributes=unrotated
-            )
-            np.testing.assert_allclose(output[b, i], expected[0, 0], rtol=1e-4, atol=1e-4)
 
 
 def test_impossible_attention_is_refused(attend):
@@ -216,7 +313,7 @@ def test_impossible_attention_is_refused(attend):
         {"past_lengths": np.array([0, 1, 2, -1], np.int32)},
         {"query_lengths": np.array([6, 1, 1, 1], np.int32)},
         {"cos": case["cos"][:100], "sin": case["sin"][:100]},
-        {"past_key": np.zeros((4, 1, 9, 1 << 17), np.float32), "past_lengths": np.zeros(4, np.int32)},
+        {"query": np.zeros((4, 1, 6 << 17), np.float32), "query_lengths": np.ones(4, np.int32)},
     ):
         assert attend(None, case | change, attributes) == 2, change
 
@@ -245,9 +342,10 @@ def test_very_large_scores(attend):
 PAST = (*CACHES, "past_lengths")
 
 
-def node_session(attributes, cache_type=np.float32, scales=(), threads=2, lacking=()):
+def node_session(attributes, kind="float32", factors=(), threads=2, lacking=()):
     """The operator alone in a graph."""
-    names = [*("" if name in lacking else name for name in INPUTS), *scales]
+    names = [*("" if name in lacking else name for name in INPUTS), *factors]
+    cache_type = TYPES[kind][1]
     node = onnx.helper.make_node(OP_TYPE, names, list(OUTPUTS), domain=DOMAIN, **vars(attributes))
     types = dict.fromkeys(CACHES, cache_type) | dict.fromkeys(("past_lengths", "query_lengths"), np.int32)
 
@@ -257,7 +355,7 @@ def node_session(attributes, cache_type=np.float32, scales=(), threads=2, lackin
 
     inputs = [value(name, 4 if name in CACHES else 1 if "lengths" in name else 3) for name in names if name]
     for given in inputs:
-        if given.name in ("cos", "sin", *scales):
+        if given.name in SHARED:
             given.CopyFrom(value(given.name, 2))
     outputs = [onnx.ValueInfoProto(name=name) for name in OUTPUTS]
     graph = onnx.helper.make_graph([node], "attention", inputs, outputs)
@@ -296,16 +394,25 @@ def test_one_session_runs_many_at_once(attend):
                     np.testing.assert_array_equal(found[b, :length], wanted[b, :length])
 
 
-def test_a_present_bound_to_its_past_is_written_in_place(attend):
-    case, attributes = case_of("several tokens after several pasts")
-    expected, *caches = attend(None, case, attributes)
-    session = node_session(attributes)
-    binding = session.io_binding()
+def bind(binding, case, kind):
+    """Inputs, and each present at the address of its past."""
     for name, array in case.items():
-        binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        element = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        binding.bind_input(name, "cpu", 0, element, array.shape, array.ctypes.data)
     for past, present in zip(CACHES, OUTPUTS[1:], strict=True):
         array = case[past]
-        binding.bind_output(present, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        element = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        binding.bind_output(present, "cpu", 0, element, array.shape, array.ctypes.data)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_present_bound_to_its_past_is_written_in_place(attend, kind):
+    case, attributes = case_of("several tokens after several pasts")
+    case = narrow(case, kind)
+    expected, *caches = attend(None, case, attributes, kind)
+    session = node_session(attributes, kind, [FACTORS] if FACTORS in case else [])
+    binding = session.io_binding()
+    bind(binding, case, kind)
     output = np.zeros_like(expected)
     binding.bind_output(OUTPUTS[0], "cpu", 0, output.dtype, output.shape, output.ctypes.data)
     session.run_with_iobinding(binding)
@@ -315,12 +422,13 @@ def test_a_present_bound_to_its_past_is_written_in_place(attend):
         np.testing.assert_array_equal(output[b, :length], expected[b, :length])
 
 
-def test_onnx_runtime_takes_an_int8_cache(attend):
+@pytest.mark.parametrize("kind", ["float16", "int8-rows"])  # NumPy has no bfloat16
+def test_a_present_of_its_own_starts_with_the_past(attend, kind):
     case, attributes = case_of("several tokens after several pasts")
-    case, scales = with_int8_cache(case)
-    expected = attend(None, case, attributes, *scales)
-    found = node_session(attributes, np.int8, SCALES).run(None, case | dict(zip(SCALES, scales, strict=True)))
-    assert [array.dtype for array in found] == [np.float32, np.int8, np.int8]
+    case = narrow(case, kind)
+    expected = attend(None, case, attributes, kind)
+    found = node_session(attributes, kind, [FACTORS] if FACTORS in case else []).run(None, case)
+    assert [array.dtype for array in found] == [np.float32, TYPES[kind][1], TYPES[kind][1]]
     for b, length in enumerate(case["query_lengths"]):
         np.testing.assert_array_equal(found[0][b, :length], expected[0][b, :length])
     np.testing.assert_array_equal(found[1], expected[1])
@@ -370,8 +478,11 @@ def test_onnx_runtime_hears_of_half_a_past(lacking):
         node_session(attributes, lacking=lacking).run(None, given)
 
 
-def test_onnx_runtime_hears_of_scales_without_an_int8_cache():
+def test_onnx_runtime_hears_of_factors_that_do_not_fit():
     case, attributes = case_of("several tokens after several pasts")
-    scales = {name: np.ones((2, 24), np.float32) for name in SCALES}
-    with pytest.raises(Exception, match="scales are of an int8 cache"):
-        node_session(attributes, scales=SCALES).run(None, case | scales)
+    factors = {FACTORS: np.ones((2, 24), np.float32)}
+    with pytest.raises(Exception, match="factors of the keys are for an int8 cache only"):
+        node_session(attributes, factors=[FACTORS]).run(None, case | factors)
+    rows = narrow(case, "int8-rows")
+    with pytest.raises(Exception, match=r"factors of the keys are not \[kv_num_heads, head_size\]"):
+        node_session(attributes, "int8-rows").run(None, {n: a for n, a in rows.items() if n != FACTORS})

@@ -29,13 +29,13 @@ def bundles(tmp_path_factory):
     """A random model with room for 2048 positions, by the type of its KV cache."""
     folder = tmp_path_factory.mktemp("stored")
     checkpoint = write_checkpoint(folder / "checkpoint", tiny_config(max_position_embeddings=2048))
-    for kind in ("auto", "int8"):
+    for kind in ("fp32", "fp16", "bf16", "int8"):
         options = ExportOptions(target="cpu", kv_cache=kind, max_batch_size=4, parity=False)
         export(checkpoint, folder / kind, options)
-    return {"float32": folder / "auto", "int8": folder / "int8"}
+    return {kind: folder / kind for kind in ("fp32", "fp16", "bf16", "int8")}
 
 
-@pytest.fixture(params=["float32", "int8"])
+@pytest.fixture(params=["fp32", "fp16", "bf16", "int8"])
 def bundle(request, bundles):
     return bundles[request.param]
 
@@ -133,7 +133,7 @@ def test_a_piece_that_is_torn_is_computed_and_stored_again(bundle, tmp_path):
 
 
 def test_many_requests_at_once_have_the_tokens_of_a_cold_run(bundles, tmp_path):
-    bundle, system = bundles["float32"], ids(150)
+    bundle, system = bundles["fp32"], ids(150)
     requests = [Request(system + ids(60 + 37 * n, n), SAMPLED) for n in range(12)]
     with Run(bundle) as run:
         cold = [run.ask(one)[0] for one in requests]
@@ -148,23 +148,23 @@ def test_a_disk_that_cannot_be_written_fails_no_request(bundles, tmp_path, monke
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("glm4_runtime.prefix_store.store.write_atomically", refuse)
-    with Run(bundles["float32"]) as run:
+    with Run(bundles["fp32"]) as run:
         cold = run.ask(Request(ids(300), GREEDY))
-    with Run(bundles["float32"], tmp_path / "cache") as run:
+    with Run(bundles["fp32"], tmp_path / "cache") as run:
         assert run.ask(Request(ids(300), GREEDY)) == cold
 
 
 def test_a_cancelled_request_stops_reading(bundles, tmp_path):
-    with Run(bundles["float32"], tmp_path / "cache") as run:
+    with Run(bundles["fp32"], tmp_path / "cache") as run:
         run.ask(Request(ids(1000), GREEDY))
-    with Run(bundles["float32"], tmp_path / "cache") as run:
+    with Run(bundles["fp32"], tmp_path / "cache") as run:
         run.scheduler.submit(Request(ids(1000), GREEDY), lambda _: None).cancel()
         run.ask(Request(ids(300, 5), GREEDY))
         assert run.cached == [0]
 
 
 def test_an_error_of_the_lookup_fails_no_request(bundles, tmp_path, monkeypatch):
-    with Run(bundles["float32"], tmp_path / "cache") as run:
+    with Run(bundles["fp32"], tmp_path / "cache") as run:
         monkeypatch.setattr(run.store, "present", lambda _: 1 / 0)
         run.ask(Request(ids(300), GREEDY))
         assert run.fed == 300
@@ -213,12 +213,12 @@ def kill_in_a_loop(bundle, folder, times):
 
 
 def test_no_kill_leaves_a_wrong_answer(bundles, tmp_path):
-    kill_in_a_loop(bundles["float32"], tmp_path / "cache", 3)
+    kill_in_a_loop(bundles["fp32"], tmp_path / "cache", 3)
 
 
 @pytest.mark.more
 def test_none_of_two_hundred_kills_leaves_a_wrong_answer(bundles, tmp_path):
-    kill_in_a_loop(bundles["float32"], tmp_path / "cache", 200)
+    kill_in_a_loop(bundles["fp32"], tmp_path / "cache", 200)
 
 
 def test_each_replica_uses_the_folder(demo_cpu, tmp_path):
@@ -238,15 +238,15 @@ def test_each_replica_uses_the_folder(demo_cpu, tmp_path):
 
 
 def test_scored_prompts_are_computed(bundles, tmp_path):
-    with Run(bundles["float32"], tmp_path / "cache") as run:
+    with Run(bundles["fp32"], tmp_path / "cache") as run:
         run.ask(Request(ids(300), GREEDY))
-    with Run(bundles["float32"], tmp_path / "cache") as run:
+    with Run(bundles["fp32"], tmp_path / "cache") as run:
         run.ask(Request(ids(300), GREEDY, prompt_logprobs=0))
         assert run.fed == 300
 
 
 def test_a_session_without_host_memory_is_refused(tmp_path, bundles):
-    with Session.open(bundles["float32"]) as session:
+    with Session.open(bundles["fp32"]) as session:
         type_of = type("Elsewhere", (type(session),), {"copies_positions": False})
         session.__class__ = type_of
         with pytest.raises(BundleError, match="--cache needs a KV cache in host memory"):

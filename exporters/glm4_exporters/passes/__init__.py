@@ -17,6 +17,7 @@ from glm4_exporters.passes.fp4_weights import Fp4Weights
 from glm4_exporters.passes.group_query_attention import GroupQueryAttention
 from glm4_exporters.passes.input_major import InputMajor
 from glm4_exporters.passes.mxfp8_weights import Mxfp8Weights
+from glm4_exporters.passes.narrow_cache import NarrowCache
 from glm4_exporters.passes.native_attention import NativeAttention
 from glm4_exporters.passes.open_stages import OpenStages
 from glm4_exporters.passes.packed_products import PackedProducts
@@ -29,6 +30,7 @@ from glm4_exporters.passes.scale_eps import ScaleEps
 from glm4_exporters.passes.skip_norm import SkipNorm
 from glm4_exporters.passes.split_products import SplitProducts
 from glm4_exporters.passes.transposed_matmul import TransposedMatMul
+from glm4_exporters.quantize.calibrate import Magnitudes
 from glm4_exporters.quantize.kv_cache import CacheScales
 from glm4_exporters.targets import Target
 from glm4_runtime.bundle import AdapterSlots, StageInfo
@@ -67,6 +69,7 @@ def model_passes(
     norm_bits: Mapping[str, int],
     cache_scales: Sequence[CacheScales],
     input_scales: Mapping[str, float],
+    key_factors: Sequence[Magnitudes] = (),
     plugin: PluginAttention | None = None,
     slots: AdapterSlots | None = None,
     stages: Sequence[StageInfo] = (),
@@ -75,6 +78,7 @@ def model_passes(
 
     Args:
         norm_bits, cache_scales, input_scales: results of the calibration.
+        key_factors: of the keys of each layer, for a quantized cache of our operator.
         plugin: attention for an engine, in place of the target's own.
         slots: LoRA adapters that the graph takes at run time.
         stages: the parts into which the graph will be cut.
@@ -84,7 +88,7 @@ def model_passes(
         *([AddAdapters(slots, form.target.dialect, form.activations)] if slots is not None else []),
         *([ScaleEps(norm_bits)] if norm_bits else []),  # before a pass that fuses norms
         *lowering(form.target, plugin),
-        *_cache_passes(form, cache_scales, plugin),
+        *_cache_passes(form, cache_scales, key_factors, plugin),
         *(make(form.formats) for make in STORED[products.name] if form.formats),
         *([QuantizeInputs(input_scales, unsigned=products.unsigned_inputs)] if input_scales else []),
         *([InputMajor()] if form.target.input_major else []),
@@ -92,8 +96,16 @@ def model_passes(
     ]
 
 
-def _cache_passes(form: Form, scales: Sequence[CacheScales], plugin: PluginAttention | None) -> list[Pass]:
-    """A quantized cache; in the graph that parity checks for an engine, its rounding alone."""
+def _cache_passes(
+    form: Form,
+    scales: Sequence[CacheScales],
+    key_factors: Sequence[Magnitudes],
+    plugin: PluginAttention | None,
+) -> list[Pass]:
+    """A cache of another type than the activations'; in the graph that parity checks for an engine, its rounding alone."""
+    if form.target.own_operators:
+        other = form.kv_cache not in (None, form.activations)
+        return [NarrowCache(str(form.kv_cache), key_factors)] if other else []
     if not scales or form.kv_cache is None:
         return []
     proof = form.target.engine is not None and plugin is None

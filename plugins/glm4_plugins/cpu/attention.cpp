@@ -46,8 +46,8 @@ class Run {
     if (new_rows < kRowsWorthThreads)
       for (int64_t row = 0; row < new_rows; ++row) store(row);
     else
-      failed = threads.run([](void* p, size_t row) { static_cast<Run*>(p)->store(int64_t(row)); }, size_t(new_rows),
-                           this);
+      failed = threads.run([](void* p, size_t row) { static_cast<Run*>(p)->store_or_starve(int64_t(row)); },
+                           size_t(new_rows), this);
     if (failed != nullptr) return failed;
     const int64_t heads = shape_.batch * shape_.kv_heads;
     const int64_t total = heads * (split_ ? chunks_ : shape_.pieces());
@@ -71,22 +71,36 @@ class Run {
     return data_.lengths[b] <= 0 ? 0 : (data_.past_of(b) + data_.lengths[b] + kChunk - 1) / kChunk;
   }
 
-  size_t element() const { return shape_.quantized ? 1 : sizeof(float); }
+  void store_or_starve(int64_t row) {
+    try {
+      store(row);
+    } catch (const std::exception&) {  // C callers cannot handle exceptions
+      starved_ = true;
+    }
+  }
 
   void store(int64_t row) const {
-    const int64_t b = row / shape_.sequence, i = row % shape_.sequence, dim = shape_.dim;
+    const int64_t b = row / shape_.sequence, i = row % shape_.sequence;
     if (i >= data_.lengths[b]) return;
     const int64_t position = data_.past_of(b) + i;
+    float* memory = thread_memory<kScratch>(size_t(shape_.dim));
     for (int64_t h = 0; h < shape_.kv_heads; ++h) {
-      const int64_t from = (row * shape_.kv_heads + h) * dim;
-      const size_t to = size_t((b * shape_.kv_heads + h) * shape_.capacity + position) * dim * element();
-      const float* key_scales = shape_.quantized ? data_.key_scales + h * dim : nullptr;
-      const float* value_scales = shape_.quantized ? data_.value_scales + h * dim : nullptr;
-      kernels_.store_row(shape_, data_.key + from, cos_of(position), sin_of(position), key_scales,
+      const int64_t from = (row * shape_.kv_heads + h) * shape_.dim;
+      const size_t to = offset(b, h, position);
+      kernels_.store_row(shape_, data_.key + from, cos_of(position), sin_of(position), factors_of(h), memory,
                          static_cast<char*>(data_.keys) + to);
-      kernels_.store_row(shape_, data_.value + from, nullptr, nullptr, value_scales,
+      kernels_.store_row(shape_, data_.value + from, nullptr, nullptr, nullptr, memory,
                          static_cast<char*>(data_.values) + to);
     }
+  }
+
+  // Bytes before a row of the cache.
+  size_t offset(int64_t b, int64_t h, int64_t position) const {
+    return size_t((b * shape_.kv_heads + h) * shape_.capacity + position) * shape_.row_bytes();
+  }
+
+  const float* factors_of(int64_t h) const {
+    return data_.factors == nullptr ? nullptr : data_.factors + h * shape_.dim;
   }
 
   const float* cos_of(int64_t position) const { return data_.cos + position * (shape_.rotary / 2); }
@@ -111,12 +125,11 @@ class Run {
 
   const float* turned(const Piece& piece, float* queries) const {
     const int64_t width = shape_.kv_heads * shape_.group * shape_.dim;
-    const float* scales = shape_.quantized ? data_.key_scales + piece.h * shape_.dim : nullptr;
     for (int64_t i = 0; i < piece.count; ++i) {
       const int64_t row = piece.b * shape_.sequence + piece.first + i;
       const int64_t position = data_.past_of(piece.b) + piece.first + i;
       kernels_.turn_queries(shape_, data_.query + row * width + piece.h * shape_.group * shape_.dim, cos_of(position),
-                            sin_of(position), scales, queries + i * shape_.group * shape_.padded());
+                            sin_of(position), factors_of(piece.h), queries + i * shape_.group * shape_.padded());
     }
     return queries;
   }
@@ -134,7 +147,7 @@ class Run {
   void attend(const Piece& piece, int64_t chunk, const float* queries, const AttentionScratch& scratch,
               const Partial& to) const {
     const int64_t start = chunk * kChunk, first = first_sees(piece, chunk), last = first + piece.count - 1;
-    const size_t at = size_t((piece.b * shape_.kv_heads + piece.h) * shape_.capacity + start) * shape_.dim * element();
+    const size_t at = offset(piece.b, piece.h, start);
     const Attended some = {queries,
                            int(piece.count * shape_.group),
                            int(shape_.group),
@@ -153,10 +166,9 @@ class Run {
 
   void finish(const Piece& piece, const Partial& partial) const {
     const int64_t width = shape_.kv_heads * shape_.group * shape_.dim;
-    const float* scales = shape_.quantized ? data_.value_scales + piece.h * shape_.dim : nullptr;
     for (int64_t i = 0; i < piece.count; ++i) {
       const int64_t row = piece.b * shape_.sequence + piece.first + i;
-      kernels_.finish(shape_, partial, int(i * shape_.group), scales,
+      kernels_.finish(shape_, partial, int(i * shape_.group),
                       data_.output + row * width + piece.h * shape_.group * shape_.dim);
     }
   }

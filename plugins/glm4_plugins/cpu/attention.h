@@ -6,8 +6,16 @@
 // The exception is NaN or infinity in a later token of the same piece: its weight is zero, and zero times NaN or
 // infinity is NaN.
 //
-// The cache is float32, or int8 with a scale per head and channel. An int8 number is round(x / scale). The scales are
-// multiplied into the queries and into the result, so the numbers need no dequantization.
+// The cache is float32, float16, bfloat16 or int8. New keys and values are rounded as they are stored, and attention
+// reads only stored numbers, also for the new tokens. So the cut of a prompt does not change a bit.
+//
+// float16 and bfloat16 are widened to float32 in registers. A number beyond float16's range becomes 65504 or -65504.
+//
+// A row of the int8 cache is one key or value of one head: `dim` numbers, and a float32 scale in the next 4 bytes. The
+// scale is the row's largest magnitude / 127, and a number is round(x / scale). Keys are first divided by a fixed factor
+// per head and channel, and queries are multiplied by the same factor. So a channel that is large in every key does not
+// take the other channels' precision. Queries, and weights times the values' scales, are rounded to 16 bits. Both
+// products are then sums of integers, which are exact in any order.
 #pragma once
 
 #include <cstddef>
@@ -20,12 +28,25 @@ constexpr int kKeys = 64;           // keys of a chunk that are transposed toget
 constexpr int kRowsTogether = 96;   // most rows of one piece of work; a row is one query head of one position
 constexpr int kWidest = 16;         // floats in the widest register; scratch rows are padded to a multiple
 
+enum class CacheType { kFloat32, kFloat16, kBfloat16, kInt8 };
+
+constexpr bool is_half(CacheType type) { return type == CacheType::kFloat16 || type == CacheType::kBfloat16; }
+
+// Elements of a cache row of one head, and their bytes. An int8 row ends with its scale.
+constexpr int64_t row_elements(CacheType type, int64_t dim) {
+  return type == CacheType::kInt8 ? dim + int64_t(sizeof(float)) : dim;
+}
+constexpr size_t element_bytes(CacheType type) {
+  return type == CacheType::kInt8 ? 1 : is_half(type) ? 2 : sizeof(float);
+}
+
 struct AttentionShape {
   int64_t batch, sequence, capacity, kv_heads, group, dim;
   int64_t rotary, positions;  // rotated dims of a head, rows of the cos and sin tables
   float scale;
-  bool quantized;
+  CacheType cache;
 
+  size_t row_bytes() const { return size_t(row_elements(cache, dim)) * element_bytes(cache); }
   int64_t padded() const { return (dim + kWidest - 1) / kWidest * kWidest; }
   int64_t together() const {  // positions of one piece of work
     const int64_t fit = kRowsTogether / group;
@@ -38,8 +59,8 @@ struct AttentionData {
   const float *query, *key, *value;         // [batch, sequence, heads * dim]
   const float *cos, *sin;                   // [positions, rotary / 2]
   const int32_t *past, *lengths;            // [batch]: cached and new positions; past null: the cache is empty
-  void *keys, *values;                      // the cache [batch, kv_heads, capacity, dim], modified
-  const float *key_scales, *value_scales;   // [kv_heads, dim], only for an int8 cache
+  void *keys, *values;                      // the cache [batch, kv_heads, capacity, row_elements], modified
+  const float* factors;                     // [kv_heads, dim] of the keys, only for an int8 cache
   float* output;                            // [batch, sequence, kv_heads * group * dim]
 
   int64_t past_of(int64_t b) const { return past == nullptr ? 0 : past[b]; }
@@ -51,7 +72,7 @@ struct Partial {
   float *most, *total, *sums;
 };
 
-// Input of `Attend`: queries [rows][padded], and `count` keys and values of one head. Row r belongs to position
+// Input of `Attend`: rows of queries from `TurnQueries`, and `count` keys and values of one head. Row r belongs to position
 // r / group. The rows of the first position see `first` keys; the rows of each later position see one key more.
 struct Attended {
   const float* queries;
@@ -62,22 +83,24 @@ struct Attended {
 
 // Working memory of one thread, in floats.
 struct AttentionScratch {
-  float* columns;  // [dim][kKeys]: transposed keys
-  float* values;   // [kChunk][padded]: values as padded float32, if the cache cannot be read directly
+  float* columns;  // [dim][kKeys]: transposed keys; with an int8 cache, pairs of int16 [(dim + 1) / 2][kKeys]
+  float* values;   // [kChunk][padded]: values as padded float32, or pairs of int16 [kChunk / 2][padded]
   float* scores;   // [kRowsTogether or group][kChunk]
 };
 
-// Stores a key or value of one head as a row of the cache. `cos` null: no rotation. `scales` null: a float32 cache.
+// Stores a key or value of one head as a row of the cache. `cos` null: no rotation. `factors` null: all are 1. `work`:
+// [dim] for intermediate results.
 using StoreRow = void (*)(const AttentionShape&, const float* x, const float* cos, const float* sin,
-                          const float* scales, void* row);
-// Rotates and scales the queries of one position and one kv head, into [group][padded].
+                          const float* factors, float* work, void* row);
+// Rotates and scales the queries of one position and one kv head, into [group][padded] floats. With an int8 cache, a
+// row is pairs of int16, and its scale is the last float.
 using TurnQueries = void (*)(const AttentionShape&, const float* x, const float* cos, const float* sin,
-                             const float* key_scales, float* queries);
+                             const float* factors, float* queries);
 using Attend = void (*)(const AttentionShape&, const Attended&, const AttentionScratch&, const Partial&);
 // Merges a later chunk's partial into `into`, for rows `from` ... rows - 1.
 using Merge = void (*)(const AttentionShape&, int from, int rows, const Partial& into, const Partial& later);
-// Writes one position's output [group * dim]: the sums divided by the totals, times the value scales.
-using Finish = void (*)(const AttentionShape&, const Partial&, int row, const float* value_scales, float* output);
+// Writes one position's output [group * dim]: the sums divided by the totals.
+using Finish = void (*)(const AttentionShape&, const Partial&, int row, float* output);
 
 struct AttentionKernels {
   StoreRow store_row;

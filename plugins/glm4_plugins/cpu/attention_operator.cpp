@@ -1,7 +1,8 @@
 // glm4::PartialRopeGqaAttention for ONNX Runtime's CPU provider, and a C function for the same computation.
 //
-// operator.py defines inputs, outputs and attributes; floats are float32. An int8 cache has two more inputs, the scales
-// of its keys and values [kv_heads, head_size]. If present and past share their memory, only new rows are written.
+// operator.py defines inputs, outputs and attributes. Other floats than the cache's are float32. With an int8 cache, the
+// rows of past and present end with their scales, and one more input has the factors of the keys [kv_heads, head_size].
+// If present and past share their memory, only new rows are written.
 #include <cstring>
 #include <exception>
 #include <new>
@@ -17,13 +18,13 @@ namespace {
 
 using Shape = std::vector<int64_t>;
 
-enum Input { kQuery, kKey, kValue, kPastKey, kPastValue, kCos, kSin, kPast, kLengths, kKeyScales, kValueScales, kInputs };
+enum Input { kQuery, kKey, kValue, kPastKey, kPastValue, kCos, kSin, kPast, kLengths, kFactors, kInputs };
 
 struct Kernel {
   ort::Api api;
   int64_t heads, kv_heads, rotary;
   float scale;
-  bool quantized;
+  CacheType cache;
 
   ort::Status* error(const char* why) const {
     const std::string message = std::string("PartialRopeGqaAttention: ") + why;
@@ -31,9 +32,9 @@ struct Kernel {
   }
 };
 
-template <bool kQuantized>
+template <CacheType kCache>
 ort::Status* create(const ort::Operator*, const void* table, const ort::KernelInfo* info, void** out) {
-  Kernel kernel = {ort::Api(table), 0, 0, 0, 0.0f, kQuantized};
+  Kernel kernel = {ort::Api(table), 0, 0, 0, 0.0f, kCache};
   GLM4_RETURN(kernel.api.attribute(info, "num_heads", &kernel.heads));
   GLM4_RETURN(kernel.api.attribute(info, "kv_num_heads", &kernel.kv_heads));
   GLM4_RETURN(kernel.api.attribute(info, "rotary_embedding_dim", &kernel.rotary));
@@ -51,7 +52,7 @@ ort::Status* present(const Kernel& self, ort::Context* context, size_t index, co
   GLM4_RETURN(self.api.output(context, index, shape.data(), shape.size(), &value));
   GLM4_RETURN(self.api.data(value, data));
   if (past == nullptr || *data == past) return nullptr;
-  size_t bytes = self.quantized ? 1 : sizeof(float);
+  size_t bytes = element_bytes(self.cache);
   for (const int64_t axis : shape) bytes *= size_t(axis);
   std::memcpy(*data, past, bytes);
   return nullptr;
@@ -73,20 +74,20 @@ ort::Status* compute(void* kernel, ort::Context* context) {
   if (given(shapes[kPastValue]) != has_past || given(shapes[kPast]) != has_past)
     return self.error("past_key, past_value and past_lengths come together or not at all");
   const int64_t capacity = has_past && shapes[kPastKey].size() == 4 ? shapes[kPastKey][2] : query[1];
-  const Shape cache = {query[0], self.kv_heads, capacity, dim}, added = {query[0], query[1], self.kv_heads * dim};
-  const Shape batch = {query[0]}, scales = {self.kv_heads, dim};
+  const Shape cache = {query[0], self.kv_heads, capacity, row_elements(self.cache, dim)};
+  const Shape added = {query[0], query[1], self.kv_heads * dim}, batch = {query[0]}, factors = {self.kv_heads, dim};
   if (shapes[kKey] != added || shapes[kValue] != added || shapes[kLengths] != batch)
     return self.error("key, value or query_lengths does not fit the query");
   if (has_past && (shapes[kPastKey] != cache || shapes[kPastValue] != cache || shapes[kPast] != batch))
     return self.error("past_key, past_value or past_lengths does not fit the query");
   if (shapes[kCos].size() != 2 || shapes[kCos][1] != self.rotary / 2 || shapes[kSin] != shapes[kCos])
     return self.error("cos and sin are not [positions, rotary_embedding_dim / 2]");
-  if (self.quantized && (shapes[kKeyScales] != scales || shapes[kValueScales] != scales))
-    return self.error("the cache's scales are not [kv_num_heads, head_size]");
-  if (!self.quantized && (given(shapes[kKeyScales]) || given(shapes[kValueScales])))
-    return self.error("scales are of an int8 cache, and this one is float32");
+  const bool quantized = self.cache == CacheType::kInt8;
+  if (quantized && shapes[kFactors] != factors)
+    return self.error("the factors of the keys are not [kv_num_heads, head_size]");
+  if (!quantized && given(shapes[kFactors])) return self.error("factors of the keys are for an int8 cache only");
   const AttentionShape shape = {query[0], query[1], capacity, self.kv_heads, self.heads / self.kv_heads, dim,
-                                self.rotary, shapes[kCos][0], self.scale, self.quantized};
+                                self.rotary, shapes[kCos][0], self.scale, self.cache};
   AttentionData data = {};
   data.query = static_cast<const float*>(at[kQuery]);
   data.key = static_cast<const float*>(at[kKey]);
@@ -95,10 +96,7 @@ ort::Status* compute(void* kernel, ort::Context* context) {
   data.sin = static_cast<const float*>(at[kSin]);
   data.past = has_past ? static_cast<const int32_t*>(at[kPast]) : nullptr;
   data.lengths = static_cast<const int32_t*>(at[kLengths]);
-  if (self.quantized) {
-    data.key_scales = static_cast<const float*>(at[kKeyScales]);
-    data.value_scales = static_cast<const float*>(at[kValueScales]);
-  }
+  if (quantized) data.factors = static_cast<const float*>(at[kFactors]);
   if (const char* why = refusal(shape)) return self.error(why);
   if (const char* why = refusal(shape, data)) return self.error(why);
   ort::Value* output = nullptr;
@@ -111,10 +109,19 @@ ort::Status* compute(void* kernel, ort::Context* context) {
   return starved ? self.error("no memory for the scores") : nullptr;
 }
 
-template <bool kQuantized>
+constexpr int element_type(CacheType cache) {
+  switch (cache) {
+    case CacheType::kFloat16: return ort::kFloat16;
+    case CacheType::kBfloat16: return ort::kBfloat16;
+    case CacheType::kInt8: return ort::kInt8;
+    default: return ort::kFloat;
+  }
+}
+
+template <CacheType kCache>
 ort::Operator describe() {
   ort::Operator op = cpu_operator();
-  op.create_kernel_checked = create<kQuantized>;
+  op.create_kernel_checked = create<kCache>;
   op.compute_checked = [](void* kernel, ort::Context* context) -> ort::Status* {
     try {
       return compute(kernel, context);
@@ -127,38 +134,38 @@ ort::Operator describe() {
   op.input_count = [](const ort::Operator*) { return size_t(kInputs); };
   op.input_type = [](const ort::Operator*, size_t i) {
     if (i == kPast || i == kLengths) return int(ort::kInt32);
-    return i == kPastKey || i == kPastValue ? int(kQuantized ? ort::kInt8 : ort::kFloat) : int(ort::kFloat);
+    return i == kPastKey || i == kPastValue ? element_type(kCache) : int(ort::kFloat);
   };
   op.input_presence = [](const ort::Operator*, size_t i) {
-    const bool optional = i == kPastKey || i == kPastValue || i == kPast || i >= kKeyScales;
+    const bool optional = i == kPastKey || i == kPastValue || i == kPast || i == kFactors;
     return int(optional ? ort::kOptional : ort::kRequired);
   };
   op.output_count = [](const ort::Operator*) { return size_t(3); };
-  op.output_type = [](const ort::Operator*, size_t i) { return int(kQuantized && i > 0 ? ort::kInt8 : ort::kFloat); };
+  op.output_type = [](const ort::Operator*, size_t i) { return i > 0 ? element_type(kCache) : int(ort::kFloat); };
   op.output_presence = [](const ort::Operator*, size_t) { return int(ort::kRequired); };
   return op;
 }
 
 }  // namespace
 
-const ort::Operator kAttentionOperator = describe<false>();
-const ort::Operator kInt8AttentionOperator = describe<true>();
+const ort::Operator kAttentionOperators[4] = {describe<CacheType::kFloat32>(), describe<CacheType::kFloat16>(),
+                                              describe<CacheType::kBfloat16>(), describe<CacheType::kInt8>()};
 
 }  // namespace glm4
 
 // Attention on one thread. The cache (keys, values) is modified.
 // kernels: name of the kernels; null: the fastest. sizes: batch, sequence, capacity, kv_heads, group, dim, rotary and
-// positions. Returns 0: done, 1: the processor does not support the kernels, 2: invalid sizes, 3: out of memory.
-GLM4_EXPORT int glm4_attention(const char* kernels, const int64_t* sizes, float scale, const float* query,
+// positions. cache: a CacheType. factors: of the keys; null: all are 1.
+// Returns 0: done, 1: the processor does not support the kernels, 2: invalid sizes, 3: out of memory.
+GLM4_EXPORT int glm4_attention(const char* kernels, const int64_t* sizes, int cache, float scale, const float* query,
                                const float* key, const float* value, void* keys, void* values, const float* cos,
-                               const float* sin, const int32_t* past, const int32_t* lengths, const float* key_scales,
-                               const float* value_scales, float* output) {
+                               const float* sin, const int32_t* past, const int32_t* lengths, const float* factors,
+                               float* output) {
   const glm4::Kernels* chosen = glm4::choose_kernels(kernels);
   if (chosen == nullptr) return 1;
-  const glm4::AttentionShape shape = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
-                                      sizes[6], sizes[7], scale,    key_scales != nullptr};
-  const glm4::AttentionData data = {query, key,    value,  cos,        sin,          past,
-                                    lengths, keys, values, key_scales, value_scales, output};
+  const glm4::AttentionShape shape = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
+                                      sizes[5], sizes[6], sizes[7], scale,    glm4::CacheType(cache)};
+  const glm4::AttentionData data = {query, key, value, cos, sin, past, lengths, keys, values, factors, output};
   if (glm4::refusal(shape) != nullptr || glm4::refusal(shape, data) != nullptr) return 2;
   bool starved = false;
   try {

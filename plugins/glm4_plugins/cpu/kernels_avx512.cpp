@@ -21,17 +21,16 @@ namespace glm4 {
 namespace {
 
 using Lanes = float __attribute__((vector_size(64)));
+using Ints = int32_t __attribute__((vector_size(64)));
 constexpr int kLanes = 16, kTileRows = 6, kTileVectors = 4;  // registers: 24 sums, 4 of b, 1 of a
 inline Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+inline Ints fused(Ints a, Ints b, Ints c) { return Ints(_mm512_dpwssd_epi32(__m512i(c), __m512i(a), __m512i(b))); }
 using LoraLanes = Lanes;
 constexpr int kLanesOfLora = kLanes;
 inline Lanes exact(Lanes a, Lanes b, Lanes c) { return fused(a, b, c); }
 inline Lanes splat(float a) { return _mm512_set1_ps(a); }
 inline Lanes halves(const uint16_t* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-}
-inline Lanes widen(const int8_t* from) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
 
 }  // namespace

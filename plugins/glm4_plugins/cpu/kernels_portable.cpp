@@ -9,8 +9,10 @@ namespace glm4 {
 namespace {
 
 using Lanes = float __attribute__((vector_size(16)));
+using Ints = int32_t __attribute__((vector_size(16)));
 constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 2;
 inline Lanes fused(Lanes a, Lanes b, Lanes c) { return a * b + c; }  // not every processor has FMA
+inline Ints fused(Ints a, Ints b, Ints c) { return c + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16); }
 using LoraLanes = Lanes;
 constexpr int kLanesOfLora = kLanes;
 inline Lanes exact(Lanes a, Lanes b, Lanes c) {
@@ -21,7 +23,6 @@ inline Lanes splat(float a) { return Lanes{a, a, a, a}; }
 inline Lanes halves(const uint16_t* from) {
   return Lanes{float_of_half(from[0]), float_of_half(from[1]), float_of_half(from[2]), float_of_half(from[3])};
 }
-inline Lanes widen(const int8_t* from) { return Lanes{float(from[0]), float(from[1]), float(from[2]), float(from[3])}; }
 
 }  // namespace
 }  // namespace glm4

@@ -11,8 +11,10 @@ GLM4_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const o
   const ort::Api api(table);
   ort::Domain* domain = nullptr;
   if (ort::Status* failed = api.create_domain("glm4", &domain)) return failed;
-  for (const ort::Operator* op : {&glm4::kProductOperator, &glm4::kAttentionOperator, &glm4::kInt8AttentionOperator, &glm4::kLoraOperator})
+  for (const ort::Operator* op : {&glm4::kProductOperator, &glm4::kLoraOperator})
     if (ort::Status* failed = api.add_operator(domain, op)) return failed;
+  for (const ort::Operator& op : glm4::kAttentionOperators)
+    if (ort::Status* failed = api.add_operator(domain, &op)) return failed;
   return api.add_domain(options, domain);
 }
 

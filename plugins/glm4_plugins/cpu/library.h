@@ -8,8 +8,7 @@
 namespace glm4 {
 
 extern const ort::Operator kProductOperator;
-extern const ort::Operator kAttentionOperator;      // for a float32 cache, or no cache
-extern const ort::Operator kInt8AttentionOperator;  // same operator name; ONNX Runtime selects by the cache's type
+extern const ort::Operator kAttentionOperators[4];  // one name; ONNX Runtime selects by the cache's type
 extern const ort::Operator kLoraOperator;
 
 }  // namespace glm4

@@ -71,6 +71,22 @@ inline float float_of_half(uint16_t half) {
   return float_of((rest < 0x0400 ? small : normal) | sign);
 }
 
+// float32 -> float16, to nearest, ties to even. A number beyond the range becomes the largest, 65504.
+inline uint16_t half_of_float(float value) {
+  const uint32_t bits = bits_of(value), rest = bits & 0x7fffffff;
+  const uint32_t small = bits_of(float_of(rest) + 0.5f) - 0x3f000000;  // in steps of 2^-24, as 0.5 + 2^-24 n
+  const uint32_t normal = (rest - (112u << 23) + 0x0fff + (rest >> 13 & 1)) >> 13;
+  const uint32_t large = rest > 0x7f800000 ? 0x7e00 : 0x7bff;  // NaN, or saturated
+  const uint32_t half = rest < 0x38800000 ? small : rest < 0x477ff000 ? normal : large;
+  return uint16_t(half | (bits >> 16 & 0x8000));
+}
+
+// float32 -> bfloat16, to nearest, ties to even.
+inline uint16_t bfloat_of_float(float value) {
+  const uint32_t bits = bits_of(value), nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x0040 : nearest);
+}
+
 // `at`: index of the block's first column among all scales.
 inline void widen_block(const Weights& w, size_t at, Widened* to) {
   const auto* halves = static_cast<const uint16_t*>(w.scales) + at;

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from glm4_runtime.bundle.element_types import CACHE_TYPES
 from glm4_runtime.bundle.manifest import ModelInfo, StageInfo, TensorSpec
 
 CAPACITY = "capacity"
@@ -21,17 +22,18 @@ def present_names(layer: int) -> tuple[str, str]:
     return f"present_key_values.{layer}.key", f"present_key_values.{layer}.value"
 
 
-def graph_io(task: str, model: ModelInfo, kv_dtype: str, capacity: int | str = CAPACITY) -> GraphIO:
+def graph_io(task: str, model: ModelInfo, kv_cache: str, capacity: int | str = CAPACITY) -> GraphIO:
     """Inputs and outputs of the graph for ``task``.
 
     Args:
-        kv_dtype: element type of the cache, if the task has one.
+        kv_cache: name of the cache's type (``CACHE_TYPES``), if the task has one.
         capacity: positions of a cache; a fixed number for an engine.
     """
     input_ids = TensorSpec("input_ids", "int64", ("batch", "sequence"))
     query_lengths = TensorSpec("query_lengths", "int32", ("batch",))
     if task == "causal-lm":
-        cache = ("batch", model.num_kv_heads, capacity, model.head_dim)
+        stored = CACHE_TYPES[kv_cache]
+        cache = ("batch", model.num_kv_heads, capacity, stored.row(model.head_dim))
         layers = range(model.num_layers)
         return GraphIO(
             inputs=(
@@ -39,11 +41,11 @@ def graph_io(task: str, model: ModelInfo, kv_dtype: str, capacity: int | str = C
                 TensorSpec("past_lengths", "int32", ("batch",)),
                 query_lengths,
                 TensorSpec("logits_indices", "int64", ("batch", "positions")),
-                *(TensorSpec(name, kv_dtype, cache) for i in layers for name in past_names(i)),
+                *(TensorSpec(name, stored.element, cache) for i in layers for name in past_names(i)),
             ),
             outputs=(
                 TensorSpec("logits", "float32", ("batch", "positions", model.vocab_size)),
-                *(TensorSpec(name, kv_dtype, cache) for i in layers for name in present_names(i)),
+                *(TensorSpec(name, stored.element, cache) for i in layers for name in present_names(i)),
             ),
         )
     labels = len(model.labels)
@@ -60,7 +62,7 @@ def hidden_name(layer: int) -> str:
     return f"model.layers.{layer}/Add_2:0"
 
 
-def stage_io(model: ModelInfo, kv_dtype: str, activations: str, stage: StageInfo) -> GraphIO:
+def stage_io(model: ModelInfo, kv_cache: str, activations: str, stage: StageInfo) -> GraphIO:
     """Inputs and outputs of one stage of a causal LM.
 
     The first input is ``input_ids`` in the first stage, and the hidden states of the layer before in the others. The
@@ -70,7 +72,7 @@ def stage_io(model: ModelInfo, kv_dtype: str, activations: str, stage: StageInfo
     Args:
         activations: element type of hidden states [batch, sequence, hidden].
     """
-    whole = graph_io("causal-lm", model, kv_dtype)
+    whole = graph_io("causal-lm", model, kv_cache)
     first, end = stage.first_layer, stage.first_layer + stage.layers
     pasts = {name for i in range(first, end) for name in past_names(i)}
     presents = {name for i in range(first, end) for name in present_names(i)}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glm4_runtime.bundle.element_types import QUANTIZED_CACHES
+from glm4_runtime.bundle.element_types import CALIBRATED_CACHES
 from glm4_runtime.bundle.file_names import ADAPTER_GRAPH, GRAPH, MANIFEST, REPORT
 from glm4_runtime.bundle.graph_io import CAPACITY, GraphIO, graph_io
 from glm4_runtime.bundle.manifest import (
@@ -34,7 +34,8 @@ CAPABILITY = re.compile(r"[1-9][0-9]{1,2}")
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "encoder")
 ACTIVATION_TYPES = ("float32", "float16", "bfloat16")
 CACHES = (*ACTIVATION_TYPES, "int8")
-ENGINE_CACHES = (*ACTIVATION_TYPES, *QUANTIZED_CACHES)
+ENGINE_CACHES = (*ACTIVATION_TYPES, *CALIBRATED_CACHES)
+OWN_CACHES = (*ACTIVATION_TYPES, "int8-rows")  # of our attention on a CPU
 ONNX_RUNTIME = "onnxruntime"
 ONNX_DIALECTS, ENGINE_DIALECTS = ("ort", "cpu", "native"), ("tensorrt-rtx", "tensorrt")
 # An engine's cache has the limit's length, rounded up to a multiple of this number of positions. Then each row of the
@@ -101,7 +102,8 @@ def _check_words(manifest: Manifest) -> None:
     _require_one_of("task", manifest.task, TASKS)
     _require_one_of("activations", manifest.activations, ACTIVATION_TYPES)
     if manifest.kv_cache is not None:
-        _require_one_of("kv_cache", manifest.kv_cache, CACHES if manifest.engine is None else ENGINE_CACHES)
+        known = OWN_CACHES if manifest.dialect == "cpu" else CACHES
+        _require_one_of("kv_cache", manifest.kv_cache, known if manifest.engine is None else ENGINE_CACHES)
     decoder = manifest.task == "causal-lm"
     _require(
         decoder == (manifest.kv_cache is not None),

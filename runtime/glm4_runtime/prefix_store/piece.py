@@ -21,18 +21,21 @@ import numpy.typing as npt
 # 5 MiB of a 9B's float32 cache: long enough for a fast read. A prompt loses at most 63 tokens of a shared prefix.
 TOKENS = 64
 FORMAT = "glm4-deploy prefix 1"
-_CODES = {"float32": "F32", "float16": "F16", "int8": "I8"}
+_CODES = {"float32": "F32", "float16": "F16", "uint16": "BF16", "int8": "I8"}
 _SUM_BYTES = (
     4  # CRC-32 finds torn and damaged files. Only the user can write here, so no forgery is to be found.
 )
 
 Tokens = npt.NDArray[np.int32]
-Block = npt.NDArray[Any]  # keys and values [2 * layers, Hkv, tokens, D]
+Block = npt.NDArray[Any]  # keys and values [2 * layers, Hkv, tokens, width]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The element type and the shape of a piece's keys and values: [2 * layers, Hkv, 64, D]."""
+    """The element type and the shape of a piece's keys and values: [2 * layers, Hkv, 64, width].
+
+    NumPy has no bfloat16: uint16 stands for bfloat16.
+    """
 
     dtype: str
     shape: tuple[int, ...]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from glm4_runtime.arrays import Ids
+from glm4_runtime.bundle.element_types import CACHE_TYPES
 from glm4_runtime.errors import RequestError
 from glm4_runtime.prefix_store.chain import Chain, Reading
 from glm4_runtime.prefix_store.facts import facts_of
@@ -44,9 +45,9 @@ class PrefixStore:
         session.require_host_cache()
         self._folder, self._most, self._session = CacheFolder(folder), most_bytes, session
         self._folder.prepare()
-        model = session.manifest.model
+        model, stored = session.manifest.model, CACHE_TYPES[str(session.manifest.kv_cache)]
         self._layout = Layout(
-            str(session.manifest.kv_cache), (2 * model.num_layers, model.num_kv_heads, TOKENS, model.head_dim)
+            stored.numpy, (2 * model.num_layers, model.num_kv_heads, TOKENS, stored.row(model.head_dim))
         )
         if most_bytes < _LEAST_PIECES * self._layout.nbytes:
             raise RequestError(

@@ -2,10 +2,7 @@
 
 from typing import Any
 
-import numpy as np
-
 from glm4_runtime.bundle import Manifest
-from glm4_runtime.bundle.element_types import NUMPY_LACKS, bits
 from glm4_runtime.kv_cache import Move
 from glm4_runtime.session.cuda_device import Cuda
 from glm4_runtime.session.memory import CacheMemory
@@ -21,9 +18,6 @@ class CudaMemory(CacheMemory):
     def __init__(self, manifest: Manifest, rows: int, cuda: Cuda) -> None:
         super().__init__(manifest, rows)
         self._cuda = cuda
-        name = str(manifest.kv_cache)
-        self._element: Any = NUMPY_LACKS.get(name) or np.dtype(name)
-        self._item = bits(name) // 8
         self._pointers = [0] * len(self.names)
         self._capacities = [0] * len(self.names)
         self._spare = 0  # one row as swap space, so that a swap cannot run out of memory
@@ -59,8 +53,8 @@ class CudaMemory(CacheMemory):
         return [
             (
                 *names,
-                self._element,
-                (count, self.heads, capacity, self.head_dim),
+                self.element,
+                (count, self.heads, capacity, self.width),
                 pointer + first_row * self._row_bytes(capacity),
             )
             for names, pointer, capacity in zip(self.names, self._pointers, self._capacities, strict=True)
@@ -72,13 +66,13 @@ class CudaMemory(CacheMemory):
         self._pointers, self._spare = [0] * len(self.names), 0
 
     def _row_bytes(self, capacity: int) -> int:
-        return self.heads * capacity * self.head_dim * self._item
+        return self.heads * capacity * self.width * self.item
 
     def _copy(
         self, target: int, target_capacity: int, source: int, capacity: int, blocks: int, length: int
     ) -> None:
         """Copy the first ``length`` positions of each of ``blocks`` blocks of ``capacity`` positions."""
-        position = self.head_dim * self._item
+        position = self.width * self.item
         steps = target_capacity * position, capacity * position
         self._cuda.copy_blocks(target, steps[0], source, steps[1], length * position, blocks)
 

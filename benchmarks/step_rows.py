@@ -1,8 +1,8 @@
 """What a step costs by its number of rows: bundles in turn, in one process.
 
-    python -m benchmarks.step_rows out/9b4-int8 out/9b4-int4 --out benchmarks/results/step-rows
+    python -m benchmarks.step_rows out/9b4-int8 out/9b4-int4 --batch 1,4,8,12,16 --out benchmarks/results/step-rows
 
-Each round runs a prompt, steps of every batch, and steps of several rows with each bundle. Ratios are taken within a round, and the tables have
+Each round runs a prompt and steps of every batch with each bundle. Ratios are taken within a round, and the tables have
 their medians. The first bundle is opened twice, as "A/A": its ratios to itself are the noise of the run.
 """
 
@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -25,20 +24,15 @@ from glm4_runtime import Session
 
 AGAIN = "A/A"
 PROMPT, CONTEXT = 512, 64  # tokens
-Times = Mapping[
-    str, Mapping[str, Sequence[float]]
-]  # milliseconds of each round, by bundle and by what was run
+Times = Mapping[str, Mapping[str, Sequence[float]]]  # milliseconds of the rounds, by bundle and run
 
 
-def measure(
-    bundles: Sequence[Path], batches: Sequence[int], rows: Sequence[int], steps: int, rounds: int
-) -> Times:
+def measure(bundles: Sequence[Path], batches: Sequence[int], steps: int, rounds: int) -> Times:
     names = [*(bundle.name for bundle in bundles), AGAIN]
     sessions = [Session.open(path, max_batch_size=max(batches)) for path in (*bundles, bundles[0])]
     runners = dict(zip(names, map(Runner, sessions), strict=True))
     runs: dict[str, Callable[[Runner], float]] = {f"prompt of {PROMPT}": prompt}
-    runs |= {f"batch of {batch}": partial(decode, batch=batch, steps=steps) for batch in batches}
-    runs |= {rows_name(count): partial(verify, rows=count, steps=steps) for count in rows}
+    runs |= {rows_name(batch): partial(decode, batch=batch, steps=steps) for batch in batches}
     times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in runs} for name in names}
     for done in range(rounds + 1):
         for kind, run in runs.items():
@@ -61,20 +55,6 @@ def decode(runner: Runner, batch: int, steps: int) -> float:
     return statistics.median(took[1:])
 
 
-def verify(runner: Runner, rows: int, steps: int) -> float:
-    """Seconds of a step with several rows of one sequence and their logits, as for a draft; counted as in decode."""
-    session, took = runner.session, []
-    runner.fill(runner.tokens(CONTEXT), 1)
-    for _ in range(steps + 1):
-        ids = runner.tokens(rows)
-        start = time.perf_counter()
-        session.prefill(0, ids, logits="all")
-        took.append(time.perf_counter() - start)
-        session.truncate(0, CONTEXT)
-    runner.empty()
-    return statistics.median(took[1:])
-
-
 def rows_name(rows: int) -> str:
     return f"{rows} rows"
 
@@ -85,25 +65,19 @@ def ratio(times: Times, above: tuple[str, str], below: tuple[str, str]) -> float
     return statistics.median(a / b for a, b in pairs)
 
 
-def markdown(result: Mapping[str, str], times: Times, rows: int) -> str:
+def markdown(result: Mapping[str, str], times: Times, than: int) -> str:
     names, kinds = list(times), list(next(iter(times.values())))
-    first, of_rows = names[0], [kind for kind in kinds if kind.endswith("rows")]
-    tables: list[tuple[str, list[str], Callable[[str, str], float]]] = [
-        ("Milliseconds, medians", kinds, lambda name, kind: statistics.median(times[name][kind])),
-        (
-            f"Time over that of {rows} rows",
-            of_rows,
-            lambda name, kind: ratio(times, (name, kind), (name, rows_name(rows))),
-        ),
-        (f"Speed over that of {first}", kinds, lambda name, kind: ratio(times, (first, kind), (name, kind))),
+    first, base = names[0], rows_name(than)
+    tables: list[tuple[str, Callable[[str, str], float]]] = [
+        ("Milliseconds, medians", lambda name, kind: statistics.median(times[name][kind])),
+        (f"Time over that of {base}", lambda name, kind: ratio(times, (name, kind), (name, base))),
+        (f"Speed over that of {first}", lambda name, kind: ratio(times, (first, kind), (name, kind))),
     ]
     lines = [f"# Steps by rows: {', '.join(names[:-1])}\n", f"{result['made'][:10]}, {result['machine']}.\n"]
     lines += [f"    {result['command']}\n"]
-    for title, columns, cell in tables:
-        lines += [f"{title}:\n", f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-        lines += [
-            f"| {name} | {' | '.join(f'{cell(name, kind):.4g}' for kind in columns)} |" for name in names
-        ]
+    for title, cell in tables:
+        lines += [f"{title}:\n", f"| | {' | '.join(kinds)} |", f"|---|{'---|' * len(kinds)}"]
+        lines += [f"| {name} | {' | '.join(f'{cell(name, kind):.4g}' for kind in kinds)} |" for name in names]
         lines += [""]
     return "\n".join(lines)
 
@@ -115,25 +89,23 @@ def numbers(_: click.Context, __: click.Parameter, value: str) -> list[int]:
 @click.command()
 @click.argument("bundles", type=click.Path(path_type=Path, exists=True), nargs=-1, required=True)
 @click.option("--batch", "batches", default="1,4,8", show_default=True, callback=numbers)
-@click.option(
-    "--rows", default="4,8,12,16", show_default=True, callback=numbers, help="The first is compared with."
-)
+@click.option("--than", default=4, show_default=True, help="The batch that others are compared with.")
 @click.option("--steps", default=8, show_default=True)
 @click.option("--rounds", default=9, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Write OUT.json and OUT.md.")
 def main(
-    bundles: tuple[Path, ...], batches: list[int], rows: list[int], steps: int, rounds: int, out: Path | None
+    bundles: tuple[Path, ...], batches: list[int], than: int, steps: int, rounds: int, out: Path | None
 ) -> None:
     """Time prompts and steps of BUNDLES by the number of rows."""
-    times = measure(bundles, batches, rows, steps, rounds)
-    sizes = f"--batch {','.join(map(str, batches))} --rows {','.join(map(str, rows))} --steps {steps} --rounds {rounds}"
+    times = measure(bundles, batches, steps, rounds)
+    sizes = f"--batch {','.join(map(str, batches))} --than {than} --steps {steps} --rounds {rounds}"
     result = {
         "command": f"python -m benchmarks.step_rows {' '.join(b.name for b in bundles)} {sizes}",
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, kernels {kernels()}, "
         f"onnxruntime {version('onnxruntime')}",
     }
-    text = markdown(result, times, rows[0])
+    text = markdown(result, times, than)
     click.echo(text)
     if out is not None:
         out.with_suffix(".json").write_text(

@@ -51,7 +51,7 @@ namespace {
 constexpr int kVectors = kPanel / 16;  // vectors of 16 columns
 constexpr int kTile = 6;               // rows of a tile; 24 sums, 4 vectors of weights and 1 of x fit the 32 registers
 constexpr int kLine = 64;              // bytes of a cache line
-constexpr int kFetchedAhead = 8192;    // bytes of weights between a fetch and its use
+constexpr int kFetchedAhead = 12288;   // bytes of weights between a fetch and its use
 
 template <int kM>
 inline void dot(__m512i (&sums)[kM][kVectors], const __m512i* w, const int8_t* x, int stride) {
@@ -65,11 +65,12 @@ inline void dot(__m512i (&sums)[kM][kVectors], const __m512i* w, const int8_t* x
   }
 }
 
-// A block of a panel. `at` is the index of the block's first scale.
+// A block of a panel. `at` is the index of the block's first scale. `ahead` is what a tile fetches while it multiplies.
 struct Block {
   const Weights& w;
   const uint8_t* numbers;
   size_t at;
+  const uint8_t* ahead;
 };
 
 // Sixteen scales of a matrix. With kPlain they are bfloat16.
@@ -112,8 +113,13 @@ inline __m512i without_zeros(__m512i sum, const Weights& w, size_t at, int32_t s
   return _mm512_sub_epi32(sum, _mm512_mullo_epi32(zeros, of_x));
 }
 
-// The starts are added last. If the sums began with them, 4-bit products would be a tenth slower.
-template <int kM, int kBits, bool kPlain>
+inline void fetch(const uint8_t* from, int bytes) {
+  for (int i = 0; i < bytes; i += kLine) _mm_prefetch(reinterpret_cast<const char*>(from) + i, _MM_HINT_T0);
+}
+
+// Each 256 bytes of weights, the tile fetches kLines lines. The starts are added last: if the sums began with them,
+// 4-bit products would be a tenth slower.
+template <int kM, int kBits, bool kPlain, int kLines>
 void multiply_tile(const Block& b, const int8_t* x, const float* x_scales, const int32_t* starts, float* sums) {
   constexpr int kInputs = kBits == 8 ? 4 : 8;
   __m512i dots[kM][kVectors];
@@ -121,8 +127,10 @@ void multiply_tile(const Block& b, const int8_t* x, const float* x_scales, const
   for (int m = 0; m < kM; ++m)
     GLM4_UNROLL
     for (int v = 0; v < kVectors; ++v) dots[m][v] = _mm512_setzero_si512();
-  for (int g = 0; g < b.w.block / kInputs; ++g)
+  for (int g = 0; g < b.w.block / kInputs; ++g) {
+    fetch(b.ahead + g * kLines * kLine, kLines * kLine);
     dot_step<kBits>(dots, b.numbers + g * 256, x + kInputs * g, b.w.block);
+  }
   __m512 wide[kVectors];  // loaded only here, because the loop above needs all registers
   GLM4_UNROLL
   for (int v = 0; v < kVectors; ++v) wide[v] = wide_scales<kPlain>(b.w, b.at + v * 16);
@@ -144,23 +152,27 @@ void multiply_tile(const Block& b, const int8_t* x, const float* x_scales, const
 using MultiplyTile = void (*)(const Block&, const int8_t* x, const float* x_scales, const int32_t* starts, float* sums);
 
 // By the number of rows.
-template <int kBits, bool kPlain>
-constexpr MultiplyTile kTiles[kTile + 1] = {
-    nullptr, multiply_tile<1, kBits, kPlain>, multiply_tile<2, kBits, kPlain>, multiply_tile<3, kBits, kPlain>,
-    multiply_tile<4, kBits, kPlain>, multiply_tile<5, kBits, kPlain>, multiply_tile<6, kBits, kPlain>};
+template <int kBits, bool kPlain, int kLines>
+constexpr MultiplyTile kTiles[kTile + 1] = {nullptr,
+                                            multiply_tile<1, kBits, kPlain, kLines>,
+                                            multiply_tile<2, kBits, kPlain, kLines>,
+                                            multiply_tile<3, kBits, kPlain, kLines>,
+                                            multiply_tile<4, kBits, kPlain, kLines>,
+                                            multiply_tile<5, kBits, kPlain, kLines>,
+                                            multiply_tile<6, kBits, kPlain, kLines>};
 
-inline void fetch(const void* from, int bytes) {
-  for (int i = 0; i < bytes; i += kLine) _mm_prefetch(static_cast<const char*>(from) + i, _MM_HINT_T0);
-}
-
-// Rows are divided evenly among tiles, and each tile fetches its share of what the next blocks read. Without the
-// fetches, the first tile of a block waits for memory, and memory waits for the other tiles. A single tile with 8 bits
-// reads memory without a pause; there, fetches only cost time.
+// Rows are divided evenly among tiles, and the tiles fetch what later blocks read. Without the fetches, the first tile
+// of a block waits for memory, and memory waits for the other tiles. With 8 bits, the fetches are spread over the first
+// tiles: two lines each 256 bytes if there are two or three tiles, one line if there are more. A single tile reads
+// memory without a pause; there, fetches only cost time. With 4 bits, blocks are short, and each tile starts with its
+// share of the fetches.
 template <int kBits, bool kPlain>
 void multiply(const Weights& w, const Rounded& x, int rows, int64_t panel, float* sums) {
   const int64_t blocks = w.blocks();
   const int bytes = int(w.block_bytes()), tiles = (rows + kTile - 1) / kTile;
-  const int share = kBits == 8 && tiles == 1 ? 0 : (bytes / kLine + tiles - 1) / tiles * kLine;
+  const int fetching = kBits == 4 ? tiles : tiles == 1 ? 0 : tiles < 4 ? 2 : 4;
+  const int share = fetching == 0 ? 0 : (bytes / kLine + fetching - 1) / fetching * kLine;
+  const MultiplyTile* first = kBits == 4 ? kTiles<4, kPlain, 0> : tiles < 4 ? kTiles<8, kPlain, 2> : kTiles<8, kPlain, 1>;
   const uint8_t* numbers = w.numbers + size_t(panel * blocks) * w.block_bytes();
   size_t at = size_t(panel * blocks) * kPanel;
   for (int64_t b = 0; b < blocks; ++b, numbers += bytes, at += kPanel)
@@ -168,9 +180,11 @@ void multiply(const Weights& w, const Rounded& x, int rows, int64_t panel, float
       const int count = rows / tiles + (t < rows % tiles);
       const int64_t place = b * kRows + m;
       const int8_t* xs = x.numbers + place * w.block;
-      fetch(numbers + kFetchedAhead + t * share, share);
-      if (tiles > 1) fetch(xs + kRows * w.block, count * w.block);
-      kTiles<kBits, kPlain>[count]({w, numbers, at}, xs, x.scales + place, x.starts + place, sums + m * kPanel);
+      const uint8_t* ahead = numbers + kFetchedAhead + t * share;
+      if (kBits == 4) fetch(ahead, share);
+      if (tiles > 1) fetch(reinterpret_cast<const uint8_t*>(xs) + kRows * w.block, count * w.block);
+      const MultiplyTile* multiply_rows = t < fetching ? first : kTiles<kBits, kPlain, 0>;
+      multiply_rows[count]({w, numbers, at, ahead}, xs, x.scales + place, x.starts + place, sums + m * kPanel);
       m += count;
     }
 }

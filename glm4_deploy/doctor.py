@@ -133,13 +133,15 @@ def _onnxruntime() -> Finding:
 
 
 def _cpu_operators() -> Finding:
-    from glm4_plugins.block_product import kernels
+    from glm4_plugins.block_product import VARIABLE, kernels
 
     name, advice = "run: target cpu", "install a C++ compiler, and glm4-deploy again"
     try:
         found = kernels()
     except (OSError, AttributeError) as error:  # for another platform, damaged, or of another version
         return Finding(name, False, f"its operators cannot be loaded: {error}", advice)
+    except ValueError as error:
+        return Finding(name, False, str(error), f"unset {VARIABLE}")
     if found is None:
         return Finding(name, False, "its operators were not built when glm4-deploy was installed", advice)
     return Finding(name, True, f"{found} kernels")

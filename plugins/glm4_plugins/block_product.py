@@ -21,6 +21,8 @@ import numpy.typing as npt
 
 OPERATOR = "BlockQuantizedMatMul"
 PANEL = 64  # columns that are stored together
+KERNELS = ("avx512-vnni", "avx-vnni", "avx2", "portable")  # the fastest first
+VARIABLE = "GLM4_CPU_KERNELS"  # of the environment: the name of the kernels to use, instead of the fastest
 
 Floats = npt.NDArray[np.float32]
 
@@ -105,11 +107,32 @@ def library() -> Path | None:
 
 
 @cache
+def supported_kernels() -> tuple[str, ...]:
+    """The library's kernels that this processor supports, the fastest first; empty without a library."""
+    path = library()
+    if path is None:
+        return ()
+    has = ctypes.CDLL(str(path)).glm4_has_kernels
+    has.argtypes = [ctypes.c_char_p]
+    return tuple(name for name in KERNELS if has(name.encode()))
+
+
+@cache
 def kernels() -> str | None:
-    """The library's kernels on this processor: ``avx512-vnni``, ``avx2`` or ``portable``."""
+    """The kernels that target ``cpu`` uses in this process, one of :data:`KERNELS`; None without a library.
+
+    Raises:
+        ValueError: ``GLM4_CPU_KERNELS`` names kernels that this processor does not support.
+    """
     path = library()
     if path is None:
         return None
     name = ctypes.CDLL(str(path)).glm4_kernels
     name.restype = ctypes.c_char_p
-    return str(name().decode())
+    found = name()
+    if found is None:
+        known = ", ".join(supported_kernels())
+        raise ValueError(
+            f"{VARIABLE} names kernels that this processor does not support; it supports {known}"
+        )
+    return str(found.decode())

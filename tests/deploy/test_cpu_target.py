@@ -1,6 +1,10 @@
 """Bundles for our own CPU kernels: what is fused, what is refused, and rows that do not depend on their batch."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -169,6 +173,16 @@ def test_a_library_that_cannot_be_loaded_is_said_to_be_so(bundle, tmp_path, monk
     found = next(f for f in doctor.examine()["findings"] if f["name"] == "run: target cpu")
     assert not found["works"]
     assert "cannot be loaded" in found["detail"]
+
+
+def test_doctor_names_the_variable_that_asks_for_kernels_of_another_processor():
+    code = "import json; from glm4_deploy import doctor; print(json.dumps(doctor.examine()['findings']))"
+    asked = os.environ | {"GLM4_CPU_KERNELS": "sse9"}
+    said = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True, check=True)
+    found = next(f for f in json.loads(said.stdout) if f["name"] == "run: target cpu")
+    assert not found["works"]
+    assert "GLM4_CPU_KERNELS names kernels that this processor does not support" in found["detail"]
+    assert found["advice"] == "unset GLM4_CPU_KERNELS"
 
 
 def test_a_damaged_shape_is_refused_and_not_read_past(bundle, tmp_path):

@@ -4,14 +4,12 @@ import ctypes
 
 import numpy as np
 import pytest
-from cpu_operators import needs_cpu_operators
+from cpu_operators import KERNELS, needs_cpu_operators
 
 from glm4_plugins.block_product import library
 from glm4_plugins.lora_product import lora_product
 
 pytestmark = needs_cpu_operators
-
-KERNELS = ("avx512-vnni", "avx2", "portable")
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +37,6 @@ def product():
         count = 0 if elements is None else elements.size
         arrays = x.ctypes.data, y.ctypes.data
         code = function(name and name.encode(), *arrays, *sizes, *at, count, int(gated), out.ctypes.data)
-        if code == 1:
-            pytest.skip(f"this processor does not run {name}")
         return code if code else out
 
     return run
@@ -95,7 +91,7 @@ def test_kernels_agree_bit_by_bit_and_so_do_rows_alone(product, inputs, outputs,
     np.testing.assert_allclose(
         together, lora_product(x, y, entries, elements, gated=gated), rtol=2e-5, atol=5e-5
     )
-    for name in (None, "avx2", "portable"):
+    for name in KERNELS:
         np.testing.assert_array_equal(product(name, x, y, entries, elements, gated), together)
         alone = [product(name, x[i : i + 1], y[i : i + 1], entries, elements, gated) for i in range(rows)]
         np.testing.assert_array_equal(np.concatenate(alone), together)

@@ -161,7 +161,7 @@ GLM4_EXPORT int glm4_attention(const char* kernels, const int64_t* sizes, int ca
                                const float* key, const float* value, void* keys, void* values, const float* cos,
                                const float* sin, const int32_t* past, const int32_t* lengths, const float* factors,
                                float* output) {
-  const glm4::Kernels* chosen = glm4::choose_kernels(kernels);
+  const glm4::Kernels* chosen = glm4::find_kernels(kernels);
   if (chosen == nullptr) return 1;
   const glm4::AttentionShape shape = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
                                       sizes[5], sizes[6], sizes[7], scale,    glm4::CacheType(cache)};

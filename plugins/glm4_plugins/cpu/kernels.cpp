@@ -1,5 +1,6 @@
 #include "kernels.h"
 
+#include <cstdlib>
 #include <cstring>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -9,32 +10,68 @@
 namespace glm4 {
 
 extern const Kernels kPortableKernels;
-#if defined(__x86_64__) && defined(__GNUC__)
-extern const Kernels kAvx2Kernels;
-extern const Kernels kAvx512Kernels;
 
-// Conversions of float16. Not every compiler knows this name in __builtin_cpu_supports.
-static bool has_f16c() {
-  unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+namespace {
+
+struct Candidate {
+  const Kernels* kernels;
+  bool (*fits)();  // whether this processor has the instructions
+};
+
+}  // namespace
+
+#if defined(__x86_64__) && defined(__GNUC__)
+extern const Kernels kAvx512Kernels, kAvxVnniKernels, kAvx2Kernels;
+
+namespace {
+
+bool has_avx512_vnni() {
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+// Not every compiler knows F16C (conversions of float16) in __builtin_cpu_supports.
+bool has_avx2() {
+  unsigned a, b, c, d;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
+         (c & bit_F16C);
+}
+
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+}
+
+constexpr Candidate kCandidates[] = {
+    {&kAvx512Kernels, has_avx512_vnni},
+#ifdef GLM4_AVX_VNNI
+    {&kAvxVnniKernels, has_avx_vnni},
+#endif
+    {&kAvx2Kernels, has_avx2},
+    {&kPortableKernels, [] { return true; }},
+};
+
+}  // namespace
+#else
+namespace {
+
+constexpr Candidate kCandidates[] = {{&kPortableKernels, [] { return true; }}};
+
+}  // namespace
 #endif
 
-const Kernels* choose_kernels(const char* name) {
-  const Kernels* fitting[3];
-  int count = 0;
+const Kernels* find_kernels(const char* name) {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    fitting[count++] = &kAvx512Kernels;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) fitting[count++] = &kAvx2Kernels;
 #endif
-  fitting[count++] = &kPortableKernels;
-  if (name == nullptr) return fitting[0];
-  for (int i = 0; i < count; ++i)
-    if (std::strcmp(fitting[i]->name, name) == 0) return fitting[i];
+  for (const Candidate& one : kCandidates)
+    if ((name == nullptr || std::strcmp(one.kernels->name, name) == 0) && one.fits()) return one.kernels;
   return nullptr;
+}
+
+const Kernels* choose_kernels() {
+  static const Kernels* const chosen = find_kernels(std::getenv(kVariable));
+  return chosen;
 }
 
 }  // namespace glm4

@@ -5,6 +5,11 @@
 #include "lora.h"
 #include "product.h"
 
+// The first compilers that know AVX-VNNI.
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11)
+#define GLM4_AVX_VNNI
+#endif
+
 namespace glm4 {
 
 struct Kernels {
@@ -16,7 +21,11 @@ struct Kernels {
   LoraKernels lora;
 };
 
-// The fastest kernels that this processor supports. Tests may name kernels; null: the processor does not support them.
-const Kernels* choose_kernels(const char* name = nullptr);
+constexpr const char* kVariable = "GLM4_CPU_KERNELS";  // of the environment: a name of kernels, instead of the fastest
+
+// The kernels of this name; null: the fastest. Returns null if this processor does not support them.
+const Kernels* find_kernels(const char* name);
+// The kernels of this process. Null: the variable names kernels that this processor does not support.
+const Kernels* choose_kernels();
 
 }  // namespace glm4

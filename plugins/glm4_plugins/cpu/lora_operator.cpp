@@ -283,7 +283,7 @@ const ort::Operator kLoraOperator = [] {
 GLM4_EXPORT int glm4_lora(const char* kernels, const float* x, const float* y, int64_t rows, int64_t inputs,
                           int64_t outputs, const int64_t* entries, const uint16_t* elements, int64_t count, int gated,
                           float* out) {
-  const glm4::Kernels* chosen = glm4::choose_kernels(kernels);
+  const glm4::Kernels* chosen = glm4::find_kernels(kernels);
   if (chosen == nullptr) return 1;
   glm4::LoraScratch scratch;
   try {

@@ -209,7 +209,7 @@ const ort::Operator kProductOperator = [] {
 GLM4_EXPORT int glm4_product(const char* kernels, const float* x, int64_t rows, const uint8_t* numbers,
                              const void* scales, int scale_type, const int8_t* zeros, const float* bias,
                              int64_t columns, int64_t width, int bits, int block, int gated, float* y) {
-  const glm4::Kernels* chosen = glm4::choose_kernels(kernels);
+  const glm4::Kernels* chosen = glm4::find_kernels(kernels);
   if (chosen == nullptr) return 1;
   glm4::Weights w = {numbers, scales, glm4::ScaleType::kBfloat16, zeros, bias, columns, width, bits, block};
   if (rows < 0 || !glm4::read_scale_type(scale_type, &w.scale_type) || glm4::refusal(w, gated != 0) != nullptr) return 2;

@@ -94,6 +94,15 @@ def demo_cpu(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def demo_staged(tmp_path_factory):
+    """The bundle ``demo_cpu`` in two stages, with the same bits."""
+    folder = tmp_path_factory.mktemp("staged") / "glm4-tiny"
+    demo = Path(__file__).parents[1] / "demo" / "glm4-tiny"
+    export(demo, folder, ExportOptions(target="cpu", max_batch_size=4, stages=(1, 3), parity=False))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def demo_slots(tmp_path_factory):
     """The demo checkpoint for target cpu in int8, with four slots, that takes three adapters at run time."""
     folder = tmp_path_factory.mktemp("slots") / "glm4-tiny"

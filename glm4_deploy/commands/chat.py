@@ -11,6 +11,7 @@ from glm4_deploy import folders, interrupts, show, streams
 from glm4_deploy.adapters import apply_adapter, run_time_lora_option
 from glm4_deploy.commands.text import TEXT_ARGUMENT
 from glm4_deploy.prefix_cache import cache_options, opened
+from glm4_deploy.stage_place import joined, stage_options
 from glm4_deploy.typed import is_command, message_reader
 from glm4_runtime.errors import RequestError
 
@@ -45,6 +46,7 @@ _THOUGHT, _PLAIN = "\x1b[2m", "\x1b[0m"
 @click.option("--hide-thoughts", is_flag=True, help="Hide the thinking.")
 @run_time_lora_option
 @cache_options
+@stage_options
 @click.option(
     "--provider",
     metavar="NAME",
@@ -64,6 +66,8 @@ def command(
     lora: str | None,
     cache: Path | None,
     cache_bytes: int,
+    stages_on: str,
+    ray_address: str | None,
     provider: str | None,
     threads: int | None,
     max_seq_len: int | None,
@@ -82,9 +86,17 @@ def command(
 
     start_template_worker()
     params = recommended_params(bundle, **sampling)
-    with Session.open(
-        bundle, provider=provider, threads=threads, max_seq_len=max_seq_len, max_batch_size=1
-    ) as session:
+    with (
+        joined(stages_on, ray_address),
+        Session.open(
+            bundle,
+            provider=provider,
+            threads=threads,
+            max_seq_len=max_seq_len,
+            max_batch_size=1,
+            stages_on=stages_on,
+        ) as session,
+    ):
         apply_adapter(session, lora)
         show.print_warnings(session.warnings)
         with opened(session, cache, cache_bytes) as store:

@@ -12,6 +12,7 @@ from glm4_deploy import folders, show, streams
 from glm4_deploy.adapters import apply_adapter, run_time_lora_option
 from glm4_deploy.commands.text import TEXT_ARGUMENT
 from glm4_deploy.prefix_cache import cache_options, opened
+from glm4_deploy.stage_place import joined, stage_options
 from glm4_runtime.errors import BundleError, RequestError
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 @click.option("--ignore-eos", is_flag=True, help="Continue after end-of-sequence tokens.")
 @run_time_lora_option
 @cache_options
+@stage_options
 @click.option(
     "--provider",
     metavar="NAME",
@@ -80,6 +82,8 @@ def command(
     lora: str | None,
     cache: Path | None,
     cache_bytes: int,
+    stages_on: str,
+    ray_address: str | None,
     provider: str | None,
     threads: int | None,
     max_seq_len: int | None,
@@ -103,9 +107,18 @@ def command(
         from glm4_runtime.chat_template import start_template_worker
 
         start_template_worker()
-    with Session.open(
-        bundle, provider=provider, threads=threads, max_seq_len=max_seq_len, max_batch_size=1, verify=verify
-    ) as session:
+    with (
+        joined(stages_on, ray_address),
+        Session.open(
+            bundle,
+            provider=provider,
+            threads=threads,
+            max_seq_len=max_seq_len,
+            max_batch_size=1,
+            verify=verify,
+            stages_on=stages_on,
+        ) as session,
+    ):
         apply_adapter(session, lora)
         show.print_warnings(() if as_json else session.warnings)
         ids, ends = _prompt(bundle, session, text, chat, system)

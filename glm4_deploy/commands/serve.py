@@ -11,8 +11,10 @@ from glm4_deploy import folders, hub, interrupts
 from glm4_deploy.commands.text import TEXT_ARGUMENT
 from glm4_deploy.prefix_cache import cache_options
 from glm4_deploy.show import shown_progress
+from glm4_deploy.stage_place import joined, stages_on_option
 from glm4_runtime.errors import BundleError
 from glm4_runtime.install import install_command
+from glm4_runtime.places import PROCESS, RAY
 
 if TYPE_CHECKING:
     from glm4_runtime.cluster.scaling import ReplicaCount
@@ -218,6 +220,11 @@ def _with_adapters(options: "ServerOptions") -> "ServerOptions":
     metavar="SECONDS",
     help="With --replicas 1:8: time of lower load after which replicas end. Default: 300.",
 )
+@stages_on_option(
+    None,
+    "Where the stages of a bundle with --stages run: in one process, or on ray's nodes. Default: ray with --replicas, "
+    "else process.",
+)
 @click.option("--verify", is_flag=True, help="Check the SHA-256 of large files completely.")
 def command(
     bundle: Path,
@@ -232,20 +239,18 @@ def command(
     ray_address: str | None,
     step_timeout: float | None,
     shrink_after: float | None,
+    stages_on: str | None,
     **options: Any,
 ) -> None:
     """Serve BUNDLE with OpenAI's and Anthropic's APIs, and with a chat page at /, until SIGTERM or Ctrl-C.
 
     BUNDLE is a folder, or a name on the hub of a repository that holds a bundle.
     """
-    of_replicas = {
-        "--ray-address": ray_address,
-        "--step-timeout": step_timeout,
-        "--shrink-after": shrink_after,
-    }
-    for name, value in of_replicas.items():
+    for name, value in (("--step-timeout", step_timeout), ("--shrink-after", shrink_after)):
         if value is not None and replicas is None:
             raise click.UsageError(f"{name} goes with --replicas")
+    if ray_address is not None and replicas is None and stages_on != RAY:
+        raise click.UsageError(f"--ray-address goes with --replicas or with --stages-on {RAY}")
     count = None if replicas is None else _replica_count(replicas, shrink_after)
     with interrupts.exiting():  # until requests are taken; then the server answers signals
         try:
@@ -269,8 +274,11 @@ def command(
             "verify": verify,
         }
         if count is None:
-            open_and_serve(bundle, chosen, **session)
+            place = stages_on or PROCESS
+            with joined(place, ray_address):
+                open_and_serve(bundle, chosen, stages_on=place, **session)
             return
+        session["stages_on"] = stages_on
         from glm4_runtime.cluster.serve import ClusterOptions, serve_replicas
 
         serve_replicas(

@@ -101,6 +101,10 @@ class DamagedModelError(ModelError):
     """The model gave NaN logits, so later results are in doubt, too."""
 
 
+class LostStageError(DamagedModelError):
+    """A stage of the model has died. Its session cannot be used any more."""
+
+
 class ReplicaError(Glm4Error):
     """No replica could finish the request, or a replica has died."""
 

@@ -1,7 +1,7 @@
 """Maps slots to rows of the KV cache, and records their lengths. Sessions own the memory.
 
-A slot is the caller's name for one sequence; a row is a place in the cache. A decode step runs on rows 0 ... n - 1
-without gaps. So slots that take part are moved there when the set changes, and stay there.
+A slot is the caller's name for one sequence; a row is a place in the cache. A decode step runs on consecutive rows, the
+first ones unless stages overlap. So slots that take part are moved there when the set changes, and stay there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -68,14 +68,23 @@ class SlotTable:
         self._slot_in_row[self._row_of.pop(slot)] = None
         del self._length[slot]
 
-    def gather(self, slots: Sequence[int]) -> Iterator[Move]:
-        """Move ``slots`` to the first rows. Yields moves; the caller must carry out each before it asks for the next.
+    def nearest(self, slots: Sequence[int]) -> int:
+        """The first of consecutive rows to which ``slots`` can be gathered by the fewest moves."""
+        rows = {self._row_of[slot] for slot in slots}
+        return max(
+            range(self.count - len(rows) + 1),
+            key=lambda first: len(rows & set(range(first, first + len(rows)))),
+        )
+
+    def gather(self, slots: Sequence[int], first: int = 0) -> Iterator[Move]:
+        """Move ``slots`` to consecutive rows from ``first`` on. Yields moves; the caller must carry out each before it asks for the next.
 
         A move takes effect when the next one is asked for. So a failed move leaves both slots where they are.
         """
         wanted = set(slots)
-        outside = [slot for slot in slots if self._row_of[slot] >= len(slots)]
-        for target in range(len(slots)):
+        targets = range(first, first + len(slots))
+        outside = [slot for slot in slots if self._row_of[slot] not in targets]
+        for target in targets:
             other = self._slot_in_row[target]
             if other in wanted:
                 continue

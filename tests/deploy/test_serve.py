@@ -120,7 +120,7 @@ def test_replicas_without_ray_say_what_to_install(run, demo_bundle, monkeypatch)
     monkeypatch.setattr("glm4_runtime.cluster.ray_module.find_spec", lambda _: None)
     code, out, err = run("serve", demo_bundle, "--port", 0, "--replicas", 2)
     assert (code, out, err.count("\n")) == (1, "", 1)
-    assert re.search(r"--replicas needs Ray; run .*pip install .*\[ray\]", err)
+    assert re.search(r"needs? Ray; run .*pip install .*\[ray\]", err)
 
 
 def test_replicas_are_for_bundles_that_generate(run, demo_bundle, monkeypatch):
@@ -146,6 +146,24 @@ def test_options_of_replicas_need_replicas(run, demo_bundle, option, value):
     code, _, err = run("serve", demo_bundle, option, value)
     assert code == 2
     assert f"{option} goes with --replicas" in err
+
+
+@pytest.mark.parametrize("command", [("serve",), ("generate", "Hi"), ("chat",)])
+def test_stages_on_ray_need_stages_and_an_address_needs_ray(run, demo_bundle, command):
+    name, *prompt = command
+    code, _, err = run(name, demo_bundle, *prompt, "--ray-address", "auto")
+    assert code == 2
+    assert re.search(r"--ray-address goes with (--replicas or with )?--stages-on ray", err)
+    code, _, err = run(name, demo_bundle, *prompt, "--stages-on", "ray")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "has no stages to run on Ray; export it with --stages 2" in err
+
+
+def test_stages_on_ray_without_ray_say_what_to_install(run, demo_staged, monkeypatch):
+    monkeypatch.setattr("glm4_runtime.cluster.ray_module.find_spec", lambda _: None)
+    code, out, err = run("generate", demo_staged, "Hi", "--stages-on", "ray")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert re.search(r"--stages-on ray need Ray; run .*pip install .*\[ray\]", err)
 
 
 def test_serve_passes_the_options_of_replicas_on(run, monkeypatch, tmp_path):

@@ -1,7 +1,6 @@
 """``export --stages``: a model in several graphs, each with its own weights and KV cache."""
 
 import json
-import random
 import shutil
 
 import numpy as np
@@ -10,6 +9,8 @@ import pytest
 from adapters import write_adapter
 from checkpoints import parse_config, tiny_config, write_checkpoint
 from cpu_operators import needs_cpu_operators
+from remote_stages import remote
+from staged_calls import assert_equal, driven, scored
 
 from glm4_deploy.pipeline import ExportOptions, cache_key, export
 from glm4_deploy.plan import make_plan
@@ -17,9 +18,11 @@ from glm4_exporters.architecture import EMBEDDING, HEAD
 from glm4_exporters.checkpoint import Checkpoint
 from glm4_exporters.pieces import GraphPieces
 from glm4_exporters.stages import stage_list
-from glm4_runtime import SamplingParams, Session
+from glm4_runtime import Session
 from glm4_runtime.bundle import read_manifest
-from glm4_runtime.errors import BundleError, ExportError, Glm4Error
+from glm4_runtime.errors import BundleError, ExportError
+from glm4_runtime.opening import check_opening, check_stage
+from glm4_runtime.session.ort_stage import StageGraphs
 
 CPU_INT8 = pytest.param("cpu", "int8", marks=needs_cpu_operators)
 NORM = "model.norm.weight"
@@ -61,74 +64,20 @@ def bundle_of(tmp_path_factory, base):
     return bundle
 
 
-def driven(folder, seed, steps=50):
-    """All logits and errors of a session in a seeded series of calls, in chunks of 7."""
-    rng, found = random.Random(seed), []
-    with Session.open(folder, threads=2) as session:
-        session.prefill_chunk, vocab = 7, session.manifest.model.vocab_size
-
-        def one():
-            used = [slot for slot in range(4) if slot not in session.free_slots()]
-            call = rng.choice(
-                ["prefill", "decode", "decode", "decode", "truncate", "copy", "release", "discard"]
-            )
-            slot, ids = rng.randrange(4), [rng.randrange(vocab) for _ in range(rng.randint(1, 40))]
-            if call == "prefill":
-                return session.prefill(slot, ids, rng.choice(["last", "all"]))
-            if call == "decode":
-                some = {each: rng.randrange(vocab) for each in rng.sample(used, rng.randint(0, len(used)))}
-                return np.array([row for _, row in sorted(session.decode(some).items())])
-            if call == "truncate":
-                return session.truncate(slot, rng.randint(0, session.length(slot)))
-            if call == "copy":
-                return session.copy_prefix(slot, rng.randrange(4), rng.randint(0, session.length(slot)))
-            return (session.release if call == "release" else session.discard)(slot)
-
-        for _ in range(steps):
-            try:
-                found.append(one())
-            except Glm4Error as error:
-                found.append(str(error))
-    return found
-
-
-def assert_equal(found, wanted):
-    assert len(found) == len(wanted)
-    for one, other in zip(found, wanted, strict=True):
-        if isinstance(one, np.ndarray):
-            np.testing.assert_array_equal(one, other)
-        else:
-            assert one == other
-
-
 @needs_cpu_operators
+@pytest.mark.parametrize("change", [lambda session: session, remote], ids=["here", "remote"])
 @pytest.mark.parametrize("stages", [(2,), (1, 1, 1)])
-def test_every_call_gives_the_bits_of_the_unstaged_bundle(bundle_of, stages):
+def test_every_call_gives_the_bits_of_the_unstaged_bundle(bundle_of, stages, change):
     whole, staged = bundle_of("cpu", "int8"), bundle_of("cpu", "int8", stages)
     for seed in range(4):
-        calls = driven(staged, seed)
+        calls = driven(staged, seed, change=change)
         assert sum(isinstance(one, np.ndarray) and one.size > 0 for one in calls) > 10
         assert_equal(calls, driven(whole, seed))
 
 
 @needs_cpu_operators
 def test_answers_and_scores_have_the_bits_of_the_unstaged_bundle(bundle_of):
-    prompt = list(range(5, 60))
-
-    def all_of(folder):
-        with Session.open(folder) as session:
-            session.prefill_chunk = 16
-            for params in (
-                SamplingParams(max_tokens=24, ignore_eos=True),
-                SamplingParams(max_tokens=24, ignore_eos=True, temperature=1.0, top_p=0.9, seed=7),
-            ):
-                yield [token.id for token in session.generate(prompt, params)]
-            yield from session.score(prompt, chunk=9)
-            for one in session.log_likelihoods(prompt[:20], [prompt[20:24], [7, 8]]):
-                yield one.logprobs
-            yield session.rolling_log_likelihood(prompt).logprobs
-
-    staged, whole = (list(all_of(bundle_of("cpu", "int8", stages))) for stages in ((2,), ()))
+    staged, whole = (scored(bundle_of("cpu", "int8", stages)) for stages in ((2,), ()))
     assert len(staged[0]) == 24
     assert_equal(staged, whole)
 
@@ -393,14 +342,30 @@ def test_values_that_are_no_counts(run, base, tmp_path, value):
     assert "neither a count of stages, as 2, nor a list of layer counts, as 20,20" in err
 
 
-@pytest.fixture(scope="module")
-def demo_staged(tmp_path_factory):
-    from pathlib import Path
-
-    demo = Path(__file__).parents[2] / "demo" / "glm4-tiny"
-    folder = tmp_path_factory.mktemp("demo") / "staged"
-    export(demo, folder, ExportOptions(target="cpu", max_batch_size=4, parity=False, stages=(1, 3)))
-    return folder
+def test_a_process_opens_a_stage_with_the_files_of_this_stage_alone(bundle_of, tmp_path):
+    """And the session's process needs the other files only."""
+    folder = bundle_of("ort", "fp32", (2, 1))
+    manifest, parts = read_manifest(folder), [tmp_path / "first", tmp_path / "second"]
+    for stage, part in zip(manifest.stages, parts, strict=True):
+        part.mkdir()
+        for name in ("manifest.json", stage.graph, stage.weights):
+            shutil.copy(folder / name, part)
+        check_stage(part, manifest, stage, hashes=True)
+    graphs = StageGraphs(parts[1], manifest, None, 1)
+    graphs.open(manifest.stages[1], 2).close()
+    with pytest.raises(BundleError, match=r"stage-2.onnx is missing; stage-2.onnx.data is missing"):
+        check_stage(parts[0], manifest, manifest.stages[1])
+    with pytest.raises(BundleError, match="is missing"):
+        check_opening(parts[0], manifest, stages=False)
+    rest = tmp_path / "rest"
+    shutil.copytree(folder, rest, ignore=shutil.ignore_patterns("stage-*"))
+    check_opening(rest, manifest, stages=False)
+    with pytest.raises(BundleError, match=r"stage-1.onnx is missing"):
+        check_opening(rest, manifest)
+    with (parts[1] / "stage-2.onnx.data").open("r+b") as file:
+        file.write(b"changed")
+    with pytest.raises(BundleError, match="another SHA-256"):
+        check_stage(parts[1], manifest, manifest.stages[1])
 
 
 @needs_cpu_operators

@@ -6,6 +6,7 @@ everything, and detects a single changed byte.
 """
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 from glm4_runtime.bundle.file_names import SIDE_FILES
@@ -49,13 +50,16 @@ def checked_at_opening(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def verify_files(folder: str | Path, manifest: Manifest, *, hashes: bool = False) -> None:
+def verify_files(
+    folder: str | Path, manifest: Manifest, *, hashes: bool = False, names: Collection[str] | None = None
+) -> None:
     """Check the folder against its manifest: every file exists, with the right size, and with its SHA-256 or sample.
 
     A tokenizer, template or generation config that is not in the manifest is refused.
 
     Args:
         hashes: hash every file completely. Otherwise a file above 64 MiB is checked by its sample.
+        names: the files to check. None: all.
 
     Raises:
         BundleError: naming the files that are missing or differ.
@@ -63,6 +67,8 @@ def verify_files(folder: str | Path, manifest: Manifest, *, hashes: bool = False
     unknown = [n for n in SIDE_FILES if n not in manifest.files and (Path(folder) / n).exists()]
     wrong = [f"{name} is not of this bundle" for name in unknown]
     for name, entry in sorted(manifest.files.items()):
+        if names is not None and name not in names:
+            continue
         try:
             complaint = _complaint(Path(folder) / name, entry, hashes)
         except OSError as error:

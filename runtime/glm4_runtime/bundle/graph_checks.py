@@ -63,7 +63,7 @@ def check_graph(folder: Path, manifest: Manifest) -> None:
         BundleError: naming the first thing that differs.
     """
     for stage in manifest.stages:
-        _check_file(folder / stage.graph, stage_manifest(manifest, stage))
+        check_stage_graph(folder, manifest, stage)
     if manifest.stages:
         return
     _check_file(folder / GRAPH, manifest)
@@ -71,6 +71,11 @@ def check_graph(folder: Path, manifest: Manifest) -> None:
     if slots is not None:
         inputs = (*manifest.inputs, *adapter_specs(slots, manifest.dialect))
         _check_file(folder / ADAPTER_GRAPH, replace(manifest, inputs=inputs))
+
+
+def check_stage_graph(folder: Path, manifest: Manifest, stage: StageInfo) -> None:
+    """As :func:`check_graph`, for one stage."""
+    _check_file(folder / stage.graph, stage_manifest(manifest, stage))
 
 
 def stage_manifest(manifest: Manifest, stage: StageInfo) -> Manifest:

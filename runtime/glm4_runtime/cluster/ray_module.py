@@ -11,7 +11,7 @@ from glm4_runtime.install import install_command
 def require_installed() -> None:
     """Raises :class:`UnavailableError`, with the command that installs Ray, if Ray is missing. Imports nothing."""
     if find_spec("ray") is None:
-        raise UnavailableError(f"--replicas needs Ray; run {install_command('ray')}")
+        raise UnavailableError(f"--replicas and --stages-on ray need Ray; run {install_command('ray')}")
 
 
 def require_ray() -> Any:

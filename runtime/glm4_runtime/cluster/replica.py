@@ -1,21 +1,16 @@
 """The Ray actor of a replica, and the server's side of it. Ray is imported only when a cluster starts."""
 
 import contextlib
-import hashlib
 import logging
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import glm4_runtime
-from glm4_runtime.adapters import AdapterFolder
-from glm4_runtime.bundle import Manifest
+from glm4_runtime.cluster.identity import identity
 from glm4_runtime.cluster.order import Action, Identity, Order, ReplicaReport
+from glm4_runtime.cluster.places import Places
 from glm4_runtime.cluster.ray_module import require_ray
 from glm4_runtime.cluster.work import ReplicaWork
 from glm4_runtime.errors import Glm4Error, ReplicaError
@@ -71,9 +66,10 @@ class ReplicaActor:
         scheduler = Scheduler(self._session, max_queue=options.max_queue, store=store)
         self._work = ReplicaWork(self._session, scheduler, options.ends, traces)
 
-    def describe(self) -> tuple[Identity, int, int]:
-        """Identity, number of slots, and process id."""
-        return identity(self._session, self._adapters), self._session.max_batch_size, os.getpid()
+    def describe(self) -> tuple[Identity, int, int, Sequence[int]]:
+        """Identity, number of slots, process id, and the process ids of the stages that are actors."""
+        mine = identity(self._session, self._adapters)
+        return mine, self._session.max_batch_size, os.getpid(), getattr(self._session, "pids", ())
 
     def submit(self, number: int, order: Order) -> None:
         self._work.submit(number, order)
@@ -101,29 +97,34 @@ def _log_orders() -> None:
 class RayReplica:
     """A running actor; implements ``Replica``."""
 
-    def __init__(self, name: str, options: ReplicaOptions, patience: float, gpus: int) -> None:
+    def __init__(
+        self, name: str, options: ReplicaOptions, patience: float, gpus: int, stages: int = 0
+    ) -> None:
         """Start an actor and wait until it has opened the bundle.
 
         Args:
             patience: seconds for which the actor may leave a report unanswered.
             gpus: GPUs that the actor needs.
+            stages: number of stages that run on actors of their own, in a placement group with this one.
 
         Raises:
             Glm4Error: the bundle cannot be opened there, or the actor died.
         """
         ray = require_ray()
         self.name, self._patience = name, patience
+        self._places = Places(stages) if stages else None
         kind = ray.remote(
             concurrency_groups=_THREADS,
             num_cpus=0,
             num_gpus=gpus,
-            scheduling_strategy="SPREAD",
+            scheduling_strategy="SPREAD" if self._places is None else self._places.of(0),
             max_restarts=0,
         )(ReplicaActor)
         self._actor = kind.remote(_named(options, name))
         try:
-            self.identity, self.slots, self.pid = ray.get(self._actor.describe.remote())
+            self.identity, self.slots, self.pid, self.stage_pids = ray.get(self._actor.describe.remote())
         except ray.exceptions.RayError as error:
+            self.close()
             raise _cause(error, name) from error
 
     def submit(self, number: int, order: Order) -> None:
@@ -145,6 +146,8 @@ class RayReplica:
         ray = require_ray()
         with contextlib.suppress(Exception):  # the actor or the whole cluster may be gone
             ray.kill(self._actor)
+        if self._places is not None:
+            self._places.close()
 
     def _call(self, method: str, *arguments: Any) -> None:
         with contextlib.suppress(Exception):  # a dead actor: the next report says so
@@ -160,49 +163,3 @@ def _cause(error: Exception, name: str) -> Glm4Error:
         if "Error: " in line:
             return ReplicaError(f"replica {name} could not start: {line.strip()}")
     return ReplicaError(f"replica {name} could not start: {type(error).__name__}")
-
-
-def identity(session: Session, adapters: Sequence[tuple[str, str]] = ()) -> Identity:
-    """What must be equal on all replicas. ``adapters``: name and folder of each."""
-    return Identity(
-        bundle=_bundle(session.manifest),
-        code=_code(),
-        kernels=_kernels(),
-        target=f"{session.manifest.target} on {session.provider}",
-        limits=(session.max_seq_len, session.max_batch_size),
-        adapters=tuple((name, _adapter(folder)) for name, folder in adapters),
-    )
-
-
-def _bundle(manifest: Manifest) -> str:
-    lines = [f"{name} {entry.sha256}" for name, entry in sorted(manifest.files.items())]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _adapter(folder: str) -> str:
-    adapter = AdapterFolder(folder)
-    try:
-        return adapter.sha256()
-    finally:
-        adapter.close()
-
-
-def _code() -> str:
-    root = Path(glm4_runtime.__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
-def _kernels() -> str:
-    """Digest of our CPU kernels, with the versions of the packages that compute."""
-    found = find_spec("glm4_plugins")
-    folders = list(found.submodule_search_locations or ()) if found else []
-    libraries = [file for folder in folders for file in sorted(Path(folder).glob("cpu_operators*"))]
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in libraries[:1]))
-    for package in ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "llguidance"):
-        with contextlib.suppress(PackageNotFoundError):
-            digest.update(f"{package} {version(package)}".encode())
-    digest.update(platform.machine().encode())
-    return digest.hexdigest()

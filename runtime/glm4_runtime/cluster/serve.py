@@ -10,12 +10,13 @@ from glm4_runtime.bundle import Manifest
 from glm4_runtime.bundle.manifest_checks import ONNX_RUNTIME
 from glm4_runtime.chat_template import start_template_worker
 from glm4_runtime.cluster.deployment import Deployment
-from glm4_runtime.cluster.described import DescribedBundle
+from glm4_runtime.cluster.described import DescribedBundle, place_of
 from glm4_runtime.cluster.ray_module import require_installed, require_ray
 from glm4_runtime.cluster.replica import RayReplica, ReplicaOptions
 from glm4_runtime.cluster.scaling import ReplicaCount
 from glm4_runtime.cluster.start import connect
 from glm4_runtime.errors import UnavailableError
+from glm4_runtime.places import RAY
 from glm4_runtime.server.options import ServerOptions
 from glm4_runtime.server.run import bind, serve_model
 from glm4_runtime.server.served_model import ServedModel
@@ -85,7 +86,8 @@ def _maker(served: ServedModel, cluster: ClusterOptions, gpus: int) -> Callable[
     )
     # an actor that hangs in a step without releasing Python's lock leaves its reports unanswered
     patience = cluster.step_timeout + 10
-    return lambda name: RayReplica(name, chosen, patience, gpus)
+    stages = len(served.session.manifest.stages) if chosen.session["stages_on"] == RAY else 0
+    return lambda name: RayReplica(name, chosen, patience, gpus, stages)
 
 
 def _traces(options: ServerOptions) -> TraceOptions | None:
@@ -96,11 +98,13 @@ def _traces(options: ServerOptions) -> TraceOptions | None:
 
 
 def session_options(manifest: Manifest, cluster: ClusterOptions) -> dict[str, Any]:
-    """The options of each replica's session. On one machine, replicas that compute on the CPU share its cores."""
-    options = dict(cluster.session)
+    """The options of each replica's session. On one machine, replicas that compute on the CPU share its cores, and so do
+    their stages."""
+    options = {**cluster.session, "stages_on": place_of(manifest, cluster.session)}
     divides = RUNTIMES.get(manifest.dialect) == ONNX_RUNTIME and cluster.address is None
     if divides and options.get("threads") is None:
-        options["threads"] = max(1, cores() // cluster.replicas.most)
+        stages = len(manifest.stages) if options["stages_on"] == RAY else 1
+        options["threads"] = max(1, cores() // (cluster.replicas.most * stages))
     return options
 
 
@@ -110,7 +114,11 @@ def gpus_of_each(manifest: Manifest, cluster: ClusterOptions, ray: Any) -> int:
     Raises:
         UnavailableError: too few GPUs are free. Ray would wait for more without a word.
     """
-    on_cpu = not manifest.may_use_gpu or cluster.session.get("provider") == "CPUExecutionProvider"
+    on_cpu = (
+        not manifest.may_use_gpu
+        or manifest.stages
+        or cluster.session.get("provider") == "CPUExecutionProvider"
+    )
     if on_cpu or not ray.cluster_resources().get("GPU"):
         return 0
     free = ray.available_resources().get("GPU", 0)

@@ -3,8 +3,9 @@
 import os
 import secrets
 import socket
+import sys
 
-from glm4_runtime.cluster.ray_module import require_ray
+from glm4_runtime.cluster.ray_module import require_installed, require_ray
 from glm4_runtime.errors import UnavailableError
 
 # Ray's variable by which a cluster of one machine listens on the loopback address only, also on Linux.
@@ -12,6 +13,24 @@ _ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 # Seconds to connect to a cluster.
 _CONNECT = 5.0
+
+
+def ensure_connected() -> bool:
+    """Start a cluster on this machine, unless this process has one already. Returns whether it was started.
+
+    Raises:
+        UnavailableError: Ray is missing, or it was imported before, so that the cluster could have no secret of its own.
+    """
+    require_installed()
+    ray = sys.modules.get("ray")  # not imported yet: see connect
+    if ray is not None and ray.is_initialized():
+        return False
+    if ray is not None and "RAY_AUTH_MODE" not in os.environ:
+        raise UnavailableError(
+            "Ray was imported before the bundle was opened, and has no cluster; call ray.init first, or import Ray later"
+        )
+    connect(None)
+    return True
 
 
 def connect(address: str | None) -> None:

@@ -20,7 +20,7 @@ def unread(job: Job) -> DeadlineError:
 
 def model_error(error: BaseException) -> ModelError:
     """The error that the client receives after a failed step; its message has one line."""
-    if isinstance(error, NotANumberError):
+    if isinstance(error, NotANumberError | DamagedModelError):
         return DamagedModelError(str(error))
     if isinstance(error, Glm4Error):
         return ModelError(str(error))

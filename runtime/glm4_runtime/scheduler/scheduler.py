@@ -206,7 +206,7 @@ class Scheduler:
 
     @property
     def ready(self) -> bool:
-        return self._closed_at is None
+        return self._closed_at is None and self._session.usable
 
     def view(self) -> SchedulerView:
         """All requests and all slots, for debugging and for checks between two steps."""

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from glm4_runtime.bundle import Manifest, read_manifest
 from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.bundle.manifest_checks import ONNX_RUNTIME
 from glm4_runtime.errors import BundleError
 from glm4_runtime.opening import check_opening
+from glm4_runtime.places import PLACES, PROCESS, RAY
 from glm4_runtime.session.base import Session
 from glm4_runtime.tokenizer import start_trial
 
@@ -27,7 +28,13 @@ SESSIONS = {
     "tensorrt-rtx": ("glm4_runtime.session.tensorrt", "TensorRtSession"),
     "tensorrt": ("glm4_runtime.session.tensorrt", "TensorRtSession"),
 }
-STAGED = ("glm4_runtime.session.ort_stage", "open_stages")  # of a bundle of stages
+# Module and function that open a bundle of stages.
+STAGED = {
+    ONNX_RUNTIME: ("glm4_runtime.session.ort_stage", "open_stages"),
+}
+STAGED_ON_RAY = {
+    ONNX_RUNTIME: ("glm4_runtime.cluster.stages", "open_stages"),
+}
 
 
 def open_session(
@@ -38,6 +45,7 @@ def open_session(
     max_batch_size: int | None,
     threads: int | None,
     verify: bool,
+    stages_on: str,
 ) -> Session:
     """See :meth:`Session.open`."""
     if threads is not None and threads < 1:
@@ -48,12 +56,34 @@ def open_session(
             f"{folder} holds a graph in the dialect {manifest.dialect!r}; this runtime opens {', '.join(sorted(RUNTIMES))}"
         )
     limits = limits_of(manifest, max_seq_len, max_batch_size)
-    check_opening(folder, manifest, hashes=verify)
+    on_ray = require_place(folder, manifest, stages_on)
+    check_opening(folder, manifest, hashes=verify, stages=not on_ray)
     if TOKENIZER in manifest.files:
         start_trial(folder)
-    module, name = STAGED if manifest.stages else SESSIONS[RUNTIMES[manifest.dialect]]
+    options: dict[str, Any] = {"provider": provider, "threads": threads}
+    if on_ray:
+        options["verify"] = verify
+    table = STAGED_ON_RAY if on_ray else STAGED if manifest.stages else SESSIONS
+    module, name = table[RUNTIMES[manifest.dialect]]
     make = cast("Callable[..., Session]", getattr(import_module(module), name))
-    return make(folder, manifest, *limits, provider=provider, threads=threads)
+    return make(folder, manifest, *limits, **options)
+
+
+def require_place(folder: Path, manifest: Manifest, stages_on: str) -> bool:
+    """Whether the stages of a bundle run on Ray.
+
+    Raises:
+        BundleError: the bundle has no stages, or the place is unknown.
+    """
+    if stages_on not in PLACES:
+        raise BundleError(f"stages_on is {stages_on!r}, but must be {' or '.join(PLACES)}")
+    if stages_on == RAY and not manifest.stages:
+        raise BundleError(f"{folder} has no stages to run on Ray; export it with --stages 2")
+    if stages_on == RAY and RUNTIMES[manifest.dialect] not in STAGED_ON_RAY:
+        raise BundleError(
+            f"stages of target {manifest.target} do not run on Ray; open {folder} with stages_on {PROCESS!r}"
+        )
+    return stages_on == RAY
 
 
 def limits_of(manifest: Manifest, max_seq_len: int | None, max_batch_size: int | None) -> tuple[int, int]:
@@ -69,4 +99,4 @@ def limits_of(manifest: Manifest, max_seq_len: int | None, max_batch_size: int |
     return result[0], result[1]
 
 
-__all__ = ["Session", "limits_of", "open_session"]
+__all__ = ["Session", "limits_of", "open_session", "require_place"]

@@ -5,9 +5,10 @@ A subclass adds the kernels and the memory: the abstract methods.
 
 import abc
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.errors import ModelError, RequestError, SlotError
 from glm4_runtime.generate import Token, Vocabulary, generate
 from glm4_runtime.kv_cache import Move, SlotTable
+from glm4_runtime.places import PROCESS
 from glm4_runtime.sampling import SamplingParams, TokenMask
 from glm4_runtime.scoring import LogLikelihood, log_likelihoods, rolling_log_likelihood
 from glm4_runtime.session.checks import require_task, require_tokens
@@ -32,6 +34,52 @@ if TYPE_CHECKING:
 DEFAULT_CHUNK = 512
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive tokens of a slot that run together.
+
+    Attributes:
+        ids: int64 [width].
+        past: positions before them.
+        first_asked: the first position whose logits are asked for; ``width`` or more: none is.
+    """
+
+    ids: Ids
+    past: int
+    first_asked: int
+
+    @property
+    def end(self) -> int:
+        return self.past + len(self.ids)
+
+    @property
+    def asked(self) -> bool:
+        return self.first_asked < len(self.ids)
+
+    @property
+    def indices(self) -> Ids:
+        """The positions whose logits are computed, int64 [1, positions]: at least one."""
+        return np.arange(min(self.first_asked, len(self.ids) - 1), len(self.ids))[None]
+
+
+class Decoding(Protocol):
+    """A decode step that may still run."""
+
+    def result(self) -> tuple[list[int], Logits]:
+        """Wait for the step; called once. See :meth:`Session.decode_block`. A failed step changes no slot."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A decode step that has ended."""
+
+    slots: list[int]
+    logits: Logits
+
+    def result(self) -> tuple[list[int], Logits]:
+        return self.slots, self.logits
+
+
 class Session(SlotPositions, abc.ABC):
     """One opened bundle. Not thread-safe: one thread drives a session.
 
@@ -40,8 +88,12 @@ class Session(SlotPositions, abc.ABC):
         max_seq_len, max_batch_size: this session's limits, at most the bundle's.
         provider: the device's kernels in use; ``skipped`` says by name why others are not used.
         prefill_chunk: maximum number of new positions per run; longer prompts run in chunks.
+        pipeline_depth: number of decode steps that may run at the same time, one in each stage. If stages do not overlap,
+            this is 1.
         adapter: the adapter of sequences for which :meth:`use_adapter` chose none. None: the base model.
     """
+
+    pipeline_depth = 1
 
     def __init__(self, folder: Path, manifest: Manifest, max_seq_len: int, max_batch_size: int) -> None:
         self.folder, self.manifest = folder, manifest
@@ -64,6 +116,7 @@ class Session(SlotPositions, abc.ABC):
         max_batch_size: int | None = None,
         threads: int | None = None,
         verify: bool = False,
+        stages_on: str = PROCESS,
     ) -> "Session":
         """Open a bundle for generation, classification or encoding.
 
@@ -72,6 +125,8 @@ class Session(SlotPositions, abc.ABC):
             max_seq_len, max_batch_size: lower limits than the bundle's, to save memory.
             threads: threads within one operator; all cores by default.
             verify: hash the weights completely; otherwise every small file and 64 blocks of the weights.
+            stages_on: where the stages of a bundle of stages run: ``"process"`` is this one, ``"ray"`` is Ray actors.
+                Call ``ray.init`` before to join a cluster; otherwise one starts on this machine.
 
         Raises:
             BundleError: no bundle, a damaged one, or one that cannot run here; says what to do.
@@ -85,6 +140,7 @@ class Session(SlotPositions, abc.ABC):
             max_batch_size=max_batch_size,
             threads=threads,
             verify=verify,
+            stages_on=stages_on,
         )
 
     # What a subclass adds ------------------------------------------------------------------
@@ -116,6 +172,11 @@ class Session(SlotPositions, abc.ABC):
             SlotError: no memory for them. Nothing has changed then.
         """
 
+    @property
+    def usable(self) -> bool:
+        """False after a failure that ends the session: each further call fails."""
+        return True
+
     @abc.abstractmethod
     def close(self) -> None:
         """Free memory and threads. The session cannot be used afterwards."""
@@ -123,12 +184,14 @@ class Session(SlotPositions, abc.ABC):
     # The protocol ----------------------------------------------------------------------------
 
     def prefill(
-        self, slot: int, token_ids: Sequence[int] | Ids, logits: Literal["last", "all"] | int = "last"
+        self, slot: int, token_ids: Sequence[int] | Ids, logits: Literal["none", "last", "all"] | int = "last"
     ) -> Logits:
         """Append tokens to a slot, which may already hold some, and return the requested logits.
 
         Args:
-            logits: ``"last"`` for the last position, ``"all"``, or k for the last k.
+            logits: ``"last"`` for the last position, ``"all"``, k for the last k, or ``"none"``. With ``"none"``, stages
+                that overlap may still run when this returns. If such a run fails, later calls for this slot raise the
+                error, until the slot is freed, or truncated to what it held before the run.
 
         Returns:
             float32 [positions, vocab], a copy for the caller.
@@ -138,7 +201,9 @@ class Session(SlotPositions, abc.ABC):
                 Neither changes any slot.
         """
         parts = list(self._chunks(slot, token_ids, logits))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty((0, self.manifest.model.vocab_size), np.float32)
 
     def decode(self, tokens: Mapping[int, int]) -> dict[int, Logits]:
         """Append one token to each of the given slots, in one step; returns each slot's logits, float32 [vocab].
@@ -155,21 +220,19 @@ class Session(SlotPositions, abc.ABC):
     def decode_block(self, tokens: Mapping[int, int]) -> tuple[list[int], Logits]:
         """Like :meth:`decode`, without a copy per slot. Returns the slots, and their logits in that order as float32
         [slots, vocab], which the next run may overwrite."""
-        require_task(self.manifest, "causal-lm", "decode")
-        for slot in tokens:
-            self._require_slot(slot, in_use=True)
-            self._require_room(slot, 1)
-        require_tokens(list(tokens.values()), self.manifest.model.vocab_size)
-        for move in self._slots.gather(list(tokens)):
-            self._move_row(move)
-        slots = self._slots.in_row_order(list(tokens))
-        past = [self._slots.length(slot) for slot in slots]
-        self._fit_cache(max(self._slots.longest(), max(past) + 1))
-        ids = np.array([[tokens[slot]] for slot in slots], np.int64)
+        slots, past, ids = self._decode_inputs(tokens, 0)
         result = self._run_decoder(0, ids, past, np.zeros((len(slots), 1), np.int64))
         for slot, length in zip(slots, past, strict=True):
             self._slots.set_length(slot, length + 1)
         return slots, result[:, 0]
+
+    def begin_decode(self, tokens: Mapping[int, int]) -> "Decoding":
+        """Like :meth:`decode_block`, but may return before the step has ended, if stages overlap. Until then, further
+        steps may begin for other slots.
+
+        Errors of the step are raised by the result.
+        """
+        return Decoded(*self.decode_block(tokens))
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget all positions of a slot from ``length`` on; length 0 keeps the slot in use."""
@@ -347,11 +410,29 @@ class Session(SlotPositions, abc.ABC):
 
     # How it is done --------------------------------------------------------------------------
 
+    def _decode_inputs(self, tokens: Mapping[int, int], first_row: int) -> tuple[list[int], list[int], Ids]:
+        """Check a decode step, and have its slots in consecutive rows from ``first_row`` on.
+
+        Returns:
+            The slots in the order of their rows, their lengths, and their tokens [slots, 1].
+        """
+        require_task(self.manifest, "causal-lm", "decode")
+        for slot in tokens:
+            self._require_slot(slot, in_use=True)
+            self._require_room(slot, 1)
+        require_tokens(list(tokens.values()), self.manifest.model.vocab_size)
+        for move in self._slots.gather(list(tokens), first_row):
+            self._move_row(move)
+        slots = self._slots.in_row_order(list(tokens))
+        past = [self._slots.length(slot) for slot in slots]
+        self._fit_cache(max(self._slots.longest(), max(past) + 1))
+        return slots, past, np.array([[tokens[slot]] for slot in slots], np.int64)
+
     def _chunks(
         self,
         slot: int,
         token_ids: Sequence[int] | Ids,
-        logits: Literal["last", "all"] | int,
+        logits: Literal["none", "last", "all"] | int,
         chunk: int | None = None,
     ) -> Iterator[Logits]:
         """Check a prefill, then return an iterator that runs it chunk by chunk.
@@ -362,9 +443,12 @@ class Session(SlotPositions, abc.ABC):
         self._require_slot(slot)
         require_tokens(token_ids, self.manifest.model.vocab_size)
         self._require_room(slot, len(token_ids))
-        count = {"last": 1, "all": len(token_ids)}.get(logits, logits) if isinstance(logits, str) else logits
-        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= len(token_ids):
-            raise RequestError(f"logits is {logits!r}, but must be 'last', 'all' or 1 ... {len(token_ids)}")
+        named = {"none": 0, "last": 1, "all": len(token_ids)}
+        count = named.get(logits, logits) if isinstance(logits, str) else logits
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= len(token_ids):
+            raise RequestError(
+                f"logits is {logits!r}, but must be 'none', 'last', 'all' or 0 ... {len(token_ids)}"
+            )
         ids = np.asarray(token_ids, np.int64)
         return self._run_chunks(
             slot, ids, len(ids) - count, min(chunk or self.prefill_chunk, self.prefill_chunk)
@@ -377,16 +461,12 @@ class Session(SlotPositions, abc.ABC):
             self._slots.add(slot)
         try:
             self._fit_cache(max(self._slots.longest(), before + len(ids)))
-            for start in range(0, len(ids), chunk):
-                stop = min(start + chunk, len(ids))
-                wanted = np.arange(max(first_asked, start), stop) - start
-                indices = wanted if len(wanted) else np.array([stop - start - 1])
-                past = self._slots.length(slot)
-                result = self._run_decoder(
-                    self._slots.row(slot), ids[None, start:stop], [past], indices[None]
-                )
-                self._slots.set_length(slot, past + stop - start)
-                if len(wanted):
+            chunks = [
+                Chunk(ids[start : start + chunk], before + start, max(0, first_asked - start))
+                for start in range(0, len(ids), chunk)
+            ]
+            for one, result in zip(chunks, self._results(slot, chunks), strict=True):
+                if one.asked:
                     yield result[0].copy()
         except BaseException:
             # A failed run has written only beyond the old end, so restoring the length undoes the prefill.
@@ -395,6 +475,15 @@ class Session(SlotPositions, abc.ABC):
             elif slot in self._slots:
                 self.release(slot)
             raise
+
+    def _results(self, slot: int, chunks: Sequence[Chunk]) -> Iterator[Logits]:
+        """Run the chunks of a slot in order; yields the logits of each, [1, positions, vocab]."""
+        for one in chunks:
+            # between chunks, other calls may shrink the cache
+            self._fit_cache(max(self._slots.longest(), one.end))
+            result = self._run_decoder(self._slots.row(slot), one.ids[None], [one.past], one.indices)
+            self._slots.set_length(slot, one.end)
+            yield result
 
     def _encoded(self, token_ids: Sequence[int]) -> Logits:
         require_tokens(token_ids, self.manifest.model.vocab_size)

@@ -37,17 +37,36 @@ def open_stages(
     Raises:
         BundleError: a graph cannot be opened. UnavailableError: ONNX Runtime is not installed.
     """
-    ort = load_onnxruntime()
-    chosen, skipped = choose_provider(manifest, ort.get_available_providers(), provider)
-    options = session_options(ort, manifest, threads)
-    # Otherwise the threads of a stage that has just run would spin on the cores of the next stage.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    graphs = Graphs(ort, folder, options, chosen)
-    stages = [OrtStage(graphs, manifest, stage, max_batch_size) for stage in manifest.stages]
-    kernels = kernels_of(ort, manifest, chosen)
-    session = StagedSession(folder, manifest, max_seq_len, max_batch_size, stages, chosen, kernels)
-    session.skipped = skipped
+    graphs = StageGraphs(folder, manifest, provider, threads)
+    stages = [graphs.open(stage, max_batch_size) for stage in manifest.stages]
+    session = StagedSession(
+        folder, manifest, max_seq_len, max_batch_size, stages, graphs.provider, graphs.kernels
+    )
+    session.skipped = graphs.skipped
     return session
+
+
+class StageGraphs:
+    """Opens stages of a bundle.
+
+    Attributes:
+        provider: in use; ``skipped`` says by name why others are not used.
+        kernels: versions of everything that computes keys and values.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, provider: str | None, threads: int | None) -> None:
+        """Raises :class:`UnavailableError` if ONNX Runtime is not installed."""
+        ort = load_onnxruntime()
+        self.provider, self.skipped = choose_provider(manifest, ort.get_available_providers(), provider)
+        self.kernels = kernels_of(ort, manifest, self.provider)
+        options = session_options(ort, manifest, threads)
+        # Otherwise the threads of a stage that has just run would spin on the cores of the next stage.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        self._graphs, self._manifest = Graphs(ort, folder, options, self.provider), manifest
+
+    def open(self, stage: StageInfo, rows: int) -> "OrtStage":
+        """``rows``: of its cache. Raises :class:`BundleError`."""
+        return OrtStage(self._graphs, self._manifest, stage, rows)
 
 
 class OrtStage(Stage):

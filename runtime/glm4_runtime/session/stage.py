@@ -7,8 +7,9 @@ in another process.
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from glm4_runtime.arrays import Ids
@@ -34,14 +35,45 @@ class Step:
     logits_indices: Ids
 
 
+class Pending(Protocol):
+    """The result of a run, which may still be computed."""
+
+    def result(self) -> Hidden:
+        """Wait for the result of :meth:`Stage.run`. Raises the error of the run."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """The result of a run that has ended."""
+
+    values: Hidden
+
+    def result(self) -> Hidden:
+        return self.values
+
+
 class Stage(abc.ABC):
     """One stage. It knows rows of its cache, and neither slots nor their lengths.
 
     Attributes:
         layers: number of its layers.
+        overlaps: whether :meth:`begin` returns at once, so that several stages compute together. The result of such
+            a run stays valid.
+        lost: whether the stage has died. Each call then raises :class:`LostStageError`.
     """
 
     layers: int
+    overlaps = False
+    lost = False
+
+    def begin(self, values: "Ids | Pending", step: Step) -> Pending:
+        """Begin a run, after all earlier calls.
+
+        Args:
+            values: token ids for the first stage, and for others what the stage before gave for this step. If that
+                run fails, this run does not begin, and its result is the error of that run.
+        """
+        return Done(self.run(values if isinstance(values, np.ndarray) else values.result(), step))
 
     @abc.abstractmethod
     def run(self, values: Ids | Hidden, step: Step) -> Hidden:
@@ -86,4 +118,4 @@ def undone(move: Move) -> Move:
     return Move(move.source, move.target, move.swapped_length, move.length)
 
 
-__all__ = ["Hidden", "Positions", "Stage", "Step", "undone"]
+__all__ = ["Done", "Hidden", "Pending", "Positions", "Stage", "Step", "undone"]

@@ -52,6 +52,19 @@ def test_replicas_of_one_machine_share_its_cores(manifest, monkeypatch, dialect,
 
 
 @pytest.mark.parametrize(
+    ("asked", "place", "threads"), [(None, "ray", 2), ("ray", "ray", 2), ("process", "process", 4)]
+)
+def test_stages_share_the_cores_of_their_replica(demo_staged, monkeypatch, asked, place, threads):
+    monkeypatch.setattr("glm4_runtime.cluster.serve.cores", lambda: 9)
+    cluster = ClusterOptions(ReplicaCount(2, 2), session={"stages_on": asked})
+    staged = read_manifest(demo_staged)
+    assert session_options(staged, cluster) == {"stages_on": place, "threads": threads}
+    assert gpus_of_each(replace(staged, providers=(CUDA, CPU)), cluster, Resources(8, 8)) == 0
+    engines = replace(staged, dialect="tensorrt-rtx")
+    assert session_options(engines, ClusterOptions(ReplicaCount(2, 2)))["stages_on"] == "process"
+
+
+@pytest.mark.parametrize(
     ("providers", "provider", "gpus", "each"),
     [
         ((CPU,), None, 8, 0),

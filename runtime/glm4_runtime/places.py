@@ -1,0 +1,4 @@
+"""Where the stages of a bundle run."""
+
+PROCESS, RAY = "process", "ray"
+PLACES = (PROCESS, RAY)

@@ -9,7 +9,7 @@ from glm4_runtime.bundle import Limits, Manifest, ModelInfo
 from glm4_runtime.session.growing import GrowingSession
 
 VOCAB = 48
-_EMPTY = -1
+EMPTY = -1
 
 
 def next_logits(history):
@@ -35,9 +35,9 @@ class HistorySession(GrowingSession):
     """
 
     def __init__(self, slots=3, max_seq_len=96, prefill_chunk=512):
-        super().__init__(Path(), _manifest(slots, max_seq_len), max_seq_len, slots)
+        super().__init__(Path(), small_manifest(slots, max_seq_len), max_seq_len, slots)
         self.prefill_chunk = prefill_chunk
-        self._rows = np.full((slots, 0), _EMPTY, np.int64)
+        self._rows = np.full((slots, 0), EMPTY, np.int64)
         self.before_run = self.before_move = self.before_clear = lambda *_: None
         self.stepping = []
 
@@ -51,6 +51,11 @@ class HistorySession(GrowingSession):
     def history(self, slot):
         """The tokens of a slot."""
         return self._rows[self._slots.row(slot), : self.length(slot)].tolist()
+
+    @property
+    def hooked(self):
+        """Where hooks are set: the session, or its stage that has the tokens."""
+        return self
 
     def _run_decoder(self, first_row, ids, past, logits_indices):
         histories = []
@@ -76,19 +81,19 @@ class HistorySession(GrowingSession):
 
     def _clear_row(self, row):
         self.before_clear(row)
-        self._rows[row] = _EMPTY
+        self._rows[row] = EMPTY
 
     def _resize_cache(self, capacity):
-        rows = np.full((self.max_batch_size, capacity), _EMPTY, np.int64)
+        rows = np.full((self.max_batch_size, capacity), EMPTY, np.int64)
         used = self._slots.longest()
         rows[:, :used] = self._rows[:, :used]
         self._rows = rows
 
     def close(self):
-        self._rows = np.full((self.max_batch_size, 0), _EMPTY, np.int64)
+        self._rows = np.full((self.max_batch_size, 0), EMPTY, np.int64)
 
 
-def _manifest(slots, max_seq_len):
+def small_manifest(slots, max_seq_len):
     return Manifest(
         task="causal-lm",
         target="ort",

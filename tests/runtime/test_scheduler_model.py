@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from history_session import VOCAB, HistorySession
+from history_stages import HistoryStages
 from scheduling import Listener, draft_always, require_single_owners
 
 from glm4_runtime import SamplingParams
@@ -131,13 +132,13 @@ class Interleaving:
         "stop": 0.1,
     }
 
-    def __init__(self, seed, masks):
+    def __init__(self, seed, masks, kind):
         self.random, self.masks = random.Random(seed), masks
         self.now, self.stopped = 0.0, False
-        self.session = HistorySession(SLOTS)
-        self.session.before_run = self.before_run
-        self.session.before_move = self.before_move
-        self.session.before_clear = lambda _row: self.fail_if_armed("clear", [])
+        self.session = kind(SLOTS)
+        hooked = self.session.hooked
+        hooked.before_run, hooked.before_move = self.before_run, self.before_move
+        hooked.before_clear = lambda _row: self.fail_if_armed("clear", [])
         self.scheduler = Scheduler(
             self.session,
             step_tokens=self.random.choice((8, 16, 64)),
@@ -303,14 +304,14 @@ class Interleaving:
         assert self.session.free_slots() == list(range(SLOTS))
 
 
-def interleave(monkeypatch, seeds, count):
+def interleave(monkeypatch, seeds, count, kind=HistorySession):
     """Each seed in turn; what happened to all requests, by outcome and by figure."""
     total = collections.Counter()
     draft_always(monkeypatch, 4)
     for seed in seeds:
         masks = ByHand()
         monkeypatch.setattr("glm4_runtime.scheduler.batch.ThreadPoolExecutor", lambda *_, masks=masks: masks)
-        one = Interleaving(seed, masks)
+        one = Interleaving(seed, masks, kind)
         clock = types.SimpleNamespace(monotonic=lambda one=one: one.now, perf_counter=time.perf_counter)
         for name in ("batch", "scheduler", "job"):
             monkeypatch.setattr(f"glm4_runtime.scheduler.{name}.time", clock)
@@ -340,6 +341,27 @@ def test_whatever_happens_each_slot_has_one_owner_and_each_request_its_own_answe
     assert not few, "too few of these for the test to mean something"
 
 
+class AnyGroups:
+    """One or two groups, by chance: every change of their number must be safe."""
+
+    def __init__(self, _most):
+        self.random = random.Random(1)
+
+    def groups(self, requests):
+        return self.random.choice((1, 2, 2, 2)) if requests > 1 else 1
+
+    def measured(self, *_measurement):
+        """Ignored."""
+
+
+def test_whatever_happens_in_stages_that_overlap(monkeypatch):
+    monkeypatch.setattr("glm4_runtime.scheduler.flights.Grouping", AnyGroups)
+    total = interleave(monkeypatch, range(60), 300, HistoryStages)
+    few = {name: total[name] for name in (*OUTCOMES, "cached", "preempted", "recomputed") if total[name] < 30}
+    assert not few, "too few of these for the test to mean something"
+
+
 @pytest.mark.more
-def test_whatever_happens_at_length(monkeypatch):
-    interleave(monkeypatch, range(1000, 4000), 300)
+@pytest.mark.parametrize("kind", [HistorySession, HistoryStages])
+def test_whatever_happens_at_length(monkeypatch, kind):
+    interleave(monkeypatch, range(1000, 4000), 300, kind)

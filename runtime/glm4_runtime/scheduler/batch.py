@@ -16,6 +16,7 @@ from glm4_runtime.scheduler.api import Event, Failed, Generated, Started
 from glm4_runtime.scheduler.drafts import WIDTHS, Speculation, look_up
 from glm4_runtime.scheduler.failures import model_error, overdue, unread
 from glm4_runtime.scheduler.figures import Figures
+from glm4_runtime.scheduler.flights import Flights
 from glm4_runtime.scheduler.job import Job, Pending
 from glm4_runtime.scheduler.policy import BatchRules, prefill_budget, shares
 from glm4_runtime.scheduler.prefix_cache import Ids
@@ -53,6 +54,7 @@ class Batch:
         self._slots = Slots(session, rules.prefix_cache)
         self._stored = None if store is None else StoredPrefixes(store, self._slots, figures, wake)
         self._speculation = Speculation()
+        self._flights = Flights(self._slots, session.pipeline_depth) if session.pipeline_depth > 1 else None
         self._masks: Executor | None = None
         self._live: list[Job] = []
 
@@ -81,7 +83,7 @@ class Batch:
     def waits(self) -> bool:
         """Whether all jobs wait: for a mask, for a client to read, or for a slot."""
         returning = any(job.returns for job in self._live)
-        return all(job.waits for job in self._live) and not (returning and self.places)
+        return not self._flights and all(job.waits for job in self._live) and not (returning and self.places)
 
     def make_room(self, wanted: int) -> None:
         """Give slots of clients that do not read to parked jobs that return, and to ``wanted`` new jobs.
@@ -147,6 +149,9 @@ class Batch:
 
     def _decode_or_verify(self, decoding: Sequence[Job]) -> None:
         """Generate one token per job. If a single job runs and its text repeats, verify a draft of several tokens."""
+        if self._flights is not None and (self._flights or len(decoding) > 1):
+            self._decode_in_turn(self._flights, decoding)
+            return
         single = (
             self._rules.speculation
             and len(decoding) == self.running == 1
@@ -170,6 +175,29 @@ class Batch:
             right = int(job.last == draft.ids[0])
             self._speculation.compared(draft.matched, right, 1 - right)
 
+    def _decode_in_turn(self, flights: Flights, decoding: Sequence[Job]) -> None:
+        """Begin the next step of each group that waits, and end the step that began first."""
+        for jobs in flights.parts(decoding):
+            try:
+                with self._in_model():
+                    flights.begin(jobs)
+            except BaseException as error:  # a panic in an extension is no Exception
+                self._decode_apart(jobs, error)
+        if not flights:
+            return
+        step = flights.next()
+        by_lease = {job.lease: job for job in self._live if job.lease is not None}
+        try:
+            with self._in_model():
+                leases, logits = step.result()
+        except BaseException as error:
+            left = [by_lease[lease] for lease in step.by_slot.values() if lease in by_lease]
+            self._decode_apart(left, error)
+            return
+        flights.landed(len(leases))
+        there = [number for number, lease in enumerate(leases) if lease in by_lease]
+        self._take_all([by_lease[leases[number]] for number in there], logits[there])
+
     def _decode(self, decoding: Sequence[Job]) -> None:
         by_lease = {job.lease: job for job in decoding if job.lease is not None}
         if not by_lease:
@@ -187,6 +215,8 @@ class Batch:
         if len(decoding) > 1:
             for job in decoding:
                 self._decode([job])
+            return
+        if not decoding:
             return
         (job,) = decoding
         if job.pending is not None:  # the mask may end the job, and then this step is not needed
@@ -265,8 +295,12 @@ class Batch:
     def _feed(self, job: Job, count: int) -> None:
         assert job.lease is not None
         cached = job.lease.cached
+        if self._flights is not None:
+            self._flights.disturbed()
         with self._in_model():
             row = self._run_prompt(job, job.lease, count)
+        if row is None:
+            return
         if self._stored is not None and math.isfinite(row.sum()):  # otherwise keys or values may be NaN
             self._stored.save([job], -(-count // TOKENS))
         if job.rest:
@@ -284,13 +318,16 @@ class Batch:
         else:
             self._end(job, "length", started)
 
-    def _run_prompt(self, job: Job, lease: Lease, count: int) -> Logits:
+    def _run_prompt(self, job: Job, lease: Lease, count: int) -> Logits | None:
         """Prefill the next ``count`` tokens, and score those of a prompt if the request asks for log-probabilities.
 
         Returns:
-            Logits of the last position, float32 [vocab].
+            Logits of the last position, float32 [vocab]. None if nobody needs them.
         """
         scores = job.to_score
+        if scores is None and count < job.rest and self._stored is None:
+            self._slots.feed(lease, count, "none")
+            return None
         if scores is None:
             only: Logits = self._slots.feed(lease, count)[0]
             return only

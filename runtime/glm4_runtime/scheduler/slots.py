@@ -12,6 +12,7 @@ from glm4_runtime.errors import SlotError
 from glm4_runtime.generate import Logits
 from glm4_runtime.scheduler.prefix_cache import WORTH_SHARING, Ids, Placement, place, should_wait
 from glm4_runtime.session import Session
+from glm4_runtime.session.base import Decoding
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,27 @@ class Kept:
     used: int
     adapter: str | None = None
     group: str = ""
+
+
+@dataclass(frozen=True)
+class LeasedStep:
+    """A decode step that may still run."""
+
+    by_slot: dict[int, Lease]
+    step: Decoding
+
+    def __len__(self) -> int:
+        return len(self.by_slot)
+
+    def result(self) -> tuple[list[Lease], Logits]:
+        """See :meth:`Slots.decode`; called once."""
+        try:
+            slots, logits = self.step.result()
+        except BaseException:
+            for lease in self.by_slot.values():
+                lease.fed -= 1
+            raise
+        return [self.by_slot[slot] for slot in slots], logits
 
 
 class Slots:
@@ -100,9 +122,9 @@ class Slots:
         there = (*self._kept(adapter, group).values(), *self._live(adapter, group).values())
         return self._shares and should_wait(prompt, there, coming)
 
-    def feed(self, lease: Lease, count: int, logits: Literal["last", "all"] = "last") -> Logits:
-        """Run the next ``count`` tokens of a sequence; returns the logits of the last or of all, float32 [1 or count,
-        vocab]."""
+    def feed(self, lease: Lease, count: int, logits: Literal["none", "last", "all"] = "last") -> Logits:
+        """Run the next ``count`` tokens of a sequence; returns the logits of none, the last or all, float32 [0, 1 or
+        count, vocab]."""
         self._require(lease)
         stop = lease.fed + count
         rows = self._session.prefill(lease.slot, lease.ids[lease.fed : stop], logits)
@@ -128,15 +150,19 @@ class Slots:
             The leases, and in the same order the logits of their next tokens: float32 [leases, vocab], which the next
             run may overwrite.
         """
+        return self.begin_decode(leases).result()
+
+    def begin_decode(self, leases: Sequence[Lease]) -> "LeasedStep":
+        """Like :meth:`decode`, but may return before the step has ended. ``fed`` counts the tokens at once."""
         for lease in leases:
             self._require(lease)
         by_slot = {lease.slot: lease for lease in leases}
-        slots, logits = self._session.decode_block(
+        step = self._session.begin_decode(
             {slot: int(lease.ids[lease.fed]) for slot, lease in by_slot.items()}
         )
         for lease in leases:
             lease.fed += 1
-        return [by_slot[slot] for slot in slots], logits
+        return LeasedStep(by_slot, step)
 
     def try_draft(self, lease: Lease, draft: Ids) -> Logits:
         """Run a sequence's next token and the draft after it; returns logits float32 [1 + len(draft), vocab].
@@ -160,7 +186,11 @@ class Slots:
         if not keep:
             self._empty(lease.slot)
         elif self._shares and lease.fed >= WORTH_SHARING:
-            self._session.truncate(lease.slot, lease.fed)
+            try:
+                self._session.truncate(lease.slot, lease.fed)
+            except BaseException:  # a run that nobody has waited for had failed
+                self._empty(lease.slot)
+                raise
             self._owners[lease.slot] = Kept(lease.held.copy(), next(self._uses), lease.adapter, lease.group)
         else:
             self._session.release(lease.slot)

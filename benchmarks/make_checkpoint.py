@@ -23,6 +23,7 @@ from glm4_exporters.architecture import expected_tensors
 from glm4_exporters.config import Glm4Config
 
 EOS = [151329, 151336, 151338]
+VOCABULARY = 151552
 BLOCK = 1 << 24  # random numbers, drawn once and used again from ever other places
 GB = 10**9
 
@@ -46,13 +47,14 @@ SIZES = {
 }
 
 
-def config_of(size: Size, layers: int | None) -> dict[str, object]:
+def config_of(size: Size, layers: int | None, vocabulary: int) -> dict[str, object]:
     """The ``config.json`` of a released model, with another number of layers where one is given."""
+    eos = [vocabulary - VOCABULARY + number for number in EOS]
     return {
         "architectures": ["Glm4ForCausalLM"],
         "attention_bias": size.bias,
         "attention_dropout": 0.0,
-        "eos_token_id": EOS,
+        "eos_token_id": eos,
         "head_dim": 128,
         "hidden_act": "silu",
         "hidden_size": size.hidden,
@@ -63,14 +65,14 @@ def config_of(size: Size, layers: int | None) -> dict[str, object]:
         "num_attention_heads": size.heads,
         "num_hidden_layers": size.layers if layers is None else layers,
         "num_key_value_heads": size.kv_heads,
-        "pad_token_id": EOS[0],
+        "pad_token_id": eos[0],
         "partial_rotary_factor": 0.5,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
         "use_cache": True,
-        "vocab_size": 151552,
+        "vocab_size": vocabulary,
     }
 
 
@@ -156,6 +158,13 @@ def write_json(path: Path, value: object) -> None:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Checkpoint, such as demo/glm4-tiny, whose tokenizer and vocabulary are taken.",
 )
+@click.option(
+    "--vocabulary",
+    type=click.IntRange(1024),
+    default=VOCABULARY,
+    show_default=True,
+    help="Tokens. Fewer let few layers have the head's share of many.",
+)
 @click.option("--sparse", is_flag=True, help="Zeros that take no room on the disk.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
@@ -170,6 +179,7 @@ def main(
     size: str,
     layers: int | None,
     tokenizer: Path | None,
+    vocabulary: int,
     sparse: bool,
     seed: int,
     shard_size: float,
@@ -178,10 +188,9 @@ def main(
     if folder.exists() and any(folder.iterdir()):
         raise click.ClickException(f"{folder} is not empty; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    config = config_of(SIZES[size], layers)
-    write_json(
-        folder / "generation_config.json", {"eos_token_id": EOS, "pad_token_id": EOS[0], "do_sample": True}
-    )
+    config = config_of(SIZES[size], layers, vocabulary)
+    ends = {name: config[name] for name in ("eos_token_id", "pad_token_id")}
+    write_json(folder / "generation_config.json", ends | {"do_sample": True})
     if tokenizer is not None:
         config |= copy_tokenizer(tokenizer, folder)
     shapes = expected_tensors(Glm4Config.from_dict(config), "causal-lm")

@@ -1,5 +1,6 @@
 """``export --stages``: a model in several graphs, each with its own weights and KV cache."""
 
+import io
 import json
 import shutil
 
@@ -385,6 +386,21 @@ def test_commands_on_the_demo(run, demo_staged, demo_cpu):
     assert code == 0
     manifest = read_manifest(demo_staged)
     assert json.loads(out)["weight_bytes"] == sum(manifest.files[s.weights].bytes for s in manifest.stages)
+
+
+@needs_cpu_operators
+def test_chat_answers_as_with_the_unstaged_bundle(run, demo_staged, demo_cpu, monkeypatch, tmp_path):
+    """Also with a prefix cache, from which the second conversation starts."""
+    said = []
+    for folder, cache in ((demo_cpu, ()), (demo_staged, ()), *[(demo_staged, ("--cache", tmp_path))] * 2):
+        monkeypatch.setattr(
+            "sys.stdin", io.TextIOWrapper(io.BytesIO(b"What is the capital of France?\nWhy?\n"))
+        )
+        code, out, _ = run("chat", folder, "--max-tokens", 24, "--seed", 3, *cache)
+        assert code == 0
+        said.append(out)
+    assert said[0].strip()
+    assert said == said[:1] * 4
 
 
 @needs_cpu_operators

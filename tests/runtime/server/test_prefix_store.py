@@ -4,6 +4,7 @@ import re
 
 import httpx
 import pytest
+from remote_stages import remote
 
 from glm4_runtime.errors import RequestError
 from glm4_runtime.server import ServerOptions
@@ -48,6 +49,18 @@ def test_a_second_server_starts_warm_for_the_same_key_only(serve):
         again, cached = ask(server, "anna")
         assert again == text
         assert disk_tokens(server) == cached >= 256
+
+
+@pytest.mark.parametrize("change", [lambda session: session, remote], ids=["here", "remote"])
+def test_stages_start_warm_too(demo_staged, demo_cpu, tmp_path, change):
+    """From what the bundle without stages answers, and from their own first run."""
+    with serving(Session.open(demo_cpu), ServerOptions(port=0, served_name="glm4-tiny")) as server:
+        wanted, _ = ask(server, "anna")
+    options = ServerOptions(port=0, cache=tmp_path / "cache", served_name="glm4-tiny")
+    for fewest in (0, 256):
+        with serving(change(Session.open(demo_staged)), options) as server:
+            text, cached = ask(server, "anna")
+        assert (text, cached >= fewest) == (wanted, True)
 
 
 def test_prefixes_in_memory_are_separate_too(serve):

@@ -1,6 +1,7 @@
 """The nodes of a session's stages: a placement group of Ray."""
 
 import contextlib
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from glm4_runtime.errors import UnavailableError
 # What a stage asks Ray for, so that Ray places the stage on a node that offers processors: nearly nothing, because
 # stages share cores as replicas do.
 _SHARE = 0.001
+# How the names of our groups begin; Ray wants each name once.
 _NAME = "glm4-stages"
 # Seconds to find nodes for all stages.
 _PLACING = 60.0
@@ -39,7 +41,9 @@ class Places:
         ]
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         strategy = "STRICT_SPREAD" if len(nodes) >= count else "SPREAD"
-        self._group: Any = ray.util.placement_group(wanted, strategy=strategy, name=_NAME)
+        self._group: Any = ray.util.placement_group(
+            wanted, strategy=strategy, name=f"{_NAME}-{secrets.token_hex(8)}"
+        )
         self._is_own = True
         if not self._group.wait(_PLACING):
             self.close()
@@ -53,7 +57,7 @@ class Places:
         """The places that were reserved for this actor and its stages. None: it is no such actor."""
         ray = require_ray()
         group = ray.util.get_current_placement_group()
-        if group is None or ray.util.placement_group_table(group)["name"] != _NAME:
+        if group is None or not ray.util.placement_group_table(group)["name"].startswith(_NAME):
             return None
         found = cls.__new__(cls)
         found._group, found._is_own = group, False

@@ -70,8 +70,18 @@ class StageActor:
     """Runs in a process of Ray's. Its calls run one after another, in the order in which the session made them."""
 
     def __init__(self, options: StageOptions) -> None:
-        """Raises :class:`BundleError` if the files of the stage are not those of the session's manifest."""
-        folder = Path(options.bundle)
+        self._options = options
+
+    def open(self) -> tuple[StageFacts, int]:
+        """Open the stage; called once. Not in the constructor, whose errors Ray passes on as text only.
+
+        Returns:
+            What must be equal for all stages, and the process id.
+
+        Raises:
+            BundleError: the files of the stage are not those of the session's manifest.
+        """
+        options, folder = self._options, Path(self._options.bundle)
         manifest = read_manifest(folder)
         if manifest_digest(folder) != options.manifest:
             raise BundleError(
@@ -82,12 +92,8 @@ class StageActor:
         check_stage(folder, manifest, stage, hashes=options.verify)
         threads = options.threads or max(1, cores() // options.together)
         graphs = StageGraphs(folder, manifest, options.provider, threads)
-        self._facts = StageFacts(code_digest(), graphs.provider, graphs.kernels)
         self._stage = graphs.open(stage, options.rows)
-
-    def describe(self) -> tuple[StageFacts, int]:
-        """What must be equal for all stages, and the process id."""
-        return self._facts, os.getpid()
+        return StageFacts(code_digest(), graphs.provider, graphs.kernels), os.getpid()
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of :class:`OrtStage`."""
@@ -115,8 +121,9 @@ class RayStage(Stage):
         self.layers, self._number = layers, options.number + 1
         kind = require_ray().remote(num_cpus=0, max_restarts=0, scheduling_strategy=scheduling)(StageActor)
         self._actor = kind.remote(options)
+        self._opening = self._actor.open.remote()
 
-    def describe(self) -> tuple[StageFacts, int]:
+    def opened(self) -> tuple[StageFacts, int]:
         """Wait until the stage is open.
 
         Returns:
@@ -126,7 +133,7 @@ class RayStage(Stage):
             Glm4Error: the stage cannot be opened there, or the actor died.
         """
         try:
-            found: tuple[StageFacts, int] = self.result_of(self._actor.describe.remote())
+            found: tuple[StageFacts, int] = self.result_of(self._opening)
         except Glm4Error:
             raise
         except Exception as error:

@@ -47,7 +47,7 @@ def open_stages(
             )
             stages.append(RayStage(options, stage.layers, places.of(number)))
             held.callback(stages[-1].close)
-        facts, pids = zip(*(stage.describe() for stage in stages), strict=True)
+        facts, pids = zip(*(stage.opened() for stage in stages), strict=True)
         _require_equal(facts)
         session = RayStagedSession(
             folder, manifest, max_seq_len, max_batch_size, stages, facts[0].provider, facts[0].kernels

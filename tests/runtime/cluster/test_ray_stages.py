@@ -35,6 +35,9 @@ pytestmark = [
 def cluster(monkeymodule):
     """Two nodes, of which each has the files of one stage."""
     monkeymodule.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeymodule.setenv(
+        "RAY_ENABLE_AUTO_CONNECT", "0"
+    )  # read when Ray is imported; else a late call starts a cluster
     monkeymodule.setenv("RAY_AUTH_MODE", "token")
     monkeymodule.setenv("RAY_AUTH_TOKEN", os.urandom(32).hex())
     from ray.cluster_utils import Cluster
@@ -120,10 +123,9 @@ def test_a_replica_whose_stage_dies_loses_no_request(cluster, demo_staged, demo_
         64,
         {"threads": 1, "stages_on": "ray"},
     )
-    fleet = Fleet(64)
-    replicas = [joined(fleet, RayReplica(name, options, 30.0, 0, 2)) for name in "ab"]
-    listeners = [Listener() for _ in asked]
+    fleet, listeners = Fleet(64), [Listener() for _ in asked]
     try:
+        replicas = [joined(fleet, RayReplica(name, options, 30.0, 0, 2)) for name in "ab"]
         for each, listener in zip(asked, listeners, strict=True):
             fleet.submit(each, listener)
         wait_until(lambda: all(len(listener.tokens) > 3 for listener in listeners))

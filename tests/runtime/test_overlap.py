@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 from cpu_operators import needs_cpu_operators
+from history_session import HistorySession
 from history_stages import HistoryStages
 from remote_stages import remote
 from scheduling import Listener
@@ -92,9 +93,10 @@ def test_a_prefill_that_fails_changes_nothing(session, token, logits):
     assert session.history(0) == [20, 21, 22]
 
 
-def test_the_cache_fits_chunks_that_are_ahead(session):
-    """A cache that another slot lets grow or shrink keeps what has begun and not ended."""
-    session = HistoryStages(slots=2, max_seq_len=1024, prefill_chunk=100)
+@pytest.mark.parametrize("kind", [HistoryStages, HistorySession])
+def test_the_cache_fits_all_chunks_whatever_comes_between(kind):
+    """A step of another slot must not shrink the cache that the chunks to come need."""
+    session = kind(slots=2, max_seq_len=1024, prefill_chunk=100)
     session.prefill(1, [5])
     blocks = session.score(list(np.arange(900) % 40), 100)
     next(blocks)
@@ -102,6 +104,16 @@ def test_the_cache_fits_chunks_that_are_ahead(session):
     for _ in blocks:
         session.decode({1: 7})
     assert session.history(1) == [5, 6, *[7] * 8]
+
+
+@pytest.mark.parametrize("kind", [HistoryStages, HistorySession])
+def test_a_prompt_gets_its_cache_once(kind):
+    """A cache that grows chunk by chunk would stop the stages for each copy."""
+    session, resized = kind(slots=2, max_seq_len=1024, prefill_chunk=100), []
+    resize = session._resize_cache
+    session._resize_cache = lambda capacity: (resized.append(capacity), resize(capacity))
+    session.prefill(0, np.arange(900) % 40)
+    assert resized == [1024]
 
 
 def test_logits_has_a_count_or_a_name(session):

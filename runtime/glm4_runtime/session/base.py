@@ -480,7 +480,7 @@ class Session(SlotPositions, abc.ABC):
         """Run the chunks of a slot in order; yields the logits of each, [1, positions, vocab]."""
         for one in chunks:
             # between chunks, other calls may shrink the cache
-            self._fit_cache(max(self._slots.longest(), one.end))
+            self._fit_cache(max(self._slots.longest(), chunks[-1].end))
             result = self._run_decoder(self._slots.row(slot), one.ids[None], [one.past], one.indices)
             self._slots.set_length(slot, one.end)
             yield result

@@ -49,7 +49,7 @@ class ExportOptions:
     text: str | None = None  # a file of text or token ids to compare on, which the bundle keeps
     recipe: str | None = None  # a file of formats by tensor
     adapters: tuple[tuple[str, float], ...] = ()  # folders of LoRA adapters, and a factor for each
-    kv_cache: str = "auto"  # one of KV_CACHES; auto: as the activations
+    kv_cache: str = "auto"  # one of KV_CACHES; auto: the target's choice
     lora_slots: int = 0  # number of LoRA adapters that a session can load at run time
     lora_rank: int = DEFAULT_RANK  # maximum rank of such an adapter
     stages: tuple[int, ...] = ()  # the count of stages, or the count of layers of each

@@ -23,7 +23,9 @@ def choose_cache(
     if asked not in KV_CACHES:
         raise ExportError(f"unknown KV cache {asked!r}; it is one of {', '.join(KV_CACHES)}")
     if asked == "auto":
-        return activations if task == "causal-lm" else None
+        if task != "causal-lm":
+            return None
+        return activations if target.default_cache is None else target.caches[target.default_cache].stored
     own, other = ACTIVATIONS.get(asked) == activations, target.caches.get(asked)
     multiple = other.head_multiple if other is not None else 1
     reasons = {

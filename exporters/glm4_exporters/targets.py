@@ -91,6 +91,7 @@ class Target:
         own: this target's overrides of PRECISIONS.
         says: additional entries of the manifest's ``tensor_precisions``.
         caches: the KV caches of other types than the activations' that attention takes, by the option's name.
+        default_cache: the cache of ``auto``, a key of ``caches``; None: the activations' type.
         input_major: whether integer matrices are stored [in, out], as the products read them.
         own_operators: whether the graph has operators of ``glm4_plugins``, which ONNX Runtime must load.
     """
@@ -108,6 +109,7 @@ class Target:
     own: Mapping[str, Precision] = field(default_factory=dict)
     says: Mapping[str, str] = field(default_factory=dict)
     caches: Mapping[str, OtherCache] = field(default_factory=dict)
+    default_cache: str | None = None
     input_major: bool = False
     own_operators: bool = False
 
@@ -205,6 +207,8 @@ _ROWS = (
             "bf16": OtherCache("bfloat16"),
             "int8": OtherCache("int8-rows"),
         },
+        # Within the gate of each precision, the fastest and the smallest (docs/performance.md).
+        default_cache="int8",
         own_operators=True,
     ),
     _NATIVE,

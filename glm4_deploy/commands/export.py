@@ -15,7 +15,7 @@ from glm4_exporters.engine.kinds import ATTENTIONS
 from glm4_exporters.engine.options import ENGINE_LAYOUTS, EngineOptions
 from glm4_exporters.targets import ACTIVATIONS, PRECISIONS, TARGETS
 from glm4_runtime.bundle import Manifest
-from glm4_runtime.bundle.element_types import CALIBRATED_CACHES, QUANTIZED_CACHES
+from glm4_runtime.bundle.element_types import CACHE_TYPES, CALIBRATED_CACHES, QUANTIZED_CACHES
 
 if TYPE_CHECKING:
     from glm4_deploy.parity import Parity
@@ -63,7 +63,7 @@ def _stage_counts(_context: click.Context, _parameter: click.Parameter, value: s
     type=click.Choice(KV_CACHES),
     default="auto",
     show_default=True,
-    help="Type of the KV cache. auto: as the activations. fp32, fp16, bf16: for target cpu; other targets have the activations' type. "
+    help="Type of the KV cache. auto: int8 on target cpu, else as the activations. fp32, fp16, bf16: for target cpu; other targets have the activations' type. "
     "int8: 8 bits; on target cpu with a scale in each row, on ort and tensorrt with a scale per head and channel from the calibration. "
     "fp8: 8-bit floats with such scales, for target tensorrt on GPUs from 8.9 on.",
 )
@@ -304,6 +304,8 @@ def _rows(result: pipeline.ExportResult) -> list[tuple[str, str]]:
         rows.append(
             ("KV cache", f"{QUANTIZED_CACHES[manifest.kv_cache]}, calibrated on {tokens} tokens: {text}")
         )
+    elif manifest.kv_cache not in (None, manifest.activations):
+        rows.append(("KV cache", CACHE_TYPES[str(manifest.kv_cache)].short))
     if result.engine is not None:
         rows.append(("engine build", f"{show.readable_size(result.engine.built.peak_rss_bytes)} at its peak"))
         rows += [("warning", warning) for warning in result.engine.built.warnings]

@@ -115,7 +115,7 @@ def test_weights_are_read_where_they_lie(bundle):
 def test_a_head_in_parts_is_the_head(tmp_path, monkeypatch):
     """Of panels, the last of them short."""
     config = tiny_config(vocab_size=515)
-    options = ExportOptions(target="cpu", parity=False)
+    options = ExportOptions(target="cpu", kv_cache="fp32", parity=False)
     bundle = export(write_checkpoint(tmp_path / "checkpoint", config), tmp_path / "bundle", options).bundle
     ids = [5, 17, 300, 42]
     with Session.open(bundle) as session:

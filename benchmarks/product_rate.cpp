@@ -105,7 +105,7 @@ double rate(const Kernels& kernels, const Matrix& matrix, const Inputs& x, int r
 }  // namespace
 
 int main(int count, char** names) {
-  const Kernels* kernels = choose_kernels(count > 1 ? names[1] : nullptr);
+  const Kernels* kernels = find_kernels(count > 1 ? names[1] : nullptr);
   if (kernels == nullptr) return std::puts("this processor does not run these kernels"), 1;
   std::printf("Billions of products per second, %s, one thread.\n\n", kernels->name);
 #if defined(__x86_64__)

@@ -153,9 +153,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _weight_bytes(manifest: Manifest) -> int:
-    engine = manifest.engine
-    names = {profile.file for profile in engine.profiles} if engine else set(manifest.weight_files)
-    return sum(manifest.files[name].bytes for name in names)
+    return sum(manifest.files[name].bytes for name in manifest.engine_files or manifest.weight_files)
 
 
 def _check(manifest: Manifest, prompt: int, batch: int, decoded: int) -> None:

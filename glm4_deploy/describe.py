@@ -38,7 +38,7 @@ def describe(
         opsets=dict(model.opset_imports),
         inputs=io.inputs,
         outputs=io.outputs,
-        providers=(CPU_PROVIDER,) if plan.stages else providers,
+        providers=tuple(name for name in providers if name == CPU_PROVIDER) if plan.stages else providers,
         tensor_precisions=dict(form.groups),
         scaled_bits=dict(prepared.norm_bits),
         tools=tool_versions(),

@@ -71,7 +71,7 @@ def export(
             model = _trace(plan, prepared)
         with destination.staged() as folder:
             with clock("weights"):
-                written = _write_model(plan, source, model, prepared, folder, progress)
+                written, parts = _write_model(plan, source, model, prepared, folder, progress)
             _write_adapter_graph(plan, prepared, model, folder)
             _copy_side_files(source, plan, folder)
             manifest = describe(plan, prepared, model, folder, written)
@@ -83,7 +83,7 @@ def export(
                     parity, gate = _prove(folder, manifest, plan, source, progress)
             if plan.engine is not None:
                 with clock("engine"):
-                    engine = _build_engine(plan, prepared, model, folder, manifest, progress)
+                    engine = _build_engines(plan, prepared, parts, folder, manifest, progress)
                 manifest = engine.manifest
             result = ExportResult(
                 bundle,
@@ -233,26 +233,31 @@ def _trace(
 
 def _write_model(
     plan: Plan, source: Checkpoint, model: "ir.Model", prepared: "Prepared", folder: Path, progress: Progress
-) -> "WrittenWeights":
-    """Write the graph and its weights, or those of each stage."""
+) -> "tuple[WrittenWeights, list[ir.Model]]":
+    """Write the graph and its weights, or those of each stage. Returns the graphs, too, which then have weights."""
     from glm4_exporters.weights import attach, layout, write_files
 
-    parts = _stage_graphs(plan, model) if plan.stages else {(GRAPH, WEIGHTS): model}
+    names = [(stage.graph, stage.weights) for stage in plan.stages] or [(GRAPH, WEIGHTS)]
+    parts = dict(zip(names, _parts_of(plan, model, plan.graph_cache), strict=True))
     layouts = {weights: layout(part) for (_, weights), part in parts.items()}
     paths = {folder / weights: tensors for weights, tensors in layouts.items()}
     written = write_files(source, paths, prepared.edits, progress)
     for (graph, weights), part in parts.items():
         attach(part, layouts[weights], weights)
         _save(part, folder / graph)
-    return written
+    return written, list(parts.values())
 
 
-def _stage_graphs(plan: Plan, model: "ir.Model") -> "dict[tuple[str, str], ir.Model]":
-    """The graph of each stage, by the names of its files."""
+def _parts_of(plan: Plan, model: "ir.Model", cache: str | None) -> "list[ir.Model]":
+    """The graph of each stage; without stages, the graph.
+
+    Args:
+        cache: element type of the graph's KV cache.
+    """
     from glm4_exporters.stage_cut import cut
 
-    info, types = model_info(plan.config, plan.task), (str(plan.graph_cache), plan.form.activations)
-    return {(stage.graph, stage.weights): cut(model, stage_io(info, *types, stage)) for stage in plan.stages}
+    info, types = model_info(plan.config, plan.task), (str(cache), plan.form.activations)
+    return [cut(model, stage_io(info, *types, stage)) for stage in plan.stages] or [model]
 
 
 def _save(model: "ir.Model", path: Path) -> None:
@@ -299,27 +304,38 @@ def _prove(
     return parity, verdict
 
 
-def _build_engine(
+def _build_engines(
     plan: Plan,
     prepared: "Prepared",
-    model: "ir.Model",
+    parts: "list[ir.Model]",
     folder: Path,
     manifest: Manifest,
     progress: Progress,
 ) -> "EngineBundle":
-    """Build the engine from the proved graph, or with our plugin from separate graphs with the same weights."""
-    from glm4_deploy.engine_bundle import make_engine
+    """Build the engines from the proved graphs, or with our plugin from separate graphs with the same weights."""
+    from glm4_deploy.engine_bundle import make_engines
+
+    assert plan.engine is not None
+    models = [{"shared": part} for part in parts]
+    if plan.engine.by_plugin:
+        models = _plugin_graphs(plan, prepared, parts)
+    result = make_engines(folder, manifest, models, plan.engine, progress)
+    write_manifest(folder, result.manifest)
+    return result
+
+
+def _plugin_graphs(plan: Plan, prepared: "Prepared", parts: "list[ir.Model]") -> "list[dict[str, ir.Model]]":
+    """The graphs with our plugin: for each of ``parts``, by name."""
     from glm4_exporters.weights import share_weights
 
     assert plan.engine is not None
-    models = {"shared": model}
-    if plan.engine.by_plugin:
-        models = {name: _trace(plan, prepared, name) for name in plan.engine.graphs}
-        for other in models.values():
-            share_weights(model, other)
-    result = make_engine(folder, manifest, models, plan.engine, progress)
-    write_manifest(folder, result.manifest)
-    return result
+    found: list[dict[str, ir.Model]] = [{} for _ in parts]
+    for name in plan.engine.graphs:
+        whole = _trace(plan, prepared, name)
+        for models, part, own in zip(found, parts, _parts_of(plan, whole, plan.engine.kv_cache), strict=True):
+            share_weights(part, own)
+            models[name] = own
+    return found
 
 
 __all__ = ["ExportOptions", "ExportResult", "cache_key", "export"]

@@ -23,7 +23,7 @@ from glm4_exporters.quantize.recipe import read_recipe
 from glm4_exporters.sources.fitting import keep_form
 from glm4_exporters.sources.inputs import brought_scales
 from glm4_exporters.stages import stage_list
-from glm4_exporters.targets import RECIPE_FORMATS, TARGETS
+from glm4_exporters.targets import RECIPE_FORMATS
 from glm4_runtime.adapters.base_model import released_name
 from glm4_runtime.bundle import AdapterInfo, AdapterSlots, Limits, StageInfo
 from glm4_runtime.bundle.manifest_checks import MOST_ADAPTERS, MOST_RANK
@@ -154,11 +154,8 @@ def make_plan(source: Checkpoint, options: ExportOptions) -> Plan:
     kept = options.precision is None and source.source is not None and not source.adapters
     form = _with_cache(source, options, _kept_form(source, options) if kept else _form(source, options))
     options = replace(options, precision=form.precision, stages=tuple(stage.layers for stage in stages))
-    if stages and CPU_PROVIDER not in cache_providers(form.kv_cache, form.target, form.activations):
-        raise ExportError(
-            "a bundle with --stages runs on ONNX Runtime's CPU provider alone, which has no bfloat16 kernels; take "
-            "fp32 or fp16 for --precision and --activations"
-        )
+    if stages and form.target.engine is None:
+        _require_cpu_kernels(form)
     if options.calibration is not None and not form.uses_text:
         stored = "kept numbers" if form.kept else form.precision
         raise ExportError(
@@ -177,14 +174,12 @@ def _stages(source: Checkpoint, options: ExportOptions) -> tuple[StageInfo, ...]
     """The stages of the bundle.
 
     Raises:
-        ExportError: the target, the task or another option does not allow them, or their layers do not fit the model.
+        ExportError: the task or another option does not allow them, or their layers do not fit the model.
     """
     if not options.stages:
         return ()
     reason = None
-    if TARGETS[options.target].engine is not None:
-        reason = f"target {options.target} has none yet; take --target cpu, ort or native"
-    elif source.task != "causal-lm":
+    if source.task != "causal-lm":
         reason = f"the task is {source.task}; take --task causal-lm"
     elif options.lora_slots:
         reason = (
@@ -193,6 +188,14 @@ def _stages(source: Checkpoint, options: ExportOptions) -> tuple[StageInfo, ...]
     if reason is not None:
         raise ExportError(f"a bundle with --stages cannot be made: {reason}")
     return stage_list(source.config, source.task, options.stages)
+
+
+def _require_cpu_kernels(form: Form) -> None:
+    if CPU_PROVIDER not in cache_providers(form.kv_cache, form.target, form.activations):
+        raise ExportError(
+            f"a bundle with --stages for target {form.target.name} runs on ONNX Runtime's CPU provider alone, which has "
+            "no bfloat16 kernels; take fp32 or fp16 for --precision and --activations"
+        )
 
 
 def _form(source: Checkpoint, options: ExportOptions) -> Form:

@@ -70,5 +70,5 @@ def write_report(folder: Path, options: ExportOptions, result: ExportResult) -> 
     if result.engine is not None:
         from glm4_deploy.engine_bundle import engine_report
 
-        report["engine"] = engine_report(result.engine.built)
+        report["engine"] = engine_report(result.engine)
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")

@@ -7,6 +7,7 @@ from pathlib import Path
 from glm4_deploy.plan import Plan
 from glm4_exporters.architecture import EMBEDDING, expected_tensors
 from glm4_exporters.engine.profiles import engine_profiles
+from glm4_exporters.stages import stage_shapes
 from glm4_runtime.bundle.safetensors_file import PAGE
 from glm4_runtime.errors import ExportError
 
@@ -46,12 +47,25 @@ def _written(plan: Plan, place: Path) -> list[tuple[Path, int]]:
     if build is None:
         return [(place.parent, weights)]
     files = {p.file for p in engine_profiles(plan.task, plan.limits, build.layout, build.attention)}
-    for_parser = plan.form.parser_bytes(expected_tensors(plan.config, plan.task))
-    written = [(place.parent, round(weights * (1 + ENGINE_SHARE * len(files))) + for_parser)]
+    written = [(place.parent, weights + _engines(plan, weights, len(files), build.keep_onnx))]
     if build.timing_cache is not None:
         path = Path(build.timing_cache).absolute()
         written.append((path.parent, _timing_cache(path)))
     return written
+
+
+def _engines(plan: Plan, weights: int, copies: int, keeps_onnx: bool) -> int:
+    """Bytes of the engines that exist beside all weights, and of the weights for the parser.
+
+    The ONNX files of a stage are deleted after its build. Then its engine takes their place.
+    """
+    wholes = [expected_tensors(plan.config, plan.task)]
+    parts = [stage_shapes(plan.config, plan.task, stage) for stage in plan.stages] or wholes
+    for_parser = max(map(plan.form.parser_bytes, parts))
+    largest = max(map(plan.form.weight_bytes, parts))
+    grown = (ENGINE_SHARE * copies - 1) * weights  # all engines, in place of all weights
+    beside = ENGINE_SHARE * copies * weights if keeps_onnx or not plan.stages else max(grown, 0) + largest
+    return round(beside) + for_parser
 
 
 def weight_file(plan: Plan) -> int:

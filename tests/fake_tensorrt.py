@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import onnxruntime
 
+from glm4_exporters.stages import stage_profiles
 from glm4_runtime.bundle import (
     COUNTERS,
     ENGINE,
@@ -62,14 +63,21 @@ def make_engine_bundle(
     kind="tensorrt-rtx",
     capabilities=("80", "89"),
 ):
-    """Turn a native bundle's folder into an engine bundle whose engine is its graph.
+    """Turn a native bundle's folder into an engine bundle whose engine is its graph, or whose engines are its stages'.
 
     With ``counters``, one whose attention is our plugin: it has so many of them, and computes as the graph does.
     """
     manifest = read_manifest(folder)
     axes = {p.name: {k: list(v) for k, v in p.axes.items()} for p in profiles}
-    described = {"graph": str(folder / GRAPH), "profiles": axes, "counters": counters}
-    (folder / ENGINE).write_text(json.dumps(described))
+    profiles = tuple(EngineProfile(p.name, ENGINE, i, p.axes) for i, p in enumerate(profiles))
+    stages = tuple(
+        dataclasses.replace(stage, profiles=stage_profiles(profiles, number))
+        for number, stage in enumerate(manifest.stages, 1)
+    )
+    graphs = {stage.profiles[0].file: stage.graph for stage in stages} or {ENGINE: GRAPH}
+    for file, graph in graphs.items():
+        described = {"graph": str(folder / graph), "profiles": axes, "counters": counters}
+        (folder / file).write_text(json.dumps(described))
     static = {
         side: tuple(
             dataclasses.replace(s, shape=tuple(capacity if a == "capacity" else a for a in s.shape))
@@ -87,22 +95,25 @@ def make_engine_bundle(
         later_gpus=later_gpus,
         attention="native" if counters is None else "plugin",
         plugin_version=None if counters is None else "1",
-        profiles=tuple(EngineProfile(p.name, ENGINE, i, p.axes) for i, p in enumerate(profiles)),
+        profiles=() if stages else profiles,
         layers={},
         float32={},
         built_from={},
     )
     # The graph of an engine's bundle is native; another one stands for the engine alone.
     kept = {
-        name: entry for name, entry in manifest.files.items() if name != GRAPH or manifest.dialect == "native"
+        name: entry
+        for name, entry in manifest.files.items()
+        if name not in graphs.values() or manifest.dialect == "native"
     }
-    files = {**kept, ENGINE: file_entry(folder / ENGINE)}
+    files = {**kept, **{name: file_entry(folder / name) for name in graphs}}
     made = dataclasses.replace(
         manifest,
         dialect=kind,
         engine=engine,
         files=files,
         compute_capabilities=capabilities,
+        stages=stages,
         **static,
     )
     write_manifest(folder, made)
@@ -324,7 +335,7 @@ class FakeRtxContext(FakeContext):
         return bool(self.runs) and self.runs[-1] == self.shapes
 
     def _compile(self, shapes):
-        kernel = str(shapes["input_ids"]).encode()
+        kernel = str(shapes[next(iter(self.engine.inputs))]).encode()
         if kernel not in self.config._cache.compiled:
             self.config._cache.compiled.add(kernel)
             self.engine.trt.compiled.append(kernel)

@@ -53,11 +53,12 @@ class Form:
         return {name: form for name, form in self.formats.items() if isinstance(form, Format)}
 
     def weight_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Bytes of the stored weights. ``shapes``: by canonical name."""
+        """Bytes of the stored weights. ``shapes``: by canonical name, of all weights or of some."""
         plain = {name: prod(shape) * bits(self.activations) // 8 for name, shape in shapes.items()}
         stored = {
             name: form.nbytes(shapes[name][0], shapes[name][1], scale_type(self.activations))
             for name, form in self.formats.items()
+            if name in shapes
         }
         twice = (
             plain[EMBEDDING] if EMBEDDING in stored and self.table is None else 0
@@ -65,8 +66,10 @@ class Form:
         return sum((plain | stored).values()) + twice
 
     def parser_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Bytes of the weights that exist only for TensorRT's parser. ``shapes``: by canonical name."""
-        return sum(form.parser_nbytes(*shapes[name][:2]) for name, form in self.formats.items())
+        """Bytes of the weights that exist only for TensorRT's parser. ``shapes``: as of :meth:`weight_bytes`."""
+        return sum(
+            form.parser_nbytes(*shapes[name][:2]) for name, form in self.formats.items() if name in shapes
+        )
 
     @property
     def uses_text(self) -> bool:

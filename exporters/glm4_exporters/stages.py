@@ -1,10 +1,12 @@
 """Decides the stages of a model: how many layers each has. :mod:`stage_cut` makes their graphs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from glm4_exporters.architecture import EMBEDDING, expected_tensors
 from glm4_exporters.config import Glm4Config
-from glm4_runtime.bundle.file_names import STAGE_GRAPH, STAGE_WEIGHTS
+from glm4_runtime.bundle import EngineProfile
+from glm4_runtime.bundle.file_names import ENGINE, STAGE_ENGINE, STAGE_GRAPH, STAGE_WEIGHTS
 from glm4_runtime.bundle.manifest import StageInfo
 from glm4_runtime.errors import ExportError, shown
 
@@ -37,6 +39,26 @@ def stage_list(config: Glm4Config, task: str, asked: Sequence[int]) -> tuple[Sta
             f"--stages is {said}, but this model of {layers} layers has 2 ... {layers} stages; leave --stages out for one"
         )
     return _stages(_balanced(config, task, asked[0]))
+
+
+def stage_shapes(config: Glm4Config, task: str, stage: StageInfo) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights that a stage reads, by canonical name."""
+    first, end = stage.first_layer, stage.first_layer + stage.layers
+    tied_head = end == config.num_hidden_layers and config.tie_word_embeddings
+
+    def is_read(name: str) -> bool:
+        if name.startswith("model.layers."):
+            return first <= int(name.split(".")[2]) < end
+        return first == 0 or tied_head if name == EMBEDDING else end == config.num_hidden_layers
+
+    return {name: shape for name, shape in expected_tensors(config, task).items() if is_read(name)}
+
+
+def stage_profiles(profiles: Sequence[EngineProfile], number: int) -> tuple[EngineProfile, ...]:
+    """The profiles of an engine for the stage ``number``, counted from 1, with its own file names."""
+    suffix = ENGINE.partition(".")[2]
+    names = {p.file: STAGE_ENGINE.format(number, suffix if p.file == ENGINE else p.file) for p in profiles}
+    return tuple(replace(profile, file=names[profile.file]) for profile in profiles)
 
 
 def _balanced(config: Glm4Config, task: str, count: int) -> list[int]:

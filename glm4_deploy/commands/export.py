@@ -107,7 +107,7 @@ def _stage_counts(_context: click.Context, _parameter: click.Parameter, value: s
     callback=_stage_counts,
     metavar="N|A,B,...",
     help="Cut the model into N stages, each with its own graph, weights and KV cache, or into stages of A, B, ... layers. "
-    "Example: --stages 2. For cpu, ort and native.",
+    "For TensorRT, each stage is an engine. Example: --stages 2.",
 )
 @click.option(
     "--task",
@@ -263,7 +263,8 @@ def _stage_rows(manifest: Manifest) -> list[tuple[str, str]]:
     return [
         (
             "stages" if number == 1 else "",
-            f"{number}: {stage.layers} layers, {show.readable_size(manifest.files[stage.weights].bytes)}",
+            f"{number}: {stage.layers} layers, "
+            f"{show.readable_size(sum(manifest.files[name].bytes for name in stage.data_files))}",
         )
         for number, stage in enumerate(manifest.stages, 1)
     ]
@@ -277,7 +278,7 @@ def _as_json(result: pipeline.ExportResult) -> dict[str, object]:
         "seconds": result.seconds,
         "peak_rss_bytes": result.peak_rss_bytes,
         "warnings": result.warnings,
-        "engine": result.engine and engine_report(result.engine.built),
+        "engine": result.engine and engine_report(result.engine),
         "source": result.source,
         "files": {name: entry.bytes for name, entry in result.manifest.files.items()},
     }

@@ -190,14 +190,18 @@ def _adapter_slots(slots: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def _stages(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """Each stage: its layers, and the size and hash of its weights."""
+    """Each stage: its layers, and the sizes and hashes of the files that hold its weights."""
     rows: list[tuple[str, str]] = []
     for number, stage in enumerate(manifest.get("stages", []), 1):
-        first, weights = stage["first_layer"], manifest["files"][stage["weights"]]
+        first, names = stage["first_layer"], [profile["file"] for profile in stage["profiles"]]
         layers = f"layers {first} ... {first + stage['layers'] - 1}"
-        size = f"{show.readable_size(weights['bytes'])} with SHA-256 {weights['sha256'][:12]}..."
-        rows.append(("" if rows else "stages", f"{number}: {layers}, {stage['weights']} of {size}"))
+        files = [_sized(name, manifest["files"][name]) for name in dict.fromkeys(names or [stage["weights"]])]
+        rows.append(("" if rows else "stages", f"{number}: {layers}, {', '.join(files)}"))
     return rows
+
+
+def _sized(name: str, entry: dict[str, Any]) -> str:
+    return f"{name} of {show.readable_size(entry['bytes'])} with SHA-256 {entry['sha256'][:12]}..."
 
 
 def _merged(adapter: dict[str, Any]) -> str:

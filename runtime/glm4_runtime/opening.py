@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from glm4_runtime.bundle import GRAPH, Manifest, StageInfo, verify_files
+from glm4_runtime.bundle import Manifest, StageInfo, verify_files
 from glm4_runtime.bundle.graph_checks import check_graph, check_stage_graph
 from glm4_runtime.errors import BundleError
 from glm4_runtime.side_files import check_bundle
@@ -20,22 +20,22 @@ def check_opening(folder: Path, manifest: Manifest, *, hashes: bool = False, sta
         BundleError: naming the first file or value that does not fit.
     """
     _require_text(folder)
-    elsewhere = set() if stages else {name for stage in manifest.stages for name in _files(stage)}
+    elsewhere = set() if stages else {name for stage in manifest.stages for name in stage.files}
     verify_files(folder, manifest, hashes=hashes, names=manifest.files.keys() - elsewhere)
     check_bundle(folder, manifest)
-    if (stages and manifest.stages) or GRAPH in manifest.files:  # an engine's bundle need not have one
+    has_graph = any(
+        name in manifest.files for name in manifest.graph_files
+    )  # an engine's bundle need not have one
+    if has_graph and (stages or not manifest.stages):
         check_graph(folder, manifest)
 
 
 def check_stage(folder: Path, manifest: Manifest, stage: StageInfo, *, hashes: bool = False) -> None:
     """As :func:`check_opening`, for the files of one stage. The other files of the bundle may be missing."""
     _require_text(folder)
-    verify_files(folder, manifest, hashes=hashes, names=_files(stage))
-    check_stage_graph(folder, manifest, stage)
-
-
-def _files(stage: StageInfo) -> tuple[str, ...]:
-    return stage.graph, stage.weights
+    verify_files(folder, manifest, hashes=hashes, names=stage.files & manifest.files.keys())
+    if stage.graph in manifest.files:
+        check_stage_graph(folder, manifest, stage)
 
 
 def _require_text(folder: Path) -> None:

@@ -32,13 +32,16 @@ SIZES = dict(head_dim=64, max_position_embeddings=32768)
 @pytest.fixture
 def gpu(monkeypatch):
     """A host with TensorRT and a GPU of compute capability 9.0, whose builder keeps what it is given."""
-    host = SimpleNamespace(capability="90", plan=None, models={})
+    host = SimpleNamespace(capability="90", plan=None, plans=[], models={}, files=[])
 
     def build(folder, plan, _progress):
         host.plan = plan
-        host.models = {file: ir.load(folder / graph) for file, graph in plan.graphs.items()}
-        for model in host.models.values():  # their data is in the folder, which will be gone
+        host.plans.append(plan)
+        host.files.append({path.name for path in folder.iterdir()})
+        models = {file: ir.load(folder / graph) for file, graph in plan.graphs.items()}
+        for model in models.values():  # their data is in the folder, which will be gone
             ir.external_data.load_to_model(model)
+        host.models |= models
         for name in plan.graphs:
             (folder / name).write_bytes(b"engine")
         entries = {name: file_entry(folder / name) for name in plan.graphs}
@@ -55,7 +58,14 @@ def gpu(monkeypatch):
 
 
 def exported(
-    tmp_path, precision="fp16", sizes=SIZES, task="causal-lm", calibration=None, kv_cache="auto", **engine
+    tmp_path,
+    precision="fp16",
+    sizes=SIZES,
+    task="causal-lm",
+    calibration=None,
+    kv_cache="auto",
+    stages=(),
+    **engine,
 ):
     source = write_checkpoint(tmp_path / "source", tiny_config(**sizes), task=task)
     options = ExportOptions(
@@ -65,6 +75,7 @@ def exported(
         parity=False,
         calibration=calibration,
         kv_cache=kv_cache,
+        stages=stages,
         engine=EngineOptions(**engine),
     )
     export(source, tmp_path / "bundle", options)
@@ -223,6 +234,57 @@ def test_quantized_weights_reach_the_plugins_graph(tmp_path, gpu, precision):
     assert gpu.plan.layers["QUANTIZE"] == {"fp8": 4 * LAYERS}.get(precision, 0)
     assert len(plugins(model)) == LAYERS
     assert manifest.precision == precision
+
+
+@pytest.mark.parametrize("cache", ["auto", "int8"])
+@pytest.mark.parametrize("layout", ["shared", "split"])
+def test_each_stage_has_engines_and_counters_of_its_own(tmp_path, gpu, layout, cache):
+    manifest = exported(tmp_path, stages=(2,), layout=layout, kv_cache=cache)
+    suffixes = ("engine",) if layout == "shared" else ("prefill.engine", "decode.engine")
+    plugin = PLUGIN_INT8 if cache == "int8" else OP_TYPE
+    for number, (plan, stage) in enumerate(zip(gpu.plans, manifest.stages, strict=True), 1):
+        assert (stage.first_layer, stage.layers) == (number - 1, 1)
+        assert stage.data_files == tuple(f"stage-{number}.{suffix}" for suffix in suffixes)
+        assert plan.profiles == stage.profiles
+        assert (plan.layers["PLUGIN_V3"], plan.plugin) == (1, "glm4_plugins.tensorrt")
+        for file in stage.data_files:
+            model = gpu.models[file]
+            (node,) = plugins(model, plugin)
+            assert node.inputs[9] is next(value for value in model.graph.inputs if value.name == "counters")
+            assert node.outputs[3] is model.graph.outputs[-1]
+            assert node.outputs[3].name == "present_counters"
+            assert {value.name for value in model.graph.inputs} == {spec.name for spec in plan.inputs}
+    names = [
+        {value.name for value in gpu.models[stage.data_files[0]].graph.inputs} for stage in manifest.stages
+    ]
+    assert names[0] - names[1] == {"input_ids", "past_key_values.0.key", "past_key_values.0.value"}
+    assert names[1] - names[0] >= {"logits_indices", "past_key_values.1.key", "past_key_values.1.value"}
+    assert manifest.engine_files == tuple(file for stage in manifest.stages for file in stage.data_files)
+
+
+def test_a_stages_onnx_files_are_deleted_before_the_next_build(tmp_path, gpu):
+    exported(tmp_path, stages=(2,))
+    first, second = ({name for name in names if name.startswith("stage-")} for names in gpu.files)
+    both = {f"stage-{number}.onnx{data}" for number in (1, 2) for data in ("", ".data")}
+    assert first == both
+    assert second == {"stage-1.engine", "stage-2.onnx", "stage-2.onnx.data"}
+    assert {path.name for path in (tmp_path / "bundle").glob("stage-*")} == {
+        "stage-1.engine",
+        "stage-2.engine",
+    }
+
+
+def test_all_stages_together_read_the_weights_of_the_whole_graph(tmp_path, gpu):
+    exported(tmp_path / "whole", "int4")
+    exported(tmp_path / "staged", "int4", stages=(2,))
+    whole, *stages = gpu.models.values()
+    found = {}
+    for model in stages:
+        found |= {name: value for name, value in model.graph.initializers.items() if "weight" in name}
+    wanted = {name: value for name, value in whole.graph.initializers.items() if "weight" in name}
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (found[name].const_value.numpy() == value.const_value.numpy()).all(), name
 
 
 def test_a_classifier_has_no_cache_and_attends_natively(tmp_path, gpu):

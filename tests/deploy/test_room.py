@@ -89,7 +89,7 @@ def test_an_engine_that_does_not_fit_is_refused_before_the_work(tmp_path, monkey
 
 
 def timed(tmp_path, cache):
-    return SimpleNamespace(timing_cache=str(cache), layout="shared", attention="native")
+    return SimpleNamespace(timing_cache=str(cache), layout="shared", attention="native", keep_onnx=False)
 
 
 def test_a_timing_cache_counts_where_it_is_written(tmp_path, monkeypatch, disks):

@@ -204,8 +204,6 @@ def test_a_count_is_balanced_by_weights(config, count, wanted):
         (dict(stages=(2, 2)), "has 4 layers, but this model has 3"),
         (dict(stages=(3, 0)), "at least 1"),
         (dict(stages=(2,), lora_slots=2), "no adapters at run time"),
-        (dict(stages=(2,), target="tensorrt-rtx"), "target tensorrt-rtx has none yet"),
-        (dict(stages=(2,), target="tensorrt"), "target tensorrt has none yet"),
         (dict(stages=(2,), task="encoder"), "the task is encoder"),
         (dict(stages=(2,), precision="bf16"), "no bfloat16 kernels"),
     ],

@@ -15,13 +15,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from glm4_exporters.engine.kinds import ENGINE_KINDS
-from glm4_runtime.bundle import EngineProfile, FileEntry, TensorSpec
+from glm4_runtime.bundle import EngineProfile, FileEntry, TensorSpec, sample_of
 from glm4_runtime.errors import ExportError
 from glm4_runtime.progress import Progress, silent
 
@@ -55,6 +56,7 @@ class BuiltEngine:
         weights: per profile, the number of the built engine's layers that read weights of 8 bits or less, by type.
         peak_rss_bytes: of the process, with the mapped weights; ``peak_anonymous_bytes`` is without them.
         warnings: problems that did not stop the build, one line each.
+        seconds: time of the build.
     """
 
     files: Mapping[str, FileEntry]
@@ -66,6 +68,7 @@ class BuiltEngine:
     peak_anonymous_bytes: int
     warnings: tuple[str, ...] = ()
     weights: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 def build_engine(folder: Path, plan: EnginePlan, progress: Progress = silent) -> BuiltEngine:
@@ -74,6 +77,7 @@ def build_engine(folder: Path, plan: EnginePlan, progress: Progress = silent) ->
     Raises:
         ExportError: the message of the parser, the network check or the builder, in one line.
     """
+    start = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "glm4_exporters.engine.worker"],
         cwd=folder,
@@ -85,13 +89,16 @@ def build_engine(folder: Path, plan: EnginePlan, progress: Progress = silent) ->
         start_new_session=True,  # an interrupt reaches only the export, which then ends the builder
     )
     try:
-        return _follow(process, plan, progress)
+        built = _follow(process, plan, progress)
+        # the builder's process hashes while it writes, and cannot choose a sample before the end
+        files = {name: replace(entry, sample=sample_of(folder / name)) for name, entry in built.files.items()}
     finally:
         process.kill()
         process.wait()
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
+    return replace(built, files=files, seconds=round(time.monotonic() - start, 2))
 
 
 def _follow(process: "subprocess.Popen[str]", plan: EnginePlan, progress: Progress) -> BuiltEngine:

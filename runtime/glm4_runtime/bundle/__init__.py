@@ -5,6 +5,7 @@
     model.onnx, model.onnx.data, tokenizer.json, chat_template.jinja, ...
     stage-1.onnx, stage-1.onnx.data, stage-2.onnx, ...   with --stages: instead of the two ONNX files
     model.engine                  for TensorRT: instead of the two ONNX files, or in addition to them
+    stage-1.engine, stage-2.engine, ...                  for TensorRT with --stages
 
 The reader owns the format: exporters build a :class:`Manifest` and call :func:`write_manifest`.
 The manifest contains nothing that depends on the machine or the time. So two exports of one checkpoint with the same

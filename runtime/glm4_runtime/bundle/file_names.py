@@ -16,6 +16,9 @@ STAGE_GRAPH, STAGE_WEIGHTS = (
     "stage-{}.onnx.data",
 )  # numbered from 1; in place of GRAPH and WEIGHTS
 ENGINE = "model.engine"
+STAGE_ENGINE = (
+    "stage-{}.{}"  # with the number of the stage, and ENGINE's part after the dot or a profile's file name
+)
 
 # Side files: files beside the weights that a bundle copies from the checkpoint.
 TOKENIZER = "tokenizer.json"

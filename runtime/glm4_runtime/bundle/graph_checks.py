@@ -12,10 +12,10 @@ from pathlib import Path
 
 from glm4_runtime.bundle.adapter_inputs import adapter_specs
 from glm4_runtime.bundle.file_names import ADAPTER_GRAPH, GRAPH
-from glm4_runtime.bundle.graph_io import stage_io
 from glm4_runtime.bundle.manifest import EXPORT_AGAIN, Manifest, StageInfo
 from glm4_runtime.bundle.manifest_checks import difference
 from glm4_runtime.bundle.onnx_file import OnnxGraph, Tensor, read_graph
+from glm4_runtime.bundle.stage_manifest import stage_manifest
 from glm4_runtime.errors import BundleError, shown, some
 
 STANDARD, MICROSOFT, OURS = "", "com.microsoft", "glm4"
@@ -63,7 +63,8 @@ def check_graph(folder: Path, manifest: Manifest) -> None:
         BundleError: naming the first thing that differs.
     """
     for stage in manifest.stages:
-        check_stage_graph(folder, manifest, stage)
+        if stage.graph in manifest.files:  # an engine's bundle need not have one
+            check_stage_graph(folder, manifest, stage)
     if manifest.stages:
         return
     _check_file(folder / GRAPH, manifest)
@@ -76,19 +77,6 @@ def check_graph(folder: Path, manifest: Manifest) -> None:
 def check_stage_graph(folder: Path, manifest: Manifest, stage: StageInfo) -> None:
     """As :func:`check_graph`, for one stage."""
     _check_file(folder / stage.graph, stage_manifest(manifest, stage))
-
-
-def stage_manifest(manifest: Manifest, stage: StageInfo) -> Manifest:
-    """A manifest for one stage alone: with its layers, inputs, outputs and files."""
-    io = stage_io(manifest.model, str(manifest.kv_cache), manifest.activations, stage)
-    return replace(
-        manifest,
-        model=replace(manifest.model, num_layers=stage.layers),
-        inputs=io.inputs,
-        outputs=io.outputs,
-        files={name: manifest.files[name] for name in (stage.graph, stage.weights)},
-        stages=(),
-    )
 
 
 def _check_file(path: Path, manifest: Manifest) -> None:

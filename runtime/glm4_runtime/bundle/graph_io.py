@@ -62,7 +62,9 @@ def hidden_name(layer: int) -> str:
     return f"model.layers.{layer}/Add_2:0"
 
 
-def stage_io(model: ModelInfo, kv_cache: str, activations: str, stage: StageInfo) -> GraphIO:
+def stage_io(
+    model: ModelInfo, kv_cache: str, activations: str, stage: StageInfo, capacity: int | str = CAPACITY
+) -> GraphIO:
     """Inputs and outputs of one stage of a causal LM.
 
     The first input is ``input_ids`` in the first stage, and the hidden states of the layer before in the others. The
@@ -71,8 +73,9 @@ def stage_io(model: ModelInfo, kv_cache: str, activations: str, stage: StageInfo
 
     Args:
         activations: element type of hidden states [batch, sequence, hidden].
+        capacity: positions of a cache; a fixed number for an engine.
     """
-    whole = graph_io("causal-lm", model, kv_cache)
+    whole = graph_io("causal-lm", model, kv_cache, capacity)
     first, end = stage.first_layer, stage.first_layer + stage.layers
     pasts = {name for i in range(first, end) for name in past_names(i)}
     presents = {name for i in range(first, end) for name in present_names(i)}

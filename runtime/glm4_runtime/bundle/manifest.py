@@ -96,21 +96,6 @@ class AdapterSlots:
     base: str | None = None
 
 
-@dataclass(frozen=True)
-class StageInfo:
-    """One stage of a model in several graphs: consecutive layers, in files of its own.
-
-    Attributes:
-        first_layer, layers: number of its first layer, and count of its layers.
-        graph, weights: the names of its files.
-    """
-
-    first_layer: int
-    layers: int
-    graph: str
-    weights: str
-
-
 # Input and output of an engine with our plugin, bound to one address; zero before and after each run.
 COUNTERS, PRESENT_COUNTERS = "counters", "present_counters"
 
@@ -131,6 +116,33 @@ class EngineProfile:
 
 
 @dataclass(frozen=True)
+class StageInfo:
+    """One stage of a model in several graphs or engines: consecutive layers, in files of its own.
+
+    Attributes:
+        first_layer, layers: number of its first layer, and count of its layers.
+        graph, weights: the names of its ONNX files. With an engine, these files may be deleted.
+        profiles: of its engine; empty for ONNX.
+    """
+
+    first_layer: int
+    layers: int
+    graph: str
+    weights: str
+    profiles: tuple[EngineProfile, ...] = ()
+
+    @property
+    def files(self) -> frozenset[str]:
+        """The names of all its files."""
+        return frozenset({self.graph, self.weights, *self.data_files})
+
+    @property
+    def data_files(self) -> tuple[str, ...]:
+        """The names of the files that hold its weights: engines, or the data of the ONNX graph."""
+        return tuple(dict.fromkeys(profile.file for profile in self.profiles)) or (self.weights,)
+
+
+@dataclass(frozen=True)
 class EngineInfo:
     """The description of a TensorRT engine.
 
@@ -139,8 +151,8 @@ class EngineInfo:
         layout: ``shared``, one engine of all profiles, or ``split``, one for each.
         later_gpus: the engine also runs on GPUs newer than the manifest's compute capabilities.
         attention: ``native`` or ``plugin``; ``plugin_version`` of the latter.
-        profiles: see :class:`EngineProfile`.
-        layers: number of layers by type in the parsed network.
+        profiles: see :class:`EngineProfile`. Empty for a bundle of stages: each stage has its own.
+        layers: number of layers by type in the parsed network, or in those of all stages.
         float32: number of nodes that always compute in float32, by operator.
         built_from: size and hash of the ONNX graph and weights, which may be deleted.
     """
@@ -216,6 +228,14 @@ class Manifest:
     def graph_files(self) -> tuple[str, ...]:
         """The names of the ONNX graphs that together are the model."""
         return tuple(stage.graph for stage in self.stages) or (GRAPH,)
+
+    @property
+    def engine_files(self) -> tuple[str, ...]:
+        """The names of the TensorRT engines; empty for ONNX."""
+        if self.engine is None:
+            return ()
+        of_stages = (name for stage in self.stages for name in stage.data_files)
+        return tuple(dict.fromkeys([*(profile.file for profile in self.engine.profiles), *of_stages]))
 
     @property
     def may_use_gpu(self) -> bool:

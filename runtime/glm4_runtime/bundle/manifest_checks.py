@@ -198,16 +198,20 @@ def _check_adapter_slots(manifest: Manifest, slots: AdapterSlots | None) -> None
 def _check_stages(manifest: Manifest) -> None:
     """Stages must follow each other, have all layers together, and have files of their own."""
     _require(
-        manifest.dialect in ONNX_DIALECTS and manifest.task == "causal-lm" and manifest.adapter_slots is None,
+        manifest.dialect in (*ONNX_DIALECTS, *ENGINE_DIALECTS)
+        and manifest.task == "causal-lm"
+        and manifest.adapter_slots is None,
         f"there are stages, but task {manifest.task} in the dialect {shown(manifest.dialect)}, or a bundle that takes "
         "adapters, has none",
     )
-    layers, names = 0, []
+    has_engines = manifest.dialect in ENGINE_DIALECTS
+    layers, names = 0, list[str]()
     for number, stage in enumerate(manifest.stages, 1):
         _require_number(f"stages.{number}.layers", stage.layers, 1, manifest.model.num_layers)
         _require_number(f"stages.{number}.first_layer", stage.first_layer, layers, layers)
         layers += stage.layers
-        names += [stage.graph, stage.weights]
+        names += stage.data_files if has_engines else (stage.graph, stage.weights)
+        _require(has_engines or not stage.profiles, f"stages.{number} has profiles, but no engine")
     _require(
         layers == manifest.model.num_layers,
         f"stages have {layers} layers together, but the model has {manifest.model.num_layers}",
@@ -225,15 +229,10 @@ def _check_engine(manifest: Manifest, engine: EngineInfo | None) -> None:
     assert engine is not None
     _require_one_of("engine.kind", engine.kind, (manifest.dialect,))
     _require_one_of("engine.attention", engine.attention, ("native", "plugin"))
-    names = [profile.name for profile in engine.profiles]
-    needed = PROFILES.get(manifest.task, ENCODE)
-    _require(
-        len(names) == len(needed) and set(names) == needed,
-        f"engine.profiles are {shown(names)}, but task {manifest.task} needs {', '.join(sorted(needed))}",
-    )
-    axes = {axis for spec in manifest.inputs for axis in spec.shape if isinstance(axis, str)}
-    for profile in engine.profiles:
-        _check_profile(manifest, profile, axes)
+    _require(not (manifest.stages and engine.profiles), "engine.profiles are those of no stage")
+    of_stages = {f"stages.{number}": stage.profiles for number, stage in enumerate(manifest.stages, 1)}
+    for where, profiles in (of_stages or {"engine": engine.profiles}).items():
+        _check_profiles(manifest, f"{where}.profiles", profiles)
     good = [c for c in manifest.compute_capabilities if CAPABILITY.fullmatch(c)]
     _require(
         len(good) == len(manifest.compute_capabilities) > 0,
@@ -241,8 +240,19 @@ def _check_engine(manifest: Manifest, engine: EngineInfo | None) -> None:
     )
 
 
-def _check_profile(manifest: Manifest, profile: EngineProfile, axes: set[str]) -> None:
-    where = f"engine.profiles.{profile.name}"
+def _check_profiles(manifest: Manifest, where: str, profiles: tuple[EngineProfile, ...]) -> None:
+    names = [profile.name for profile in profiles]
+    needed = PROFILES.get(manifest.task, ENCODE)
+    _require(
+        len(names) == len(needed) and set(names) == needed,
+        f"{where} are {shown(names)}, but task {manifest.task} needs {', '.join(sorted(needed))}",
+    )
+    axes = {axis for spec in manifest.inputs for axis in spec.shape if isinstance(axis, str)}
+    for profile in profiles:
+        _check_profile(manifest, f"{where}.{profile.name}", profile, axes)
+
+
+def _check_profile(manifest: Manifest, where: str, profile: EngineProfile, axes: set[str]) -> None:
     _require(profile.file in manifest.files, f"files does not list the engine {shown(profile.file)}")
     _require_number(f"{where}.index", profile.index, 0, MOST_PROFILES)
     missing = sorted(axes - profile.axes.keys())

@@ -31,6 +31,8 @@ SESSIONS = {
 # Module and function that open a bundle of stages.
 STAGED = {
     ONNX_RUNTIME: ("glm4_runtime.session.ort_stage", "open_stages"),
+    "tensorrt-rtx": ("glm4_runtime.session.engine_stage", "open_engine_stages"),
+    "tensorrt": ("glm4_runtime.session.engine_stage", "open_engine_stages"),
 }
 STAGED_ON_RAY = {
     ONNX_RUNTIME: ("glm4_runtime.cluster.stages", "open_stages"),

@@ -15,8 +15,8 @@ class CudaMemory(CacheMemory):
     keep their contents.
     """
 
-    def __init__(self, manifest: Manifest, rows: int, cuda: Cuda) -> None:
-        super().__init__(manifest, rows)
+    def __init__(self, manifest: Manifest, rows: int, cuda: Cuda, layers: range | None = None) -> None:
+        super().__init__(manifest, rows, layers)
         self._cuda = cuda
         self._pointers = [0] * len(self.names)
         self._capacities = [0] * len(self.names)

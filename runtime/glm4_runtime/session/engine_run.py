@@ -1,4 +1,7 @@
-"""One execution context of an engine, with its memory: stage inputs, run, fetch logits, record steps."""
+"""One execution context of an engine, with its memory: copy inputs in, run, fetch the result, record steps.
+
+The result is logits, or hidden states of a stage. bfloat16, which NumPy lacks, is handed over as uint16.
+"""
 
 from typing import Any
 
@@ -7,13 +10,18 @@ import numpy.typing as npt
 
 from glm4_runtime.bundle import COUNTERS, EngineProfile, Manifest
 from glm4_runtime.errors import BundleError
-from glm4_runtime.session.base import Logits
 from glm4_runtime.session.cuda_device import Bytes
 from glm4_runtime.session.engine_files import CUDA_GRAPH, Engines
 
 ADDRESS_STEP = 256  # bytes; TensorRT requires this alignment of every address
 
+Array = npt.NDArray[Any]
 Bound = dict[str, tuple[tuple[int, ...], int]]  # shape and address, by the tensor's name
+
+
+def host_type(name: str) -> np.dtype[Any]:
+    """The NumPy type of an engine's input or output."""
+    return np.dtype("uint16" if name == "bfloat16" else name)
 
 
 class EngineRun:
@@ -37,29 +45,30 @@ class EngineRun:
         size = 0
         for spec in manifest.inputs:
             if not spec.name.startswith("past_key_values.") and spec.name != COUNTERS:
-                dtype = np.dtype(spec.dtype)
+                dtype = host_type(spec.dtype)
                 self._places[spec.name] = size, dtype
                 count = int(np.prod([largest[a] if isinstance(a, str) else a for a in spec.shape]))
                 size += -(-count * dtype.itemsize // ADDRESS_STEP) * ADDRESS_STEP
-        self._output = manifest.outputs[0]
+        self._output, self._type = manifest.outputs[0], host_type(manifest.outputs[0].dtype)
         count = int(np.prod([largest[a] if isinstance(a, str) else a for a in self._output.shape]))
         self._staged, self._inputs = self._cuda.allocate_pinned(size), self._cuda.allocate(size)
-        self._fetched, self._result = self._cuda.allocate_pinned(4 * count), self._cuda.allocate(4 * count)
+        given = count * self._type.itemsize
+        self._fetched, self._result = self._cuda.allocate_pinned(given), self._cuda.allocate(given)
         self._bind(self._output.name, self._result)
         for name, (offset, _) in self._places.items():
             self._bind(name, self._inputs + offset)
         self._bind_all(bound)
 
-    def run(self, arrays: dict[str, npt.NDArray[Any]], bound: Bound) -> Logits:
+    def run(self, arrays: dict[str, Array], bound: Bound) -> Array:
         """Run with inputs of any shape within the profile, on the cache's rows."""
         self._bind_all(bound)
         self._stage(arrays)
         fetched, shape = self._outcome(arrays)
         self._enqueue(fetched)
         self._cuda.synchronize()
-        return fetched.view(np.float32).reshape(shape)
+        return fetched.view(self._type).reshape(shape)
 
-    def step(self, arrays: dict[str, npt.NDArray[Any]]) -> Logits:
+    def step(self, arrays: dict[str, Array]) -> Array:
         """Run with inputs of this context's one shape. The second call records a graph, later calls replay it."""
         fetched, shape = self._outcome(arrays)
         self._stage(arrays, fixed=self._steps > 0)
@@ -71,7 +80,7 @@ class EngineRun:
             self._cuda.launch(self._graph)
         self._cuda.synchronize()
         self._steps += 1
-        return fetched.view(np.float32).reshape(shape)
+        return fetched.view(self._type).reshape(shape)
 
     def close(self) -> None:
         if self._graph is not None:
@@ -84,7 +93,7 @@ class EngineRun:
         except (BundleError, MemoryError) as error:
             self._engines.skipped[CUDA_GRAPH] = str(error)  # permanently: later steps would fail the same way
 
-    def _stage(self, arrays: dict[str, npt.NDArray[Any]], fixed: bool = False) -> None:
+    def _stage(self, arrays: dict[str, Array], fixed: bool = False) -> None:
         for name, array in arrays.items():
             offset, dtype = self._places[name]
             flat = np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8)
@@ -92,14 +101,14 @@ class EngineRun:
             if not fixed:
                 self._shape(name, array.shape)
 
-    def _outcome(self, arrays: dict[str, npt.NDArray[Any]]) -> tuple[Bytes, tuple[int, ...]]:
+    def _outcome(self, arrays: dict[str, Array]) -> tuple[Bytes, tuple[int, ...]]:
         """The pinned output of this run, and its shape."""
         axes: dict[str, int] = {}
         for spec in self._manifest.inputs:
             if spec.name in arrays:
                 axes |= {str(a): n for a, n in zip(spec.shape, arrays[spec.name].shape, strict=True)}
         shape = tuple(axes[a] if isinstance(a, str) else a for a in self._output.shape)
-        return self._fetched[: 4 * int(np.prod(shape))], shape
+        return self._fetched[: self._type.itemsize * int(np.prod(shape))], shape
 
     def _enqueue(self, fetched: Bytes) -> None:
         self._cuda.copy_in(self._inputs, self._staged)

@@ -18,7 +18,7 @@ namespace {
 
 using Shape = std::vector<int64_t>;
 
-enum Input { kQuery, kKey, kValue, kPastKey, kPastValue, kCos, kSin, kPast, kLengths, kFactors, kInputs };
+enum Input { kQuery, kKey, kValue, kPastKey, kPastValue, kCos, kSin, kPast, kLengths, kFactors, kInputCount };
 
 struct Kernel {
   ort::Api api;
@@ -63,9 +63,9 @@ bool given(const Shape& shape) { return !shape.empty(); }
 
 ort::Status* compute(void* kernel, ort::Context* context) {
   const Kernel& self = *static_cast<const Kernel*>(kernel);
-  void* at[kInputs];
-  Shape shapes[kInputs];
-  for (size_t i = 0; i < kInputs; ++i) GLM4_RETURN(read_input(self.api, context, i, &at[i], &shapes[i]));
+  void* at[kInputCount];
+  Shape shapes[kInputCount];
+  for (size_t i = 0; i < kInputCount; ++i) GLM4_RETURN(read_input(self.api, context, i, &at[i], &shapes[i]));
   const Shape& query = shapes[kQuery];
   if (query.size() != 3 || query[2] <= 0 || query[2] % self.heads != 0)
     return self.error("query is not [batch, sequence, num_heads * head_size]");
@@ -119,37 +119,27 @@ constexpr int element_type(CacheType cache) {
 }
 
 template <CacheType kCache>
-ort::Operator describe() {
-  ort::Operator op = cpu_operator();
-  op.create_kernel_checked = create<kCache>;
-  op.compute_checked = [](void* kernel, ort::Context* context) -> ort::Status* {
-    try {
-      return compute(kernel, context);
-    } catch (const std::exception&) {  // C callers cannot handle exceptions
-      return static_cast<const Kernel*>(kernel)->api.error("PartialRopeGqaAttention: no memory for the scores");
-    }
-  };
-  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.name = [](const ort::Operator*) { return "PartialRopeGqaAttention"; };
-  op.input_count = [](const ort::Operator*) { return size_t(kInputs); };
-  op.input_type = [](const ort::Operator*, size_t i) {
-    if (i == kPast || i == kLengths) return int(ort::kInt32);
-    return i == kPastKey || i == kPastValue ? element_type(kCache) : int(ort::kFloat);
-  };
-  op.input_presence = [](const ort::Operator*, size_t i) {
-    const bool optional = i == kPastKey || i == kPastValue || i == kPast || i == kFactors;
-    return int(optional ? ort::kOptional : ort::kRequired);
-  };
-  op.output_count = [](const ort::Operator*) { return size_t(3); };
-  op.output_type = [](const ort::Operator*, size_t i) { return i > 0 ? element_type(kCache) : int(ort::kFloat); };
-  op.output_presence = [](const ort::Operator*, size_t) { return int(ort::kRequired); };
-  return op;
-}
+struct AttentionDescription {
+  using State = Kernel;
+  static constexpr const char* kName = "PartialRopeGqaAttention";
+  static constexpr const char* kNoMemory = "PartialRopeGqaAttention: no memory for the scores";
+  static constexpr auto kCreate = create<kCache>;
+  static constexpr auto kCompute = compute;
+  static constexpr Argument kCacheRows = {element_type(kCache), ort::kRequired};
+  static constexpr Argument kPastRows = {element_type(kCache), ort::kOptional};
+  static constexpr Argument kFloats = {ort::kFloat, ort::kRequired};
+  static constexpr Argument kInputs[] = {  // in the order of Input
+      kFloats, kFloats, kFloats, kPastRows, kPastRows, kFloats, kFloats, {ort::kInt32, ort::kOptional},
+      {ort::kInt32, ort::kRequired}, {ort::kFloat, ort::kOptional}};
+  static constexpr Argument kOutputs[] = {kFloats, kCacheRows, kCacheRows};
+};
 
 }  // namespace
 
-const ort::Operator kAttentionOperators[4] = {describe<CacheType::kFloat32>(), describe<CacheType::kFloat16>(),
-                                              describe<CacheType::kBfloat16>(), describe<CacheType::kInt8>()};
+const ort::Operator kAttentionOperators[4] = {describe<AttentionDescription<CacheType::kFloat32>>(),
+                                              describe<AttentionDescription<CacheType::kFloat16>>(),
+                                              describe<AttentionDescription<CacheType::kBfloat16>>(),
+                                              describe<AttentionDescription<CacheType::kInt8>>()};
 
 }  // namespace glm4
 

@@ -249,31 +249,23 @@ ort::Status* compute(void* kernel, ort::Context* context) {
   return lora.tiles() == 0 ? nullptr : lora.run(SessionThreads(self.api, context));
 }
 
+struct LoraDescription {
+  using State = LoraKernel;
+  static constexpr const char* kName = "LoraProduct";
+  static constexpr const char* kNoMemory = "LoraProduct: no memory for the narrow sums";
+  static constexpr auto kCreate = create;
+  static constexpr auto kCompute = compute;
+  static constexpr Argument kInputs[] = {{ort::kFloat, ort::kRequired},
+                                         {ort::kFloat, ort::kRequired},
+                                         {ort::kInt64, ort::kRequired},
+                                         {ort::kInt64, ort::kRequired},
+                                         {ort::kFloat16, ort::kVariadic}};
+  static constexpr Argument kOutputs[] = {{ort::kFloat, ort::kRequired}};
+};
+
 }  // namespace
 
-const ort::Operator kLoraOperator = [] {
-  ort::Operator op = cpu_operator();
-  op.create_kernel_checked = create;
-  op.compute_checked = [](void* kernel, ort::Context* context) -> ort::Status* {
-    try {
-      return compute(kernel, context);
-    } catch (const std::exception&) {  // C callers cannot handle exceptions
-      return static_cast<const LoraKernel*>(kernel)->api.error("LoraProduct: no memory for the narrow sums");
-    }
-  };
-  op.destroy = [](void* kernel) { delete static_cast<LoraKernel*>(kernel); };
-  op.name = [](const ort::Operator*) { return "LoraProduct"; };
-  op.input_count = [](const ort::Operator*) { return size_t(5); };
-  op.input_type = [](const ort::Operator*, size_t i) {
-    constexpr int types[] = {ort::kFloat, ort::kFloat, ort::kInt64, ort::kInt64, ort::kFloat16};
-    return types[i];
-  };
-  op.input_presence = [](const ort::Operator*, size_t i) { return i < 4 ? int(ort::kRequired) : int(ort::kVariadic); };
-  op.output_count = [](const ort::Operator*) { return size_t(1); };
-  op.output_type = [](const ort::Operator*, size_t) { return int(ort::kFloat); };
-  op.output_presence = [](const ort::Operator*, size_t) { return int(ort::kRequired); };
-  return op;
-}();
+const ort::Operator kLoraOperator = describe<LoraDescription>();
 
 }  // namespace glm4
 

@@ -1,6 +1,8 @@
 // Shared parts of the operators: threads, access to inputs, and the common part of their descriptions.
 #pragma once
 
+#include <exception>
+#include <iterator>
 #include <vector>
 
 #include "ort_abi.h"
@@ -54,9 +56,32 @@ inline ort::Status* read_input(const ort::Api& api, const ort::Context* context,
   return failed;
 }
 
-inline ort::Operator cpu_operator() {
+struct Argument {
+  int type, presence;
+};
+
+// An operator of the CPU provider. D has: State, the type of a kernel, with a member `api`; kName; the functions kCreate
+// and kCompute; kNoMemory, the error of a computation without memory; kInputs and kOutputs, arrays of Argument.
+template <typename D>
+ort::Operator describe() {
   ort::Operator op = {};
   op.version = ort::kVersion;
+  op.create_kernel_checked = D::kCreate;
+  op.compute_checked = [](void* kernel, ort::Context* context) -> ort::Status* {
+    try {
+      return D::kCompute(kernel, context);
+    } catch (const std::exception&) {  // C callers cannot handle exceptions
+      return static_cast<const typename D::State*>(kernel)->api.error(D::kNoMemory);
+    }
+  };
+  op.destroy = [](void* kernel) { delete static_cast<typename D::State*>(kernel); };
+  op.name = [](const ort::Operator*) { return D::kName; };
+  op.input_count = [](const ort::Operator*) { return std::size(D::kInputs); };
+  op.input_type = [](const ort::Operator*, size_t i) { return D::kInputs[i].type; };
+  op.input_presence = [](const ort::Operator*, size_t i) { return D::kInputs[i].presence; };
+  op.output_count = [](const ort::Operator*) { return std::size(D::kOutputs); };
+  op.output_type = [](const ort::Operator*, size_t i) { return D::kOutputs[i].type; };
+  op.output_presence = [](const ort::Operator*, size_t i) { return D::kOutputs[i].presence; };
   op.provider = [](const ort::Operator*) { return "CPUExecutionProvider"; };
   op.input_memory = [](const ort::Operator*, size_t) { return 0; };
   op.variadic_input_minimum = [](const ort::Operator*) { return 1; };

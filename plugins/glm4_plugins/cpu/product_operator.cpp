@@ -176,31 +176,23 @@ ort::Status* compute(void* kernel, ort::Context* context) {
   return rows == 0 ? nullptr : product.run(SessionThreads(self.api, context));
 }
 
+struct ProductDescription {
+  using State = Kernel;
+  static constexpr const char* kName = "BlockQuantizedMatMul";
+  static constexpr const char* kNoMemory = "BlockQuantizedMatMul: no memory for the rounded inputs";
+  static constexpr auto kCreate = create;
+  static constexpr auto kCompute = compute;
+  static constexpr Argument kInputs[] = {{ort::kFloat, ort::kRequired},
+                                         {ort::kUint8, ort::kRequired},
+                                         {ort::kAnyType, ort::kRequired},
+                                         {ort::kFloat, ort::kOptional},
+                                         {ort::kInt8, ort::kOptional}};
+  static constexpr Argument kOutputs[] = {{ort::kFloat, ort::kRequired}};
+};
+
 }  // namespace
 
-const ort::Operator kProductOperator = [] {
-  ort::Operator op = cpu_operator();
-  op.create_kernel_checked = create;
-  op.compute_checked = [](void* kernel, ort::Context* context) -> ort::Status* {
-    try {
-      return compute(kernel, context);
-    } catch (const std::exception&) {  // C callers cannot handle exceptions
-      return static_cast<const Kernel*>(kernel)->api.error("BlockQuantizedMatMul: no memory for the rounded inputs");
-    }
-  };
-  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.name = [](const ort::Operator*) { return "BlockQuantizedMatMul"; };
-  op.input_count = [](const ort::Operator*) { return size_t(5); };
-  op.input_type = [](const ort::Operator*, size_t i) {
-    constexpr int types[] = {ort::kFloat, ort::kUint8, ort::kAnyType, ort::kFloat, ort::kInt8};
-    return types[i];
-  };
-  op.input_presence = [](const ort::Operator*, size_t i) { return i < 3 ? int(ort::kRequired) : int(ort::kOptional); };
-  op.output_count = [](const ort::Operator*) { return size_t(1); };
-  op.output_type = [](const ort::Operator*, size_t) { return int(ort::kFloat); };
-  op.output_presence = [](const ort::Operator*, size_t) { return int(ort::kRequired); };
-  return op;
-}();
+const ort::Operator kProductOperator = describe<ProductDescription>();
 
 }  // namespace glm4
 

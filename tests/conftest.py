@@ -103,6 +103,15 @@ def demo_staged(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def demo_draft(tmp_path_factory):
+    """The demo's draft model for target cpu in int8, with four slots."""
+    folder = tmp_path_factory.mktemp("draft") / "glm4-tiny-draft"
+    draft = Path(__file__).parent.parent / "demo" / "glm4-tiny-draft"
+    export(draft, folder, ExportOptions(target="cpu", max_batch_size=4, parity=False))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def demo_slots(tmp_path_factory):
     """The demo checkpoint for target cpu in int8, with four slots, that takes three adapters at run time."""
     folder = tmp_path_factory.mktemp("slots") / "glm4-tiny"

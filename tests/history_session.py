@@ -34,17 +34,23 @@ class HistorySession(GrowingSession):
         stepping: the slots of the decode step that is under way.
     """
 
-    def __init__(self, slots=3, max_seq_len=96, prefill_chunk=512):
-        super().__init__(Path(), small_manifest(slots, max_seq_len), max_seq_len, slots)
+    def __init__(self, slots=3, max_seq_len=96, prefill_chunk=512, target="cpu"):
+        super().__init__(Path(), small_manifest(slots, max_seq_len, target), max_seq_len, slots)
         self.prefill_chunk = prefill_chunk
         self._rows = np.full((slots, 0), EMPTY, np.int64)
         self.before_run = self.before_move = self.before_clear = lambda *_: None
         self.stepping = []
 
     def decode_block(self, tokens):
+        return self.noted(tokens, super().decode_block)
+
+    def run_block(self, tokens):
+        return self.noted(tokens, super().run_block)
+
+    def noted(self, tokens, run):
         self.stepping = list(tokens)
         try:
-            return super().decode_block(tokens)
+            return run(tokens)
         finally:
             self.stepping = []
 
@@ -93,11 +99,11 @@ class HistorySession(GrowingSession):
         self._rows = np.full((self.max_batch_size, 0), EMPTY, np.int64)
 
 
-def small_manifest(slots, max_seq_len):
+def small_manifest(slots, max_seq_len, target="ort"):
     return Manifest(
         task="causal-lm",
-        target="ort",
-        dialect="ort",
+        target=target,
+        dialect=target,
         precision="fp32",
         activations="float32",
         kv_cache="float32",

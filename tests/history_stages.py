@@ -111,9 +111,9 @@ class TokenStage(LateStage):
 class HistoryStages(StagedSession):
     """As ``HistorySession``, in two stages that overlap."""
 
-    def __init__(self, slots=3, max_seq_len=96, prefill_chunk=6):
+    def __init__(self, slots=3, max_seq_len=96, prefill_chunk=6, target="ort"):
         manifest = dataclasses.replace(
-            small_manifest(slots, max_seq_len), stages=(StageInfo(0, 1, "", ""), StageInfo(1, 1, "", ""))
+            small_manifest(slots, max_seq_len, target), stages=(StageInfo(0, 1, "", ""), StageInfo(1, 1, "", ""))
         )
         self.tokens, self.stepping = TokenStage(slots), []
         super().__init__(Path(), manifest, max_seq_len, slots, [LateStage(), self.tokens], "", {})
@@ -121,9 +121,15 @@ class HistoryStages(StagedSession):
         assert manifest.model.vocab_size == VOCAB
 
     def begin_decode(self, tokens):
+        return self.noted(tokens, super().begin_decode)
+
+    def run_block(self, tokens):
+        return self.noted(tokens, super().run_block)
+
+    def noted(self, tokens, run):
         self.stepping = list(tokens)
         try:
-            return super().begin_decode(tokens)
+            return run(tokens)
         finally:
             self.stepping = []
 

@@ -21,7 +21,7 @@ import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -152,6 +152,23 @@ class TokenMask(Protocol):
         """Whether no token may follow; the sequence then ends with "stop"."""
 
 
+@runtime_checkable
+class RevertibleMask(TokenMask, Protocol):
+    """A mask that can be copied, and that can return to an earlier state."""
+
+    def copy(self) -> Self:
+        """A copy of the state for another sequence. Raises :class:`QueueFullError` if there is too little memory."""
+
+    def skip(self, tokens: Sequence[int]) -> None:
+        """Accept tokens, and compute the mask after the last one."""
+
+    def mark(self) -> object:
+        """The state now, for :meth:`go_back`."""
+
+    def go_back(self, mark: object) -> None:
+        """Forget the tokens after ``mark``."""
+
+
 @dataclass(frozen=True)
 class Sampled:
     """A token and its log-probability under the model itself: softmax of the original logits, before bias, penalties,
@@ -226,6 +243,14 @@ class Sampler:
         for tally in (self._in_context, self._in_output):
             if tally is not None:
                 tally.add(token)
+
+    def retract(self, tokens: Sequence[int]) -> None:
+        """Forget ``tokens``, which were the last ones, as if they had not been chosen."""
+        self._step -= len(tokens)
+        for tally in (self._in_context, self._in_output):
+            if tally is not None:
+                for token in reversed(tokens):
+                    tally.remove(token)
 
     def distribution(self, logits: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """The probabilities [vocab] that :meth:`sample` would draw from. Changes no state."""
@@ -405,5 +430,13 @@ class _Tally:
         if place == len(self._ids):
             self._ids = np.concatenate((self._ids, np.zeros_like(self._ids)))
             self._counts = np.concatenate((self._counts, np.ones_like(self._counts)))
-        self._ids[place] = token
+        self._ids[place], self._counts[place] = token, 1
         self._size += 1
+
+    def remove(self, token: int) -> None:
+        """Undo the last :meth:`add`, which was of this token."""
+        place = self._place[token]
+        self._counts[place] -= 1
+        if place == self._size - 1 and not self._counts[place]:
+            del self._place[token]
+            self._size -= 1

@@ -107,6 +107,7 @@ class GrammarMask:
         self._matcher = matcher
         self._budget = budget
         self._share = share
+        self._taken = 0  # tokens that the matcher has consumed
         # added to the logits, which is faster than setting the forbidden ones
         self._bias = np.zeros(vocab_size, np.float32)
         self._compute()
@@ -115,6 +116,7 @@ class GrammarMask:
         """Take the chosen token and compute the next mask."""
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
+            self._taken += 1
             self._compute()
         if self._budget is not None:
             self._budget.advance(token)
@@ -123,6 +125,7 @@ class GrammarMask:
         """Take tokens that an earlier run chose, and compute the mask after the last one."""
         if tokens and not self._matcher.is_stopped():
             self._matcher.consume_tokens(list(tokens))
+            self._taken += len(tokens)
             self._compute()
         if self._budget is not None:
             for token in tokens:
@@ -159,6 +162,19 @@ class GrammarMask:
         share, budget = self._share.another(), self._budget and self._budget.copy()
         matcher = self._matcher.deep_copy()
         return GrammarMask(self.grammar, matcher, len(self._bias), share, budget)
+
+    def mark(self) -> tuple[int, ThinkingBudget | None]:
+        """The state now, for :meth:`go_back`."""
+        return self._taken, self._budget and self._budget.copy()
+
+    def go_back(self, mark: tuple[int, ThinkingBudget | None]) -> None:
+        """Forget the tokens after ``mark``."""
+        taken, budget = mark
+        if taken < self._taken:
+            self._matcher.rollback(self._taken - taken)
+            self._taken = taken
+            self._compute()
+        self._budget = budget and budget.copy()
 
     def _compute(self) -> None:
         if not self._matcher.is_stopped():

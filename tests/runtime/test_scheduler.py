@@ -91,7 +91,7 @@ def test_a_long_prompt_does_not_hold_up_the_others(session, scheduler, monkeypat
         widths.clear()
         scheduler.step()
         assert sum(widths) <= 32
-        assert len(running.tokens) == before + step
+        assert len(running.tokens) >= before + step  # a draft may give more
         assert short.done.is_set()
     assert long.done.is_set()
 
@@ -499,7 +499,7 @@ def test_a_draft_that_cannot_be_verified_fails_nobody(session, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "prefill", fail)
+        patch.setattr(session, "run_block", fail)
         drive(scheduler)
     assert tried
     assert listener.error is None

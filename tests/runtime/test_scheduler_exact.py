@@ -13,7 +13,7 @@ from glm4_runtime import SamplingParams, Session
 from glm4_runtime.errors import ModelError
 from glm4_runtime.sampling import Sampler
 from glm4_runtime.scheduler import Request, Scheduler
-from glm4_runtime.scheduler.drafts import Draft
+from glm4_runtime.scheduler.drafts.lookup import Match
 
 SEEDS = range(24)
 TIE = 1e-4  # logits of the single run that lie so close may come out in either order, in float32
@@ -212,8 +212,8 @@ def test_sampling_under_drafts_takes_the_tokens_it_takes_alone(session, single, 
     prompt = (7, 8, 9, 10, 7, 8)
     guess = [token.id for token in single.generate(prompt, SamplingParams(max_tokens=8, ignore_eos=True))]
     monkeypatch.setattr(
-        "glm4_runtime.scheduler.batch.look_up",
-        lambda ids, count: Draft(np.array(guess[len(ids) - len(prompt) :][:count] or [5]), 6),
+        "glm4_runtime.scheduler.drafts.lookup.look_up",
+        lambda ids, count: Match(np.array(guess[len(ids) - len(prompt) :][:count] or [5]), 6),
     )
     draft_always(monkeypatch, 4)
     scheduler = Scheduler(session)
@@ -226,17 +226,18 @@ def test_sampling_under_drafts_takes_the_tokens_it_takes_alone(session, single, 
     assert 0 < stats.accepted_tokens < stats.drafted_tokens  # some were right, some were not
 
 
-def test_nothing_is_drafted_for_several_requests_or_under_a_mask(session, monkeypatch):
+def test_a_graph_that_takes_one_token_of_each_request_drafts_for_single_requests(session, monkeypatch):
+    """GroupQueryAttention, target ort: with a past, several new tokens need a batch of one."""
     draft_always(monkeypatch, 4)
     scheduler = Scheduler(session)
     params = SamplingParams(max_tokens=30, ignore_eos=True)
     for seed in range(3):
         submit(scheduler, Request((5, 6, 5, 6, seed + 9, 5, 6), params))
     drive(scheduler)
-    drive_masked = Request((5, 6, 5, 6, 5, 6), params, mask=Counting(30))
-    submit(scheduler, drive_masked)
-    wait(scheduler)
     assert scheduler.stats().drafted_tokens == 0
+    submit(scheduler, Request((5, 6, 5, 6, 5, 6), params, mask=Counting(30)))
+    wait(scheduler)
+    assert scheduler.stats().drafted_tokens > 0
 
 
 # Masks ------------------------------------------------------------------------------------------

@@ -1,11 +1,10 @@
-"""The scheduler's decisions, without a session: shares of a step, prefixes, drafts."""
+"""The scheduler's decisions, without a session: shares of a step, prefixes."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm4_runtime.scheduler.drafts import WIDTHS, Speculation, look_up
 from glm4_runtime.scheduler.policy import prefill_budget, retry_after, shares
 from glm4_runtime.scheduler.prefix_cache import WORTH_SHARING, Placement, place, shared, should_wait
 
@@ -120,79 +119,3 @@ def test_it_waits_for_a_prompt_that_is_being_taken():
     assert not should_wait(prompt, [prompt[:99]], [prompt])  # all there is to have
     assert not should_wait(prompt, [], [text(100, seed=1)])
     assert not should_wait(prompt, [], [])
-
-
-def test_look_up_finds_the_latest_of_the_longest_matches():
-    draft = look_up(ids(1, 2, 3, 4, 9, 2, 3, 5, 8, 1, 2, 3), 2)
-    assert (draft.ids.tolist(), draft.matched) == ([4, 9], 3)
-    draft = look_up(ids(7, 2, 3, 4, 9, 2, 3, 5, 8, 1, 2, 3), 2)
-    assert (draft.ids.tolist(), draft.matched) == ([5, 8], 2)
-
-
-def test_look_up_goes_on_with_a_repetition():
-    assert look_up(ids(5, 1, 2, 3, 1, 2, 3), 7).ids.tolist() == [1, 2, 3, 1, 2, 3, 1]
-
-
-@pytest.mark.parametrize("tokens", [[1], [1, 1], [1, 2, 3], [3, 1, 2, 3]])
-def test_look_up_wants_two_tokens_that_match(tokens):
-    assert look_up(ids(*tokens), 4) is None
-
-
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
-def test_look_up_is_what_a_plain_search_finds(tokens):
-    def match(end):
-        length = 0
-        while length < min(6, end + 1) and tokens[end - length] == tokens[-1 - length]:
-            length += 1
-        return length
-
-    best = max(((match(end), end) for end in range(len(tokens) - 1)), default=(0, 0))
-    draft = look_up(ids(*tokens), 1)
-    assert (draft is None) == (best[0] < 2)
-    if draft is not None:
-        assert (draft.matched, draft.ids.tolist()) == (best[0], [tokens[best[1] + 1]])
-
-
-def spend(speculation, seconds_of, right, steps=60, matched=9):
-    """Run steps where ``right(width)`` of a draft are right; the widths that were chosen."""
-    widths = []
-    for _ in range(steps):
-        width = speculation.width(matched, 100)
-        widths.append(width)
-        if width:
-            count = right(width)
-            speculation.verified(width, seconds_of(width))
-            speculation.compared(matched, count, int(count < width))
-        else:
-            speculation.decoded(1.0)
-            speculation.compared(matched, min(1, right(1)), 1 - min(1, right(1)))
-    return widths
-
-
-def test_speculation_begins_after_a_plain_step_and_widens_where_all_is_right():
-    widths = spend(Speculation(), lambda _: 1.1, lambda width: width)
-    assert widths[0] == 0
-    assert widths[-10:] == [WIDTHS[-1]] * 10
-
-
-def test_speculation_stops_where_nothing_is_right():
-    widths = spend(Speculation(), lambda _: 1.5, lambda _: 0, steps=300)
-    assert sum(width > 0 for width in widths[20:]) <= 12  # and tries again now and then
-    assert sum(1.5 if width else 1.0 for width in widths) <= 1.1 * len(widths)
-
-
-def test_speculation_stops_where_width_costs_what_it_gives():
-    widths = spend(Speculation(), lambda width: 1.0 + width, lambda width: width // 2, steps=300)
-    assert sum(width > 0 for width in widths[20:]) <= 40
-
-
-def test_speculation_starts_again_when_the_text_repeats_itself():
-    speculation = Speculation()
-    assert spend(speculation, lambda _: 1.5, lambda _: 0)[-1] == 0
-    assert spend(speculation, lambda _: 1.5, lambda width: width)[-1] == WIDTHS[-1]
-
-
-def test_a_draft_is_never_longer_than_what_may_follow():
-    speculation = Speculation()
-    speculation.decoded(1.0)
-    assert [speculation.width(9, most) for most in (0, 1, 3)] == [0, 1, 3]

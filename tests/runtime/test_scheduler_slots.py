@@ -35,8 +35,8 @@ def test_a_lease_that_is_over_can_do_nothing(session, slots):
     stale = kept(slots, sequence(30), 30)
     work = {
         "feed": lambda: slots.feed(stale, 1),
-        "decode": lambda: slots.decode([stale]),
-        "try_draft": lambda: slots.try_draft(stale, np.array([5])),
+        "run": lambda: slots.run({stale: [5]}),
+        "run a draft": lambda: slots.run({stale: [5, 6]}),
         "cut": lambda: slots.cut(stale),
         "end": lambda: slots.end(stale, keep=False),
     }
@@ -54,7 +54,7 @@ def test_one_stale_lease_keeps_a_whole_step_from_running(session, slots):
     other = slots.lease(sequence(20, seed=1), 20)
     slots.feed(other, 20)
     with pytest.raises(SlotError):
-        slots.decode([other, stale])
+        slots.run({other: [5], stale: [5]})
     assert (other.fed, session.length(other.slot)) == (20, 20)
 
 
@@ -86,7 +86,7 @@ def test_a_kept_slot_holds_what_was_right_of_a_draft_and_no_more(session, slots)
     ids = sequence(20)
     lease = slots.lease(ids, 20)
     slots.feed(lease, 20)
-    slots.try_draft(lease, np.array([7, 8, 9]))
+    slots.run({lease: [int(ids[20]), 7, 8, 9]})
     lease.fed += 2
     slots.end(lease, keep=True)
     assert session.history(lease.slot) == [*ids[:21].tolist(), 7]

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,13 +13,13 @@ from glm4_runtime.generate import Logits
 from glm4_runtime.prefix_store.piece import TOKENS
 from glm4_runtime.prefix_store.store import PrefixStore
 from glm4_runtime.scheduler.api import Event, Failed, Generated, Started
-from glm4_runtime.scheduler.drafts import WIDTHS, Speculation, look_up
+from glm4_runtime.scheduler.drafts import Draft, Drafter, Drafting
 from glm4_runtime.scheduler.failures import model_error, overdue, unread
 from glm4_runtime.scheduler.figures import Figures
 from glm4_runtime.scheduler.flights import Flights
 from glm4_runtime.scheduler.job import Job, Pending
 from glm4_runtime.scheduler.policy import BatchRules, prefill_budget, shares
-from glm4_runtime.scheduler.prefix_cache import Ids
+from glm4_runtime.scheduler.rows import Rows
 from glm4_runtime.scheduler.slots import Kept, Lease, Slots
 from glm4_runtime.scheduler.stored import StoredPrefixes, close
 from glm4_runtime.scoring import rows_per_run
@@ -49,11 +49,12 @@ class Batch:
         wake: Callable[[], None],
         rules: BatchRules,
         store: PrefixStore | None = None,
+        drafters: Sequence[Drafter] = (),
     ) -> None:
         self._session, self._figures, self._wake, self._rules = session, figures, wake, rules
         self._slots = Slots(session, rules.prefix_cache)
         self._stored = None if store is None else StoredPrefixes(store, self._slots, figures, wake)
-        self._speculation = Speculation()
+        self._drafting = Drafting(drafters, several=session.takes_wide_batches)
         self._flights = Flights(self._slots, session.pipeline_depth) if session.pipeline_depth > 1 else None
         self._masks: Executor | None = None
         self._live: list[Job] = []
@@ -111,9 +112,8 @@ class Batch:
         began, model_seconds = time.perf_counter(), self._figures.model_seconds
         self._end_what_is_over()
         self._settle_masks()
-        decoding = [job for job in self._live if job.decodes]
-        self._decode_or_verify(decoding)
-        self._prefill(len(decoding))
+        tokens = self._decode([job for job in self._live if job.decodes])
+        self._prefill(tokens)
         if self._stored is not None:  # what slots held before their prompts came
             self._stored.save([job for job in self._live if not job.rest], 1)
         self._settle_masks()
@@ -132,8 +132,10 @@ class Batch:
         self._slots.close()
 
     def close(self) -> None:
-        """Free the cached slots and stop the mask threads. Does not wait for a mask that is being computed."""
+        """Free the cached slots and the drafters, and stop the mask threads. Does not wait for a mask that is being
+        computed."""
         self._slots.close()
+        self._drafting.close()
         if self._masks is not None:
             self._masks.shutdown(wait=False, cancel_futures=True)
 
@@ -147,33 +149,23 @@ class Batch:
             elif job.overdue(now):
                 self._end(job, "timeout", Failed(overdue(job)))
 
-    def _decode_or_verify(self, decoding: Sequence[Job]) -> None:
-        """Generate one token per job. If a single job runs and its text repeats, verify a draft of several tokens."""
+    def _decode(self, decoding: Sequence[Job]) -> int:
+        """Run the last token of each job, and a draft behind it if drafts pay; take the tokens that follow.
+
+        Returns:
+            The number of tokens that ran.
+        """
         if self._flights is not None and (self._flights or len(decoding) > 1):
             self._decode_in_turn(self._flights, decoding)
-            return
-        single = (
-            self._rules.speculation
-            and len(decoding) == self.running == 1
-            and decoding[0].request.mask is None
-        )
-        if not single:
-            self._decode(decoding)
-            return
-        job, before = decoding[0], self._figures.model_seconds
-        draft = look_up(job.ids, WIDTHS[-1])
-        most = job.continuation.limit - job.count - 1
-        width = self._speculation.width(draft.matched, most) if draft is not None else 0
-        if draft is not None and width:
-            right = self._verify(job, draft.ids[:width])
-            self._speculation.verified(width, self._figures.model_seconds - before)
-            self._speculation.compared(draft.matched, right, int(right < width))
-            return
-        self._decode(decoding)
-        self._speculation.decoded(self._figures.model_seconds - before)
-        if draft is not None:
-            right = int(job.last == draft.ids[0])
-            self._speculation.compared(draft.matched, right, 1 - right)
+            return len(decoding)
+        if not decoding:
+            return 0
+        longest = max(job.fed for job in decoding)
+        with self._in_model():
+            drafts = self._drafting.drafts(
+                decoding, self._session.max_seq_len - longest - 1, self._rules.step_tokens
+            )
+        return self._run(decoding, drafts)
 
     def _decode_in_turn(self, flights: Flights, decoding: Sequence[Job]) -> None:
         """Begin the next step of each group that waits, and end the step that began first."""
@@ -182,7 +174,7 @@ class Batch:
                 with self._in_model():
                     flights.begin(jobs)
             except BaseException as error:  # a panic in an extension is no Exception
-                self._decode_apart(jobs, error)
+                self._run_apart(jobs, {}, error)
         if not flights:
             return
         step = flights.next()
@@ -192,67 +184,50 @@ class Batch:
                 leases, logits = step.result()
         except BaseException as error:
             left = [by_lease[lease] for lease in step.by_slot.values() if lease in by_lease]
-            self._decode_apart(left, error)
+            self._run_apart(left, {}, error)
             return
         flights.landed(len(leases))
         there = [number for number, lease in enumerate(leases) if lease in by_lease]
-        self._take_all([by_lease[leases[number]] for number in there], logits[there])
+        self._take_all([by_lease[leases[number]] for number in there], logits[there][:, None], {})
 
-    def _decode(self, decoding: Sequence[Job]) -> None:
-        by_lease = {job.lease: job for job in decoding if job.lease is not None}
-        if not by_lease:
-            return
+    def _run(self, jobs: Sequence[Job], drafts: Mapping[Job, Draft]) -> int:
+        """Run jobs together. After a failed run, which changes no slot: without drafts, then one by one, so that only
+        the cause ends."""
+        tokens = {job.lease: [job.last, *self._drafted(drafts.get(job))] for job in jobs if job.lease}
+        before = self._figures.model_seconds
         try:
             with self._in_model():
-                leases, logits = self._slots.decode(list(by_lease))
+                leases, logits = self._slots.run(tokens)
         except BaseException as error:  # a panic in an extension is no Exception
-            self._decode_apart(decoding, error)
-            return
-        self._take_all([by_lease[lease] for lease in leases], logits)
+            self._run_apart(jobs, drafts, error)
+            return len(jobs)
+        self._drafting.stepped(jobs, list(drafts.values()), self._figures.model_seconds - before)
+        for lease in leases:
+            lease.fed += 1
+        by_lease = {job.lease: job for job in jobs}
+        self._take_all([by_lease[lease] for lease in leases], logits, drafts)
+        return len(jobs) * int(logits.shape[1])
 
-    def _decode_apart(self, decoding: Sequence[Job], error: BaseException) -> None:
-        """After a failed step, run the jobs one by one, so that only the cause ends. A failed step changes no slot."""
-        if len(decoding) > 1:
-            for job in decoding:
-                self._decode([job])
+    def _run_apart(self, jobs: Sequence[Job], drafts: Mapping[Job, Draft], error: BaseException) -> None:
+        if drafts:
+            logger.error("drafts could not be verified; the step runs without them", exc_info=error)
+            self._run(jobs, {})
             return
-        if not decoding:
+        if not jobs:
             return
-        (job,) = decoding
+        if len(jobs) > 1:
+            for job in jobs:
+                self._run([job], {})
+            return
+        (job,) = jobs
         if job.pending is not None:  # the mask may end the job, and then this step is not needed
             job.pending.runs_ahead = False
         else:
             self._fail(job, error)
 
-    def _verify(self, job: Job, draft: Ids) -> int:
-        """Run the last token and a draft in one step of the model.
-
-        The sampler chooses a token at each position, in order, and stops at the first token that differs from the
-        draft. The output therefore equals the output of single steps.
-
-        Returns:
-            The number of accepted draft tokens.
-        """
-        assert job.lease is not None
-        lease, right = job.lease, 0
-        try:
-            with self._in_model():
-                rows = self._slots.try_draft(lease, draft)
-        except BaseException:
-            logger.exception("a draft could not be verified; the sequence goes on without it")
-            self._decode([job])
-            return 0
-        for row, guess in zip(rows, (*draft.tolist(), None), strict=True):
-            lease.fed += 1
-            self._take_all([job], row[None])
-            if job.lease is None or job.last != guess:
-                break
-            right += 1
-        if job.lease is not None:
-            self._slots.cut(lease)
-        self._figures.drafted_tokens += len(draft)
-        self._figures.accepted_tokens += right
-        return right
+    @staticmethod
+    def _drafted(draft: Draft | None) -> list[int]:
+        return [] if draft is None else draft.ids.tolist()
 
     def _prefill(self, decoding: int) -> None:
         waiting = [job for job in self._live if job.rest and not job.parked]
@@ -307,14 +282,14 @@ class Batch:
             return
         if job.started:
             self._figures.recomputed_tokens += job.goal - cached
-            self._take(job, row)
+            self._take_rows(job, Rows(row[None], []))
             return
         self._figures.prompt_tokens += job.prompt
         self._figures.cached_tokens += cached
         job.started, started = True, Started(cached, job.prompt, job.scores, job.slot_seconds)
         if job.request.generates:
             job.ticket.tell(started)
-            self._take(job, row)
+            self._take_rows(job, Rows(row[None], []))
         else:
             self._end(job, "length", started)
 
@@ -348,34 +323,51 @@ class Batch:
 
     # Tokens, masks and endings ------------------------------------------------------------------
 
-    def _take_all(self, jobs: Sequence[Job], logits: Logits) -> None:
-        """Choose the next token of each job from its row of logits. One argmax serves all greedy jobs."""
-        highest = logits.argmax(axis=1).tolist()
-        for job, row, token in zip(jobs, logits, highest, strict=True):
-            # argmax returns NaN and infinities first; the sampler raises the error for them
-            takes_it = job.continuation.takes_the_highest and math.isfinite(row[token])
+    def _take_all(self, jobs: Sequence[Job], logits: Logits, drafts: Mapping[Job, Draft]) -> None:
+        """Choose the next tokens of each job from its logits [width, vocab]. One argmax serves all greedy jobs."""
+        highest = logits.argmax(axis=2).tolist()
+        for job, rows, best in zip(jobs, logits, highest, strict=True):
+            draft = drafts.get(job)
+            count = 1 if draft is None else 1 + len(draft.ids)
             try:  # like :meth:`_blaming`, but a microsecond faster
-                self._take(job, row, token if takes_it else None)
+                self._take_rows(job, Rows(rows[:count], best, draft, len(jobs)))
             except BaseException as error:
                 self._fail(job, error)
 
-    def _take(self, job: Job, row: Logits, known: int | None = None) -> None:
-        """Choose the next token from logits [vocab]. If its mask is not ready, store the logits for later.
+    def _take_rows(self, job: Job, rows: Rows) -> None:
+        """Choose tokens from rows in order. If a mask is not ready, store the rest for later."""
+        while True:
+            if job.pending is not None:
+                job.pending.rows = rows.kept()
+                return
+            self._take(job, rows)
+            if rows.draft is None:
+                self._drafting.compared(job, job.last)
+                return
+            goes_on = rows.next(job.last)
+            if not goes_on or job.lease is None:
+                break
+            job.lease.fed += 1
+        self._figures.drafted(rows.draft, rows.at)
+        self._drafting.judged(job, rows.draft, rows.at, rows.wrong and not goes_on, rows.jobs)
+        if job.lease is not None:
+            self._slots.cut(job.lease)
 
-        Args:
-            known: the token, if the caller has chosen it already.
-        """
-        if job.pending is not None:
-            job.pending.logits = row.copy()
-            return
-        choice = job.continuation
-        taken = choice.take(row) if known is None else choice.accept(row, known)
-        token = choice.add(taken)
-        job.append(token.id)
+    def _take(self, job: Job, rows: Rows) -> None:
+        """Choose the next token from the current row of logits [vocab]."""
+        row, choice = rows.logits[rows.at], job.continuation
+        taken = None
+        if choice.takes_the_highest and rows.highest:
+            token = rows.highest[rows.at]
+            # argmax returns NaN and infinities first; the sampler raises the error for them
+            taken = choice.accept(row, token) if math.isfinite(row[token]) else None
+        taken = taken or choice.take(row)
+        chosen = choice.add(taken)
+        job.append(chosen.id)
         self._figures.generated_tokens += 1
-        generated = Generated(token, taken.top)
-        if token.finish_reason is not None:
-            self._end(job, token.finish_reason, generated)
+        generated = Generated(chosen, taken.top)
+        if chosen.finish_reason is not None:
+            self._end(job, chosen.finish_reason, generated)
         elif job.request.mask is None:
             job.ticket.tell(generated)
         else:
@@ -398,8 +390,8 @@ class Batch:
             self._end(job, str(token.finish_reason), replace(told, token=token))
             return
         job.ticket.tell(told)
-        if pending.logits is not None:
-            self._take(job, pending.logits)
+        if pending.rows is not None:
+            self._take_rows(job, pending.rows)
 
     def _mask_threads(self) -> Executor:
         if self._masks is None:
@@ -444,6 +436,7 @@ class Batch:
 
     def _release(self, job: Job, *, keep: bool) -> None:
         lease, job.lease = job.lease, None
+        self._drafting.forget(job)
         close([job.stored])
         job.stored = None
         if lease is not None:

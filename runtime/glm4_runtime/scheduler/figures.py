@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from glm4_runtime.scheduler.api import SchedulerStats
+from glm4_runtime.scheduler.drafts import Draft
 
 OUTCOMES = ("stop", "length", "cancelled", "timeout", "failed", "stopped")
 
@@ -27,6 +28,11 @@ class Figures:
         """Count a request that has ended, and the seconds that it held a slot."""
         self.requests[outcome] += 1
         self.seconds_per_request += (seconds - self.seconds_per_request) * 0.1
+
+    def drafted(self, draft: Draft, right: int) -> None:
+        """Count the tokens of a draft, of which the first ``right`` were right."""
+        self.drafted_tokens += len(draft.ids)
+        self.accepted_tokens += right
 
     def snapshot(self, queued: int, active: int, parked: int, slots: int) -> SchedulerStats:
         return SchedulerStats(

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from glm4_runtime.generate import Continuation, Logits
+from glm4_runtime.generate import Continuation
 from glm4_runtime.sampling import TokenMask
 from glm4_runtime.scheduler.api import Event, Generated, Request
 from glm4_runtime.scheduler.prefix_cache import Ids
+from glm4_runtime.scheduler.rows import Rows
 from glm4_runtime.scheduler.slots import Lease
 from glm4_runtime.scheduler.stored import StoredPrefix
 from glm4_runtime.scoring import PromptScores
@@ -100,13 +101,13 @@ class Pending:
     Attributes:
         told: the event with the token, not delivered yet.
         mask: done when the mask is computed; its seconds.
-        logits: logits of the next token, float32 [vocab], if the model ran before the mask was ready.
+        rows: where the next tokens come from, if the model ran before the mask was ready.
         runs_ahead: whether the model may run before the mask is ready. False after such a run failed.
     """
 
     told: Generated
     mask: Future[float]
-    logits: Logits | None = None
+    rows: Rows | None = None
     runs_ahead: bool = True
 
     @classmethod
@@ -250,7 +251,7 @@ class Job:
     def park(self) -> None:
         self.parked_at = time.monotonic()
         if self.pending is not None:
-            self.pending.logits = None  # computed again after the return
+            self.pending.rows = None  # computed again after the return
 
     def resume(self) -> None:
         assert self.parked_at is not None

@@ -12,13 +12,11 @@ class BatchRules:
     Attributes:
         step_tokens: maximum tokens of one step, prompts and decoding together.
         prefix_cache: whether slots keep their contents for prompts with the same prefix.
-        speculation: whether drafts from its own text may speed up a single request.
         most_parked: maximum number of parked jobs.
     """
 
     step_tokens: int
     prefix_cache: bool
-    speculation: bool
     most_parked: int
 
 

@@ -14,6 +14,9 @@ from glm4_runtime.generate import Continuation, Vocabulary
 from glm4_runtime.prefix_store.store import PrefixStore
 from glm4_runtime.scheduler.api import MOST_TOP_LOGPROBS, Event, Failed, Request, SchedulerStats
 from glm4_runtime.scheduler.batch import Batch
+from glm4_runtime.scheduler.drafts import Drafter
+from glm4_runtime.scheduler.drafts.lookup import Lookup
+from glm4_runtime.scheduler.drafts.model import ModelDrafter
 from glm4_runtime.scheduler.failures import model_error, overdue
 from glm4_runtime.scheduler.figures import Figures
 from glm4_runtime.scheduler.job import Job, Ticket
@@ -51,6 +54,7 @@ class Scheduler:
         prefix_cache: bool = True,
         speculation: bool = True,
         store: PrefixStore | None = None,
+        draft: Session | None = None,
     ) -> None:
         """
         Args:
@@ -58,8 +62,10 @@ class Scheduler:
                 of other requests while a long prompt is read.
             max_queue: maximum number of requests that wait for a slot.
             prefix_cache: whether slots keep their contents for prompts with the same prefix.
-            speculation: whether drafts from its own text may speed up a single request.
+            speculation: whether drafts from their own texts may speed up requests.
             store: the prefix cache on disk; :meth:`stop` closes the store.
+            draft: a smaller model with the same tokens, which drafts, too; :meth:`stop` closes the session. If the
+                draft model fails, the scheduler goes on without it.
         """
         if session.manifest.task != "causal-lm":
             raise RequestError(
@@ -79,10 +85,13 @@ class Scheduler:
         self._thread: threading.Thread | None = None
         self._asleep = False
         self._step_began: float | None = None
-        rules = BatchRules(step_tokens, prefix_cache, speculation, most_parked=max_queue)
+        rules = BatchRules(step_tokens, prefix_cache, most_parked=max_queue)
+        drafters: list[Drafter] = [Lookup()] if speculation else []
+        if draft is not None:
+            drafters.append(ModelDrafter(draft))
         self._errands: deque[_Errand] = deque()
         self._adapters = set(session.adapters)  # that new requests may name
-        self._batch = Batch(session, self._figures, self._wake, rules, store)
+        self._batch = Batch(session, self._figures, self._wake, rules, store, drafters)
         self._store = store
 
     def start(self) -> None:

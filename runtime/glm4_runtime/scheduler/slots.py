@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,7 +64,7 @@ class LeasedStep:
         return len(self.by_slot)
 
     def result(self) -> tuple[list[Lease], Logits]:
-        """See :meth:`Slots.decode`; called once."""
+        """The leases, and their logits float32 [leases, vocab] in the same order; called once."""
         try:
             slots, logits = self.step.result()
         except BaseException:
@@ -143,17 +143,25 @@ class Slots:
         self._require(lease)
         return self._session.read_positions(lease.slot, start, stop)
 
-    def decode(self, leases: Sequence[Lease]) -> tuple[list[Lease], Logits]:
-        """Run the next token of each sequence in one step. A failed step changes no slot.
+    def run(self, tokens: Mapping[Lease, Sequence[int]]) -> tuple[list[Lease], Logits]:
+        """Run one or more next tokens of each sequence in one step. A failed step changes no slot.
+
+        Does not change ``fed``: the caller adds the number of right tokens to it, and calls :meth:`cut` if some were
+        wrong.
 
         Returns:
-            The leases, and in the same order the logits of their next tokens: float32 [leases, vocab], which the next
-            run may overwrite.
+            The leases, and in the same order the logits after each token: float32 [leases, most tokens, vocab], which
+            the next run may overwrite. Rows beyond a sequence's tokens have no meaning.
         """
-        return self.begin_decode(leases).result()
+        for lease in tokens:
+            self._require(lease)
+        by_slot = {lease.slot: lease for lease in tokens}
+        slots, logits = self._run({slot: tokens[lease] for slot, lease in by_slot.items()})
+        return [by_slot[slot] for slot in slots], logits
 
     def begin_decode(self, leases: Sequence[Lease]) -> "LeasedStep":
-        """Like :meth:`decode`, but may return before the step has ended. ``fed`` counts the tokens at once."""
+        """Run the next token of each sequence in one step that may not have ended yet. ``fed`` counts the tokens at
+        once. A failed step changes no slot."""
         for lease in leases:
             self._require(lease)
         by_slot = {lease.slot: lease for lease in leases}
@@ -163,15 +171,6 @@ class Slots:
         for lease in leases:
             lease.fed += 1
         return LeasedStep(by_slot, step)
-
-    def try_draft(self, lease: Lease, draft: Ids) -> Logits:
-        """Run a sequence's next token and the draft after it; returns logits float32 [1 + len(draft), vocab].
-
-        Does not change ``fed``: the caller adds the number of right tokens to it, and then calls :meth:`cut`.
-        """
-        self._require(lease)
-        tokens = [int(lease.ids[lease.fed]), *draft.tolist()]
-        return self._session.prefill(lease.slot, tokens, logits=len(tokens))
 
     def cut(self, lease: Lease) -> None:
         """Truncate the slot to ``fed`` tokens."""
@@ -214,6 +213,12 @@ class Slots:
     def _require(self, lease: Lease) -> None:
         if self._owners[lease.slot] is not lease:
             raise SlotError(f"slot {lease.slot} belongs to another sequence by now")
+
+    def _run(self, tokens: Mapping[int, Sequence[int]]) -> tuple[list[int], Logits]:
+        if any(len(row) > 1 for row in tokens.values()):
+            return self._session.run_block(tokens)
+        slots, logits = self._session.decode_block({slot: row[0] for slot, row in tokens.items()})
+        return slots, logits[:, None]
 
     def _kept(self, adapter: str | None, group: str) -> dict[int, Ids]:
         """The contents of kept slots, least recently used first. A slot of another adapter or group has nothing to

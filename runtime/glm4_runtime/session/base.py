@@ -22,8 +22,8 @@ from glm4_runtime.kv_cache import Move, SlotTable
 from glm4_runtime.places import PROCESS
 from glm4_runtime.sampling import SamplingParams, TokenMask
 from glm4_runtime.scoring import LogLikelihood, log_likelihoods, rolling_log_likelihood
+from glm4_runtime.session.blocks import Blocks
 from glm4_runtime.session.checks import require_task, require_tokens
-from glm4_runtime.session.positions import SlotPositions
 from glm4_runtime.session.slot_steps import SlotSteps
 from glm4_runtime.side_files import check_bundle
 from glm4_runtime.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ class Decoded:
         return self.slots, self.logits
 
 
-class Session(SlotPositions, abc.ABC):
+class Session(Blocks, abc.ABC):
     """One opened bundle. Not thread-safe: one thread drives a session.
 
     Attributes:
@@ -146,19 +146,8 @@ class Session(SlotPositions, abc.ABC):
     # What a subclass adds ------------------------------------------------------------------
 
     @abc.abstractmethod
-    def _run_decoder(self, first_row: int, ids: Ids, past: Sequence[int], logits_indices: Ids) -> Logits:
-        """Run ids [n, S] on rows first_row ... first_row + n - 1; returns logits [n, positions, vocab].
-
-        The result may be overwritten by the next run.
-        """
-
-    @abc.abstractmethod
     def _run_encoder(self, ids: Ids) -> Logits:
         """Run ids [1, S] without a cache and return the graph's one output."""
-
-    @abc.abstractmethod
-    def _move_row(self, move: Move) -> None:
-        """Copy or swap rows of every layer's cache."""
 
     @abc.abstractmethod
     def _clear_row(self, row: int) -> None:

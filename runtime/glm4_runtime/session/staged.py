@@ -147,6 +147,11 @@ class StagedSession(GrowingSession):
     def decode_block(self, tokens: Mapping[int, int]) -> tuple[list[int], Logits]:
         return self.begin_decode(tokens).result()
 
+    def run_block(self, tokens: Mapping[int, Sequence[int]]) -> tuple[list[int], Logits]:
+        for slot in tokens:
+            self._settle(slot)
+        return super().run_block(tokens)
+
     def begin_decode(self, tokens: Mapping[int, int]) -> Decoding:
         for slot in tokens:
             self._settle(slot)

@@ -113,7 +113,8 @@ class HistoryStages(StagedSession):
 
     def __init__(self, slots=3, max_seq_len=96, prefill_chunk=6, target="ort"):
         manifest = dataclasses.replace(
-            small_manifest(slots, max_seq_len, target), stages=(StageInfo(0, 1, "", ""), StageInfo(1, 1, "", ""))
+            small_manifest(slots, max_seq_len, target),
+            stages=(StageInfo(0, 1, "", ""), StageInfo(1, 1, "", "")),
         )
         self.tokens, self.stepping = TokenStage(slots), []
         super().__init__(Path(), manifest, max_seq_len, slots, [LateStage(), self.tokens], "", {})

@@ -107,7 +107,7 @@ class SchedulerStats:
         queued, active, slots: requests that wait for their first slot, requests with a slot, and slots.
         prompt_tokens: tokens of all prompts read, including those from the prefix cache (``cached_tokens``).
         stored_tokens: tokens read from the prefix cache on disk; also part of ``cached_tokens``.
-        drafted_tokens: tokens guessed by prompt lookup; ``accepted_tokens`` of them were right.
+        drafted_tokens: tokens guessed by prompt lookup or a draft model; ``accepted_tokens`` of them were right.
         requests: number of ended requests by outcome: stop, length, cancelled, timeout, failed, stopped.
         steps: steps that ran the model; ``step_seconds`` is their total time, ``model_seconds`` the part in the
             model.

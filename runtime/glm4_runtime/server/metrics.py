@@ -30,7 +30,12 @@ _SCHEDULER = (
     ("cached_tokens", "glm4_cached_prompt_tokens", CounterMetricFamily, "Of these, reused from the cache."),
     ("stored_tokens", "glm4_disk_cached_prompt_tokens", CounterMetricFamily, "Of these, read from the disk."),
     ("generated_tokens", "glm4_generated_tokens", CounterMetricFamily, "Tokens generated."),
-    ("drafted_tokens", "glm4_drafted_tokens", CounterMetricFamily, "Tokens guessed by prompt lookup."),
+    (
+        "drafted_tokens",
+        "glm4_drafted_tokens",
+        CounterMetricFamily,
+        "Tokens guessed by prompt lookup or a draft model.",
+    ),
     ("accepted_tokens", "glm4_accepted_tokens", CounterMetricFamily, "Of these, accepted by the model."),
     (
         "preemptions",

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 OPERATOR = "BlockQuantizedMatMul"
 PANEL = 64  # columns that are stored together
-KERNELS = ("avx512-vnni", "avx-vnni", "avx2", "portable")  # the fastest first
+KERNELS = ("avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dotprod", "portable")  # the fastest first
 VARIABLE = "GLM4_CPU_KERNELS"  # of the environment: the name of the kernels to use, instead of the fastest
 
 Floats = npt.NDArray[np.float32]

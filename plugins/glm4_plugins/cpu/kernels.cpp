@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
+#elif defined(GLM4_NEON) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace glm4 {
@@ -48,6 +50,41 @@ constexpr Candidate kCandidates[] = {
     {&kAvxVnniKernels, has_avx_vnni},
 #endif
     {&kAvx2Kernels, has_avx2},
+    {&kPortableKernels, [] { return true; }},
+};
+
+}  // namespace
+#elif defined(GLM4_NEON)
+extern const Kernels kNeonI8mmKernels, kNeonDotprodKernels;
+
+namespace {
+
+// Of the kernel's headers, in which an old system lacks them.
+constexpr unsigned long kHwcapDotprod = 1ul << 20, kHwcap2I8mm = 1ul << 13;
+
+bool has_i8mm() {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  return true;  // the compiler was told that every processor has it
+#elif defined(__linux__)
+  return getauxval(AT_HWCAP2) & kHwcap2I8mm;
+#else
+  return false;
+#endif
+}
+
+bool has_dotprod() {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return true;
+#elif defined(__linux__)
+  return getauxval(AT_HWCAP) & kHwcapDotprod;
+#else
+  return false;
+#endif
+}
+
+constexpr Candidate kCandidates[] = {
+    {&kNeonI8mmKernels, has_i8mm},
+    {&kNeonDotprodKernels, has_dotprod},
     {&kPortableKernels, [] { return true; }},
 };
 

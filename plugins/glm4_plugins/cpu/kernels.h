@@ -10,6 +10,11 @@
 #define GLM4_AVX_VNNI
 #endif
 
+// arm_neon.h of earlier compilers lacks the products of 8-bit numbers.
+#if defined(__aarch64__) && (defined(__clang__) ? __clang_major__ >= 16 : defined(__GNUC__) && __GNUC__ >= 10)
+#define GLM4_NEON
+#endif
+
 namespace glm4 {
 
 struct Kernels {

@@ -38,7 +38,7 @@ struct Dots<8> {
     __m256i sizes, signs;
   };
   static constexpr int kRows = 8, kSums = 8, kInputs = 0;
-  static constexpr bool kCentred = true;
+  static constexpr bool kCentred = true, kPairs = false;
 
   static Columns columns(Bytes numbers) {
     const __m256i centred = reinterpret_cast<__m256i>(numbers ^ uint8_t(0x80));
@@ -55,7 +55,7 @@ template <>
 struct Dots<4> {
   using Columns = __m256i;
   static constexpr int kRows = 6, kSums = 12, kInputs = 32;
-  static constexpr bool kCentred = false;
+  static constexpr bool kCentred = false, kPairs = false;
 
   static Columns columns(Bytes numbers) { return reinterpret_cast<__m256i>(numbers); }
   static __m256i inputs(const int8_t* x) { return four_inputs(x); }

@@ -29,7 +29,7 @@ namespace {
 template <int kBits>
 struct Dots {
   static constexpr int kRows = 6, kSums = 12, kInputs = 0;  // registers: 12 sums, 2 of numbers, 1 of x
-  static constexpr bool kCentred = false;
+  static constexpr bool kCentred = false, kPairs = false;
 
   static __m256i columns(Bytes numbers) { return reinterpret_cast<__m256i>(numbers); }
   static __m256i inputs(const int8_t* x) { return four_inputs(x); }

@@ -7,6 +7,7 @@
 //   Inputs inputs(const int8_t*)             four numbers of a row of x
 //   Ints add(Ints sums, Columns, Inputs)     adds their products to the running sums of the columns
 //   Ints total(Ints sums)    the running sums of 16 bits as int32
+//   kPairs, sum_pairs        whether pairs of rows have products of their own, and these
 
 #include <cstring>
 
@@ -132,7 +133,9 @@ __attribute__((noinline)) void multiply_tiles(const Block& b, int m) {
   for (int n = 0; n < kPanel; n += kV * kLanes) {
     const uint8_t* numbers = b.numbers + n * 4;
     Ints dots[kM][kV] = {};
-    if constexpr (Dot::kInputs == 0) {
+    if constexpr (Dot::kPairs && kM % 2 == 0) {
+      Dot::template sum_pairs<kM, kV>(numbers, x, block, dots);
+    } else if constexpr (Dot::kInputs == 0) {
       add_products<kBits>(numbers, x, block, block, dots);
     } else {
       for (int from = 0; from < block; from += Dot::kInputs) {

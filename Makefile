@@ -81,13 +81,18 @@ foreign-names: $(VENV)/.installed  ## hold the names that we use of TensorRT and
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OUT)/newest $(FOREIGN)
 	PYTHONPATH=$(CURDIR)/$(OUT)/newest $(BIN)/python -m pytest -s tests/deploy/test_foreign_names.py
 
+PEER_OPTIONS = --environments $(BENCH)/environments --rounds $(ROUNDS) $(if $(CAP),--cap $(CAP))
+# Not with CAP=avx2: these cannot be limited, or fail.
+MORE_INT8 := ,openvino:int8,ort-genai:int8,transformers:bf16
+MORE_INT4 := ,llama.cpp:q4_k_m,openvino:int4-head,ort-genai:int4
+
 # Beside the peers on weights of the 9B's widths, in LAYERS layers. The peers' environments and weights are kept for the next time.
 bench: $(9B)-int8/manifest.json $(9B)-int4-head/manifest.json  ## beside llama.cpp, OpenVINO and others (2 hours, 30 GB of disk)
-	benchmarks/peers/setup.sh $(BENCH)/environments $(PYTHON)
-	$(BIN)/python -m benchmarks.peers $(9B) $(9B)-int8 --environments $(BENCH)/environments --out $(9B)-peers-int8 --rounds $(ROUNDS) \
-		--peers llama.cpp:q8_0,openvino:int8,openvino:int8+f32,ort-genai:int8,transformers:bf16
-	$(BIN)/python -m benchmarks.peers $(9B) $(9B)-int4-head --environments $(BENCH)/environments --out $(9B)-peers-int4 --rounds $(ROUNDS) \
-		--peers llama.cpp:q4_0,llama.cpp:q4_k_m,openvino:int4-head,openvino:int4-head+f32,ort-genai:int4
+	benchmarks/peers/setup.sh $(BENCH)/environments $(PYTHON) $(CAP)
+	$(BIN)/python -m benchmarks.peers $(9B) $(9B)-int8 --out $(9B)-peers-int8$(CAP) $(PEER_OPTIONS) \
+		--peers llama.cpp:q8_0,openvino:int8+f32$(if $(CAP),-inputs,$(MORE_INT8))
+	$(BIN)/python -m benchmarks.peers $(9B) $(9B)-int4-head --out $(9B)-peers-int4$(CAP) $(PEER_OPTIONS) \
+		--peers llama.cpp:q4_0,openvino:int4-head+f32$(if $(CAP),-inputs,$(MORE_INT4))
 
 $(9B)/config.json: | $(VENV)/.installed
 	$(BIN)/python benchmarks/make_checkpoint.py $(9B) --size 9b --layers $(LAYERS)

@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from benchmarks.peers.ceilings import Ceilings
-from benchmarks.peers.contenders import OURS, Contender, ContenderError, Process
+from benchmarks.peers.contenders import OURS, Contender, ContenderError, Process, cap_of
 from benchmarks.peers.report import write_report
 from glm4_runtime.bundle import read_manifest
 
@@ -84,7 +84,7 @@ def run_rounds(
 ) -> None:
     ceilings = Ceilings(threads)
     vocabulary = read_manifest(contenders[0].folder).model.vocab_size
-    for number in range(rounds):
+    for number in range(len(result["rounds"]), rounds):
         figures: dict[str, Any] = {"integer_gemm": ceilings.integer_gemm(), "contenders": {}}
         # the other way round every other time, so that a drift of the machine favours nobody
         for contender in contenders[:: -1 if number % 2 else 1]:
@@ -100,6 +100,19 @@ def run_rounds(
         write_report(result, out)
 
 
+def continue_from(file: Path, result: dict[str, Any]) -> None:
+    """Take over the rounds of an earlier run, of the same contenders under the same conditions."""
+    if not file.is_file():
+        return
+    earlier = json.loads(file.read_text())
+    for key in ("machine", "threads", "checkpoint", "context", "steps", "cap", "contenders"):
+        if earlier.get(key) != result[key]:
+            raise click.ClickException(
+                f"{file} has another {key}; leave out --resume, or choose another --out"
+            )
+    result["rounds"], result["failures"] = earlier["rounds"], earlier["failures"]
+
+
 @click.command()
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument(
@@ -107,6 +120,8 @@ def run_rounds(
 )
 @click.option("--peers", default="", help="PEER:FORMAT[+SETTING], separated by commas.")
 @click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True)
+@click.option("--resume", is_flag=True, help="Continue the rounds in OUT.json, up to --rounds.")
+@click.option("--cap", type=click.Choice(sorted(OURS.caps)), help="Limit all to this instruction set.")
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--environments", type=click.Path(path_type=Path), default="out/peers", show_default=True)
 @click.option(
@@ -120,6 +135,8 @@ def main(
     bundles: tuple[Path, ...],
     peers: str,
     rounds: int,
+    resume: bool,
+    cap: str | None,
     threads: int,
     environments: Path,
     models: Path | None,
@@ -130,10 +147,13 @@ def main(
     A contender that fails is recorded, and the others go on.
     """
     models = models or checkpoint.with_name(f"{checkpoint.name}-peers")
-    contenders = [Contender(f"ours:{one.name}", OURS, Path(sys.executable), one) for one in bundles]
+    limit = cap_of(OURS, cap or "", "ours").variables
+    contenders = [
+        Contender(f"ours:{one.name}", OURS, Path(sys.executable), one, variables=limit) for one in bundles
+    ]
     try:
         names = filter(None, peers.split(","))
-        asked = [Contender.from_name(name, environments.absolute(), models) for name in names]
+        asked = [Contender.from_name(name, environments.absolute(), models, cap or "") for name in names]
     except ContenderError as error:
         raise click.ClickException(str(error)) from error
     failures = []
@@ -146,8 +166,10 @@ def main(
         except ContenderError as error:
             failures.append(f"{one.name}: {error}")
             click.echo(failures[-1], err=True)
-    result = describe(contenders, checkpoint, threads)
+    result = describe(contenders, checkpoint, threads) | {"cap": cap}
     result["failures"] += failures
+    if resume:
+        continue_from(out.with_suffix(".json"), result)
     run_rounds(result, contenders, rounds, threads, out)
     click.echo(out.with_suffix(".md").read_text())
 

@@ -6,7 +6,8 @@ import shutil
 import subprocess
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +21,14 @@ PATIENCE = 900.0  # seconds for one answer
 
 
 @dataclass(frozen=True)
+class Cap:
+    """How a runtime is limited to an instruction set: by variables, or by an environment compiled for the set."""
+
+    variables: Mapping[str, str] = field(default_factory=dict)
+    environment: str = ""
+
+
+@dataclass(frozen=True)
 class Peer:
     """A runtime: the module that drives it, the environment that ``setup.sh`` made, and what a reader must know."""
 
@@ -27,11 +36,23 @@ class Peer:
     environment: str
     packages: tuple[str, ...]
     note: str = ""
+    caps: Mapping[str, Cap] = field(default_factory=dict)
 
 
 PEERS = {
-    "llama.cpp": Peer("llama_cpp", "llama-cpp", ("llama-cpp-python",), "flash attention, ubatch 512"),
-    "openvino": Peer("openvino", "openvino", ("openvino", "optimum-intel", "nncf")),
+    "llama.cpp": Peer(
+        "llama_cpp",
+        "llama-cpp",
+        ("llama-cpp-python",),
+        "flash attention, ubatch 512",
+        {"avx2": Cap(environment="llama-cpp-avx2")},
+    ),
+    "openvino": Peer(
+        "openvino",
+        "openvino",
+        ("openvino", "optimum-intel", "nncf"),
+        caps={"avx2": Cap({"ONEDNN_MAX_CPU_ISA": "AVX2"})},
+    ),
     "ort-genai": Peer(
         "ort_genai",
         "onnxruntime",
@@ -40,11 +61,17 @@ PEERS = {
     ),
     "transformers": Peer("eager", "onnxruntime", ("transformers", "torch"), "eager"),
 }
-OURS = Peer("ours", "", ("onnxruntime",))
+OURS = Peer("ours", "", ("onnxruntime",), caps={"avx2": Cap({"GLM4_CPU_KERNELS": "avx2"})})
 
 
 class ContenderError(Exception):
     """A contender that could not be made, or that failed; the others go on."""
+
+
+def cap_of(peer: Peer, cap: str, name: str) -> Cap:
+    if cap and cap not in peer.caps:
+        raise ContenderError(f"{name} cannot be limited to {cap}")
+    return peer.caps[cap] if cap else Cap()
 
 
 @dataclass(frozen=True)
@@ -57,16 +84,18 @@ class Contender:
     folder: Path
     format: str = ""
     setting: str = ""
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def from_name(cls, name: str, environments: Path, models: Path) -> "Contender":
+    def from_name(cls, name: str, environments: Path, models: Path, cap: str = "") -> "Contender":
         kind, _, rest = name.partition(":")
         form, _, setting = rest.partition("+")
         if kind not in PEERS or not form:
             known = ", ".join(f"{peer}:FORMAT" for peer in PEERS)
             raise ContenderError(f"{name!r} names no peer; those known are {known}, each with +SETTING")
-        python = environments / PEERS[kind].environment / "bin" / "python"
-        return cls(name, PEERS[kind], python, models / f"{kind}-{form}", form, setting)
+        limit = cap_of(PEERS[kind], cap, name)
+        python = environments / (limit.environment or PEERS[kind].environment) / "bin" / "python"
+        return cls(name, PEERS[kind], python, models / f"{kind}-{form}", form, setting, limit.variables)
 
     def convert(self, checkpoint: Path, log: Path) -> None:
         """Make the peer's files, unless they are there; how long it took is kept beside them."""
@@ -129,7 +158,9 @@ class Process:
         self._process = subprocess.Popen(
             [contender.python, "-m", "benchmarks.peers.worker", *serve, contender.setting, *counts],
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(places)},
+            env=os.environ
+            | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(places)}
+            | contender.variables,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -16,7 +16,13 @@ WEIGHTS = {
     "int4": ("int4", "--sym", "--group-size", "128", "--ratio", "1.0"),
     "int4-head": ("int4", "--sym", "--group-size", "128", "--ratio", "1.0", "--all-layers"),
 }
-SETTINGS = {"": {}, "f32": {"INFERENCE_PRECISION_HINT": "f32"}}
+SETTINGS = {
+    "": {},
+    "f32": {"INFERENCE_PRECISION_HINT": "f32"},
+    # Inputs stay float32, too. With --cap avx2 nothing else runs: for quantized inputs OpenVINO asks oneDNN for products
+    # of the processor's own instruction set, which oneDNN refuses under a cap.
+    "f32-inputs": {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"},
+}
 
 
 def convert(checkpoint: Path, folder: Path, form: str) -> None:

@@ -55,10 +55,11 @@ def page(result: dict[str, Any], table: dict[str, Any], out: Path) -> str:
         if found
     )
     others = [turn["cores_of_others"] for turn in turns] or [0.0]
+    cap = f", limited to {result['cap']}" if result.get("cap") else ""
     lines = [
         f"# {result['ours']} and the peers on {result['checkpoint']}",
         "",
-        f"{result['date']}, {result['machine']}, {result['threads']} threads, rounds: {len(result['rounds'])}; {spread}; "
+        f"{result['date']}, {result['machine']}, {result['threads']} threads{cap}, rounds: {len(result['rounds'])}; {spread}; "
         f"other processes kept {min(others):.2f} to {max(others):.2f} cores busy during a turn.",
         "",
         f"    {result['command']}",

@@ -1,12 +1,14 @@
 #!/bin/sh
 # The peers' environments under FOLDER, one each, since their packages contradict each other:
-#     benchmarks/peers/setup.sh FOLDER [PYTHON]
+#     benchmarks/peers/setup.sh FOLDER [PYTHON [CAP]]
+# CAP avx2 adds a llama.cpp that is compiled for AVX2 alone, for `python -m benchmarks.peers --cap avx2`.
 # llama-cpp-python is compiled for this machine's processor, which takes a quarter of an hour on two cores;
 # it wants a C++ compiler.
 # A peer that cannot be installed leaves the others be: the comparison records it as failed.
 set -u
 folder=$1
 python=${2:-python3}
+cap=${3:-}
 
 # environment, then what is installed into it
 environment() {
@@ -24,4 +26,16 @@ environment openvino torch==2.13.0 torchvision==0.28.0 optimum-intel==2.2.0 open
 "$folder/openvino/bin/python" -m pip uninstall --quiet --yes torchvision
 environment onnxruntime torch==2.13.0 transformers==5.17.0 onnxruntime-genai==0.18.0 onnxruntime==1.32.0 \
     onnx==1.23.2 onnx-ir==1.1.0
-CMAKE_ARGS=-DGGML_NATIVE=ON environment llama-cpp llama-cpp-python==0.3.36 gguf==0.19.0 --no-binary llama-cpp-python
+# without pip's cache: a wheel in it may have been compiled for another instruction set
+llama_cpp() {
+    name=$1
+    shift
+    CMAKE_ARGS="$*" environment "$name" --no-cache-dir llama-cpp-python==0.3.36 gguf==0.19.0 \
+        --no-binary llama-cpp-python
+}
+
+llama_cpp llama-cpp -DGGML_NATIVE=ON
+if test "$cap" = avx2; then
+    llama_cpp llama-cpp-avx2 -DGGML_NATIVE=OFF -DGGML_AVX512=OFF -DGGML_AVX_VNNI=OFF \
+        -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
+fi

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,13 +103,54 @@ def test_an_unknown_peer_is_answered_with_the_known(name):
         Contender.from_name(name, Path(), Path())
 
 
-def test_one_that_is_not_installed_leaves_the_others_be(tiny_checkpoint, tiny_bundles, tmp_path, monkeypatch):
+def test_a_cap_limits_every_contender():
+    llama = Contender.from_name("llama.cpp:q8_0", Path("environments"), Path(), "avx2")
+    assert llama.python == Path("environments/llama-cpp-avx2/bin/python")
+    assert Contender.from_name("openvino:int8", Path(), Path(), "avx2").variables == {
+        "ONEDNN_MAX_CPU_ISA": "AVX2"
+    }
+    with pytest.raises(ContenderError, match="ort-genai:int8 cannot be limited to avx2"):
+        Contender.from_name("ort-genai:int8", Path(), Path(), "avx2")
+
+
+def test_a_process_gets_the_variables_of_its_cap(tmp_path):
+    code = "import os, json; print(json.dumps({'seconds': int(os.environ['GLM4_CPU_KERNELS'] == 'sse9')}))"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}"\n')
+    python.chmod(0o755)
+    limited = replace(ours(tmp_path), python=python, variables={"GLM4_CPU_KERNELS": "sse9"})
+    with Process(limited, 1, 64, 1, tmp_path / "log") as process:
+        assert process.loaded() == 1
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Short columns, without ceilings."""
     monkeypatch.setattr(peers, "Ceilings", SmallCeilings)
     monkeypatch.setattr(peers, "PROMPTS", (8, 16))
     monkeypatch.setattr(peers, "BATCHES", (1, 2))
     monkeypatch.setattr(peers, "CONTEXT", 8)
     monkeypatch.setattr(peers, "STEPS", 2)
     monkeypatch.setattr("benchmarks.peers.report.RATES", ("prefill 8", "prefill 16", "decode 1", "decode 2"))
+
+
+def test_rounds_are_resumed_under_the_same_conditions(tiny_checkpoint, tiny_bundles, tmp_path, quick):
+    def run(*options):
+        asked = [tiny_checkpoint, tiny_bundles["ort"], "--out", tmp_path / "out", *options]
+        return CliRunner().invoke(peers.main, [str(argument) for argument in asked])
+
+    assert run("--rounds", 1).exit_code == 0
+    [first] = json.loads((tmp_path / "out.json").read_text())["rounds"]
+    assert run("--rounds", 2, "--resume").exit_code == 0
+    rounds = json.loads((tmp_path / "out.json").read_text())["rounds"]
+    assert rounds[0] == first
+    assert len(rounds) == 2
+    refused = run("--rounds", 3, "--resume", "--threads", 1)
+    assert refused.exit_code == 1
+    assert "has another threads; leave out --resume" in refused.output
+
+
+def test_one_that_is_not_installed_leaves_the_others_be(tiny_checkpoint, tiny_bundles, tmp_path, quick):
     places = ["--environments", tmp_path / "none", "--models", tmp_path / "models", "--out", tmp_path / "out"]
     asked = [tiny_checkpoint, tiny_bundles["ort"], "--peers", "llama.cpp:q8_0", "--rounds", 2, *places]
     said = CliRunner().invoke(peers.main, [str(argument) for argument in asked])

@@ -84,6 +84,7 @@ foreign-names: $(VENV)/.installed  ## hold the names that we use of TensorRT and
 PEER_OPTIONS = --environments $(BENCH)/environments --rounds $(ROUNDS) $(if $(CAP),--cap $(CAP))
 # Not with CAP=avx2: these cannot be limited, or fail.
 MORE_INT8 := ,openvino:int8,ort-genai:int8,transformers:bf16
+LONG_CACHES := ,llama.cpp:q8_0+kv8,openvino:int8,ort-genai:int8
 MORE_INT4 := ,llama.cpp:q4_k_m,openvino:int4-head,ort-genai:int4
 
 # Beside the peers on weights of the 9B's widths, in LAYERS layers. The peers' environments and weights are kept for the next time.
@@ -91,6 +92,8 @@ bench: $(9B)-int8/manifest.json $(9B)-int4-head/manifest.json  ## beside llama.c
 	benchmarks/peers/setup.sh $(BENCH)/environments $(PYTHON) $(CAP)
 	$(BIN)/python -m benchmarks.peers $(9B) $(9B)-int8 --out $(9B)-peers-int8$(CAP) $(PEER_OPTIONS) \
 		--peers llama.cpp:q8_0,openvino:int8+f32$(if $(CAP),-inputs,$(MORE_INT8))
+	$(if $(CAP),,$(BIN)/python -m benchmarks.peers $(9B) $(9B)-int8 --out $(9B)-peers-long $(PEER_OPTIONS) \
+		--contexts 4096,16384,32640 --peers llama.cpp:q8_0$(LONG_CACHES))
 	$(BIN)/python -m benchmarks.peers $(9B) $(9B)-int4-head --out $(9B)-peers-int4$(CAP) $(PEER_OPTIONS) \
 		--peers llama.cpp:q4_0,openvino:int4-head+f32$(if $(CAP),-inputs,$(MORE_INT4))
 
@@ -98,7 +101,7 @@ $(9B)/config.json: | $(VENV)/.installed
 	$(BIN)/python benchmarks/make_checkpoint.py $(9B) --size 9b --layers $(LAYERS)
 
 $(9B)-int8/manifest.json: $(9B)/config.json
-	$(BIN)/glm4-deploy export $(9B) $(@D) --target cpu --precision int8 --max-seq-len 4096 --no-parity --force
+	$(BIN)/glm4-deploy export $(9B) $(@D) --target cpu --precision int8 --no-parity --force
 
 $(9B)-int4-head/manifest.json: $(9B)/config.json benchmarks/peers/int4-head.toml
 	$(BIN)/glm4-deploy export $(9B) $(@D) --target cpu --precision int4 --recipe benchmarks/peers/int4-head.toml \

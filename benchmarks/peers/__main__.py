@@ -5,6 +5,8 @@
     glm4-deploy export out/9b4 out/9b4-int8 --target cpu --max-seq-len 4096 --no-parity
     python -m benchmarks.peers out/9b4 out/9b4-int8 --peers llama.cpp:q8_0,openvino:int8 --out out/peers-int8
 
+With ``--contexts 4096,16384`` the columns are prompts of these lengths, each read once, and decoding behind them.
+
 A peer is PEER:FORMAT, or PEER:FORMAT+SETTING (openvino:int8+f32). In every round each contender starts anew in
 a process of its own and does all columns, once untimed and once timed, so that one at a time is in memory.
 """
@@ -25,40 +27,89 @@ from benchmarks.peers.report import write_report
 from glm4_runtime.bundle import read_manifest
 
 PROMPTS, BATCHES, CONTEXT, STEPS = (512, 2048), (1, 4, 8), 512, 32
+LONG_BATCHES, LONG_STEPS, UNTIMED = (1, 4), 16, 256  # with --contexts; a prompt that is not timed
 MARGIN = 16  # positions for the untimed steps, and what a fill may take
 
 
 def take_turn(
-    contender: Contender, ceilings: Ceilings, threads: int, vocabulary: int, log: Path
+    contender: Contender,
+    ceilings: Ceilings,
+    threads: int,
+    vocabulary: int,
+    log: Path,
+    contexts: tuple[int, ...] = (),
 ) -> dict[str, float]:
     """One contender's figures of one round: tokens/s by column, and what surrounded them."""
     contender.warm()
     figures = {"load_average": os.getloadavg()[0], "bandwidth": ceilings.bandwidth()}
-    positions = max(*PROMPTS, CONTEXT + STEPS + MARGIN)
-    with Process(contender, threads, positions, max(BATCHES), log) as process:
+    positions, slots = room(contexts)
+    with Process(contender, threads, positions, slots, log) as process:
         figures["load_s"] = process.loaded()
-        for length in PROMPTS:
-            prompt = {"do": "prefill", "tokens": length, "vocabulary": vocabulary}
-            process.ask(**prompt)
-            figures[f"prefill {length}"] = length / process.ask(**prompt)
-        for batch in BATCHES:
-            process.ask(do="fill", tokens=CONTEXT, batch=batch, vocabulary=vocabulary)
-            process.ask(do="decode", steps=2)
-            figures[f"decode {batch}"] = batch * STEPS / process.ask(do="decode", steps=STEPS)
+        if contexts:
+            figures |= long_columns(process, contexts, vocabulary)
+        else:
+            figures |= short_columns(process, vocabulary)
         figures["peak_gb"] = process.peak_bytes() / 1e9
         figures["cores_of_others"] = process.cores_of_others()
     figures["bandwidth"] = (figures["bandwidth"] + ceilings.bandwidth()) / 2
     return figures
 
 
-def describe(contenders: list[Contender], checkpoint: Path, threads: int) -> dict[str, Any]:
-    return {
+def room(contexts: tuple[int, ...]) -> tuple[int, int]:
+    """The longest sequence, and the most that decode together."""
+    if contexts:
+        return max(contexts) + len(LONG_BATCHES) * (LONG_STEPS + MARGIN), max(LONG_BATCHES)
+    return max(*PROMPTS, CONTEXT + STEPS + MARGIN), max(BATCHES)
+
+
+def short_columns(process: Process, vocabulary: int) -> dict[str, float]:
+    """Each prompt and each batch untimed and timed."""
+    figures = {}
+    for length in PROMPTS:
+        prompt = {"do": "prefill", "tokens": length, "vocabulary": vocabulary}
+        process.ask(**prompt)
+        figures[f"prefill {length}"] = length / process.ask(**prompt)
+    for batch in BATCHES:
+        process.ask(do="fill", tokens=CONTEXT, batch=batch, vocabulary=vocabulary)
+        process.ask(do="decode", steps=2)
+        figures[f"decode {batch}"] = batch * STEPS / process.ask(do="decode", steps=STEPS)
+    return figures
+
+
+def long_columns(process: Process, contexts: tuple[int, ...], vocabulary: int) -> dict[str, float]:
+    """Each long prompt once. It then becomes the sequences that decode."""
+    figures = {}
+    process.ask(do="fill", tokens=UNTIMED, batch=1, vocabulary=vocabulary)
+    for length in contexts:
+        seconds = process.ask(do="fill", tokens=length, batch=1, vocabulary=vocabulary)
+        figures[f"prefill {length}"] = length / seconds
+        for batch in LONG_BATCHES:
+            process.ask(do="spread", batch=batch)
+            process.ask(do="decode", steps=2)
+            rate = batch * LONG_STEPS / process.ask(do="decode", steps=LONG_STEPS)
+            figures[f"decode {batch} at {length}"] = rate
+    return figures
+
+
+def columns_of(contexts: tuple[int, ...]) -> list[str]:
+    return [
+        column
+        for length in contexts
+        for column in (f"prefill {length}", *(f"decode {batch} at {length}" for batch in LONG_BATCHES))
+    ]
+
+
+def describe(
+    contenders: list[Contender], checkpoint: Path, threads: int, contexts: tuple[int, ...]
+) -> dict[str, Any]:
+    about: dict[str, Any] = {"columns": columns_of(contexts)} if contexts else {}
+    return about | {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
         "threads": threads,
         "checkpoint": checkpoint.name,
         "context": CONTEXT,
-        "steps": STEPS,
+        "steps": LONG_STEPS if contexts else STEPS,
         "command": f"python -m benchmarks.peers {' '.join(Path(a).name if '/' in a else a for a in sys.argv[1:])}",
         "ours": contenders[0].name,
         "contenders": {
@@ -80,7 +131,12 @@ def processor() -> str:
 
 
 def run_rounds(
-    result: dict[str, Any], contenders: list[Contender], rounds: int, threads: int, out: Path
+    result: dict[str, Any],
+    contenders: list[Contender],
+    rounds: int,
+    threads: int,
+    out: Path,
+    contexts: tuple[int, ...],
 ) -> None:
     ceilings = Ceilings(threads)
     vocabulary = read_manifest(contenders[0].folder).model.vocab_size
@@ -89,7 +145,8 @@ def run_rounds(
         # the other way round every other time, so that a drift of the machine favours nobody
         for contender in contenders[:: -1 if number % 2 else 1]:
             try:
-                turn = take_turn(contender, ceilings, threads, vocabulary, out.with_suffix(".log"))
+                log = out.with_suffix(".log")
+                turn = take_turn(contender, ceilings, threads, vocabulary, log, contexts)
             except (ContenderError, OSError) as error:
                 result["failures"].append(f"{contender.name}, round {number + 1}: {error}")
                 click.echo(result["failures"][-1], err=True)
@@ -123,6 +180,12 @@ def continue_from(file: Path, result: dict[str, Any]) -> None:
 @click.option("--resume", is_flag=True, help="Continue the rounds in OUT.json, up to --rounds.")
 @click.option("--cap", type=click.Choice(sorted(OURS.caps)), help="Limit all to this instruction set.")
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option(
+    "--contexts",
+    default="",
+    metavar="N,...",
+    help="Long prompts, and decoding 1 and 4 behind them, in place of the usual columns.",
+)
 @click.option("--environments", type=click.Path(path_type=Path), default="out/peers", show_default=True)
 @click.option(
     "--models", type=click.Path(path_type=Path), help="Converted weights; CHECKPOINT-peers if absent."
@@ -138,6 +201,7 @@ def main(
     resume: bool,
     cap: str | None,
     threads: int,
+    contexts: str,
     environments: Path,
     models: Path | None,
     out: Path,
@@ -166,11 +230,12 @@ def main(
         except ContenderError as error:
             failures.append(f"{one.name}: {error}")
             click.echo(failures[-1], err=True)
-    result = describe(contenders, checkpoint, threads) | {"cap": cap}
+    lengths = tuple(int(part) for part in contexts.split(",") if part)
+    result = describe(contenders, checkpoint, threads, lengths) | {"cap": cap}
     result["failures"] += failures
     if resume:
         continue_from(out.with_suffix(".json"), result)
-    run_rounds(result, contenders, rounds, threads, out)
+    run_rounds(result, contenders, rounds, threads, out, lengths)
     click.echo(out.with_suffix(".md").read_text())
 
 

@@ -71,6 +71,8 @@ class Driver:
         params.n_ctx, params.n_seq_max = place.slots * place.positions, place.slots
         params.n_batch, params.n_ubatch = BATCH, CHUNK
         params.n_threads = params.n_threads_batch = place.threads
+        if place.setting == "kv8":
+            params.type_k = params.type_v = llama_cpp.GGML_TYPE_Q8_0
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self._context = llama_cpp.llama_init_from_model(model, params)
         self._memory = llama_cpp.llama_get_memory(self._context)
@@ -86,9 +88,12 @@ class Driver:
 
     def fill(self, ids: list[int], batch: int) -> None:
         self.prefill(ids)
+        self.spread(batch)
+
+    def spread(self, batch: int) -> None:
         for row in range(1, batch):
             llama_cpp.llama_memory_seq_cp(self._memory, 0, row, -1, -1)
-        self._tokens *= batch
+        self._tokens = self._tokens[:1] * batch
 
     def decode(self, steps: int) -> None:
         for _ in range(steps):

@@ -58,8 +58,11 @@ class Driver:
 
     def fill(self, ids: list[int], batch: int) -> None:
         self.prefill(ids)
+        self.spread(batch)
+
+    def spread(self, batch: int) -> None:
         # the next step takes the first sequence's cache for each of its rows
-        self._tokens = np.repeat(self._tokens, batch, 0)
+        self._tokens = np.repeat(self._tokens[:1], batch, 0)
         self._step(self._tokens, np.zeros(batch, np.int32))
 
     def decode(self, steps: int) -> None:

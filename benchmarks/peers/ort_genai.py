@@ -63,8 +63,14 @@ class Driver:
         self._run(np.array([ids], np.int32))
 
     def fill(self, ids: list[int], batch: int) -> None:
+        self._ids, self._batch = ids, batch
         self._run(np.array([ids] * batch, np.int32))
         self._generator.generate_next_token()  # chosen from the prompt's logits: no step yet
+
+    def spread(self, batch: int) -> None:
+        """Several sequences cannot be made of one, so the prompt is computed again for each."""
+        if batch != self._batch:
+            self.fill(self._ids, batch)
 
     def decode(self, steps: int) -> None:
         for _ in range(steps):

@@ -13,7 +13,7 @@ class Driver:
             max_batch_size=place.slots,
             threads=place.threads,
         )
-        self._runner = Runner(session)
+        self._session, self._runner = session, Runner(session)
 
     def prefill(self, ids: list[int]) -> None:
         self._runner.empty()
@@ -22,6 +22,12 @@ class Driver:
     def fill(self, ids: list[int], batch: int) -> None:
         self._runner.empty()
         self._runner.fill(ids, batch)
+        self._batch = batch
+
+    def spread(self, batch: int) -> None:
+        for slot in range(1, batch):
+            self._session.release(slot)
+            self._session.copy_prefix(0, slot, self._session.length(0))
         self._batch = batch
 
     def decode(self, steps: int) -> None:

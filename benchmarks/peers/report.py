@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 RATES = ("prefill 512", "prefill 2048", "decode 1", "decode 4", "decode 8")
+
+# A result of long contexts names its own columns.
 COSTS = {"peak_gb": "peak GB", "load_s": "load s"}
+
+
+def rates(result: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(result.get("columns", RATES))
 
 
 def values(result: dict[str, Any], name: str, column: str) -> list[float]:
@@ -28,7 +34,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
         if not values(result, name, "load_s"):
             continue
         row = table[name] = {}
-        for column in (*RATES, *COSTS):
+        for column in (*rates(result), *COSTS):
             found, ours = values(result, name, column), ratios(result, name, column)
             row[column] = {"median": statistics.median(found), "min": min(found), "max": max(found)}
             row[column]["ours_over_it"] = statistics.median(ours) if ours else None
@@ -64,14 +70,19 @@ def page(result: dict[str, Any], table: dict[str, Any], out: Path) -> str:
         "",
         f"    {result['command']}",
         "",
-        f"Tokens per second, of all sequences together, medians (least to most); decode after {result['context']} tokens, "
+        f"Tokens per second, of all sequences together, medians (least to most); decode after {behind(result)}, "
         f"{result['steps']} steps. Memory is each process's peak, mapped files included; made s is what exporting or converting the checkpoint "
         "took, once.",
         "",
         *rows(
+            rates(result),
             ("made s",),
             [
-                (name, *(figure(column, row[column]) for column in (*RATES, *COSTS)), made(result, name))
+                (
+                    name,
+                    *(figure(column, row[column]) for column in (*rates(result), *COSTS)),
+                    made(result, name),
+                )
                 for name, row in table.items()
             ],
         ),
@@ -79,9 +90,10 @@ def page(result: dict[str, Any], table: dict[str, Any], out: Path) -> str:
         "Ours over each peer, the median of the rounds' ratios; for memory and loading, less is better:",
         "",
         *rows(
+            rates(result),
             (),
             [
-                (name, *(ratio(row[column]) for column in (*RATES, *COSTS)))
+                (name, *(ratio(row[column]) for column in (*rates(result), *COSTS)))
                 for name, row in table.items()
                 if name != result["ours"]
             ],
@@ -97,9 +109,14 @@ def page(result: dict[str, Any], table: dict[str, Any], out: Path) -> str:
     return "\n".join([*lines, ""])
 
 
-def rows(beyond: tuple[str, ...], body: list[tuple[str, ...]]) -> list[str]:
+def behind(result: dict[str, Any]) -> str:
+    """What the sequences that decode hold."""
+    return "the long prompt" if "columns" in result else f"{result['context']} tokens"
+
+
+def rows(measured: tuple[str, ...], beyond: tuple[str, ...], body: list[tuple[str, ...]]) -> list[str]:
     """A table of the measured columns and those ``beyond`` them."""
-    head = ("", *RATES, *COSTS.values(), *beyond)
+    head = ("", *measured, *COSTS.values(), *beyond)
     return [f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *body)]
 
 
@@ -127,11 +144,11 @@ def plot(result: dict[str, Any], table: dict[str, Any], file: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "glm4-deploy"
     import matplotlib.pyplot as plt
 
-    names = list(table)[::-1]
+    names, columns = list(table)[::-1], rates(result)
     figure, panels = plt.subplots(
-        1, len(RATES), figsize=(13, 1.2 + 0.32 * len(names)), sharey=True, layout="constrained"
+        1, len(columns), figsize=(13, 1.2 + 0.32 * len(names)), sharey=True, layout="constrained"
     )
-    for panel, column in zip(panels, RATES, strict=True):
+    for panel, column in zip(panels, columns, strict=True):
         cells = [table[name][column] for name in names]
         medians = [cell["median"] for cell in cells]
         spread = [

@@ -5,7 +5,7 @@
 
 ``serve`` answers lines of JSON on stdin with lines on stdout: first how long loading took, then for each
 ``{"do": "prefill", "tokens": n, "vocabulary": v}``, ``{"do": "fill", "batch": b, ...}`` of the same, and
-``{"do": "decode", "steps": n}`` its seconds, until stdin ends.
+``{"do": "spread", "batch": b}`` and ``{"do": "decode", "steps": n}`` its seconds, until stdin ends.
 """
 
 import json
@@ -50,6 +50,9 @@ class Driver(Protocol):
     def fill(self, ids: list[int], batch: int) -> None:
         """Make ``batch`` sequences that hold this prompt, and forget all others."""
 
+    def spread(self, batch: int) -> None:
+        """Make ``batch`` sequences of the first one."""
+
     def decode(self, steps: int) -> None:
         """Take so many steps with all sequences together, each the likeliest token of the one before."""
 
@@ -82,6 +85,8 @@ def work(driver: Driver, asked: dict[str, Any]) -> Callable[[], None]:
     """What is asked for, ready to be timed."""
     if asked["do"] == "decode":
         return lambda: driver.decode(asked["steps"])
+    if asked["do"] == "spread":
+        return lambda: driver.spread(asked["batch"])
     ids = prompt(asked["tokens"], asked["vocabulary"])
     if asked["do"] == "fill":
         return lambda: driver.fill(ids, asked["batch"])

@@ -60,6 +60,8 @@ def test_a_contender_answers_in_seconds(tiny_bundles, tmp_path):
         assert process.ask(do="prefill", tokens=9, vocabulary=50) > 0
         assert process.ask(do="fill", tokens=5, batch=3, vocabulary=50) > 0
         assert process.ask(do="decode", steps=2) > 0
+        assert process.ask(do="spread", batch=2) > 0
+        assert process.ask(do="decode", steps=2) > 0
         assert 0 <= process.cores_of_others() < os.cpu_count() + 1
         assert process.peak_bytes() > (tiny_bundles["ort"] / "model.onnx.data").stat().st_size
 
@@ -158,3 +160,27 @@ def test_one_that_is_not_installed_leaves_the_others_be(tiny_checkpoint, tiny_bu
     found = json.loads((tmp_path / "out.json").read_text())
     assert [list(one["contenders"]) for one in found["rounds"]] == [["ours:ort"], ["ours:ort"]]
     assert "run benchmarks/peers/setup.sh" in found["failures"][0]
+
+
+def test_long_contexts_have_columns_of_their_own(tiny_checkpoint, tiny_bundles, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "Ceilings", SmallCeilings)
+    for name, value in (("LONG_BATCHES", (1, 2)), ("LONG_STEPS", 2), ("UNTIMED", 4), ("MARGIN", 3)):
+        monkeypatch.setattr(peers, name, value)
+    asked = [
+        tiny_checkpoint,
+        tiny_bundles["ort"],
+        "--rounds",
+        1,
+        "--contexts",
+        "8,20",
+        "--out",
+        tmp_path / "out",
+    ]
+    said = CliRunner().invoke(peers.main, [str(argument) for argument in asked])
+    assert said.exit_code == 0, said.output
+    columns = [f"{what} {n}" for n in (8, 20) for what in ("prefill", "decode 1 at", "decode 2 at")]
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["columns"] == columns
+    turn = found["rounds"][0]["contenders"]["ours:ort"]
+    assert all(turn[column] > 0 for column in columns)
+    assert f"| {' | '.join(columns)} |" in (tmp_path / "out.md").read_text()

@@ -1,6 +1,7 @@
 """Perplexity by position with and without YaRN, for each type of KV cache that the CPU runs.
 
     python benchmarks/eval_positions.py --out benchmarks/results/eval-positions.json
+    python benchmarks/eval_positions.py --target cpu --out benchmarks/results/eval-positions-cpu.json
 
 The demo checkpoint was trained up to 2048 positions. Two copies have room for 4096: "plain" with the same rotary
 frequencies, and "yarn" with YaRN's factor 2.
@@ -27,6 +28,11 @@ CACHES: dict[str, dict[str, Any]] = {
     "f16": {"precision": "fp16"},
     "kv8": {"precision": "fp32", "kv_cache": "int8"},
 }
+OF_CPU: dict[str, dict[str, Any]] = {
+    name: {"target": "cpu", "precision": "int8", "kv_cache": name}
+    for name in ("fp32", "fp16", "bf16", "int8")
+}
+TABLES = {"ort": CACHES, "cpu": OF_CPU}
 GATES = ("*/glm4_positions: -0.02 nats at p < 0.05",)
 KEPT = ("engines", "selection", "perplexity_by_position", "rows", "gates", "tools")  # of results.json
 
@@ -43,14 +49,16 @@ def stretched(folder: Path, scaling: dict[str, Any]) -> Path:
     return folder
 
 
-def measured(folder: Path, caches: Sequence[str] = tuple(CACHES), items: int = 200) -> dict[str, Any]:
+def measured(
+    folder: Path, caches: Sequence[str] = (), items: int = 200, target: str = "ort"
+) -> dict[str, Any]:
     """Export all bundles into ``folder``, and return what ``eval`` writes to results.json."""
     bundles = []
     for name, scaling in SCALINGS.items():
         checkpoint = stretched(folder / name, scaling)
-        for cache in caches:
+        for cache in caches or TABLES[target]:
             bundle = folder / f"{name}-{cache}"
-            export(checkpoint, bundle, ExportOptions(**CACHES[cache], parity=False))
+            export(checkpoint, bundle, ExportOptions(**TABLES[target][cache], parity=False))
             bundles.append(f"{bundle.name}={bundle}")
     gates = [word for gate in GATES for word in ("--gate", gate)]
     options = ["--text", DEMO / "heldout.txt", "--items", items, "--output", folder / "out", *gates]
@@ -60,11 +68,12 @@ def measured(folder: Path, caches: Sequence[str] = tuple(CACHES), items: int = 2
 
 
 @click.command()
+@click.option("--target", type=click.Choice(list(TABLES)), default="ort", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(out: Path) -> None:
+def main(target: str, out: Path) -> None:
     """Measure, and write what is worth keeping."""
     with tempfile.TemporaryDirectory() as folder:
-        found = measured(Path(folder))
+        found = measured(Path(folder), target=target)
     for engine in found["engines"]:
         engine["where"] = Path(engine["where"]).name
     found["selection"]["text"] = "demo/heldout.txt"

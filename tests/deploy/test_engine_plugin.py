@@ -236,8 +236,15 @@ def test_quantized_weights_reach_the_plugins_graph(tmp_path, gpu, precision):
     assert manifest.precision == precision
 
 
-@pytest.mark.parametrize("cache", ["auto", "int8"])
-@pytest.mark.parametrize("layout", ["shared", "split"])
+@pytest.mark.parametrize(
+    ("layout", "cache"),
+    [
+        ("split", "auto"),
+        ("shared", "int8"),
+        pytest.param("shared", "auto", marks=pytest.mark.more),
+        pytest.param("split", "int8", marks=pytest.mark.more),
+    ],
+)
 def test_each_stage_has_engines_and_counters_of_its_own(tmp_path, gpu, layout, cache):
     manifest = exported(tmp_path, stages=(2,), layout=layout, kv_cache=cache)
     suffixes = ("engine",) if layout == "shared" else ("prefill.engine", "decode.engine")

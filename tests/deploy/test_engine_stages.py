@@ -7,7 +7,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner
 
+from benchmarks import engine_stages
 from glm4_deploy import engine_bundle
 from glm4_deploy.bench import _weight_bytes
 from glm4_deploy.pipeline import ExportOptions, export
@@ -140,6 +142,7 @@ def test_a_kept_graph_that_somebody_changed_is_refused(staged, tmp_path):
         Session.open(folder)
 
 
+@pytest.mark.more
 def test_bf16_in_int8_by_two_engines_a_stage(tmp_path):
     wanted = dataclasses.replace(options("int8", layout="split"), activations="bf16")
     manifest = export(DEMO, tmp_path / "bundle", wanted).manifest
@@ -150,11 +153,30 @@ def test_bf16_in_int8_by_two_engines_a_stage(tmp_path):
     assert manifest.kv_cache == "bfloat16"
 
 
+@pytest.mark.more
 def test_parity_in_bf16_runs_without_a_session(tmp_path):
     """ONNX Runtime's CPU provider has no bfloat16 kernels, so no tokens are generated."""
     result = export(DEMO, tmp_path / "bundle", options("bf16", parity=True))
     assert result.parity.greedy_tokens is None
     assert result.parity.mean_kl < 1e-3
+
+
+@pytest.mark.more
+def test_the_benchmark_builds_what_an_export_builds(tmp_path):
+    """With weights that are windows of one file, and no engine kept."""
+    out, work = tmp_path / "result.json", tmp_path / "work"
+    work.mkdir()
+    asked = ["--precision", "fp16", "--stages", "2", "--max-seq-len", "1000", "--out", out, "--work", work]
+    done = CliRunner().invoke(engine_stages.main, [str(DEMO), *map(str, asked)], catch_exceptions=False)
+    assert done.exit_code == 0
+    result = json.loads(out.read_text())
+    assert [stage["layers"] for stage in result["stages"]] == [2, 2]
+    for number, stage in enumerate(result["stages"], 1):
+        (entry,) = stage["files"].values()
+        assert entry["bytes"] > stage["weight_bytes"]  # no two weights were equal
+        assert entry["sha256"] != "0" * 64
+        assert stage["build"]["layers"]["ATTENTION_INPUT"] == 2, number
+    assert list(work.iterdir()) == []
 
 
 def test_a_stage_that_lost_a_layer_is_refused(tmp_path, monkeypatch):

@@ -41,6 +41,12 @@ struct Block {
   float* sums;            // [rows][kPanel]
 };
 
+// Fetches part of the next block while this one is computed. A tile narrower than the panel jumps over the other columns,
+// and the processor foresees only reads of neighbours.
+inline void fetch(const uint8_t* from, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
 // Registers across a tile of `rows` rows: a power of two, so that tiles fill a panel.
 constexpr int across(int rows, int most) {
   int vectors = 1;
@@ -132,6 +138,8 @@ __attribute__((noinline)) void multiply_tiles(const Block& b, int m) {
   const int8_t* x = b.x + m * block;
   for (int n = 0; n < kPanel; n += kV * kLanes) {
     const uint8_t* numbers = b.numbers + n * 4;
+    if (kV * kLanes < kPanel && m == 0)
+      fetch(b.numbers + b.w.block_bytes() + n * block * kBits / 8, kV * kLanes * block * kBits / 8);
     Ints dots[kM][kV] = {};
     if constexpr (Dot::kPairs && kM % 2 == 0) {
       Dot::template sum_pairs<kM, kV>(numbers, x, block, dots);

@@ -10,6 +10,7 @@ import click
 from glm4_deploy import folders, interrupts, show, streams
 from glm4_deploy.adapters import apply_adapter, run_time_lora_option
 from glm4_deploy.commands.text import TEXT_ARGUMENT
+from glm4_deploy.draft import draft_option, drafted
 from glm4_deploy.prefix_cache import cache_options, opened
 from glm4_deploy.stage_place import joined, stage_options
 from glm4_deploy.typed import is_command, message_reader
@@ -46,6 +47,7 @@ _THOUGHT, _PLAIN = "\x1b[2m", "\x1b[0m"
 @click.option("--hide-thoughts", is_flag=True, help="Hide the thinking.")
 @run_time_lora_option
 @cache_options
+@draft_option
 @stage_options
 @click.option(
     "--provider",
@@ -66,6 +68,7 @@ def command(
     lora: str | None,
     cache: Path | None,
     cache_bytes: int,
+    draft: Path | None,
     stages_on: str,
     ray_address: str | None,
     provider: str | None,
@@ -99,8 +102,11 @@ def command(
     ):
         apply_adapter(session, lora)
         show.print_warnings(session.warnings)
-        with opened(session, cache, cache_bytes) as store:
-            dialogue = Dialogue(session, params, system, store)
+        with (
+            opened(session, cache, cache_bytes) as store,
+            drafted(session, draft, store) as drafting,
+        ):
+            dialogue = Dialogue(session, params, system, store, drafting)
             if sys.stdin.isatty():
                 click.echo(_HELP, err=True)
             _talk(dialogue, hide_thoughts)

@@ -11,6 +11,7 @@ import click
 from glm4_deploy import folders, show, streams
 from glm4_deploy.adapters import apply_adapter, run_time_lora_option
 from glm4_deploy.commands.text import TEXT_ARGUMENT
+from glm4_deploy.draft import draft_option, drafted
 from glm4_deploy.prefix_cache import cache_options, opened
 from glm4_deploy.stage_place import joined, stage_options
 from glm4_runtime.errors import BundleError, RequestError
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 @click.option("--ignore-eos", is_flag=True, help="Continue after end-of-sequence tokens.")
 @run_time_lora_option
 @cache_options
+@draft_option
 @stage_options
 @click.option(
     "--provider",
@@ -82,6 +84,7 @@ def command(
     lora: str | None,
     cache: Path | None,
     cache_bytes: int,
+    draft: Path | None,
     stages_on: str,
     ray_address: str | None,
     provider: str | None,
@@ -124,18 +127,28 @@ def command(
         ids, ends = _prompt(bundle, session, text, chat, system)
         if not params.ignore_eos:
             params = replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
-        with opened(session, cache, cache_bytes) as store:
+        with (
+            opened(session, cache, cache_bytes) as store,
+            drafted(session, draft, store) as drafting,
+        ):
+            generated = (
+                drafting.generate(ids, params) if drafting else session.generate(ids, params, store=store)
+            )
             start = time.monotonic()
             first = start
             tokens: list[Token] = []
-            for token in session.generate(ids, params, store=store):
+            for token in generated:
                 first = first if tokens else time.monotonic()
                 tokens.append(token)
                 if stream:
                     print(token.text, end="", flush=True)
             end = time.monotonic()
+            figures = drafting.figures if drafting else None
     if as_json:
-        show.print_json(_report(session, ids, tokens, _Times(opening, start, first, end)))
+        report = _report(session, ids, tokens, _Times(opening, start, first, end))
+        if figures is not None:
+            report["drafted_tokens"], report["accepted_tokens"] = figures
+        show.print_json(report)
     else:
         print("" if stream else "".join(token.text for token in tokens))
 

@@ -9,6 +9,7 @@ import click
 
 from glm4_deploy import folders, hub, interrupts
 from glm4_deploy.commands.text import TEXT_ARGUMENT
+from glm4_deploy.draft import draft_option
 from glm4_deploy.prefix_cache import cache_options
 from glm4_deploy.show import shown_progress
 from glm4_deploy.stage_place import joined, stages_on_option
@@ -102,6 +103,7 @@ def _with_adapters(options: "ServerOptions") -> "ServerOptions":
     help="Let /v1/load_lora_adapter read adapters from any folder of this machine, and /v1/unload_lora_adapter free them.",
 )
 @cache_options
+@draft_option
 @click.option(
     "--cache-shared",
     is_flag=True,
@@ -251,6 +253,8 @@ def command(
             raise click.UsageError(f"{name} goes with --replicas")
     if ray_address is not None and replicas is None and stages_on != RAY:
         raise click.UsageError(f"--ray-address goes with --replicas or with --stages-on {RAY}")
+    if options["draft"] is not None and (replicas is not None or stages_on == RAY):
+        raise click.UsageError("--draft serves from one process; leave out --replicas and --stages-on ray")
     count = None if replicas is None else _replica_count(replicas, shrink_after)
     with interrupts.exiting():  # until requests are taken; then the server answers signals
         try:
@@ -265,6 +269,8 @@ def command(
             bundle = hub.local_bundle(bundle, revision, progress)
         if bundle.exists():  # a taken port is told first
             folders.require_bundle(bundle)
+        if chosen.draft is not None:
+            folders.require_generator(chosen.draft)
         chosen = _with_adapters(chosen)
         session = {
             "provider": provider,

@@ -6,8 +6,9 @@ from typing import Any
 
 from glm4_runtime.arrays import Logits
 from glm4_runtime.chat_prompts import ChatPrompts
+from glm4_runtime.drafted import DraftedGeneration
 from glm4_runtime.errors import BundleError, RequestError
-from glm4_runtime.generate import FinishReason, Vocabulary, generate
+from glm4_runtime.generate import FinishReason, Token, Vocabulary, generate
 from glm4_runtime.prefix_store.single import prefill
 from glm4_runtime.prefix_store.store import PrefixStore
 from glm4_runtime.reasoning import ThoughtSplitter, begins_inside
@@ -39,10 +40,12 @@ class Dialogue:
         params: SamplingParams,
         system: str | None = None,
         store: PrefixStore | None = None,
+        drafted: DraftedGeneration | None = None,
     ) -> None:
         """
         Args:
             store: the prefix cache on disk, from which turns may start.
+            drafted: generates all turns with a draft model; it has the session and the store.
         """
         if session.tokenizer is None:
             raise BundleError(f"{session.folder} has no tokenizer.json; add it and export again")
@@ -51,7 +54,7 @@ class Dialogue:
         self._prompts = ChatPrompts(session.folder, session.tokenizer)
         if not params.ignore_eos:
             params = replace(params, stop_token_ids=(*params.stop_token_ids, *self._prompts.ends))
-        self._params = params
+        self._params, self._drafted = params, drafted
         self._steps = _KeptSlot(session, store)
         self.messages: list[dict[str, Any]] = []
         self.prompt_tokens = self.cached_tokens = 0
@@ -85,21 +88,29 @@ class Dialogue:
 
     def _turn(self) -> Iterator[TurnPiece]:
         prompt, ids = self._prompts.prompt(self.messages)
-        self._steps.keep(ids)
         self.prompt_tokens = len(ids)
-        tokens = generate(self._steps, self._vocabulary, self._params, ids, self._session.max_seq_len)
+        tokens = self._tokens(ids)
         splitter = ThoughtSplitter(begins_inside(prompt.text))
         try:
             for token in tokens:
-                self.cached_tokens = self._steps.cached
+                self.cached_tokens = (self._drafted or self._steps).cached_tokens
                 thought, answer = splitter.push(token.text)
                 if token.finish_reason is not None:
                     last = splitter.flush()
                     thought, answer = thought + last[0], answer + last[1]
                 yield TurnPiece(thought, answer, token.finish_reason)
         except RequestError:  # among them, logits that are not finite
-            self._steps.discard()
+            if self._drafted is None:
+                self._steps.discard()
             raise
+        finally:
+            tokens.close()
+
+    def _tokens(self, ids: Sequence[int]) -> Generator[Token, None, None]:
+        if self._drafted is not None:
+            return self._drafted.generate(ids, self._params)
+        self._steps.keep(ids)
+        return generate(self._steps, self._vocabulary, self._params, ids, self._session.max_seq_len)
 
 
 class _KeptSlot:
@@ -109,7 +120,7 @@ class _KeptSlot:
         self._session, self._store = session, store
         self._slot = session.free_slots()[0]
         self.held: list[int] = []
-        self.cached = 0  # tokens of the last prompt that were not computed
+        self.cached_tokens = 0  # tokens of the last prompt that were not computed
 
     def keep(self, prompt: Sequence[int]) -> None:
         """Truncate the slot to the common prefix with ``prompt``. Its last token always runs again, for its logits."""
@@ -122,7 +133,7 @@ class _KeptSlot:
             del self.held[common:]
 
     def prefill(self, ids: Sequence[int]) -> Logits:
-        logits, self.cached = prefill(self._session, self._store, self._slot, ids)
+        logits, self.cached_tokens = prefill(self._session, self._store, self._slot, ids)
         self.held = list(ids)
         return logits
 

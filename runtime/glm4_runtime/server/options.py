@@ -47,6 +47,7 @@ class ServerOptions:
         cache: the folder of the prefix cache on disk. None: there is none.
         cache_bytes: its maximum size.
         cache_shared: whether requests of all API keys share prefixes, in memory and on disk.
+        draft: bundle of a draft model, whose guesses make generation faster. None: there is none.
         max_stored: maximum number of responses of ``/v1/responses`` that are kept in memory; 0 keeps none.
         request_timeout: maximum seconds of a request.
         header_timeout: maximum seconds for the header of a request.
@@ -79,6 +80,7 @@ class ServerOptions:
     cache: Path | None = None
     cache_bytes: int = DEFAULT_BYTES
     cache_shared: bool = False
+    draft: Path | None = None
     max_stored: int = 1000
     request_timeout: float = 600.0
     header_timeout: float = 10.0

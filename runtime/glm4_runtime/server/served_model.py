@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from glm4_runtime.backend import Backend, OpenBundle
 from glm4_runtime.chat_template import ChatTemplate, require_control_tokens
 from glm4_runtime.defaults import read_sampling_defaults
+from glm4_runtime.draft_model import open_draft
 from glm4_runtime.errors import BundleError, DeadlineError, RequestError
 from glm4_runtime.prefix_store.store import PrefixStore
 from glm4_runtime.prompts import Prompt
@@ -84,6 +85,8 @@ class ServedModel:
             raise RequestError(
                 "this bundle does not generate text, and has no prefixes to store; leave --cache out"
             )
+        if options.draft is not None and not generates:
+            raise RequestError("this bundle does not generate text, and needs no drafts; leave --draft out")
         self._scheduler = (scheduler or _local(session, options)) if generates else None
         self._worker = None if generates else ThreadPoolExecutor(1, "glm4-session")
         self._waiting = 0
@@ -313,8 +316,9 @@ def _local(session: OpenBundle, options: ServerOptions) -> Backend:
     assert isinstance(session, Session)
     for name, folder in options.adapter_folders.items():
         session.load_adapter(name, folder)
+    draft = None if options.draft is None else open_draft(session, options.draft)
     store = None if options.cache is None else PrefixStore(options.cache, options.cache_bytes, session)
-    return Scheduler(session, max_queue=options.max_queue, store=store)
+    return Scheduler(session, max_queue=options.max_queue, store=store, draft=draft)
 
 
 def _conversation(folder: Path, tokenizer: Tokenizer) -> Conversation | None:

@@ -68,7 +68,9 @@ def open_session(
     table = STAGED_ON_RAY if on_ray else STAGED if manifest.stages else SESSIONS
     module, name = table[RUNTIMES[manifest.dialect]]
     make = cast("Callable[..., Session]", getattr(import_module(module), name))
-    return make(folder, manifest, *limits, **options)
+    session = make(folder, manifest, *limits, **options)
+    session.threads = threads
+    return session
 
 
 def require_place(folder: Path, manifest: Manifest, stages_on: str) -> bool:

@@ -90,10 +90,12 @@ class Session(Blocks, abc.ABC):
         prefill_chunk: maximum number of new positions per run; longer prompts run in chunks.
         pipeline_depth: number of decode steps that may run at the same time, one in each stage. If stages do not overlap,
             this is 1.
+        threads: threads within one operator. None: all cores.
         adapter: the adapter of sequences for which :meth:`use_adapter` chose none. None: the base model.
     """
 
     pipeline_depth = 1
+    threads: int | None = None
 
     def __init__(self, folder: Path, manifest: Manifest, max_seq_len: int, max_batch_size: int) -> None:
         self.folder, self.manifest = folder, manifest

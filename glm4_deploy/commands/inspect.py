@@ -193,7 +193,7 @@ def _stages(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     """Each stage: its layers, and the sizes and hashes of the files that hold its weights."""
     rows: list[tuple[str, str]] = []
     for number, stage in enumerate(manifest.get("stages", []), 1):
-        first, names = stage["first_layer"], [profile["file"] for profile in stage["profiles"]]
+        first, names = stage["first_layer"], [profile["file"] for profile in stage.get("profiles", [])]
         layers = f"layers {first} ... {first + stage['layers'] - 1}"
         files = [_sized(name, manifest["files"][name]) for name in dict.fromkeys(names or [stage["weights"]])]
         rows.append(("" if rows else "stages", f"{number}: {layers}, {', '.join(files)}"))

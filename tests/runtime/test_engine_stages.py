@@ -160,6 +160,11 @@ def test_each_stage_has_its_layers_cache_and_everything_is_given_back(bundle, te
         assert not session.copies_positions
         with pytest.raises(BundleError, match="needs a KV cache in host memory"):
             session.require_host_cache()
+        with pytest.raises(BundleError, match="needs a KV cache in host memory"):
+            session.read_positions(0, 0, 4)
+        with pytest.raises(BundleError, match="needs a KV cache in host memory"):
+            session.append_positions(1, np.zeros((4, 2, 3, 16), np.float32))
+        assert session.length(1) == 0
     assert (cuda.blocks, cuda.pinned, cuda.queues, cuda.graphs) == ({}, {}, {}, {})
     session.close()  # a second time is harmless
 

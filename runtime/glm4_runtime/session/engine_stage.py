@@ -21,6 +21,7 @@ from glm4_runtime.session.cuda_device import Cuda
 from glm4_runtime.session.cuda_memory import CudaMemory
 from glm4_runtime.session.engine_files import ENGINES_OF_KIND, Engines, load_tensorrt
 from glm4_runtime.session.engine_run import Array, Bound, EngineRun
+from glm4_runtime.session.positions import SlotPositions
 from glm4_runtime.session.stage import Hidden, Positions, Stage, Step
 from glm4_runtime.session.staged import StagedSession
 
@@ -202,6 +203,12 @@ class EngineStagedSession(StagedSession):
     @property
     def copies_positions(self) -> bool:
         return False
+
+    def _read_row(self, row: int, start: int, stop: int) -> Positions:
+        return SlotPositions._read_row(self, row, start, stop)  # refuses: the cache is on the GPU
+
+    def _write_row(self, row: int, start: int, block: Positions) -> None:
+        SlotPositions._write_row(self, row, start, block)
 
     def close(self) -> None:
         super().close()

@@ -279,10 +279,10 @@ def test_a_failed_gate_is_exit_code_3(run, tmp_path, tiny_checkpoint, traced_bef
     real = pipeline._write_model
 
     def damage(plan, source, model, prepared, folder, progress):
-        written = real(plan, source, model, prepared, folder, progress)
+        written, parts = real(plan, source, model, prepared, folder, progress)
         data = folder / "model.onnx.data"
         data.write_bytes(bytes([0x3F] * data.stat().st_size))  # every weight 0.747, the rotary tables too
-        return dataclasses.replace(written, files=(file_entry(data),))
+        return dataclasses.replace(written, files=(file_entry(data),)), parts
 
     monkeypatch.setattr(pipeline, "_write_model", damage)
     code, out, err = run("export", tiny_checkpoint, tmp_path / "bundle", "--precision", "fp32")

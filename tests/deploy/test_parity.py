@@ -125,13 +125,13 @@ def test_other_weights_fail_the_gate_and_leave_no_bundle(tmp_path, sure_checkpoi
     real = pipeline._write_model
 
     def damage(plan, source, model, prepared, folder, progress):
-        written = real(plan, source, model, prepared, folder, progress)
+        written, parts = real(plan, source, model, prepared, folder, progress)
         data = folder / "model.onnx.data"
         data.write_bytes(data.read_bytes()[:-4096] + bytes(4096))
         with data.open("r+b") as file:
             file.seek(40 * 64 * 4)
             file.write(np.full(64 * 200, 3, np.float32).tobytes())
-        return replace(written, files=(file_entry(data),))
+        return replace(written, files=(file_entry(data),)), parts
 
     monkeypatch.setattr(pipeline, "_write_model", damage)
     with pytest.raises(GateError, match="max abs error"):

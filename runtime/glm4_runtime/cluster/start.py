@@ -45,17 +45,9 @@ def connect(address: str | None) -> None:
     Raises:
         UnavailableError: no cluster answers, or none can be started.
     """
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else a late call after the end starts a new cluster
     if address:
         _require_listener(address)
-    else:
-        os.environ.setdefault(_ONE_MACHINE, "0")
-        os.environ.setdefault(*_SENT)
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault(
-            "RAY_AUTH_TOKEN", secrets.token_hex(32)
-        )  # else Ray writes one into the home folder
+    _set_variables(local=not address)
     ray = require_ray()  # reads these variables when it is imported
     local = {} if address else {"include_dashboard": False}
     try:
@@ -66,6 +58,19 @@ def connect(address: str | None) -> None:
             f"the Ray cluster at {address} cannot be joined" if address else "no Ray cluster can be started"
         )
         raise UnavailableError(f"{failed}: {lines[0]}") from error
+
+
+def _set_variables(local: bool) -> None:
+    """Set what Ray reads when it is imported. The secret stays the same in a process: Ray reads it once."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else a late call after the end starts a new cluster
+    if local:
+        os.environ.setdefault(_ONE_MACHINE, "0")
+        os.environ.setdefault(*_SENT)
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault(
+            "RAY_AUTH_TOKEN", secrets.token_hex(32)
+        )  # else Ray writes one into the home folder
 
 
 def _require_listener(address: str) -> None:

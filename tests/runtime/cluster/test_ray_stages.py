@@ -18,7 +18,7 @@ from glm4_runtime.bundle import read_manifest
 from glm4_runtime.cluster.fleet import Fleet
 from glm4_runtime.cluster.ray_module import require_ray
 from glm4_runtime.cluster.replica import RayReplica, ReplicaOptions
-from glm4_runtime.cluster.start import connect
+from glm4_runtime.cluster.start import _set_variables, connect
 from glm4_runtime.errors import BundleError, LostStageError
 from glm4_runtime.sampling import SamplingParams
 from glm4_runtime.scheduler import Failed, Generated, Request, Scheduler
@@ -32,14 +32,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def cluster(monkeymodule):
+def cluster():
     """Two nodes, of which each has the files of one stage."""
-    monkeymodule.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    monkeymodule.setenv(
-        "RAY_ENABLE_AUTO_CONNECT", "0"
-    )  # read when Ray is imported; else a late call starts a cluster
-    monkeymodule.setenv("RAY_AUTH_MODE", "token")
-    monkeymodule.setenv("RAY_AUTH_TOKEN", os.urandom(32).hex())
+    _set_variables(local=True)
     from ray.cluster_utils import Cluster
 
     nodes = [
@@ -57,12 +52,6 @@ def cluster(monkeymodule):
     yield cluster
     require_ray().shutdown()
     cluster.shutdown()
-
-
-@pytest.fixture(scope="module")
-def monkeymodule():
-    with pytest.MonkeyPatch.context() as found:
-        yield found
 
 
 @pytest.fixture

@@ -51,6 +51,14 @@ class Dictated:
             self._raise(row, self._session.length(slot) - 1)
         return slots, rows
 
+    def run_block(self, tokens: dict[int, Any]) -> tuple[list[int], np.ndarray]:
+        slots, blocks = self._session.run_block(tokens)
+        for slot, rows in zip(slots, blocks, strict=True):
+            end = self._session.length(slot)
+            for row, position in zip(rows, range(end - len(tokens[slot]), end), strict=False):
+                self._raise(row, position)
+        return slots, blocks
+
     def _raise(self, row: np.ndarray, position: int) -> None:
         if position + 1 < len(self._script):
             row[self._script[position + 1]] = row.max() + 1

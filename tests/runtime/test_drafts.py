@@ -76,7 +76,8 @@ def test_costs_between_measured_widths_are_interpolated_and_beyond_them_grow_slo
     assert costs.plain(4) is None
     costs.add_plain(4, 1.0)
     assert costs.drafted(4, 8) == pytest.approx(1 + 4 * StepCosts.SLOPE)
-    costs.add_drafted(12, 1.8)
+    for _ in range(40):
+        costs.add_drafted(4, 12, 1.8)
     assert costs.drafted(4, 8) == pytest.approx(1.4)
     assert costs.drafted(4, 12) == pytest.approx(1.8)
     assert costs.drafted(4, 22) == pytest.approx(1.8 + 10 * StepCosts.SLOPE)
@@ -85,7 +86,10 @@ def test_costs_between_measured_widths_are_interpolated_and_beyond_them_grow_slo
 def test_a_slow_run_is_forgotten():
     costs = StepCosts()
     costs.add_plain(1, 1.0)
-    costs.add_drafted(5, 50.0)
+    costs.add_drafted(1, 5, 50.0)
+    assert costs.drafted(1, 5) < 1.6  # one slow run does not exclude the width
+    for _ in range(9):
+        costs.add_drafted(1, 5, 50.0)
     for _ in range(700):
         costs.add_plain(1, 1.0)
     assert costs.drafted(1, 5) < 1.3

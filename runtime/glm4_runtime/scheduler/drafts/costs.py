@@ -1,6 +1,7 @@
 """The time of a step by the tokens in it, measured while the scheduler runs."""
 
 _LEARN, _FORGET = 0.3, 0.01
+_OUTLIER = 2.0  # a measurement counts as at most this multiple of what was expected
 
 
 class StepCosts:
@@ -27,9 +28,13 @@ class StepCosts:
         for tokens, cost in self._drafted.items():
             self._drafted[tokens] = cost + (self._guess(requests, tokens) - cost) * _FORGET
 
-    def add_drafted(self, tokens: int, seconds: float) -> None:
-        old = self._drafted.get(tokens)
-        self._drafted[tokens] = seconds if old is None else old + (seconds - old) * _LEARN
+    def add_drafted(self, requests: int, tokens: int, seconds: float) -> None:
+        """The first run of a width can be slow, because memory is allocated. So it is blended with the expectation."""
+        if requests not in self._plain:
+            self._drafted[tokens] = seconds
+            return
+        old = self.drafted(requests, tokens)
+        self._drafted[tokens] = old + (min(seconds, _OUTLIER * old) - old) * _LEARN
 
     def drafted(self, requests: int, tokens: int) -> float:
         """Expected seconds of a step with this many tokens for this many requests, whose plain step was measured."""

@@ -88,7 +88,7 @@ class Drafting:
             self._allowance.add_plain()
             return
         width = max(len(draft.ids) for draft in drafts)
-        self._costs.add_drafted(count * (1 + width), seconds)
+        self._costs.add_drafted(count, count * (1 + width), seconds)
         plain = self._costs.plain(count)
         if plain and any(draft.offer.ids is None for draft in drafts):
             self._allowance.spend((self._spent + seconds) / plain - 1)

@@ -63,6 +63,7 @@ class ModelDrafter(Drafter):
         self._followers: dict[Job, _Follower] = {}
         self._first: dict[int, float] = {}  # seconds of a draft's first token, by the number of jobs
         self._next: dict[int, float] = {}  # of each further one
+        self._warm = False
 
     def offer(self, job: "Job") -> Offer | None:
         follower, count = self._followers.get(job), len(job.ids)
@@ -102,7 +103,9 @@ class ModelDrafter(Drafter):
                 }
                 for job, (token,) in inputs.items():
                     drafts[job].append(token)
-                _learn(self._next if place else self._first, len(rows), time.perf_counter() - began)
+                if self._warm:  # the first run reads weights from the disk
+                    _learn(self._next if place else self._first, len(rows), time.perf_counter() - began)
+                self._warm = True
                 inputs = {job: token for job, token in inputs.items() if len(drafts[job]) < wanted[job]}
                 if not inputs:
                     break
@@ -228,7 +231,7 @@ def _is_still(job: "Job") -> bool:
 
 def _learn(seconds: dict[int, float], jobs: int, new: float) -> None:
     old = seconds.get(jobs)
-    seconds[jobs] = new if old is None else old + (new - old) * _LEARN
+    seconds[jobs] = new if old is None else old + (min(new, 2 * old) - old) * _LEARN
 
 
 def _nearest(seconds: Mapping[int, float], jobs: int) -> float | None:

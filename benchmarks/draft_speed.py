@@ -176,6 +176,7 @@ def main(
     for batch in map(int, batches.split(",")):
         scripts = scripts_of(batch, target.manifest.model.vocab_size, small is None, tokens)
         for chance in map(float, acceptance.split(",")) if small else (1.0,):
+            run(target, small, small is None, scripts, chance)  # reads the weights from the disk
             plain, again, with_drafts = [], [], []
             for _ in range(rounds):
                 plain.append(run(target, None, False, scripts, chance))

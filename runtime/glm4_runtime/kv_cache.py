@@ -33,6 +33,7 @@ class SlotTable:
         self._slot_in_row: list[int | None] = [None] * count
         self._row_of: dict[int, int] = {}
         self._length: dict[int, int] = {}
+        self._expected: dict[int, int] = {}
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._row_of
@@ -51,6 +52,14 @@ class SlotTable:
     def longest(self) -> int:
         return max(self._length.values(), default=0)
 
+    def needed(self) -> int:
+        """Positions for which each row needs room: the longest slot, or the most that a slot expects."""
+        return max(self.longest(), max(self._expected.values(), default=0))
+
+    def expect(self, slot: int, length: int) -> None:
+        """Say how many positions a slot will have soon. A shorter length than before ends the expectation."""
+        self._expected[slot] = length
+
     def free(self) -> list[int]:
         """Slots not in use, in order."""
         return [slot for slot in range(self.count) if slot not in self._row_of]
@@ -62,11 +71,14 @@ class SlotTable:
         return row
 
     def set_length(self, slot: int, length: int) -> None:
+        if not self._length[slot] <= length < self._expected.get(slot, 0):
+            self._expected.pop(slot, None)
         self._length[slot] = length
 
     def remove(self, slot: int) -> None:
         self._slot_in_row[self._row_of.pop(slot)] = None
         del self._length[slot]
+        self._expected.pop(slot, None)
 
     def nearest(self, slots: Sequence[int]) -> int:
         """The first of consecutive rows to which ``slots`` can be gathered by the fewest moves."""

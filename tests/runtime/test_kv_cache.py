@@ -53,6 +53,25 @@ def test_a_set_that_sits_in_front_does_not_move():
     assert (moves[0].length, moves[0].swapped_length) == (5, 5)
 
 
+def test_what_a_slot_expects_counts_until_it_is_reached_or_given_up():
+    table = SlotTable(2)
+    for slot in (0, 1):
+        table.add(slot)
+        table.set_length(slot, 10)
+    table.expect(0, 100)
+    table.set_length(1, 20)
+    table.set_length(0, 99)
+    assert (table.longest(), table.needed()) == (99, 100)
+    table.set_length(0, 100)
+    table.set_length(0, 30)
+    assert table.needed() == 30
+    for give_up in (lambda: table.set_length(1, 19), lambda: table.expect(1, 0), lambda: table.remove(1)):
+        table.expect(1, 200)
+        assert table.needed() == 200
+        give_up()
+        assert table.needed() == 30
+
+
 def test_a_move_that_fails_leaves_both_slots_where_they_are():
     table = SlotTable(3)
     for slot in (0, 1, 2):

@@ -262,3 +262,19 @@ def test_one_sequence_alone_uses_the_same_files(bundle, tmp_path):
     with Run(bundle, tmp_path / "cache") as run:
         assert [token.id for token in run.session.generate(prompt, SAMPLED, store=run.store)] == cold
         assert run.fed == 44
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["scheduler", "alone"])
+def test_the_cache_grows_once_for_a_prefix_from_the_disk(bundles, tmp_path, alone):
+    request = Request(ids(1000), GREEDY)
+    with Run(bundles["fp32"], tmp_path / "cache") as run:
+        expected = run.ask(request)[0]
+    with Run(bundles["fp32"], tmp_path / "cache") as run:
+        resize, sizes = run.session._resize_cache, []
+        run.session._resize_cache = lambda size: (sizes.append(size), resize(size))
+        if alone:
+            tokens = run.session.generate(list(request.prompt_ids), GREEDY, store=run.store)
+            assert [token.id for token in tokens] == expected
+        else:
+            assert run.ask(request)[0] == expected
+        assert sizes == [1024]

@@ -18,6 +18,7 @@ from glm4_runtime.prefix_store.limits import DEFAULT_BYTES
 from glm4_runtime.prefix_store.store import PrefixStore
 from glm4_runtime.scheduler import Scheduler
 from glm4_runtime.session import Session
+from glm4_runtime.session.warm_up import warm_up
 from glm4_runtime.trace_options import TraceOptions, started
 
 # Seconds for which a replica waits for events before it reports none.
@@ -57,6 +58,7 @@ class ReplicaActor:
         _log_orders()
         traces = started(options.traces)
         self._session = Session.open(options.bundle, **options.session)
+        warm_up(self._session)
         for name, folder in options.adapters:
             self._session.load_adapter(name, folder)
         self._adapters = options.adapters

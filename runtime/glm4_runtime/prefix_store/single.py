@@ -33,12 +33,14 @@ def prefill(session: Session, store: PrefixStore | None, slot: int, ids: Sequenc
 
 def _restore(session: Session, store: PrefixStore, slot: int, chain: Chain, usable: int) -> None:
     """Append pieces up to ``usable`` tokens, or up to the first one that cannot be read."""
-    while (held := session.length(slot)) < usable:
-        block = store.read_piece(chain, held // TOKENS)
-        if block is None:
-            return
-        start = held % TOKENS
-        session.append_positions(slot, block[:, :, start : start + usable - held])
+    pieces = range(session.length(slot) // TOKENS, -(-usable // TOKENS))
+    reading = store.reading(chain, pieces, lambda: None)
+    try:
+        while (held := session.length(slot)) < usable and (block := reading.take()) is not None:
+            start = held % TOKENS
+            session.append_positions(slot, block[:, :, start : start + usable - held], usable + 1)
+    finally:
+        reading.close()
 
 
 def _save(session: Session, store: PrefixStore, slot: int, chain: Chain) -> None:

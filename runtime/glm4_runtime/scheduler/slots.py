@@ -131,10 +131,14 @@ class Slots:
         lease.fed = stop
         return rows
 
-    def restore(self, lease: Lease, block: npt.NDArray[Any]) -> None:
-        """Append keys and values [2 * layers, Hkv, tokens, D] of a sequence's next tokens, which another lease ran."""
+    def restore(self, lease: Lease, block: npt.NDArray[Any], expected: int) -> None:
+        """Append keys and values [2 * layers, Hkv, tokens, D] of a sequence's next tokens, which another lease ran.
+
+        Args:
+            expected: tokens that the lease will have soon.
+        """
         self._require(lease)
-        self._session.append_positions(lease.slot, block)
+        self._session.append_positions(lease.slot, block, expected)
         lease.fed += block.shape[2]
         lease.cached += block.shape[2]
 

@@ -82,7 +82,7 @@ class StoredPrefixes:
                 return
             start = lease.fed % TOKENS
             stop = min(TOKENS, start + stored.usable - lease.fed)
-            self._slots.restore(lease, block[:, :, start:stop])
+            self._slots.restore(lease, block[:, :, start:stop], stored.usable + 1)
             self._figures.stored_tokens += stop - start
 
     def save(self, jobs: "Sequence[Job]", most: int) -> None:

@@ -27,6 +27,7 @@ from glm4_runtime.server.front import Front
 from glm4_runtime.server.options import ServerOptions
 from glm4_runtime.server.served_model import ServedModel
 from glm4_runtime.session import Session
+from glm4_runtime.session.warm_up import warm_up
 
 # Maximum number of connections (each needs a file), and the number of files reserved for everything else.
 _MOST_CONNECTIONS, _OTHER_FILES = 1024, 128
@@ -297,6 +298,7 @@ def open_and_serve(bundle: str | Path, options: ServerOptions, **session_options
     start_template_worker()  # ready when the model is loaded
     try:
         session = Session.open(bundle, **session_options)
+        warm_up(session)
     except BaseException:
         for bound in sockets:
             bound.close()

@@ -416,7 +416,7 @@ class Session(Blocks, abc.ABC):
             self._move_row(move)
         slots = self._slots.in_row_order(list(tokens))
         past = [self._slots.length(slot) for slot in slots]
-        self._fit_cache(max(self._slots.longest(), max(past) + 1))
+        self._fit_cache(max(self._slots.needed(), max(past) + 1))
         return slots, past, np.array([[tokens[slot]] for slot in slots], np.int64)
 
     def _chunks(
@@ -451,7 +451,7 @@ class Session(Blocks, abc.ABC):
             self._adapter_of.setdefault(slot, self.adapter)
             self._slots.add(slot)
         try:
-            self._fit_cache(max(self._slots.longest(), before + len(ids)))
+            self._fit_cache(max(self._slots.needed(), before + len(ids)))
             chunks = [
                 Chunk(ids[start : start + chunk], before + start, max(0, first_asked - start))
                 for start in range(0, len(ids), chunk)
@@ -471,7 +471,7 @@ class Session(Blocks, abc.ABC):
         """Run the chunks of a slot in order; yields the logits of each, [1, positions, vocab]."""
         for one in chunks:
             # between chunks, other calls may shrink the cache
-            self._fit_cache(max(self._slots.longest(), chunks[-1].end))
+            self._fit_cache(max(self._slots.needed(), chunks[-1].end))
             result = self._run_decoder(self._slots.row(slot), one.ids[None], [one.past], one.indices)
             self._slots.set_length(slot, one.end)
             yield result

@@ -48,7 +48,7 @@ class Blocks(SlotPositions):
             self._move_row(move)
         slots = self._slots.in_row_order(list(tokens))
         past = [self._slots.length(slot) for slot in slots]
-        self._fit_cache(max(self._slots.longest(), max(past) + width))
+        self._fit_cache(max(self._slots.needed(), max(past) + width))
         ids = np.array([_padded(tokens[slot], width) for slot in slots], np.int64)
         result = self._run_decoder(0, ids, past, _positions(len(slots), width))
         for slot, length in zip(slots, past, strict=True):

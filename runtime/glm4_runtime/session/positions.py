@@ -43,8 +43,11 @@ class SlotPositions(SlotAdapters):
             )
         return self._read_row(self._slots.row(slot), start, stop)
 
-    def append_positions(self, slot: int, block: npt.NDArray[Any]) -> None:
+    def append_positions(self, slot: int, block: npt.NDArray[Any], expected: int = 0) -> None:
         """Append positions that :meth:`read_positions` gave for the same tokens, also to a free slot.
+
+        Args:
+            expected: positions that the slot will have soon. The cache grows to them at once, instead of by doubling.
 
         Raises:
             SlotError: no room for them. BundleError: the cache is not in host memory.
@@ -61,9 +64,11 @@ class SlotPositions(SlotAdapters):
             self._adapter_of.setdefault(slot, self.adapter)
             self._slots.add(slot)
         try:
-            self._fit_cache(max(self._slots.longest(), length + count))
+            self._slots.expect(slot, min(expected, self.max_seq_len))
+            self._fit_cache(max(self._slots.needed(), length + count))
             self._write_row(self._slots.row(slot), length, np.asarray(block))
         except BaseException:
+            self._slots.expect(slot, 0)
             if is_new:
                 self.release(slot)
             raise

@@ -124,7 +124,7 @@ class StagedSession(GrowingSession):
     def _results(self, slot: int, chunks: Sequence[Chunk]) -> Iterator[Logits]:
         asked: deque[Pending] = deque()
         for one in chunks:
-            self._fit_cache(max(self._slots.longest(), chunks[-1].end))
+            self._fit_cache(max(self._slots.needed(), chunks[-1].end))
             pending = self._begin(self._slots.row(slot), one.ids[None], [one.past], one.indices)
             self._slots.set_length(slot, one.end)
             if not one.asked:

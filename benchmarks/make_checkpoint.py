@@ -47,7 +47,7 @@ SIZES = {
 }
 
 
-def config_of(size: Size, layers: int | None, vocabulary: int) -> dict[str, object]:
+def config_of(size: Size, layers: int | None, vocabulary: int = VOCABULARY) -> dict[str, object]:
     """The ``config.json`` of a released model, with another number of layers where one is given."""
     eos = [vocabulary - VOCABULARY + number for number in EOS]
     return {

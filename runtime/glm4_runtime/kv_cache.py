@@ -54,11 +54,16 @@ class SlotTable:
 
     def needed(self) -> int:
         """Positions for which each row needs room: the longest slot, or the most that a slot expects."""
-        return max(self.longest(), max(self._expected.values(), default=0))
+        longest = self.longest()
+        return max(longest, *self._expected.values()) if self._expected else longest
 
     def expect(self, slot: int, length: int) -> None:
-        """Say how many positions a slot will have soon. A shorter length than before ends the expectation."""
-        self._expected[slot] = length
+        """Say how many positions a slot will have soon. 0: no more than it has. A shorter length than before ends the
+        expectation."""
+        if length:
+            self._expected[slot] = length
+        else:
+            self._expected.pop(slot, None)
 
     def free(self) -> list[int]:
         """Slots not in use, in order."""
@@ -71,7 +76,7 @@ class SlotTable:
         return row
 
     def set_length(self, slot: int, length: int) -> None:
-        if not self._length[slot] <= length < self._expected.get(slot, 0):
+        if self._expected and not self._length[slot] <= length < self._expected.get(slot, 0):
             self._expected.pop(slot, None)
         self._length[slot] = length
 

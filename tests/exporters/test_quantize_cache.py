@@ -254,11 +254,13 @@ def test_fp8_is_for_one_target():
 
 def test_our_own_attention_has_an_int8_cache_of_any_head():
     config = Glm4Config.from_dict(tiny_config(head_dim=12))
-    assert choose_cache(config, "causal-lm", TARGETS["cpu"], "float32", "int8") == "int8"
+    assert choose_cache(config, "causal-lm", TARGETS["cpu"], "float32", "int8") == "int8-rows"
 
 
 def test_other_caches_are_unknown():
-    with pytest.raises(ExportError, match="unknown KV cache 'int4'; it is one of auto, int8, fp8"):
+    with pytest.raises(
+        ExportError, match="unknown KV cache 'int4'; it is one of auto, fp32, fp16, bf16, int8, fp8"
+    ):
         choose_cache(Glm4Config.from_dict(tiny_config()), "causal-lm", TARGETS["ort"], "float32", "int4")
 
 

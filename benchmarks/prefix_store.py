@@ -2,7 +2,7 @@
 
     python -m benchmarks.prefix_store BUNDLE --tokens 8192 --out benchmarks/results/prefix-store
 
-Each round opens a new session for the cold run and for the warm one. The files are in the page cache of the system, as
+Each round opens a new session for the cold run and for the warm one, and runs a first step, as a server does. The files are in the page cache of the system, as
 after a restart of the server. "steps of others" compares decode steps of one request while nothing is written, twice, while
 the writer stores pieces as fast as the model computes prompts, and while it writes without a pause.
 """
@@ -25,6 +25,7 @@ from glm4_runtime.prefix_store.piece import TOKENS
 from glm4_runtime.prefix_store.single import prefill
 from glm4_runtime.prefix_store.store import PrefixStore
 from glm4_runtime.sampling import SamplingParams
+from glm4_runtime.session.warm_up import warm_up
 
 STEPS = 40
 
@@ -32,6 +33,7 @@ STEPS = 40
 def first_token(bundle: Path, folder: Path, ids: list[int]) -> tuple[float, list[int]]:
     """Seconds to the first token of a new session, and eight tokens."""
     with Session.open(bundle, max_batch_size=1) as session:
+        warm_up(session)
         store = PrefixStore(folder, DEFAULT_BYTES, session)
         params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
         began, tokens, first = time.perf_counter(), [], 0.0

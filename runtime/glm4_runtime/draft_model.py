@@ -7,6 +7,7 @@ from glm4_runtime.bundle.file_names import TOKENIZER
 from glm4_runtime.errors import BundleError
 from glm4_runtime.opening import check_opening
 from glm4_runtime.session import Session
+from glm4_runtime.session.warm_up import warm_up
 from glm4_runtime.tokenizer import Tokenizer
 
 
@@ -15,6 +16,7 @@ def open_draft(target: Session, bundle: str | Path) -> Session:
 
     Raises:
         BundleError: no bundle, a damaged one, no causal LM, or one with other tokens; before its weights are opened.
+        Glm4Error: its first step failed.
     """
     folder = Path(bundle)
     manifest = read_manifest(folder)
@@ -25,12 +27,18 @@ def open_draft(target: Session, bundle: str | Path) -> Session:
         )
     check_opening(folder, manifest, hashes=False)
     require_same_tokens(target, folder, manifest)
-    return Session.open(
+    session = Session.open(
         folder,
         threads=target.threads,
         max_seq_len=min(target.max_seq_len, manifest.limits.max_seq_len),
         max_batch_size=min(target.max_batch_size, manifest.limits.max_batch_size),
     )
+    try:
+        warm_up(session)  # else the first draft's time says that drafts do not pay
+    except BaseException:
+        session.close()
+        raise
+    return session
 
 
 def require_same_tokens(target: Session, folder: Path, manifest: Manifest) -> None:

@@ -8,6 +8,7 @@ from glm4_runtime.errors import RequestError
 from glm4_runtime.server import ServerOptions
 from glm4_runtime.server import run as module
 from glm4_runtime.session import Session
+from glm4_runtime.session.ort import OrtSession
 from glm4_runtime.session.warm_up import warm_up
 
 
@@ -34,8 +35,11 @@ def test_a_server_is_ready_after_the_step(demo_bundle, monkeypatch):
 
 def test_a_step_that_fails_ends_the_start(demo_bundle, monkeypatch):
     monkeypatch.setattr(Session, "prefill", lambda *_: (_ for _ in ()).throw(RequestError("not finite")))
+    opened, close = [], OrtSession.close
+    monkeypatch.setattr(OrtSession, "close", lambda session: (opened.append(session), close(session))[1])
     with pytest.raises(RequestError, match="not finite"):
         module.open_and_serve(demo_bundle, ServerOptions(port=0))
+    assert len(opened) == 1, "the session is left open"
 
 
 def test_a_model_without_a_cache_runs_none():

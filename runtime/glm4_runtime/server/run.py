@@ -296,11 +296,11 @@ def open_and_serve(bundle: str | Path, options: ServerOptions, **session_options
     options.names(Path(bundle))
     sockets = bind(options.host, options.port)
     start_template_worker()  # ready when the model is loaded
-    try:
-        session = Session.open(bundle, **session_options)
-        warm_up(session)
-    except BaseException:
+    with contextlib.ExitStack() as undo:
         for bound in sockets:
-            bound.close()
-        raise
+            undo.callback(bound.close)
+        session = Session.open(bundle, **session_options)
+        undo.callback(session.close)
+        warm_up(session)
+        undo.pop_all()
     serve(session, options, sockets)

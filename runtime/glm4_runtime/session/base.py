@@ -402,21 +402,8 @@ class Session(Blocks, abc.ABC):
     # How it is done --------------------------------------------------------------------------
 
     def _decode_inputs(self, tokens: Mapping[int, int], first_row: int) -> tuple[list[int], list[int], Ids]:
-        """Check a decode step, and have its slots in consecutive rows from ``first_row`` on.
-
-        Returns:
-            The slots in the order of their rows, their lengths, and their tokens [slots, 1].
-        """
-        require_task(self.manifest, "causal-lm", "decode")
-        for slot in tokens:
-            self._require_slot(slot, in_use=True)
-            self._require_room(slot, 1)
-        require_tokens(list(tokens.values()), self.manifest.model.vocab_size)
-        for move in self._slots.gather(list(tokens), first_row):
-            self._move_row(move)
-        slots = self._slots.in_row_order(list(tokens))
-        past = [self._slots.length(slot) for slot in slots]
-        self._fit_cache(max(self._slots.needed(), max(past) + 1))
+        """As :meth:`_gathered` for a decode step; returns also the tokens in that order, [slots, 1]."""
+        slots, past = self._gathered(list(tokens), list(tokens.values()), 1, first_row)
         return slots, past, np.array([[tokens[slot]] for slot in slots], np.int64)
 
     def _chunks(

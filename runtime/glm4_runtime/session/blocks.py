@@ -38,28 +38,47 @@ class Blocks(SlotPositions):
             SlotError: a slot that is not in use, or that has no room for ``width`` more positions. RequestError: a bad
                 token. Neither changes any slot.
         """
-        require_task(self.manifest, "causal-lm", "decode")
         width = max(map(len, tokens.values()))
-        for slot in tokens:
-            self._require_slot(slot, in_use=True)
-            self._require_room(slot, width)
-        require_tokens([token for row in tokens.values() for token in row], self.manifest.model.vocab_size)
-        for move in self._slots.gather(list(tokens)):
-            self._move_row(move)
-        slots = self._slots.in_row_order(list(tokens))
-        past = [self._slots.length(slot) for slot in slots]
-        self._fit_cache(max(self._slots.needed(), max(past) + width))
+        slots, past = self._gathered(list(tokens), [token for row in tokens.values() for token in row], width)
         ids = np.array([_padded(tokens[slot], width) for slot in slots], np.int64)
         result = self._run_decoder(0, ids, past, _positions(len(slots), width))
         for slot, length in zip(slots, past, strict=True):
             self._slots.set_length(slot, length + len(tokens[slot]))
         return slots, result
 
-    @abc.abstractmethod
-    def _run_decoder(self, first_row: int, ids: Ids, past: Sequence[int], logits_indices: Ids) -> Logits: ...
+    def _gathered(
+        self, slots: list[int], tokens: list[int], width: int, first_row: int = 0
+    ) -> tuple[list[int], list[int]]:
+        """Check a step of ``width`` positions, and have its slots in consecutive rows from ``first_row`` on.
+
+        Args:
+            tokens: all new tokens.
+
+        Returns:
+            The slots in the order of their rows, and their lengths.
+        """
+        require_task(self.manifest, "causal-lm", "decode")
+        for slot in slots:
+            self._require_slot(slot, in_use=True)
+            self._require_room(slot, width)
+        require_tokens(tokens, self.manifest.model.vocab_size)
+        for move in self._slots.gather(slots, first_row):
+            self._move_row(move)
+        ordered = self._slots.in_row_order(slots)
+        past = [self._slots.length(slot) for slot in ordered]
+        self._fit_cache(max(self._slots.needed(), max(past) + width))
+        return ordered, past
 
     @abc.abstractmethod
-    def _move_row(self, move: Move) -> None: ...
+    def _run_decoder(self, first_row: int, ids: Ids, past: Sequence[int], logits_indices: Ids) -> Logits:
+        """Run ids [n, S] on rows first_row ... first_row + n - 1; returns logits [n, positions, vocab].
+
+        The result may be overwritten by the next run.
+        """
+
+    @abc.abstractmethod
+    def _move_row(self, move: Move) -> None:
+        """Copy or swap rows of every layer's cache."""
 
     @abc.abstractmethod
     def _require_room(self, slot: int, count: int) -> None: ...

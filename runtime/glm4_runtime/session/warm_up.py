@@ -6,8 +6,8 @@ from glm4_runtime.session.base import Session
 def warm_up(session: Session) -> None:
     """Run one token, if the model generates.
 
-    The first step maps the weights' pages and makes buffers: with 4 layers of a 9B in int8 it takes three times as long
-    as the next one. A server takes this time before it says that it is ready.
+    The first step maps the weights' pages and makes buffers, so it takes longer than the next one. A server takes this
+    time before it says that it is ready.
 
     Raises:
         Glm4Error: the step failed.

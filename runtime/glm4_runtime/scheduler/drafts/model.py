@@ -63,7 +63,6 @@ class ModelDrafter(Drafter):
         self._followers: dict[Job, _Follower] = {}
         self._first: dict[int, float] = {}  # seconds of a draft's first token, by the number of jobs
         self._next: dict[int, float] = {}  # of each further one
-        self._warm = False
 
     def offer(self, job: "Job") -> Offer | None:
         follower, count = self._followers.get(job), len(job.ids)
@@ -103,9 +102,7 @@ class ModelDrafter(Drafter):
                 }
                 for job, (token,) in inputs.items():
                     drafts[job].append(token)
-                if self._warm:  # the first run reads weights from the disk
-                    _learn(self._next if place else self._first, len(rows), time.perf_counter() - began)
-                self._warm = True
+                _learn(self._next if place else self._first, len(rows), time.perf_counter() - began)
                 inputs = {job: token for job, token in inputs.items() if len(drafts[job]) < wanted[job]}
                 if not inputs:
                     break

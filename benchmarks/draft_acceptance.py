@@ -8,6 +8,7 @@ right ones counts tokens until the first wrong one in each draft.
 
 import json
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import click
@@ -15,10 +16,12 @@ import click
 from glm4_runtime import SamplingParams, Session
 from glm4_runtime.draft_model import open_draft
 from glm4_runtime.scheduler import Failed, Request, Scheduler
+from glm4_runtime.scheduler.drafts import Draft
 from glm4_runtime.scheduler.drafts.drafting import Drafting, Plan
+from glm4_runtime.scheduler.job import Job
 
 WIDTH, PROMPT, TOKENS = 2, 60, 100
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "temperature 0.8, top_k 40": {"temperature": 0.8, "top_k": 40, "seed": 1},
     "temperature 1": {"temperature": 1.0, "seed": 1},
@@ -34,10 +37,10 @@ class Always(Drafting):
         firsts = {job: (some[0], min(WIDTH, some[0].most, most)) for job, some in offers.items() if some}
         return Plan(firsts, rate=2.0)
 
-    def judged(self, job: object, draft: object, right: int, wrong: bool, jobs: int) -> None:
+    def judged(self, job: Job, draft: Draft, right: int, wrong: bool, jobs: int) -> None:
         Always.right += right
         Always.judged_tokens += right + wrong
-        super().judged(job, draft, right, wrong, jobs)  # type: ignore[arg-type]
+        super().judged(job, draft, right, wrong, jobs)
 
 
 def share(target: Session, draft: Path, prompts: list[tuple[int, ...]], params: SamplingParams) -> float:
@@ -72,7 +75,7 @@ def main(target: Path, draft: Path, text: Path, out: Path | None) -> None:
             kind: round(
                 share(session, draft, prompts, SamplingParams(max_tokens=TOKENS, ignore_eos=True, **options)),
                 3,
-            )  # type: ignore[arg-type]
+            )
             for kind, options in KINDS.items()
         }
     click.echo(json.dumps(found, indent=2))
